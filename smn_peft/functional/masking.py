@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binary masks over frozen weights: from scores to mask, from mask to effective weight, and the gradient back.
+
+Notation of the paper (section 3): frozen weight θ, score S, threshold μ, mask ``M = 1[S > μ]``, and the effective
+weight ``θ̂ = θ · M / σ`` with ``σ = sqrt(active / N)``, one σ per tensor. This library calls the fraction of weights
+that stay active *density*; the paper calls it "sparsity".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "MASK_TYPES",
+    "MaskSpec",
+    "compute_mask",
+    "density",
+    "effective_weight",
+    "masked_weight",
+    "progressive_density",
+    "scale_of",
+    "straight_through",
+    "threshold_mask",
+    "topk_mask",
+]
+
+
+@dataclass(frozen=True)
+class MaskSpec:
+    """How scores become a mask, and a mask an effective weight.
+
+    Attributes:
+        mask_type: A key of [`MASK_TYPES`].
+        threshold: μ of ``1[S > μ]`` (mask type ``threshold``).
+        density: Fraction of the trainable weights that stay active (mask type ``topk``).
+        absolute: Rank by ``|S|`` and not by ``S`` (mask type ``topk``).
+        scale: Divide the masked weight by σ.
+        scale_gradient: Let the gradient flow through σ, as Eq. 1 differentiated says.
+    """
+
+    mask_type: str = "threshold"
+    threshold: float = 0.0
+    density: float = 1.0
+    absolute: bool = False
+    scale: bool = True
+    scale_gradient: bool = True
+
+
+def threshold_mask(scores: Tensor, threshold: float = 0.0) -> Tensor:
+    """Mask of the scores above a threshold, ``1[S > μ]`` (section 3.1); a tie is off, and so is NaN.
+
+    Args:
+        scores: Scores of any shape and float dtype.
+        threshold: μ.
+
+    Returns:
+        A bool tensor of the scores' shape.
+    """
+    return scores > threshold
+
+
+def topk_mask(scores: Tensor, density: float, absolute: bool = False) -> Tensor:
+    """Mask of the highest scores of one tensor (Ramanujan et al. 2020; the paper's topk baseline).
+
+    Exactly ``round(density · N)`` entries are on; among equal scores at the border, the first in C order win, so that
+    the answer does not depend on the device.
+
+    Args:
+        scores: Scores of any shape and float dtype.
+        density: Fraction of entries that are on, from 0 to 1.
+        absolute: Rank by ``|S|`` (Ramanujan et al.) and not by ``S`` (the authors' code).
+
+    Returns:
+        A bool tensor of the scores' shape.
+
+    Raises:
+        ValueError: If `density` is not in [0, 1].
+    """
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"density must lie in [0, 1], got {density}.")
+    ranked = scores.detach().abs() if absolute else scores.detach()
+    flat = ranked.reshape(-1)
+    count = round(density * flat.numel())
+    if count == flat.numel():
+        return torch.ones_like(ranked, dtype=torch.bool)
+    if count == 0:
+        return torch.zeros_like(ranked, dtype=torch.bool)
+    border = flat.kthvalue(flat.numel() - count + 1).values
+    mask = flat > border
+    ties = (flat == border).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask.reshape(scores.shape)
+
+
+def progressive_density(progress: float, final: float, start: float = 1.0) -> float:
+    """Density on a linear schedule from `start` to `final` (the paper's progressive topk baseline).
+
+    Args:
+        progress: Fraction of training done, clipped to [0, 1].
+        final: Density at the end.
+        start: Density at the beginning.
+    """
+    return start + (final - start) * min(max(progress, 0.0), 1.0)
+
+
+MASK_TYPES: dict[str, Callable[[Tensor, MaskSpec], Tensor]] = {
+    "threshold": lambda scores, spec: threshold_mask(scores, spec.threshold),
+    "topk": lambda scores, spec: topk_mask(scores, spec.density, spec.absolute),
+}
+"""Mask types by name: scores and spec in, bool mask of the scores' shape out."""
+
+
+def compute_mask(scores: Tensor, spec: MaskSpec, trainable: Tensor | None = None) -> Tensor:
+    """Mask of a tensor of scores.
+
+    Args:
+        scores: Scores of any shape and float dtype.
+        spec: Mask type and its parameters.
+        trainable: Bool tensor of the scores' shape, True where the weight takes part; the others are always on and
+            are not ranked. ``None``: all take part.
+
+    Returns:
+        A bool tensor of the scores' shape.
+    """
+    make = MASK_TYPES[spec.mask_type]
+    if trainable is None:
+        return make(scores, spec)
+    if spec.mask_type == "threshold":
+        return make(scores, spec) | ~trainable
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    mask[trainable] = make(scores[trainable], spec)
+    return mask
+
+
+def density(mask: Tensor) -> float:
+    """Fraction of a mask that is on (the paper's "sparsity")."""
+    return float(torch.count_nonzero(mask)) / max(mask.numel(), 1)
+
+
+def scale_of(active: Tensor, total: int) -> Tensor:
+    """Scale ``1/σ = sqrt(N / active)``; an empty mask counts as one active weight, so that nothing is NaN.
+
+    Args:
+        active: Number of active weights, a 0-dim tensor of any dtype.
+        total: Number of weights N.
+
+    Returns:
+        A 0-dim fp32 tensor (fp64 for fp64 input).
+    """
+    dtype = active.dtype if active.dtype == torch.float64 else torch.float32
+    return torch.sqrt(total / active.clamp(min=1).to(dtype))
+
+
+def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor:
+    """Effective weight ``θ · M / σ`` (Eq. 1) without gradient; an empty mask gives zeros, a full one gives θ.
+
+    Args:
+        weight: Frozen weight θ, any shape and float dtype.
+        mask: Bool mask of the same shape.
+        scale: Divide by σ.
+
+    Returns:
+        A tensor of the weight's shape and dtype.
+    """
+    weight = weight.detach()
+    kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    if not scale:
+        return kept
+    return kept.mul_(scale_of(torch.count_nonzero(mask), mask.numel()))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Mask of the scores forward, the identity backward: ``dL/dS := dL/dM``, not clipped (section 3.1)."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.scores_dtype = scores.dtype
+        return mask.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].to(ctx.scores_dtype), None, None
+
+
+def straight_through(
+    scores: Tensor, spec: MaskSpec, dtype: torch.dtype, trainable: Tensor | None = None
+) -> Tensor:
+    """Mask as a float tensor that passes its gradient on to the scores.
+
+    Args:
+        scores: Scores of any shape and float dtype.
+        spec: Mask type and its parameters.
+        dtype: Float dtype of the result.
+        trainable: As in [`compute_mask`]; where it is False the gradient is zero.
+
+    Returns:
+        Zeros and ones of the scores' shape.
+    """
+    mask = compute_mask(scores.detach(), spec, trainable)
+    result: Tensor = _StraightThrough.apply(scores, mask, dtype)
+    if trainable is None:
+        return result
+    return torch.where(trainable, result, torch.ones((), dtype=dtype, device=result.device))
+
+
+def masked_weight(weight: Tensor, mask: Tensor, spec: MaskSpec) -> Tensor:
+    """Effective weight with σ in the graph, for autograd: what Eq. 1 says, written out.
+
+    With ``g = dL/dθ̂`` and ``s = 1/σ`` autograd gives ``dL/dM_i = s·θ_i·g_i − (s²/2N)·Σ_j g_j·θ̂_j``; with
+    ``spec.scale_gradient=False`` the second term is dropped.
+
+    Args:
+        weight: Frozen weight θ.
+        mask: Float mask of zeros and ones from [`straight_through`], or a product of several.
+        spec: Whether to scale, and whether the scale has a gradient.
+
+    Returns:
+        A tensor of the weight's shape and dtype.
+    """
+    kept = weight * mask
+    if not spec.scale:
+        return kept
+    # The count is taken in fp32 at least: bf16 cannot count beyond 256.
+    counted = mask if mask.dtype == torch.float64 else mask.float()
+    scale = scale_of(counted.sum(), mask.numel())
+    return kept * (scale if spec.scale_gradient else scale.detach())

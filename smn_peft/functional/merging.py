@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a masked weight over the frozen one so that it can be restored bit for bit, without a copy of the weight.
+
+Dividing ``θ·s`` by s gives θ back for most entries, but not where the product crossed a power of two; those entries,
+and the ones that the mask removed, are kept.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .masking import effective_weight, scale_of
+from .packing import pack_bits, unpack_bits
+
+__all__ = ["Stash", "merge_weight", "unmerge_weight"]
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Stash(NamedTuple):
+    """What brings a merged weight back.
+
+    Attributes:
+        scale: 1/σ that was multiplied in, 0-dim.
+        where: Packed bits, one per weight: on where division alone does not restore the value.
+        values: The frozen weight's values there, in C order.
+    """
+
+    scale: Tensor
+    where: Tensor
+    values: Tensor
+
+
+def _divided(merged: Tensor, scale: Tensor) -> Tensor:
+    return (merged.double() / scale.double()).to(merged.dtype)
+
+
+@torch.no_grad()
+def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
+    """Overwrite `weight` in place with its effective weight ``θ·M/σ``.
+
+    Args:
+        weight: Frozen weight θ.
+        mask: Bool mask of its shape.
+        scale: Divide by σ.
+
+    Returns:
+        What [`unmerge_weight`] needs.
+    """
+    factor = torch.ones((), device=weight.device)
+    if scale:
+        factor = scale_of(torch.count_nonzero(mask), mask.numel())
+    merged = effective_weight(weight, mask, scale)
+    integer = _INTEGERS[weight.element_size()]
+    lost = _divided(merged, factor).view(integer) != weight.detach().contiguous().view(integer)
+    stash = Stash(factor, pack_bits(lost), weight.detach()[lost].clone())
+    weight.copy_(merged)
+    return stash
+
+
+@torch.no_grad()
+def unmerge_weight(weight: Tensor, stash: Stash) -> None:
+    """Restore in place what [`merge_weight`] overwrote, bit for bit; the stash may be on another device."""
+    restored = _divided(weight.detach(), stash.scale.to(weight.device))
+    where = unpack_bits(stash.where.to(weight.device), weight.shape)
+    restored[where] = stash.values.to(weight.device)
+    weight.copy_(restored)

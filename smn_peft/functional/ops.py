@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear and convolution with a masked weight, as one autograd node each: the floor in memory and passes.
+
+Plain autograd over [`masked_weight`] keeps the effective weight of every layer alive from forward to backward, and
+a float mask beside it. These nodes keep neither: they rebuild the effective weight in backward from the frozen
+weight and the scores, which are there anyway (one pass over the weight), and write ``dL/dS`` by the formula
+``s·θ·g − (s²/2N)·Σ g·θ̂`` (see [`masked_weight`], the reference in the tests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .masking import MaskSpec, compute_mask, scale_of
+
+__all__ = ["ConvGeometry", "masked_conv", "masked_linear"]
+
+
+class ConvGeometry(NamedTuple):
+    """Geometry of a convolution, as `aten.convolution` takes it."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    transposed: bool
+    output_padding: Sequence[int]
+    groups: int
+
+
+class _Masked(NamedTuple):
+    """Effective weight, and what its gradient needs."""
+
+    weight: Tensor
+    active: Tensor
+    scale: Tensor | None
+
+
+def _build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None, dtype: torch.dtype) -> _Masked:
+    mask = compute_mask(scores, spec, trainable)
+    active = torch.count_nonzero(mask)
+    built = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    scale = scale_of(active, mask.numel()) if spec.scale else None
+    if scale is not None:
+        built.mul_(scale)
+    return _Masked(built.to(dtype), active, scale)
+
+
+def _score_gradient(
+    grad: Tensor, masked: _Masked, weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None
+) -> Tensor:
+    """dL/dS from g = dL/dθ̂, in the scores' dtype; `grad` may be overwritten."""
+    grad = grad.to(scores.dtype)
+    if masked.scale is None:
+        result = grad * weight
+    else:
+        result = _scaled_gradient(grad, masked, weight, masked.scale, spec.scale_gradient)
+    return result if trainable is None else result.mul_(trainable)
+
+
+def _scaled_gradient(grad: Tensor, masked: _Masked, weight: Tensor, scale: Tensor, scale_gradient: bool) -> Tensor:
+    if not scale_gradient:
+        return grad.mul_(weight).mul_(scale)
+    # Σ_j g_j·θ̂_j / (2·active) equals the formula's (s²/2N)·Σ; an empty mask has θ̂ = 0, hence no second term.
+    effective = masked.weight.to(grad.dtype)
+    total = torch.vdot(grad.flatten(), effective.flatten()) if grad.is_contiguous() else (grad * effective).sum()
+    shift = total / (2 * masked.active.clamp(min=1))
+    if grad.device.type == "cpu":  # one pass; elsewhere reading the scale would wait for the device
+        return torch.addcmul(-shift, weight.to(grad.dtype), grad, value=scale.item())
+    return grad.mul_(weight).mul_(scale).sub_(shift)
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scores: Tensor,
+        bias: Tensor | None,
+        spec: MaskSpec,
+        trainable: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scores, trainable)
+        ctx.spec = spec
+        masked = _build(weight, scores, spec, trainable, x.dtype)
+        return F.linear(x, masked.weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scores, trainable = ctx.saved_tensors
+        masked = _build(weight, scores, ctx.spec, trainable, x.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_scores = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (flat @ masked.weight).reshape(x.shape)
+        if ctx.needs_input_grad[2]:
+            grad_weight = flat.t() @ x.reshape(-1, x.shape[-1])
+            grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable)
+        if ctx.needs_input_grad[3]:
+            grad_bias = flat.sum(0)
+        return grad_x, None, grad_scores, grad_bias, None, None
+
+
+class _MaskedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scores: Tensor,
+        bias: Tensor | None,
+        spec: MaskSpec,
+        trainable: Tensor | None,
+        geometry: ConvGeometry,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scores, trainable)
+        ctx.spec, ctx.geometry, ctx.bias_sizes = spec, geometry, None if bias is None else list(bias.shape)
+        masked = _build(weight, scores, spec, trainable, x.dtype)
+        return torch.convolution(x, masked.weight, bias, *geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scores, trainable = ctx.saved_tensors
+        masked = _build(weight, scores, ctx.spec, trainable, x.dtype)
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, x, masked.weight, ctx.bias_sizes, *ctx.geometry, needed
+        )
+        grad_scores = None
+        if needed[1]:
+            grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable)
+        return grad_x, None, grad_scores, grad_bias, None, None, None
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    bias: Tensor | None = None,
+    spec: MaskSpec = MaskSpec(),
+    trainable: Tensor | None = None,
+) -> Tensor:
+    """`F.linear` with the weight masked by its scores; gradients go to `x`, `scores` and `bias`, never to `weight`.
+
+    Args:
+        x: Input (…, in_features); the product is computed in its dtype.
+        weight: Frozen weight (out_features, in_features).
+        scores: Scores of the weight's shape, fp32 or fp64.
+        bias: Bias (out_features,) or None.
+        spec: Mask type, threshold and scaling.
+        trainable: As in [`compute_mask`].
+
+    Returns:
+        Output (…, out_features).
+    """
+    result: Tensor = _MaskedLinear.apply(x, weight, scores, bias, spec, trainable)
+    return result
+
+
+def masked_conv(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    bias: Tensor | None,
+    geometry: ConvGeometry,
+    spec: MaskSpec = MaskSpec(),
+    trainable: Tensor | None = None,
+) -> Tensor:
+    """Convolution of 1 to 3 dimensions, plain or transposed, with the weight masked by its scores.
+
+    Args:
+        x: Input (batch, channels, …), already padded if the padding is not zeros.
+        weight: Frozen weight, as `torch.nn.functional.conv*d` or `conv_transpose*d` take it.
+        scores: Scores of the weight's shape, fp32 or fp64.
+        bias: Bias (out_channels,) or None.
+        geometry: Stride, padding, dilation, groups and so on.
+        spec: Mask type, threshold and scaling.
+        trainable: As in [`compute_mask`].
+
+    Returns:
+        Output (batch, out_channels, …).
+    """
+    result: Tensor = _MaskedConv.apply(x, weight, scores, bias, spec, trainable, geometry)
+    return result

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One bit per weight: pack and unpack masks in numpy's `packbits` order, count and compare them packed.
+
+MSB first, C order of the mask, zero padding in the last byte: ``numpy.packbits(mask.ravel())``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["hamming", "pack_bits", "packed_size", "popcount", "unpack_bits"]
+
+_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
+
+
+def packed_size(numel: int) -> int:
+    """Bytes that a mask of `numel` weights takes, ⌈numel / 8⌉."""
+    return (numel + 7) // 8
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool mask of any shape into a uint8 tensor of ⌈N/8⌉ bytes on the same device.
+
+    Args:
+        mask: Bool tensor.
+
+    Raises:
+        TypeError: If `mask` is not bool.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"pack_bits takes a bool mask, got {mask.dtype}; compare the scores with the threshold first.")
+    flat = mask.detach().reshape(-1)
+    if flat.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    padded = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).reshape(-1, 8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=flat.device)
+    return (padded << shifts).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Unpack ⌈N/8⌉ bytes into a bool mask of the given shape on the same device.
+
+    Args:
+        packed: uint8 tensor of one dimension.
+        shape: Shape of the mask.
+
+    Raises:
+        ValueError: If the number of bytes does not fit the shape.
+        TypeError: If `packed` is not uint8.
+    """
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"A packed mask is uint8, got {packed.dtype}.")
+    numel = prod(shape)
+    if packed.dim() != 1 or packed.numel() != packed_size(numel):
+        raise ValueError(
+            f"A packed mask of shape {tuple(shape)} takes {packed_size(numel)} bytes, got {tuple(packed.shape)}."
+        )
+    if packed.device.type == "cpu" and not torch.compiler.is_compiling():
+        bits = np.unpackbits(packed.detach().numpy(), count=numel)
+        return torch.from_numpy(bits.view(np.bool_)).reshape(tuple(shape))
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(1) >> shifts) & 1
+    return bits.reshape(-1)[:numel].to(torch.bool).reshape(tuple(shape))
+
+
+def popcount(packed: Tensor) -> int:
+    """Number of active weights in a packed mask, or in any tensor of bytes."""
+    return int(_POPCOUNT.to(packed.device)[packed.int()].sum(dtype=torch.int64))
+
+
+def hamming(first: Tensor, second: Tensor) -> int:
+    """Number of weights on which two packed masks differ.
+
+    Raises:
+        ValueError: If their sizes differ.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"Masks of {tuple(first.shape)} and {tuple(second.shape)} bytes cannot be compared.")
+    return popcount(torch.bitwise_xor(first, second.to(first.device)))

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fingerprint of base weights, so that a mask is never laid over weights that it was not learned for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["fingerprint", "tensor_digest"]
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes in C order, as hex; the same on every device.
+
+    Args:
+        tensor: Any tensor that holds data (not on the meta device).
+    """
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    data = tensor.detach().contiguous().cpu()
+    digest.update(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b"")
+    return digest.hexdigest()
+
+
+def fingerprint(digests: Iterable[str], dtype: torch.dtype) -> str:
+    """Fingerprint of a set of weights, from their digests: ``"float32:9f86d081884c7d65…"``.
+
+    Names and order do not count: the same weights have other names in another version of transformers. The dtype
+    stands in front because the same checkpoint loaded in another dtype has other bytes: two fingerprints can be
+    compared only if their dtypes agree.
+
+    Args:
+        digests: Digests from [`tensor_digest`].
+        dtype: Dtype of the weights (of the first, if they differ).
+    """
+    digest = hashlib.sha256("".join(sorted(digests)).encode())
+    return f"{str(dtype).removeprefix('torch.')}:{digest.hexdigest()[:32]}"

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Binary masks as a PEFT method: importing this package registers the type `SMN` with PEFT."""
+
+from __future__ import annotations
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from ._compat import SMN
+from .config import MaskConfig
+from .layer import MaskLayer
+from .model import MaskModel
+from .targets import explain_targets
+
+__all__ = ["MaskConfig", "MaskLayer", "MaskModel", "explain_targets"]
+
+_registered = PEFT_TYPE_TO_TUNER_MAPPING.get(SMN)
+if _registered is None:
+    register_peft_method(name="smn", config_cls=MaskConfig, model_cls=MaskModel, prefix="smn_")
+elif _registered is not MaskModel:
+    raise ImportError(
+        f"The PEFT type SMN is already registered by {_registered.__module__}: import only one of the two packages."
+    )

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters of one layer: scores while they train, bits for inference, and the way from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..functional.masking import MaskSpec, compute_mask
+from ..functional.packing import pack_bits, packed_size, unpack_bits
+from ..functional.selection import seeded_generator, select_trainable
+from ..storage import check_packed
+from .buffers import ResidentBuffers, ScoreDict
+from .config import MaskConfig
+from .initial import initial_scores, score_dtype
+
+__all__ = ["AdapterInfo", "AdapterLayer", "Slot"]
+
+
+class Slot(NamedTuple):
+    """A tensor of the base layer that can be masked.
+
+    Attributes:
+        name: Infix of the adapter's keys: ``""`` gives ``smn_mask``, ``"bias_"`` gives ``smn_bias_mask``.
+        path: Path of the parameter from the base layer.
+        is_bias: Whether it is masked only with ``mask_bias=True``.
+    """
+
+    name: str
+    path: str
+    is_bias: bool = False
+
+    @property
+    def scores_name(self) -> str:
+        """Name of the container of scores."""
+        return f"smn_{self.name}scores"
+
+    @property
+    def mask_name(self) -> str:
+        """Name of the container of packed bits."""
+        return f"smn_{self.name}mask"
+
+
+@dataclass
+class AdapterInfo:
+    """What a layer knows of one adapter, beside its tensors."""
+
+    config: MaskConfig
+    spec: MaskSpec
+    key: str
+    slots: tuple[Slot, ...]
+    trainable: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _no_hook(module: nn.Module, args: Any) -> None:
+    """See [`AdapterLayer.forbid_fast_path`]."""
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """State of a masked layer: per adapter, either scores (`smn_scores`, trainable) or packed bits (`smn_mask`)."""
+
+    slots: tuple[Slot, ...] = (Slot("", "weight"), Slot("bias_", "bias", is_bias=True))
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        """Wrap `base_layer`; [`update_layer`] adds adapters."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.present_slots = tuple(slot for slot in self.slots if self._parameter(slot) is not None)
+        for slot in self.present_slots:
+            setattr(self, slot.scores_name, ScoreDict())
+            setattr(self, slot.mask_name, ResidentBuffers())
+        self.adapter_layer_names = tuple(slot.scores_name for slot in self.present_slots)
+        self.other_param_names = (*(slot.mask_name for slot in self.present_slots), "smn_info")
+        self.smn_info: dict[str, AdapterInfo] = {}
+        self._awaiting = False
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        for attribute in ("in_features", "out_features", "in_channels", "out_channels"):
+            if hasattr(base_layer, attribute):
+                setattr(self, attribute, getattr(base_layer, attribute))
+
+    def _parameter(self, slot: Slot) -> nn.Parameter | None:
+        owner, _, attribute = slot.path.rpartition(".")
+        return getattr(self.get_base_layer().get_submodule(owner), attribute, None)
+
+    def base_tensor(self, slot: Slot) -> nn.Parameter:
+        """The base's tensor of a slot."""
+        parameter = self._parameter(slot)
+        assert parameter is not None
+        return parameter
+
+    def scores(self, slot: Slot) -> ScoreDict:
+        """Scores of a slot by adapter name, of the adapters that can train."""
+        container: ScoreDict = self._modules[slot.scores_name]  # type: ignore[assignment]
+        return container
+
+    def bits(self, slot: Slot) -> ResidentBuffers:
+        """Packed bits of a slot by adapter name, of the adapters that were loaded for inference."""
+        container: ResidentBuffers = self._modules[slot.mask_name]  # type: ignore[assignment]
+        return container
+
+    # --- Masks -------------------------------------------------------------------------------------------------------
+
+    def mask(self, adapter_name: str, slot: Slot | None = None) -> Tensor:
+        """Bool mask of an adapter on this layer, of the weight's shape."""
+        slot = slot or self.present_slots[0]
+        if self._awaiting:
+            self.receive()
+        if adapter_name in self.scores(slot):
+            return self._mask_of_scores(adapter_name, slot, self.scores(slot)[adapter_name])
+        return unpack_bits(self.bits(slot)[adapter_name], self.base_tensor(slot).shape)
+
+    def _mask_of_scores(self, adapter_name: str, slot: Slot, scores: Tensor) -> Tensor:
+        info = self.smn_info[adapter_name]
+        return compute_mask(scores.detach(), info.spec, self.trainable(adapter_name, slot))
+
+    def set_mask(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
+        """Replace the mask of an adapter; one that trains gets the scores that [`scores_from_bits`] gives."""
+        packed = pack_bits(mask)
+        if adapter_name in self.scores(slot):
+            with torch.no_grad():
+                self.scores(slot)[adapter_name].copy_(self.scores_from_bits(adapter_name, slot, packed))
+        else:
+            self.bits(slot)[adapter_name] = packed
+
+    def scores_from_bits(self, adapter_name: str, slot: Slot, packed: Tensor) -> Tensor:
+        """Scores to go on training from, for a mask that came without: threshold ± |initial score − threshold|."""
+        config, weight = self.smn_info[adapter_name].config, self.base_tensor(slot)
+        distance = 1.0 if isinstance(config.init_score, str) else abs(config.init_score - config.threshold)
+        mask = unpack_bits(packed.to(weight.device), weight.shape)
+        scores = torch.full(weight.shape, config.threshold - distance, dtype=score_dtype(weight), device=weight.device)
+        return scores.masked_fill_(mask, config.threshold + distance)
+
+    def trainable(self, adapter_name: str, slot: Slot) -> Tensor | None:
+        """Bool tensor of the weights that take part (`trainable_fraction`), None if all do; the others stay on."""
+        info, weight = self.smn_info[adapter_name], self.base_tensor(slot)
+        if info.config.trainable_fraction == 1.0:
+            return None
+        selected = info.trainable.get(slot.name)
+        if selected is None or selected.device != weight.device:
+            generator = seeded_generator(info.config.seed, f"{info.key}.{slot.path}.select")
+            selected = select_trainable(weight.detach(), info.config.trainable_fraction, info.config.select, generator)
+            info.trainable[slot.name] = selected
+        return selected
+
+    # --- Life cycle --------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: MaskConfig, key: str) -> None:
+        """Add an adapter: scores if it is to train, room for bits if it is for inference.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+            key: Name of the layer in the base model, which seeds what is random.
+        """
+        slots = tuple(slot for slot in self.present_slots if config.mask_bias or not slot.is_bias)
+        self.smn_info[adapter_name] = AdapterInfo(config, config.mask_spec(), key, slots)
+        for slot in slots:
+            weight = self.base_tensor(slot)
+            if weight.device.type == "meta":
+                packed = torch.empty(packed_size(weight.numel()), dtype=torch.uint8, device="meta")
+            elif config.init_weights:
+                packed = pack_bits(torch.ones(weight.shape, dtype=torch.bool)).to(weight.device)
+            else:
+                packed = pack_bits(initial_scores(config, f"{key}.{slot.path}", weight) > config.threshold)
+            if config.inference_mode:
+                self.bits(slot)[adapter_name] = packed
+            else:
+                scores = initial_scores(config, f"{key}.{slot.path}", weight)
+                self.scores(slot)[adapter_name] = nn.Parameter(scores)
+                self.bits(slot).expect(adapter_name, packed)
+                self._awaiting = True
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.compiler.disable
+    def receive(self) -> None:
+        """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use."""
+        self._awaiting = False
+        for slot in self.present_slots:
+            for name, scores in self.scores(slot).items():
+                arrived = self.bits(slot).take_arrived(name)
+                if arrived is not None and scores.device.type != "meta":
+                    with torch.no_grad():
+                        scores.copy_(self.scores_from_bits(name, slot, arrived))
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As PEFT's, but an adapter that holds bits only cannot train, and says so.
+
+        Raises:
+            ValueError: If `requires_grad` is asked of an adapter without scores.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in names if requires_grad else ():
+            if name in self.smn_info and any(name not in self.scores(slot) for slot in self.smn_info[name].slots):
+                raise ValueError(
+                    f"Adapter {name!r} was loaded for inference and holds one bit per weight, nothing that could "
+                    "train. Load it with is_trainable=True."
+                )
+        super().set_requires_grad(names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; nothing of the adapter stays resident."""
+        for slot in self.present_slots:
+            self.bits(slot).forget(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def forbid_fast_path(self) -> None:
+        """Keep torch's fused TransformerEncoderLayer from reading the frozen weights past this layer.
+
+        Its fast path checks for hooks, and for nothing else that a wrapper could set.
+        """
+        if not self._forward_pre_hooks:
+            self.register_forward_pre_hook(_no_hook)
+
+    def update_density(self, adapter_name: str, density: float) -> None:
+        """Set the density of a topk adapter, which a schedule moves while it trains."""
+        info = self.smn_info[adapter_name]
+        info.spec = replace(info.spec, density=density)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.smn_info)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for slot in self.smn_info[adapter_name].slots if adapter_name in self.smn_info else ():
+            target = device or self.base_tensor(slot).device
+            for container in (self.scores(slot), self.bits(slot)):
+                if adapter_name in container and container[adapter_name].device.type != "meta":
+                    container[adapter_name] = container[adapter_name].to(target)
+
+    # --- State dicts -------------------------------------------------------------------------------------------------
+
+    def to_checkpoint(self, adapter_name: str, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Entries of the adapter's file for this layer, from a (gathered) state dict where it has them.
+
+        Args:
+            adapter_name: Name of the adapter.
+            prefix: Name of this layer in `state_dict`, with the final dot.
+            state_dict: State dict of the whole model.
+
+        Returns:
+            Tensors by key; the keys end in the adapter's name, as PEFT's do.
+
+        Raises:
+            ValueError: If scores hold NaN.
+        """
+        if self._awaiting:
+            self.receive()
+        entries: dict[str, Tensor] = {}
+        for slot in self.smn_info[adapter_name].slots if adapter_name in self.smn_info else ():
+            mask_key, scores_key = (f"{prefix}{name}.{adapter_name}" for name in (slot.mask_name, slot.scores_name))
+            if adapter_name not in self.scores(slot):
+                entries[mask_key] = state_dict.get(mask_key, self.bits(slot)[adapter_name])
+                continue
+            scores = state_dict.get(scores_key, self.scores(slot)[adapter_name])
+            if torch.isnan(scores).any():
+                raise ValueError(
+                    f"The scores of adapter {adapter_name!r} hold NaN at {prefix}{slot.path}: nothing was saved. "
+                    "Go back to a checkpoint and train with a lower learning rate."
+                )
+            entries[mask_key] = pack_bits(self._mask_of_scores(adapter_name, slot, scores))
+            if self.smn_info[adapter_name].config.save_scores:
+                entries[scores_key] = scores
+        return entries
+
+    def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """State-dict entries of this layer from those of an adapter's file, checked.
+
+        Args:
+            adapter_name: Name of the adapter.
+            prefix: Name of this layer, with the final dot, for messages.
+            entries: Tensors by the last part of their keys (`smn_mask`, `smn_scores` …).
+
+        Returns:
+            Tensors by the last two parts of their keys in the model (`smn_mask.default` …).
+
+        Raises:
+            KeyError: If a mask is missing; the argument is its key.
+            TypeError: If a tensor has the wrong dtype.
+            ValueError: If a tensor has the wrong shape, or padding bits are set.
+        """
+        result: dict[str, Tensor] = {}
+        for slot in self.smn_info[adapter_name].slots if adapter_name in self.smn_info else ():
+            weight, packed, scores = self.base_tensor(slot), entries.get(slot.mask_name), entries.get(slot.scores_name)
+            if packed is None and scores is None:
+                raise KeyError(f"{prefix}{slot.mask_name}")
+            if packed is not None:
+                check_packed(f"{prefix}{slot.mask_name}", packed, weight.numel())
+            if scores is not None and scores.shape != weight.shape:
+                raise ValueError(
+                    f"{prefix}{slot.scores_name} has shape {tuple(scores.shape)}, the base weight {tuple(weight.shape)}: "
+                    "load the base model that adapter_config.json names."
+                )
+            if adapter_name in self.scores(slot):
+                self.bits(slot).take_arrived(adapter_name)
+                if scores is None:
+                    assert packed is not None
+                    scores = self.scores_from_bits(adapter_name, slot, packed)
+                result[f"{slot.scores_name}.{adapter_name}"] = scores
+            else:
+                if packed is None:
+                    assert scores is not None
+                    packed = pack_bits(self._mask_of_scores(adapter_name, slot, scores))
+                result[f"{slot.mask_name}.{adapter_name}"] = packed
+        return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for slot in self.present_slots:  # scores say more than bits: where both come, the bits are not needed
+            for name in self.scores(slot):
+                if f"{prefix}{slot.scores_name}.{name}" in state_dict:
+                    self.bits(slot).take_arrived(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The BatchNorm policy: a masked model's running statistics are the base's, or each adapter has its own.
+
+A frozen BatchNorm still updates its running statistics in train mode: without this wrapper an adapter would reload as
+another model. ``batch_norm="frozen"`` holds every BatchNorm in eval mode; ``"adapt"`` (the paper's) normalises by the
+batch while training and keeps the running statistics per adapter, saved with it and switched with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..functional.masking import MaskSpec
+from .adapters import AdapterInfo, AdapterLayer
+from .buffers import ResidentBuffers
+from .config import MaskConfig
+
+__all__ = ["BatchNorm", "has_statistics"]
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm (of torch, timm's with activation, synchronised …) with running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+class BatchNorm(AdapterLayer):
+    """A frozen BatchNorm whose running statistics may differ between adapters."""
+
+    slots = ()
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        """Wrap `base_layer`, and hold it in eval mode."""
+        super().__init__(base_layer)
+        for name in _STATISTICS:
+            setattr(self, f"smn_{name}", ResidentBuffers())
+        self.other_param_names = (*(f"smn_{name}" for name in _STATISTICS), "smn_info")
+        self._base_statistics: dict[str, Tensor] = {}
+        self._set_mode()
+
+    def statistics(self, name: str) -> ResidentBuffers:
+        """`running_mean`, `running_var` or `num_batches_tracked` by adapter name."""
+        container: ResidentBuffers = self._modules[f"smn_{name}"]  # type: ignore[assignment]
+        return container
+
+    def update_layer(self, adapter_name: str, config: MaskConfig, key: str) -> None:
+        """Add an adapter; with ``batch_norm="adapt"`` it starts from a copy of the base's statistics."""
+        self.smn_info[adapter_name] = AdapterInfo(config, MaskSpec(), key, ())
+        if config.batch_norm == "adapt":
+            for name in _STATISTICS:
+                self.statistics(name)[adapter_name] = self._base_buffer(name).clone()
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _base_buffer(self, name: str) -> Tensor:
+        buffer = self.get_base_layer().get_buffer(name)
+        return self._base_statistics.get(name, buffer)
+
+    def _adapting(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.statistics("running_mean")]
+
+    def _set_mode(self) -> None:
+        """Normalise by the batch only in train mode, for the one active adapter that adapts and trains."""
+        names = self._adapting() if not self.disable_adapters and not self.merged else []
+        trainable = [name for name in names if not self.smn_info[name].config.inference_mode]
+        if self.training and len(trainable) > 1:
+            raise ValueError(
+                f"The adapters {trainable} all adapt the BatchNorm statistics and cannot train together: activate one, "
+                "or use batch_norm='frozen'."
+            )
+        self.get_base_layer().train(self.training and len(names) == len(trainable) == 1)
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """As `nn.Module.train`; the base BatchNorm follows the policy."""
+        super().train(mode)
+        self._set_mode()
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; the statistics switch with the adapter."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._set_mode()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; a disabled adapter leaves the base's statistics."""
+        super().enable_adapters(enabled)
+        self._set_mode()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; nothing of the adapter stays resident."""
+        super().delete_adapter(adapter_name)
+        self._set_mode()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Nothing to do: statistics have no gradient."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapter's statistics into the base; [`unmerge`] puts the base's back."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
+        if not names:
+            return
+        together = [*self.merged_adapters, *names]
+        buffers = self._combined([name for name in together if name in self.statistics("running_mean")])
+        if safe_merge and not all(torch.isfinite(buffer).all() for buffer in buffers.values()):
+            raise ValueError(f"NaNs detected in the BatchNorm statistics of adapter {names[0]!r}: nothing was merged.")
+        for name, buffer in buffers.items():
+            base = self.get_base_layer().get_buffer(name)
+            self._base_statistics.setdefault(name, base.clone())
+            base.copy_(buffer)
+        self.merged_adapters = together
+        self._set_mode()
+
+    def unmerge(self) -> None:
+        """Restore the base's statistics."""
+        for name, buffer in self._base_statistics.items():
+            self.get_base_layer().get_buffer(name).copy_(buffer)
+        self._base_statistics = {}
+        self.merged_adapters = []
+        self._set_mode()
+
+    def _combined(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Statistics of the named adapters: their own, or the mean over several."""
+        if not names:
+            return {}
+        if len(names) == 1:
+            return {name: self.statistics(name)[names[0]] for name in _STATISTICS}
+        stacks = {name: torch.stack([self.statistics(name)[other] for other in names]) for name in _STATISTICS}
+        return {name: s.mean(0) if s.is_floating_point() else s.amax(0) for name, s in stacks.items()}
+
+    def average(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
+        """Set an adapter's statistics to the weighted mean of others'."""
+        if adapter_name not in self.statistics("running_mean"):
+            return
+        total = sum(weights)
+        for name in ("running_mean", "running_var"):
+            parts = [self.statistics(name)[other] * (w / total) for other, w in zip(adapters, weights, strict=True)]
+            self.statistics(name)[adapter_name] = torch.stack(parts).sum(0)
+
+    def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
+        adapting = [name for name in names if name in self.statistics("running_mean")]
+        if not adapting:
+            return self.base_layer(x)
+        result: Tensor = torch.func.functional_call(self.get_base_layer(), self._combined(adapting), (x,))
+        return result
+
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        """(batch, channels, …) -> the same, normalised by the active adapter's or the base's statistics."""
+        if self.disable_adapters or self.merged:
+            if self.merged and self.disable_adapters:
+                self.unmerge()
+            return self.base_layer(x)
+        if adapter_names is None:
+            return self._run(self.active_adapters, x)
+        result = torch.empty_like(x)
+        for name in dict.fromkeys(adapter_names):
+            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            result[index] = self._run([name], x[index])
+        return result
+
+    def to_checkpoint(self, adapter_name: str, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics of an adapter that has its own; see [`AdapterLayer.to_checkpoint`]."""
+        if adapter_name not in self.statistics("running_mean"):
+            return {}
+        keys = {name: f"{prefix}smn_{name}.{adapter_name}" for name in _STATISTICS}
+        return {key: state_dict.get(key, self.statistics(name)[adapter_name]) for name, key in keys.items()}
+
+    def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics from an adapter's file, checked; see [`AdapterLayer.from_checkpoint`]."""
+        result: dict[str, Tensor] = {}
+        for name in _STATISTICS if adapter_name in self.statistics("running_mean") else ():
+            own, loaded = self.statistics(name)[adapter_name], entries.get(f"smn_{name}")
+            if loaded is None:
+                raise KeyError(f"{prefix}smn_{name}")
+            if loaded.shape != own.shape or loaded.is_floating_point() != own.is_floating_point():
+                raise ValueError(
+                    f"{prefix}smn_{name} is {loaded.dtype} {tuple(loaded.shape)}, the base has {own.dtype} "
+                    f"{tuple(own.shape)}: load the base model that adapter_config.json names."
+                )
+            result[f"smn_{name}.{adapter_name}"] = loaded
+        return result
+
+    def __repr__(self) -> str:
+        return "smn." + super().__repr__()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for name in _STATISTICS:
+            container: Any = self.statistics(name)
+            if adapter_name in container:
+                container[adapter_name] = container[adapter_name].to(device or self._base_buffer(name).device)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is checked before an adapter touches a model, each with the fix in its message."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..storage import fingerprint, tensor_digest
+from .base_name import base_name
+from .config import MaskConfig
+from .forms import mask_layer_for
+from .kinds import is_norm
+from .layer import MaskLayer
+
+__all__ = ["base_fingerprint", "check_adapter_name", "check_base", "check_base_kind", "check_targets"]
+
+_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (version, place, digest)
+
+
+def check_adapter_name(name: str, model: nn.Module) -> None:
+    """Refuse a name that would make PEFT lose another adapter's tensors when it saves (peft#3584).
+
+    Raises:
+        ValueError: If the name is empty, has a dot, or is a part of a module's path.
+    """
+    if not name or "." in name:
+        raise ValueError(f"{name!r} cannot name an adapter: it must not be empty nor hold a dot. Choose another name.")
+    for path, _ in model.named_modules():
+        if name in path.split("."):
+            raise ValueError(
+                f"{name!r} cannot name an adapter: it is part of the module path {path!r}, and PEFT filters state dicts "
+                f"by names. Choose another name, such as {name + '_task'!r}."
+            )
+
+
+def check_base_kind(model: nn.Module) -> None:
+    """Refuse bases that cannot be masked yet.
+
+    Raises:
+        ValueError: If the model is quantised.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "Quantised base models are not supported yet: a mask needs the float weights. Load the model without "
+            "quantization_config, for example in bfloat16."
+        )
+
+
+def check_targets(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse targets that have no masked form, before anything is changed.
+
+    Args:
+        model: The base model, possibly with adapters on it.
+        names: Names of the modules that would be masked.
+
+    Raises:
+        ValueError: A norm layer, an unsupported type, tied, quantised, sharded or offloaded weights.
+    """
+    owners: dict[int, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].add(name)
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, MaskLayer):
+            continue
+        _check_type(name, module, model)
+        form = mask_layer_for(module)
+        assert form is not None
+        for slot in form(module).present_slots if not _is_offloaded(module) else ():
+            weight = module.get_parameter(slot.path)
+            _check_weight(name, weight)
+            if len(owners[id(weight)]) > 1:
+                tied = ", ".join(sorted(owners[id(weight)]))
+                raise ValueError(
+                    f"The weight of target {name!r} is tied: {tied} are one tensor. A mask on one would untie it or "
+                    "change the other in silence. Leave it out with exclude_modules, or untie the weights first."
+                )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hooks = [getattr(module, "_hf_hook", None)]
+    hooks += list(getattr(hooks[0], "hooks", ()))
+    return any(getattr(hook, "offload", False) for hook in hooks)
+
+
+def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
+    kind = type(module).__name__
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if is_norm(module):
+        raise ValueError(
+            f"Target {name!r} is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): take "
+            "it out of target_modules. For BatchNorm statistics see batch_norm='adapt'."
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"Target {name!r} is inside an nn.MultiheadAttention, which never calls it: a mask there would do nothing. "
+            f"Target the attention itself: {name.rpartition('.')[0]!r}."
+        )
+    if _is_offloaded(module):
+        raise ValueError(
+            f"The weights of target {name!r} are offloaded to CPU or disk by accelerate, which is not supported yet: "
+            "load the base without device_map, or with one that keeps it on the device."
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise ValueError(f"Target {name!r} is an Embedding with max_norm, which rewrites its weights: set it to None.")
+    if mask_layer_for(module) is None:
+        raise ValueError(
+            f"Target {name!r} is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by exact "
+            "type, Linear, Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, transformers' "
+            "Conv1D and timm's Conv2dSame and (Scaled)StdConv2d(Same): print(explain_targets(model)) lists them. A "
+            "quantised layer is not supported yet."
+        )
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if hasattr(weight, "ds_id") or type(weight).__name__ == "DTensor":
+        raise ValueError(
+            f"The weight of target {name!r} is sharded ({type(weight).__name__}), which is not supported yet: add the "
+            "adapter before the model is sharded, or use data parallelism."
+        )
+    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"The weight of target {name!r} is {weight.dtype}. Quantised weights are not supported yet: load the base "
+            "in float32, bfloat16 or float16."
+        )
+
+
+def _digest(weight: Tensor) -> str:
+    version = -1 if weight.is_inference() else weight._version
+    known = _digests.get(weight)
+    if known is None or known[:2] != (version, weight.data_ptr()):
+        known = (version, weight.data_ptr(), tensor_digest(weight))
+        _digests[weight] = known
+    return str(known[2])
+
+
+def base_fingerprint(layers: Iterable[MaskLayer], adapter_name: str) -> str | None:
+    """Fingerprint of the base weights that an adapter masks; None while they are merged or not loaded."""
+    weights = [
+        layer.base_tensor(slot)
+        for layer in layers
+        if adapter_name in layer.smn_info
+        for slot in layer.smn_info[adapter_name].slots
+    ]
+    if not weights or any(weight.device.type == "meta" for weight in weights):
+        return None
+    return fingerprint((_digest(weight) for weight in weights), weights[0].dtype)
+
+
+def check_base(config: MaskConfig, present: str | None, model: nn.Module) -> str | None:
+    """Refuse a base whose masked weights are not those that the adapter was learned on.
+
+    Args:
+        config: The adapter's configuration, with the fingerprint that it was saved with.
+        present: Fingerprint of the same weights of `model`.
+        model: The base model.
+
+    Returns:
+        A warning if the two cannot be compared because their dtypes differ, else None.
+
+    Raises:
+        ValueError: If they differ; names both bases and both fingerprints.
+    """
+    expected = config.base_fingerprint
+    if not config.check_base or expected is None or present is None or expected == present:
+        return None
+    names = f"made for {config.base_model_name_or_path or 'a base without a name'} ({expected}), this base is "
+    names += f"{base_name(model) or type(model).__name__} ({present})"
+    if expected.partition(":")[0] != present.partition(":")[0]:
+        return f"The adapter's base model cannot be verified in another dtype: {names}."
+    raise ValueError(
+        f"The adapter does not belong to this base model: {names}. Load the base that it names; check_base=False "
+        "in the config overrides the check."
+    )

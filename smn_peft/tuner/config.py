@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MaskConfig`: everything that can be said about a mask adapter, each option with its help text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from typing_extensions import Self
+
+from ..functional.masking import MASK_TYPES, MaskSpec
+from ..storage import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, atomic_write, check_adapter_file, check_format_version
+from ._compat import SMN
+
+__all__ = ["MaskConfig"]
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class MaskConfig(PeftConfig):
+    """Configuration of a mask adapter: which frozen weights get a learned bit, and how it is learned.
+
+    The defaults are the paper's (Self-Masking Networks, GCPR 2024): one score per weight starting at 1, active where
+    the score is above 0, the masked weight divided by σ. The one exception is `batch_norm`: the paper re-estimates
+    the statistics, the default keeps the base's.
+    """
+
+    target_modules: list[str] | str | None = _option(
+        None,
+        "Modules to mask: list of names, regex, 'all-linear', 'all-conv', or None for the architecture's default.",
+    )
+    exclude_modules: list[str] | str | None = _option(None, "Modules never to mask: list of names or regex.")
+    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to mask; None masks all.")
+    layers_pattern: list[str] | str | None = _option(None, "Name of the list that `layers_to_transform` indexes.")
+    target_parameters: list[str] | None = _option(None, "Not supported for masks; present because PEFT reads it.")
+    modules_to_save: list[str] | None = _option(None, "Modules trained and saved in full, such as the new head.")
+    init_weights: bool = _option(True, "False starts from a random mask of half density (for tests).")
+    mask_type: Literal["threshold", "topk"] = _option("threshold", "How scores become a mask.")
+    threshold: float = _option(0.0, "Threshold μ: a weight is active where its score is above it.")
+    init_score: float | Literal["kaiming_uniform"] = _option(
+        1.0, "Initial score of every weight, or 'kaiming_uniform' (topk, Ramanujan et al. 2020)."
+    )
+    density: float | None = _option(None, "Fraction of weights that stay active (mask_type='topk').")
+    density_schedule: Literal["linear"] | None = _option(
+        None, "'linear': go from density 1 to `density` as `update_density(progress)` says (mask_type='topk')."
+    )
+    rank_by: Literal["score", "absolute"] = _option(
+        "score", "Rank by the score, or by its absolute value (mask_type='topk')."
+    )
+    scale: bool = _option(True, "Divide the masked weight by σ = sqrt(density), one σ per tensor.")
+    scale_gradient: bool = _option(True, "Let the gradient flow through σ.")
+    mask_bias: bool = _option(False, "Mask the biases of the target modules too.")
+    trainable_fraction: float = _option(1.0, "Fraction of each tensor's weights that take part; the rest stays on.")
+    select: Literal["random", "magnitude"] = _option(
+        "random", "How `trainable_fraction` selects: at random (`seed`) or the largest |θ| of each tensor."
+    )
+    seed: int = _option(0, "Seed of everything random in the adapter: selection and random initial scores.")
+    batch_norm: Literal["frozen", "adapt"] = _option(
+        "frozen",
+        "'frozen': the base's statistics, held while training. 'adapt': running statistics per adapter, saved with it.",
+    )
+    save_scores: bool = _option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
+    codec: str = _option("bits", "How masks are stored: 'bits' is one bit per weight.")
+    check_base: bool = _option(True, "Refuse a base model whose masked weights are not those the mask was learned on.")
+    format_version: int = _option(FORMAT_VERSION, "Version of the adapter format.")
+    base_fingerprint: str | None = _option(None, "Fingerprint of the masked base weights; filled in on saving.")
+
+    def __post_init__(self) -> None:
+        """Check the options against each other, before a model is touched."""
+        super().__post_init__()
+        self.peft_type = SMN
+        check_format_version(self.format_version)
+        for name, allowed in (
+            ("mask_type", tuple(MASK_TYPES)),
+            ("density_schedule", (None, "linear")),
+            ("rank_by", ("score", "absolute")),
+            ("select", ("random", "magnitude")),
+            ("batch_norm", ("frozen", "adapt")),
+            ("codec", ("bits",)),
+        ):
+            if getattr(self, name) not in allowed:
+                choices = ", ".join(repr(choice) for choice in allowed)
+                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check_layers()
+        self._check_numbers()
+
+    def _check_layers(self) -> None:
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern has no effect without layers_to_transform: pass the indices too.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform works with a list of target_modules only, not with "
+                f"target_modules={self.target_modules!r}: pass the list, or put the indices into the regex."
+            )
+        if self.target_parameters:
+            raise ValueError("target_parameters is not supported for masks: name the modules in target_modules.")
+
+    def _check_numbers(self) -> None:
+        if isinstance(self.init_score, str):
+            if self.init_score != "kaiming_uniform":
+                raise ValueError(f"init_score must be a number or 'kaiming_uniform'; got {self.init_score!r}.")
+        elif self.mask_type == "threshold" and self.init_score == self.threshold:
+            raise ValueError(
+                f"init_score equals threshold ({self.threshold}): every weight would start switched off, a tie is off."
+            )
+        if not 0.0 < self.trainable_fraction <= 1.0:
+            raise ValueError(f"trainable_fraction must lie in (0, 1]; got {self.trainable_fraction}.")
+        if self.mask_type == "topk":
+            if self.density is None or not 0.0 < self.density <= 1.0:
+                raise ValueError(f"mask_type='topk' needs density in (0, 1]; got {self.density}.")
+        elif self.density is not None or self.density_schedule is not None:
+            raise ValueError("density and density_schedule belong to mask_type='topk'; 'threshold' finds its density.")
+
+    def mask_spec(self) -> MaskSpec:
+        """The part of the configuration that the maths needs, at the start of training."""
+        start = 1.0 if self.density_schedule else (self.density if self.density is not None else 1.0)
+        return MaskSpec(
+            mask_type=self.mask_type,
+            threshold=self.threshold,
+            density=start,
+            absolute=self.rank_by == "absolute",
+            scale=self.scale,
+            scale_gradient=self.scale_gradient,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Self:
+        """As PEFT's; in a local folder the adapter's file is checked first, before any model is touched."""
+        path = os.path.join(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
+        if os.path.exists(path):
+            check_adapter_file(path)
+        config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as JSON-compatible values; sets become sorted lists, so that files are reproducible."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; the old file stays whole until the new one is.
+
+        Args:
+            save_directory: Folder, created if it does not exist.
+            kwargs: `auto_mapping_dict`, as PEFT passes it.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; save_pretrained writes into a folder.")
+        os.makedirs(save_directory, exist_ok=True)
+        values = self.to_dict()
+        mapping: Mapping[str, Any] | None = kwargs.pop("auto_mapping_dict", None)
+        if mapping is not None:
+            values["auto_mapping"] = dict(mapping)
+        with atomic_write(os.path.join(save_directory, CONFIG_NAME)) as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True).encode())

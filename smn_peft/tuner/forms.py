@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer types that can be masked: Linear, convolutions, Embedding, transformers' Conv1D, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional.ops import ConvGeometry, masked_conv, masked_linear
+from .adapters import Slot
+from .kinds import kind_of
+from .layer import MaskLayer
+
+__all__ = ["Conv", "Conv1D", "Embedding", "Linear", "MultiheadAttention", "Substituted", "mask_layer_for"]
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Cast as autocast would, before a fused node hides the operation from it."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
+
+
+class Linear(MaskLayer):
+    """`nn.Linear` with a masked weight, and bias by option."""
+
+    def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """(…, in_features) -> (…, out_features)."""
+        slot, *biases = self.present_slots
+        bias = self.effective(biases[0], names) if biases else None
+        if (name := self.alone(slot, names)) is None:
+            return F.linear(x, self.effective(slot, names), bias)
+        x, bias = _autocast(x, bias)  # type: ignore[assignment]
+        spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+        return masked_linear(x, self.base_tensor(slot), self.scores(slot)[name], bias, spec, trainable)
+
+
+class Conv(MaskLayer):
+    """`nn.Conv1d/2d/3d` and their transposed forms, grouped or not, with any padding mode."""
+
+    def masked_forward(self, names: Sequence[str], x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(batch, in_channels, …) -> (batch, out_channels, …), or without the batch dimension."""
+        base: Any = self.get_base_layer()
+        dims = len(base.kernel_size)
+        batched = x.dim() == dims + 2
+        x, geometry = self._geometry(base, x if batched else x.unsqueeze(0), output_size, dims)
+        slot, *biases = self.present_slots
+        bias = self.effective(biases[0], names) if biases else None
+        if (name := self.alone(slot, names)) is None:
+            result = torch.convolution(x, self.effective(slot, names), bias, *geometry)
+        else:
+            x, bias = _autocast(x, bias)  # type: ignore[assignment]
+            spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+            scores = self.scores(slot)[name]
+            result = masked_conv(x, self.base_tensor(slot), scores, bias, geometry, spec, trainable)
+        return result if batched else result.squeeze(0)
+
+    @staticmethod
+    def _geometry(base: Any, x: Tensor, output_size: list[int] | None, dims: int) -> tuple[Tensor, ConvGeometry]:
+        if base.transposed:
+            output_padding = base._output_padding(
+                x, output_size, base.stride, base.padding, base.kernel_size, dims, base.dilation
+            )
+            return x, ConvGeometry(base.stride, base.padding, base.dilation, True, output_padding, base.groups)
+        padding = base.padding
+        if base.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+            x = F.pad(x, base._reversed_padding_repeated_twice, mode=mode)
+            padding = [0] * dims
+        return x, ConvGeometry(base.stride, padding, base.dilation, False, [0] * dims, base.groups)
+
+
+class Embedding(MaskLayer):
+    """`nn.Embedding` with a masked table; σ is that of the whole table."""
+
+    slots = (Slot("", "weight"),)
+
+    def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """(…) of indices -> (…, embedding_dim)."""
+        base: Any = self.get_base_layer()
+        weight = self.effective(self.present_slots[0], names)
+        return F.embedding(x, weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse)
+
+
+class Conv1D(MaskLayer):
+    """transformers' `Conv1D`, a Linear whose weight is (in_features, out_features)."""
+
+    def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """(…, in_features) -> (…, out_features)."""
+        slot, *biases = self.present_slots
+        weight = self.effective(slot, names)
+        bias = self.effective(biases[0], names) if biases else None
+        return F.linear(x, weight.t(), bias)
+
+
+class Substituted(MaskLayer):
+    """A layer with a forward of its own, run with the effective tensors in the place of the frozen ones.
+
+    For timm's convolutions that standardise their weight or pad as TensorFlow does.
+    """
+
+    def masked_forward(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Whatever the base layer's forward takes and gives."""
+        tensors = {slot.path: self.effective(slot, names) for slot in self.present_slots}
+        return torch.func.functional_call(self.get_base_layer(), tensors, (x, *args), kwargs)
+
+
+class MultiheadAttention(Substituted):
+    """`nn.MultiheadAttention`: the packed or separate input projections, and the output projection."""
+
+    slots = (
+        Slot("in_proj_", "in_proj_weight"),
+        Slot("q_proj_", "q_proj_weight"),
+        Slot("k_proj_", "k_proj_weight"),
+        Slot("v_proj_", "v_proj_weight"),
+        Slot("out_proj_", "out_proj.weight"),
+        Slot("in_proj_bias_", "in_proj_bias", is_bias=True),
+        Slot("out_proj_bias_", "out_proj.bias", is_bias=True),
+    )
+
+    # What torch's TransformerEncoderLayer, OpenCLIP and others read from an attention beside calling it.
+    _READ = frozenset(
+        ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "in_proj_weight")
+        + ("in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "out_proj", "_qkv_same_embed_dim", "merge_masks")
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        """Forward what belongs to the attention to the base layer."""
+        if name in self._READ:
+            return getattr(super().__getattr__("base_layer"), name)
+        return super().__getattr__(name)
+
+    def _mixed(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            "Mixed batches by `adapter_names` are not supported for nn.MultiheadAttention: run one batch per adapter, "
+            "or exclude the attention with exclude_modules."
+        )
+
+
+def mask_layer_for(module: nn.Module) -> type[MaskLayer] | None:
+    """The masked form of a layer, by its exact type; None if there is none.
+
+    A subclass may have a forward of its own, which a masked form would bypass: it is never matched.
+    """
+    kind = kind_of(module)
+    return None if kind is None else _FORMS[kind]
+
+
+_FORMS: dict[str, type[MaskLayer]] = {
+    "linear": Linear,
+    "conv": Conv,
+    "embedding": Embedding,
+    "conv1d_transformers": Conv1D,
+    "attention": MultiheadAttention,
+    "substituted": Substituted,
+}

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MaskLayer`: a layer with a masked frozen weight: effective weights, their cache, merging and mixed batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
+from ..functional.merging import Stash, merge_weight, unmerge_weight
+from .adapters import AdapterLayer, Slot
+
+__all__ = ["MaskLayer"]
+
+
+class _Stamp(NamedTuple):
+    """Identity, version and place of a tensor: any replacement or in-place write changes one of them."""
+
+    tensor: Tensor
+    version: int
+    place: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Stamp:
+        return cls(tensor, -1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+
+    def same(self, other: _Stamp) -> bool:
+        return self.tensor is other.tensor and self[1:] == other[1:]
+
+
+class _Cached(NamedTuple):
+    stamps: tuple[_Stamp, ...]
+    specs: tuple[MaskSpec, ...]
+    weight: Tensor
+
+    def valid(self, stamps: tuple[_Stamp, ...], specs: tuple[MaskSpec, ...]) -> bool:
+        same_tensors = len(stamps) == len(self.stamps) and all(
+            a.same(b) for a, b in zip(stamps, self.stamps, strict=True)
+        )
+        return same_tensors and specs == self.specs
+
+
+class MaskLayer(AdapterLayer):
+    """A layer whose frozen weight is masked, one bit per weight and adapter.
+
+    Several active adapters give the intersection of their masks, with the scale of the intersection. While nothing
+    can change it, the effective weight is computed once and kept; the cache knows the tensors that it was made from,
+    and their versions.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        """Wrap `base_layer`; `update_layer` adds adapters."""
+        super().__init__(base_layer)
+        self._stashes: dict[str, Stash] = {}
+        self._cache: dict[str, _Cached] = {}
+
+    # --- Effective weights -------------------------------------------------------------------------------------------
+
+    def holders(self, names: Sequence[str], slot: Slot) -> list[str]:
+        """Those of the named adapters that mask a slot of this layer."""
+        return [name for name in names if name in self.smn_info and slot in self.smn_info[name].slots]
+
+    def effective(self, slot: Slot, names: Sequence[str]) -> Tensor:
+        """Effective tensor of a slot under the named adapters: differentiable while scores train, else cached."""
+        holders, weight = self.holders(names, slot), self.base_tensor(slot)
+        if not holders:
+            return weight
+        if torch.is_grad_enabled() and (weight.requires_grad or self.trains(slot, holders)):
+            self._cache.pop(slot.name, None)
+            return self._differentiable(slot, holders)
+        if torch.compiler.is_compiling():
+            cached = self._cache.get(slot.name)
+            keep = cached is not None and not self.training and list(names) == list(self.active_adapters)
+            return cached.weight if cached is not None and keep else self._build(slot, holders)
+        sources = [self.scores(slot)[name] if name in self.scores(slot) else self.bits(slot)[name] for name in holders]
+        stamps = tuple(_Stamp.of(tensor) for tensor in (weight, *sources))
+        specs = tuple(self.smn_info[name].spec for name in holders)
+        cached = self._cache.get(slot.name)
+        if cached is None or not cached.valid(stamps, specs):
+            cached = _Cached(stamps, specs, self._build(slot, holders))
+            if list(names) == list(self.active_adapters):
+                self._cache[slot.name] = cached
+        return cached.weight
+
+    def trains(self, slot: Slot, holders: Sequence[str]) -> bool:
+        """Whether any of the adapters has scores of this slot that require a gradient."""
+        scores = self.scores(slot)
+        return any(name in scores and scores[name].requires_grad for name in holders)
+
+    def alone(self, slot: Slot, names: Sequence[str]) -> str | None:
+        """The one adapter that trains this slot, if the fused autograd nodes of `functional.ops` apply."""
+        holders = self.holders(names, slot)
+        if len(holders) != 1 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        usable = self.trains(slot, holders) and not self.base_tensor(slot).requires_grad
+        if usable:
+            self._cache.pop(slot.name, None)
+        return holders[0] if usable else None
+
+    def _merged_spec(self, holders: Sequence[str]) -> MaskSpec:
+        specs = [self.smn_info[name].spec for name in holders]
+        return replace(
+            specs[0],
+            scale=all(spec.scale for spec in specs),
+            scale_gradient=all(spec.scale_gradient for spec in specs),
+        )
+
+    def _intersection(self, slot: Slot, holders: Sequence[str]) -> Tensor:
+        mask = self.mask(holders[0], slot)
+        for name in holders[1:]:
+            mask = mask & self.mask(name, slot)
+        return mask
+
+    def _build(self, slot: Slot, holders: Sequence[str]) -> Tensor:
+        mask = self._intersection(slot, holders)
+        return effective_weight(self.base_tensor(slot), mask, self._merged_spec(holders).scale)
+
+    def _differentiable(self, slot: Slot, holders: Sequence[str]) -> Tensor:
+        weight, product = self.base_tensor(slot), None
+        for name in holders:
+            if name in self.scores(slot):
+                spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+                factor = straight_through(self.scores(slot)[name], spec, weight.dtype, trainable)
+            else:
+                factor = self.mask(name, slot).to(weight.dtype)
+            product = factor if product is None else product * factor
+        assert product is not None
+        return masked_weight(weight, product, self._merged_spec(holders))
+
+    # --- What empties the cache --------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; scores of the active adapters require gradients, bits never do."""
+        self._cache.clear()
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; nothing of the adapter stays resident."""
+        self._cache.clear()
+        super().delete_adapter(adapter_name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskLayer:
+        self._cache.clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._cache.clear()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for a copy: all but the cache."""
+        return {**self.__dict__, "_cache": {}}
+
+    # --- Merging -----------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective weights into the base layer; [`unmerge`] restores the base bit for bit.
+
+        Args:
+            safe_merge: Refuse scores or weights that are not finite, before anything is written.
+            adapter_names: Adapters to merge, the active ones if None.
+
+        Raises:
+            ValueError: With `safe_merge`, if scores or the merged weight hold NaN or infinity.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
+        if not names:
+            return
+        if safe_merge:
+            self._check_finite(names)
+        together = [*self.merged_adapters, *names]
+        self._restore()
+        for slot in self.present_slots:
+            if holders := self.holders(together, slot):
+                mask, scale = self._intersection(slot, holders), self._merged_spec(holders).scale
+                self._stashes[slot.name] = merge_weight(self.base_tensor(slot), mask, scale)
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Restore the base layer's weights, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore()
+        self.merged_adapters = []
+
+    def _restore(self) -> None:
+        self._cache.clear()
+        for slot in self.present_slots:
+            if (stash := self._stashes.pop(slot.name, None)) is not None:
+                unmerge_weight(self.base_tensor(slot), stash)
+
+    def _check_finite(self, names: Sequence[str]) -> None:
+        for slot in self.present_slots:
+            for name in self.holders(names, slot):
+                scores = self.scores(slot)[name] if name in self.scores(slot) else None
+                if scores is not None and not torch.isfinite(scores).all():
+                    raise ValueError(
+                        f"NaNs detected in the scores of adapter {name!r}: it seems to be broken. Nothing was merged; "
+                        "go back to a checkpoint and train with a lower learning rate."
+                    )
+            if not torch.isfinite(self.base_tensor(slot)).all():
+                raise ValueError(f"NaNs detected in the merged weights: the base's own {slot.path} is not finite.")
+
+    # --- Forward -----------------------------------------------------------------------------------------------------
+
+    def masked_forward(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with the effective weights of the named adapters."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to run masked.")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
+        if self._awaiting:
+            self.receive()
+        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed(adapter_names, x, *args, **kwargs)
+        names = [name for name in self.active_adapters if name in self.smn_info]
+        if self.merged or not names:
+            return self.base_layer(x, *args, **kwargs)
+        return self.masked_forward(names, x, *args, **kwargs)
+
+    def _mixed(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Samples under different adapters in one batch: each group of samples under its own effective weight."""
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call unmerge_adapter() first.")
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        result: Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+            if name in self.smn_info:
+                part = self.masked_forward([name], x[index], *args, **kwargs)
+            else:
+                part = self.base_layer(x[index], *args, **kwargs)
+            if result is None:
+                result = part.new_empty((len(x), *part.shape[1:]))
+            result[index] = part
+        return result
+
+    def __repr__(self) -> str:
+        return "smn." + super().__repr__()

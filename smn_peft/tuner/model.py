@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MaskModel`: masks injected into a model, with PEFT's life cycle and PEFT's state-dict hooks."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..functional.masking import progressive_density
+from .adapters import AdapterLayer
+from .base_name import base_name
+from .batch_norm import BatchNorm, has_statistics
+from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_targets
+from .config import MaskConfig
+from .forms import mask_layer_for
+from .layer import MaskLayer
+from .targets import resolve_targets
+
+__all__ = ["MaskModel"]
+
+_BASE_PREFIX = "base_model.model."
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
+    """Every layer that adapters live on, with its name in the (unsharded) state dict."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLayer):
+            yield name.replace("_fsdp_wrapped_module.", ""), module
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+class MaskModel(BaseTuner):
+    """Binary masks over a frozen model (Self-Masking Networks, GCPR 2024) as a PEFT method.
+
+    Made by `get_peft_model(model, MaskConfig(...))`; it has everything that PEFT's users know from LoRA.
+    """
+
+    prefix: str = "smn_"
+    tuner_layer_cls = AdapterLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # --- Injection ---------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. Everything that can be wrong is checked before the model is touched.
+
+        Raises:
+            ValueError: For a bad adapter name, a base that is not supported or not the adapter's, or a bad target.
+        """
+        config: MaskConfig = self.peft_config[adapter_name]
+        check_adapter_name(adapter_name, model)
+        check_base_kind(model)
+        if any(adapter_name in layer.smn_info for _, layer in _layers(model)):
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            self._verify(model, adapter_name, config)
+        except ValueError:
+            self._withdraw(model, adapter_name)
+            raise
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = base_name(model)
+
+    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
+        """Resolve the shorthands of `target_modules`, and check what they match."""
+        resolved = resolve_targets(model, peft_config.target_modules)
+        peft_config.target_modules = set(resolved) if isinstance(resolved, list) else resolved  # type: ignore[assignment]
+        if isinstance(resolved, str) and resolved.lower() == "all-linear":
+            return  # PEFT resolves it after this hook; what it finds is checked one by one
+        inside = tuple(f"{name}." for name, _ in _layers(model))
+        matched = [
+            name
+            for name, _ in model.named_modules()
+            if name and not name.startswith(inside) and check_target_module_exists(peft_config, name)
+        ]
+        check_targets(model, matched)
+
+    def _create_and_replace(
+        self,
+        peft_config: MaskConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, MaskLayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        check_targets(self.model, [current_key])
+        form = mask_layer_for(target)
+        assert form is not None
+        layer = form(target)
+        layer.update_layer(adapter_name, peft_config, current_key)
+        layer.train(target.training)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _verify(self, model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
+        """Add the BatchNorm policy, and refuse a base that is not the adapter's."""
+        masked = [layer for _, layer in _layers(model) if isinstance(layer, MaskLayer)]
+        if not any(layer.merged for layer in masked) and config.base_fingerprint is not None:
+            if warning := check_base(config, base_fingerprint(masked, adapter_name), model):
+                warnings.warn(warning, stacklevel=4)
+        if isinstance(model, AdapterLayer):
+            return
+        held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BatchNorm):
+                module.update_layer(adapter_name, config, name)
+            elif has_statistics(module) and name and not name.startswith(held):
+                wrapper = BatchNorm(module)
+                wrapper.train(module.training)
+                wrapper._active_adapter = self.active_adapters
+                wrapper.update_layer(adapter_name, config, name)
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, wrapper)
+        for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
+            for _, layer in _layers(encoder):
+                layer.forbid_fast_path()
+
+    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo an injection; layers that no adapter uses are unwrapped again."""
+        for name, layer in list(_layers(model)):
+            if adapter_name in layer.smn_info:
+                layer.delete_adapter(adapter_name)
+            if not layer.smn_info:
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+
+    # --- State dicts -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Bits of the adapter, packed from the scores of the passed (gathered) state dict; statistics beside them."""
+        layers = dict(_layers(model))
+        if not any(layer.merged for layer in layers.values()):
+            masked = [layer for layer in layers.values() if isinstance(layer, MaskLayer)]
+            config.base_fingerprint = base_fingerprint(masked, adapter_name) or config.base_fingerprint
+        entries: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            entries.update(layer.to_checkpoint(adapter_name, f"{name}." if name else "", state_dict))
+        return entries
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Bits from a file, checked, to where this model wants them: buffers for inference, scores for training.
+
+        Raises:
+            ValueError: If masks are missing, do not fit, or belong to no masked layer.
+        """
+        rest = dict(state_dict)
+        result: dict[str, Tensor] = {}
+        missing: list[str] = []
+        bits_only = False
+        for name, layer in _layers(model):
+            prefix = f"{name}." if name else ""
+            bare = prefix.removeprefix(_BASE_PREFIX)
+            attributes = {key for key in layer._modules if key.startswith(cls.prefix)}
+            entries = {
+                attribute: rest.pop(key)
+                for attribute in attributes
+                for key in (f"{bare}{attribute}", f"{_BASE_PREFIX}{bare}{attribute}")
+                if key in rest
+            }
+            try:
+                loaded = layer.from_checkpoint(adapter_name, prefix, entries)
+            except KeyError as error:
+                missing.append(str(error.args[0]))
+                continue
+            bits_only |= any("scores" in key for key in loaded) and not any("scores" in key for key in entries)
+            result.update({f"{prefix}{key}": value for key, value in loaded.items()})
+        strange = [key for key in rest if key.rpartition(".")[2].startswith(cls.prefix)]
+        if missing or strange:
+            raise ValueError(
+                f"The adapter's masks do not fit this model: {len(missing)} missing ({', '.join(missing[:3])} …), "
+                f"{len(strange)} that no masked layer takes ({', '.join(strange[:3])} …). If the module paths differ "
+                "between versions of transformers, pass key_mapping to from_pretrained: "
+                "smn_peft.backbones.clip_key_mapping() gives CLIP's."
+            )
+        if bits_only:
+            warnings.warn(
+                f"Adapter {adapter_name!r} was saved as bits: training goes on from its mask, with every score at the "
+                "same distance from the threshold, not from its scores. For an exact resume save with "
+                "save_scores=True, or resume from the trainer's checkpoint.",
+                stacklevel=4,
+            )
+        return {**rest, **result}
+
+    # --- What only masks have ----------------------------------------------------------------------------------------
+
+    def masks(self, adapter_name: str | None = None) -> dict[str, Tensor]:
+        """Bool masks by weight name, of one adapter (the first active one if None)."""
+        name = adapter_name or self.active_adapters[0]
+        return {
+            f"{path}.{slot.path}": layer.mask(name, slot)
+            for path, layer in _layers(self.model)
+            if name in layer.smn_info
+            for slot in layer.smn_info[name].slots
+        }
+
+    def density(self, adapter_name: str | None = None) -> float:
+        """Fraction of an adapter's weights that are active (the paper's "sparsity")."""
+        masks = self.masks(adapter_name).values()
+        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    def update_density(self, progress: float, adapter_name: str | None = None) -> None:
+        """Move a topk adapter along its `density_schedule`.
+
+        Args:
+            progress: Fraction of training done, 0 to 1.
+            adapter_name: The first active adapter if None.
+        """
+        name = adapter_name or self.active_adapters[0]
+        config: MaskConfig = self.peft_config[name]
+        if config.density_schedule is None or config.density is None:
+            raise ValueError(f"Adapter {name!r} has no density_schedule: set density_schedule='linear' in its config.")
+        density = progressive_density(progress, config.density)
+        for _, layer in _layers(self.model):
+            if isinstance(layer, MaskLayer) and name in layer.smn_info:
+                layer.update_density(name, density)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float] | None = None,
+        adapter_name: str = "combined",
+        combination_type: str = "majority",
+    ) -> None:
+        """Add an adapter whose mask combines others', for inference.
+
+        Args:
+            adapters: Names of the adapters to combine; they must mask the same modules.
+            weights: Weight of each in the vote of ``"majority"``; equal if None.
+            adapter_name: Name of the new adapter.
+            combination_type: ``"union"``, ``"intersection"`` or ``"majority"`` (active where more than half of the
+                weight says so).
+
+        Raises:
+            ValueError: For an unknown adapter or combination type, adapters of different targets, or weights that do
+                not fit.
+        """
+        from .combine import combine_adapters
+
+        combine_adapters(self, list(adapters), weights, adapter_name, combination_type)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Mixed batches: pass `adapter_names`, one per sample ("__base__" for none), to every layer."""
+        names: list[str] | None = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
+        if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        with ExitStack() as stack:
+            hook = partial(_pass_adapter_names, names=list(names))
+            for module in self.model.modules():
+                if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper)):
+                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`make help` tells the truth, and the commands that the README names are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+TARGETS = ["bench", "clean", "dist", "env", "format", "help", "lint", "quickstart", "test", "test-slow"]
+
+
+def test_help_lists_every_target(run_make):
+    listed = dict(line.split(maxsplit=1) for line in run_make("help").stdout.splitlines() if line.startswith("  "))
+    phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)
+    assert sorted(listed) == sorted(phony[1].split()) == TARGETS
+    assert all(listed.values())
+
+
+def test_help_is_the_default(run_make):
+    assert run_make().stdout == run_make("help").stdout
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_expands(run_make, target):
+    done = run_make("-n", target)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_targets_make_a_missing_environment_first(run_make, tmp_path):
+    commands = run_make("-n", "quickstart", f"VENV={tmp_path}/new", "UV=").stdout
+    steps = ["-m venv", 'pip install -e ".[dev]"', ".smn_peft-installed", "examples/quickstart.py"]
+    assert [commands.find(step) for step in steps] == sorted(commands.find(step) for step in steps)
+    assert all(step in commands for step in steps)
+
+
+def test_uv_is_used_where_it_is_there(run_make, tmp_path):
+    commands = run_make("-n", "env", f"VENV={tmp_path}/new", "UV=/opt/uv").stdout
+    assert '"/opt/uv" venv' in commands
+    assert '"/opt/uv" pip install' in commands
+
+
+def test_the_tests_run_offline_with_coverage(run_make):
+    commands = run_make("-n", "test").stdout
+    for part in ("HF_HUB_OFFLINE=1", '-m "not slow"', "--cov=smn_peft", "--cov-fail-under=90"):
+        assert part in commands
+
+
+def test_an_unknown_target_fails(run_make):
+    assert run_make("-n", "no-such-target").returncode != 0
+
+
+def test_no_package_index_is_written_down():
+    # Which index to use is the user's pip configuration.
+    assert "index-url" not in MAKEFILE
