@@ -52,7 +52,7 @@ class MaskSpec:
 
 
 def threshold_mask(scores: Tensor, threshold: float = 0.0) -> Tensor:
-    """Mask of the scores above a threshold, ``1[S > μ]`` (section 3.1); a tie is off, and so is NaN.
+    """Mask of the scores above a threshold, ``1[S > μ]`` (section 3.1); a tie is off.
 
     Args:
         scores: Scores of any shape and float dtype.
@@ -142,18 +142,20 @@ def density(mask: Tensor) -> float:
     return float(torch.count_nonzero(mask)) / max(mask.numel(), 1)
 
 
-def scale_of(active: Tensor, total: int) -> Tensor:
+def scale_of(active: Tensor, total: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Scale ``1/σ = sqrt(N / active)``; an empty mask counts as one active weight, so that nothing is NaN.
 
     Args:
         active: Number of active weights, a 0-dim tensor of any dtype.
         total: Number of weights N.
+        dtype: Dtype of the weights.
 
     Returns:
-        A 0-dim fp32 tensor (fp64 for fp64 input).
+        A 0-dim tensor, fp64 if `active` or `dtype` is, else fp32.
     """
-    dtype = active.dtype if active.dtype == torch.float64 else torch.float32
-    return torch.sqrt(total / active.clamp(min=1).to(dtype))
+    count = active.clamp(min=1).to(torch.float64 if torch.float64 in (active.dtype, dtype) else torch.float32)
+    # Not `total / count`: torch computes that as a reciprocal times the total, which is not 1 for all equal numbers.
+    return torch.sqrt(torch.full_like(count, total) / count)
 
 
 def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor:
@@ -171,7 +173,7 @@ def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor
     kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
     if not scale:
         return kept
-    return kept.mul_(scale_of(torch.count_nonzero(mask), mask.numel()))
+    return kept.mul_(scale_of(torch.count_nonzero(mask), mask.numel(), weight.dtype))
 
 
 class _StraightThrough(torch.autograd.Function):

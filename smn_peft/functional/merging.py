@@ -52,7 +52,7 @@ def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
     """
     factor = torch.ones((), device=weight.device)
     if scale:
-        factor = scale_of(torch.count_nonzero(mask), mask.numel())
+        factor = scale_of(torch.count_nonzero(mask), mask.numel(), weight.dtype)
     merged = effective_weight(weight, mask, scale)
     integer = _INTEGERS[weight.element_size()]
     lost = _divided(merged, factor).view(integer) != weight.detach().contiguous().view(integer)

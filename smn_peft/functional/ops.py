@@ -33,45 +33,63 @@ class ConvGeometry(NamedTuple):
 
 
 class _Masked(NamedTuple):
-    """Effective weight, and what its gradient needs."""
+    """A frozen weight under its mask, and what makes it the effective weight."""
 
-    weight: Tensor
+    kept: Tensor
     active: Tensor
     scale: Tensor | None
 
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The effective weight, in the memory of `kept`."""
+        return (self.kept if self.scale is None else self.kept.mul_(self.scale)).to(dtype)
 
-def _build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None, dtype: torch.dtype) -> _Masked:
+
+def _keep(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor | None:
+    """θ·1[S > μ] in one pass, where the mask is a plain threshold."""
+    if spec.mask_type != "threshold" or trainable is not None or weight.dtype != scores.dtype:
+        return None
+    return torch.ops.aten.threshold_backward(weight, scores, spec.threshold)  # type: ignore[no-any-return]
+
+
+def _build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> _Masked:
     mask = compute_mask(scores, spec, trainable)
     active = torch.count_nonzero(mask)
-    built = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-    scale = scale_of(active, mask.numel()) if spec.scale else None
-    if scale is not None:
-        built.mul_(scale)
-    return _Masked(built.to(dtype), active, scale)
+    kept = _keep(weight, scores, spec, trainable)
+    if kept is None:
+        kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    return _Masked(kept, active, scale_of(active, mask.numel(), weight.dtype) if spec.scale else None)
+
+
+def _rebuild(ctx: Any, weight: Tensor, scores: Tensor, trainable: Tensor | None) -> _Masked:
+    """The masked weight of a node in its backward; the count of active weights is remembered."""
+    kept = _keep(weight, scores, ctx.spec, trainable)
+    if kept is None:
+        return _build(weight, scores, ctx.spec, trainable)
+    return _Masked(kept, ctx.active, ctx.scale)
 
 
 def _score_gradient(
     grad: Tensor, masked: _Masked, weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None
 ) -> Tensor:
-    """dL/dS from g = dL/dθ̂, in the scores' dtype; `grad` may be overwritten."""
+    """dL/dS from g = dL/dθ̂ and the kept weight, not yet scaled, in the scores' dtype; `grad` may be overwritten."""
     grad = grad.to(scores.dtype)
-    if masked.scale is None:
-        result = grad * weight
+    scale, kept = masked.scale, masked.kept
+    if scale is None:
+        result = grad.mul_(weight)
+    elif not spec.scale_gradient:
+        result = grad.mul_(weight).mul_(scale)
     else:
-        result = _scaled_gradient(grad, masked, weight, masked.scale, spec.scale_gradient)
+        # Σ_j g_j·θ̂_j / (2·active) is the formula's (s²/2N)·Σ; an empty mask has θ̂ = 0, hence no second term.
+        if grad.is_contiguous() and kept.is_contiguous() and kept.dtype == grad.dtype:
+            total = torch.dot(grad.view(-1), kept.view(-1))
+        else:
+            total = (grad * kept).sum()
+        shift = total * scale / (2 * masked.active.clamp(min=1))
+        if grad.device.type == "cpu":  # one pass; elsewhere reading the scale would wait for the device
+            result = torch.addcmul(-shift, weight.to(grad.dtype), grad, value=scale.item())
+        else:
+            result = grad.mul_(weight).mul_(scale).sub_(shift)
     return result if trainable is None else result.mul_(trainable)
-
-
-def _scaled_gradient(grad: Tensor, masked: _Masked, weight: Tensor, scale: Tensor, scale_gradient: bool) -> Tensor:
-    if not scale_gradient:
-        return grad.mul_(weight).mul_(scale)
-    # Σ_j g_j·θ̂_j / (2·active) equals the formula's (s²/2N)·Σ; an empty mask has θ̂ = 0, hence no second term.
-    effective = masked.weight.to(grad.dtype)
-    total = torch.vdot(grad.flatten(), effective.flatten()) if grad.is_contiguous() else (grad * effective).sum()
-    shift = total / (2 * masked.active.clamp(min=1))
-    if grad.device.type == "cpu":  # one pass; elsewhere reading the scale would wait for the device
-        return torch.addcmul(-shift, weight.to(grad.dtype), grad, value=scale.item())
-    return grad.mul_(weight).mul_(scale).sub_(shift)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -85,23 +103,23 @@ class _MaskedLinear(torch.autograd.Function):
         spec: MaskSpec,
         trainable: Tensor | None,
     ) -> Tensor:
+        masked = _build(weight, scores, spec, trainable)
         ctx.save_for_backward(x, weight, scores, trainable)
-        ctx.spec = spec
-        masked = _build(weight, scores, spec, trainable, x.dtype)
-        return F.linear(x, masked.weight, bias)
+        ctx.spec, ctx.active, ctx.scale = spec, masked.active, masked.scale
+        return F.linear(x, masked.weight(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scores, trainable = ctx.saved_tensors
-        masked = _build(weight, scores, ctx.spec, trainable, x.dtype)
+        x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
+        masked = _rebuild(ctx, weight, scores, trainable)
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_scores = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (flat @ masked.weight).reshape(x.shape)
         if ctx.needs_input_grad[2]:
             grad_weight = flat.t() @ x.reshape(-1, x.shape[-1])
             grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable)
+        if ctx.needs_input_grad[0]:
+            grad_x = (flat @ masked.weight(x.dtype)).reshape(x.shape)
         if ctx.needs_input_grad[3]:
             grad_bias = flat.sum(0)
         return grad_x, None, grad_scores, grad_bias, None, None
@@ -119,23 +137,24 @@ class _MaskedConv(torch.autograd.Function):
         trainable: Tensor | None,
         geometry: ConvGeometry,
     ) -> Tensor:
+        masked = _build(weight, scores, spec, trainable)
         ctx.save_for_backward(x, weight, scores, trainable)
-        ctx.spec, ctx.geometry, ctx.bias_sizes = spec, geometry, None if bias is None else list(bias.shape)
-        masked = _build(weight, scores, spec, trainable, x.dtype)
-        return torch.convolution(x, masked.weight, bias, *geometry)
+        ctx.spec, ctx.active, ctx.scale = spec, masked.active, masked.scale
+        ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
+        return torch.convolution(x, masked.weight(x.dtype), bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scores, trainable = ctx.saved_tensors
-        masked = _build(weight, scores, ctx.spec, trainable, x.dtype)
+        x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
+        masked = _rebuild(ctx, weight, scores, trainable)
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x, masked.weight, ctx.bias_sizes, *ctx.geometry, needed
+            grad, x, masked.kept.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
         )
-        grad_scores = None
-        if needed[1]:
-            grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable)
+        if needed[0] and masked.scale is not None:
+            grad_x.mul_(masked.scale)
+        grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable) if needed[1] else None
         return grad_x, None, grad_scores, grad_bias, None, None, None
 
 

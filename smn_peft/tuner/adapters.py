@@ -18,6 +18,7 @@ from ..storage import check_packed
 from .buffers import ResidentBuffers, ScoreDict
 from .config import MaskConfig
 from .initial import initial_scores, score_dtype
+from .kinds import sizes_of
 
 __all__ = ["AdapterInfo", "AdapterLayer", "Slot"]
 
@@ -71,18 +72,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.present_slots = tuple(slot for slot in self.slots if self._parameter(slot) is not None)
+        self._containers: dict[str, tuple[ScoreDict, ResidentBuffers]] = {}
         for slot in self.present_slots:
-            setattr(self, slot.scores_name, ScoreDict())
-            setattr(self, slot.mask_name, ResidentBuffers())
+            self._containers[slot.name] = (ScoreDict(), ResidentBuffers())
+            self.add_module(slot.scores_name, self.scores(slot))
+            self.add_module(slot.mask_name, self.bits(slot))
         self.adapter_layer_names = tuple(slot.scores_name for slot in self.present_slots)
         self.other_param_names = (*(slot.mask_name for slot in self.present_slots), "smn_info")
         self.smn_info: dict[str, AdapterInfo] = {}
         self._awaiting = False
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        for attribute in ("in_features", "out_features", "in_channels", "out_channels"):
-            if hasattr(base_layer, attribute):
-                setattr(self, attribute, getattr(base_layer, attribute))
+        for attribute, size in sizes_of(base_layer).items():
+            setattr(self, attribute, size)
 
     def _parameter(self, slot: Slot) -> nn.Parameter | None:
         owner, _, attribute = slot.path.rpartition(".")
@@ -90,19 +92,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def base_tensor(self, slot: Slot) -> nn.Parameter:
         """The base's tensor of a slot."""
-        parameter = self._parameter(slot)
+        own = self.base_layer._parameters.get(slot.path)  # the common case first: this runs in every forward
+        parameter = self._parameter(slot) if own is None else own
         assert parameter is not None
         return parameter
 
     def scores(self, slot: Slot) -> ScoreDict:
         """Scores of a slot by adapter name, of the adapters that can train."""
-        container: ScoreDict = self._modules[slot.scores_name]  # type: ignore[assignment]
-        return container
+        return self._containers[slot.name][0]
 
     def bits(self, slot: Slot) -> ResidentBuffers:
         """Packed bits of a slot by adapter name, of the adapters that were loaded for inference."""
-        container: ResidentBuffers = self._modules[slot.mask_name]  # type: ignore[assignment]
-        return container
+        return self._containers[slot.name][1]
 
     # --- Masks -------------------------------------------------------------------------------------------------------
 
@@ -183,6 +184,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self._awaiting = False
         for slot in self.present_slots:
             for name, scores in self.scores(slot).items():
+                self.smn_info[name].config.being_loaded = False
                 arrived = self.bits(slot).take_arrived(name)
                 if arrived is not None and scores.device.type != "meta":
                     with torch.no_grad():

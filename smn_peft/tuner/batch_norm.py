@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,8 +21,9 @@ from ..functional.masking import MaskSpec
 from .adapters import AdapterInfo, AdapterLayer
 from .buffers import ResidentBuffers
 from .config import MaskConfig
+from .substitution import call_with
 
-__all__ = ["BatchNorm", "has_statistics"]
+__all__ = ["BatchNorm", "add_batch_norms", "has_statistics"]
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -71,8 +73,8 @@ class BatchNorm(AdapterLayer):
         trainable = [name for name in names if not self.smn_info[name].config.inference_mode]
         if self.training and len(trainable) > 1:
             raise ValueError(
-                f"The adapters {trainable} all adapt the BatchNorm statistics and cannot train together: activate one, "
-                "or use batch_norm='frozen'."
+                f"The adapters {trainable} all adapt the BatchNorm statistics and cannot train together: activate "
+                "one, or use batch_norm='frozen'."
             )
         self.get_base_layer().train(self.training and len(names) == len(trainable) == 1)
 
@@ -146,7 +148,10 @@ class BatchNorm(AdapterLayer):
         adapting = [name for name in names if name in self.statistics("running_mean")]
         if not adapting:
             return self.base_layer(x)
-        result: Tensor = torch.func.functional_call(self.get_base_layer(), self._combined(adapting), (x,))
+        base, tensors = self.get_base_layer(), self._combined(adapting)
+        for name, parameter in base.named_parameters(recurse=False):  # PEFT widens an adapter's tensors only
+            tensors[name] = parameter.to(tensors["running_mean"].dtype)
+        result: Tensor = call_with(base, tensors, x)
         return result
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
@@ -193,3 +198,18 @@ class BatchNorm(AdapterLayer):
             container: Any = self.statistics(name)
             if adapter_name in container:
                 container[adapter_name] = container[adapter_name].to(device or self._base_buffer(name).device)
+
+
+def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, active_adapters: list[str]) -> None:
+    """Put the policy of an adapter on every BatchNorm of a model, but for those in `modules_to_save`."""
+    held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BatchNorm):
+            module.update_layer(adapter_name, config, name)
+        elif has_statistics(module) and name and not name.startswith(held):
+            wrapper = BatchNorm(module)
+            wrapper.train(module.training)
+            wrapper._active_adapter = active_adapters
+            wrapper.update_layer(adapter_name, config, name)
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, wrapper)

@@ -18,6 +18,14 @@ class ScoreDict(nn.ParameterDict):
     A score that crosses its threshold in steps of 1e-4 does not move at all in bf16.
     """
 
+    def __contains__(self, key: object) -> bool:
+        """As a dict's; without the detour that `nn.ParameterDict` takes, since this runs in every forward."""
+        return key in self._parameters
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        """Scores of an adapter."""
+        return self._parameters[key]  # type: ignore[return-value]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScoreDict:
         def keep_width(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -53,7 +61,7 @@ class ResidentBuffers(BufferDict):
     def take_arrived(self, key: str) -> Tensor | None:
         """What a loader wrote to an expected buffer, or None; the place is withdrawn either way."""
         expected = self._expected.get(key)
-        if expected is None or key not in self:
+        if expected is None or not (key in self._buffers or key in self.older):
             return None
         current = self[key]
         del self[key]
@@ -68,8 +76,8 @@ class ResidentBuffers(BufferDict):
 
     def forget(self, key: str) -> None:
         """Drop every trace of an adapter."""
-        self._buffers.pop(key, None)
-        self.older.pop(key, None)
+        if key in self._buffers or key in self.older:
+            del self[key]
         self._expected.pop(key, None)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -88,6 +96,9 @@ class ResidentBuffers(BufferDict):
     def __delitem__(self, key: str) -> None:
         if self._buffers.pop(key, None) is None:
             del self.older[key]
+        elif self.older:  # the newest of the rest takes its place
+            newest = next(reversed(self.older))
+            self._buffers[newest] = self.older.pop(newest)
 
     def __len__(self) -> int:
         return len(self._buffers) + len(self.older)
@@ -97,7 +108,8 @@ class ResidentBuffers(BufferDict):
         yield from self._buffers
 
     def __contains__(self, key: object) -> bool:
-        return key in self._buffers or key in self.older
+        """Whether an adapter has its state here; a place that is only offered to a loader does not count."""
+        return self._expected.get(str(key)) is None and (key in self._buffers or key in self.older)
 
     def keys(self) -> KeysView[str]:
         """Names of all resident adapters, the newest last."""

@@ -76,6 +76,7 @@ class MaskConfig(PeftConfig):
         """Check the options against each other, before a model is touched."""
         super().__post_init__()
         self.peft_type = SMN
+        self.being_loaded = False  # from the reading of the config until the masks are in the model
         check_format_version(self.format_version)
         for name, allowed in (
             ("mask_type", tuple(MASK_TYPES)),
@@ -98,7 +99,8 @@ class MaskConfig(PeftConfig):
     def _check_layers(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: pass the indices too.")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+        regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-conv"
+        if self.layers_to_transform is not None and regex:
             raise ValueError(
                 "layers_to_transform works with a list of target_modules only, not with "
                 f"target_modules={self.target_modules!r}: pass the list, or put the indices into the regex."
@@ -143,6 +145,7 @@ class MaskConfig(PeftConfig):
         if os.path.exists(path):
             check_adapter_file(path)
         config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.being_loaded = True
         return config
 
     def to_dict(self) -> dict[str, Any]:

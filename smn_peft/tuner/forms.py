@@ -14,8 +14,9 @@ from ..functional.ops import ConvGeometry, masked_conv, masked_linear
 from .adapters import Slot
 from .kinds import kind_of
 from .layer import MaskLayer
+from .substitution import call_with
 
-__all__ = ["Conv", "Conv1D", "Embedding", "Linear", "MultiheadAttention", "Substituted", "mask_layer_for"]
+__all__ = ["Conv", "Embedding", "Linear", "LinearConv1D", "MultiheadAttention", "Substituted", "mask_layer_for"]
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -88,8 +89,11 @@ class Embedding(MaskLayer):
         return F.embedding(x, weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse)
 
 
-class Conv1D(MaskLayer):
-    """transformers' `Conv1D`, a Linear whose weight is (in_features, out_features)."""
+class LinearConv1D(MaskLayer):
+    """transformers' `Conv1D`, a Linear whose weight is (in_features, out_features).
+
+    PEFT's "all-linear" knows a wrapped linear layer by "Linear" in the name of its class.
+    """
 
     def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
@@ -108,7 +112,7 @@ class Substituted(MaskLayer):
     def masked_forward(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Whatever the base layer's forward takes and gives."""
         tensors = {slot.path: self.effective(slot, names) for slot in self.present_slots}
-        return torch.func.functional_call(self.get_base_layer(), tensors, (x, *args), kwargs)
+        return call_with(self.get_base_layer(), tensors, x, *args, **kwargs)
 
 
 class MultiheadAttention(Substituted):
@@ -156,7 +160,7 @@ _FORMS: dict[str, type[MaskLayer]] = {
     "linear": Linear,
     "conv": Conv,
     "embedding": Embedding,
-    "conv1d_transformers": Conv1D,
+    "conv1d_transformers": LinearConv1D,
     "attention": MultiheadAttention,
     "substituted": Substituted,
 }

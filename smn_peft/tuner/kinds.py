@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["CONVOLUTIONS", "MASKABLE", "is_norm", "iter_layers", "kind_of", "type_name"]
+__all__ = ["CONVOLUTIONS", "MASKABLE", "is_norm", "iter_layers", "kind_of", "sizes_of", "type_name"]
 
 # Exact types only: a subclass may have its own forward, which a masked layer would bypass in silence.
 # Types of other libraries go by qualified name, so that nothing is imported to look them up.
@@ -55,6 +55,23 @@ def type_name(module: nn.Module) -> str:
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a maskable module ("linear", "conv", …), or None where its exact type is not supported."""
     return MASKABLE.get(type(module)) or MASKABLE.get(type_name(module))
+
+
+def sizes_of(module: nn.Module) -> dict[str, int]:
+    """Sizes that PEFT and models read from a layer, wrapped or not: `in_features` and so on, by name."""
+    pairs = (
+        ("in_features", "out_features"),
+        ("in_channels", "out_channels"),
+        ("num_embeddings", "embedding_dim"),
+        ("nx", "nf"),
+        ("embed_dim", "embed_dim"),
+        ("num_features", "num_features"),
+    )
+    found = next((pair for pair in pairs if all(hasattr(module, size) for size in pair)), None)
+    if found is None:
+        return {}
+    own = {size: int(getattr(module, size)) for size in found if size.startswith(("in_", "out_"))}
+    return {"in_features": getattr(module, found[0]), "out_features": getattr(module, found[1]), **own}
 
 
 def is_norm(module: nn.Module) -> bool:

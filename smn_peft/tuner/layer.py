@@ -6,44 +6,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import Stash, merge_weight, unmerge_weight
 from .adapters import AdapterLayer, Slot
+from .cache import CachedWeight
 
 __all__ = ["MaskLayer"]
 
 
-class _Stamp(NamedTuple):
-    """Identity, version and place of a tensor: any replacement or in-place write changes one of them."""
-
-    tensor: Tensor
-    version: int
-    place: int
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Stamp:
-        return cls(tensor, -1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
-
-    def same(self, other: _Stamp) -> bool:
-        return self.tensor is other.tensor and self[1:] == other[1:]
+_optimizer_steps = [0]
 
 
-class _Cached(NamedTuple):
-    stamps: tuple[_Stamp, ...]
-    specs: tuple[MaskSpec, ...]
-    weight: Tensor
+def _count_step(*_: Any) -> None:
+    _optimizer_steps[0] += 1
 
-    def valid(self, stamps: tuple[_Stamp, ...], specs: tuple[MaskSpec, ...]) -> bool:
-        same_tensors = len(stamps) == len(self.stamps) and all(
-            a.same(b) for a, b in zip(stamps, self.stamps, strict=True)
-        )
-        return same_tensors and specs == self.specs
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class MaskLayer(AdapterLayer):
@@ -58,7 +43,7 @@ class MaskLayer(AdapterLayer):
         """Wrap `base_layer`; `update_layer` adds adapters."""
         super().__init__(base_layer)
         self._stashes: dict[str, Stash] = {}
-        self._cache: dict[str, _Cached] = {}
+        self._cache: dict[str, CachedWeight] = {}
 
     # --- Effective weights -------------------------------------------------------------------------------------------
 
@@ -74,17 +59,17 @@ class MaskLayer(AdapterLayer):
         if torch.is_grad_enabled() and (weight.requires_grad or self.trains(slot, holders)):
             self._cache.pop(slot.name, None)
             return self._differentiable(slot, holders)
-        if torch.compiler.is_compiling():
-            cached = self._cache.get(slot.name)
-            keep = cached is not None and not self.training and list(names) == list(self.active_adapters)
-            return cached.weight if cached is not None and keep else self._build(slot, holders)
-        sources = [self.scores(slot)[name] if name in self.scores(slot) else self.bits(slot)[name] for name in holders]
-        stamps = tuple(_Stamp.of(tensor) for tensor in (weight, *sources))
-        specs = tuple(self.smn_info[name].spec for name in holders)
         cached = self._cache.get(slot.name)
-        if cached is None or not cached.valid(stamps, specs):
-            cached = _Cached(stamps, specs, self._build(slot, holders))
-            if list(names) == list(self.active_adapters):
+        if torch.compiler.is_compiling():
+            # A graph cannot see a tensor's version: it may keep only what no optimizer moves.
+            keep = not self.training and names == self.active_adapters and not self.trains(slot, holders)
+            return cached.weight if cached is not None and keep else self._build(slot, holders)
+        scores, bits = self.scores(slot), self.bits(slot)
+        sources = [weight, *(scores[name] if name in scores else bits[name] for name in holders)]
+        specs = [self.smn_info[name].spec for name in holders]
+        if cached is None or not cached.fresh(sources, specs):
+            cached = CachedWeight(self._build(slot, holders), sources, specs)
+            if names == self.active_adapters:
                 self._cache[slot.name] = cached
         return cached.weight
 
@@ -95,8 +80,10 @@ class MaskLayer(AdapterLayer):
 
     def alone(self, slot: Slot, names: Sequence[str]) -> str | None:
         """The one adapter that trains this slot, if the fused autograd nodes of `functional.ops` apply."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
         holders = self.holders(names, slot)
-        if len(holders) != 1 or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if len(holders) != 1:
             return None
         usable = self.trains(slot, holders) and not self.base_tensor(slot).requires_grad
         if usable:
@@ -139,6 +126,11 @@ class MaskLayer(AdapterLayer):
         """As PEFT's; scores of the active adapters require gradients, bits never do."""
         self._cache.clear()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def set_mask(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
+        """Replace the mask of an adapter; see [`AdapterLayer.set_mask`]."""
+        self._cache.clear()
+        super().set_mask(adapter_name, slot, mask)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; nothing of the adapter stays resident."""
@@ -203,8 +195,8 @@ class MaskLayer(AdapterLayer):
                 scores = self.scores(slot)[name] if name in self.scores(slot) else None
                 if scores is not None and not torch.isfinite(scores).all():
                     raise ValueError(
-                        f"NaNs detected in the scores of adapter {name!r}: it seems to be broken. Nothing was merged; "
-                        "go back to a checkpoint and train with a lower learning rate."
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its scores are "
+                        "not finite. Nothing was merged; go back to a checkpoint and lower the learning rate."
                     )
             if not torch.isfinite(self.base_tensor(slot)).all():
                 raise ValueError(f"NaNs detected in the merged weights: the base's own {slot.path} is not finite.")
@@ -219,8 +211,8 @@ class MaskLayer(AdapterLayer):
         """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
         if self._awaiting:
             self.receive()
-        adapter_names: list[str] | None = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
+        adapter_names: list[str] | None = kwargs.pop("adapter_names", None) if kwargs else None
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
@@ -234,7 +226,9 @@ class MaskLayer(AdapterLayer):
     def _mixed(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Samples under different adapters in one batch: each group of samples under its own effective weight."""
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters: call unmerge_adapter() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if len(adapter_names) != len(x):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

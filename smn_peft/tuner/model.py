@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -18,11 +16,12 @@ from torch import Tensor, nn
 from ..functional.masking import progressive_density
 from .adapters import AdapterLayer
 from .base_name import base_name
-from .batch_norm import BatchNorm, has_statistics
+from .batch_norm import add_batch_norms
 from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_targets
 from .config import MaskConfig
 from .forms import mask_layer_for
 from .layer import MaskLayer
+from .rollback import discard, whole_or_nothing
 from .targets import resolve_targets
 
 __all__ = ["MaskModel"]
@@ -49,7 +48,7 @@ class MaskModel(BaseTuner):
 
     prefix: str = "smn_"
     tuner_layer_cls = AdapterLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     # --- Injection ---------------------------------------------------------------------------------------------------
 
@@ -64,12 +63,9 @@ class MaskModel(BaseTuner):
         check_base_kind(model)
         if any(adapter_name in layer.smn_info for _, layer in _layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        try:
+        with whole_or_nothing(model, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._verify(model, adapter_name, config)
-        except ValueError:
-            self._withdraw(model, adapter_name)
-            raise
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)
 
@@ -78,7 +74,15 @@ class MaskModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
         """Resolve the shorthands of `target_modules`, and check what they match."""
-        resolved = resolve_targets(model, peft_config.target_modules)
+        targets = peft_config.target_modules
+        resolved = resolve_targets(
+            model,
+            targets,
+            layers_to_transform=peft_config.layers_to_transform,
+            layers_pattern=peft_config.layers_pattern,
+        )
+        if resolved is not targets:  # the layers are in the names now; PEFT would look for them in a regex in vain
+            peft_config.layers_to_transform = peft_config.layers_pattern = None
         peft_config.target_modules = set(resolved) if isinstance(resolved, list) else resolved  # type: ignore[assignment]
         if isinstance(resolved, str) and resolved.lower() == "all-linear":
             return  # PEFT resolves it after this hook; what it finds is checked one by one
@@ -111,37 +115,20 @@ class MaskModel(BaseTuner):
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Wrap a layer, or unwrap it: the tensors are the same ones, so there is nothing to move or to copy."""
+        setattr(parent, child_name, new_module)
+
     def _verify(self, model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         """Add the BatchNorm policy, and refuse a base that is not the adapter's."""
         masked = [layer for _, layer in _layers(model) if isinstance(layer, MaskLayer)]
         if not any(layer.merged for layer in masked) and config.base_fingerprint is not None:
             if warning := check_base(config, base_fingerprint(masked, adapter_name), model):
                 warnings.warn(warning, stacklevel=4)
-        if isinstance(model, AdapterLayer):
-            return
-        held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BatchNorm):
-                module.update_layer(adapter_name, config, name)
-            elif has_statistics(module) and name and not name.startswith(held):
-                wrapper = BatchNorm(module)
-                wrapper.train(module.training)
-                wrapper._active_adapter = self.active_adapters
-                wrapper.update_layer(adapter_name, config, name)
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, wrapper)
+        add_batch_norms(model, adapter_name, config, self.active_adapters)
         for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
             for _, layer in _layers(encoder):
                 layer.forbid_fast_path()
-
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        """Undo an injection; layers that no adapter uses are unwrapped again."""
-        for name, layer in list(_layers(model)):
-            if adapter_name in layer.smn_info:
-                layer.delete_adapter(adapter_name)
-            if not layer.smn_info:
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
 
     # --- State dicts -------------------------------------------------------------------------------------------------
 
@@ -171,8 +158,20 @@ class MaskModel(BaseTuner):
         """Bits from a file, checked, to where this model wants them: buffers for inference, scores for training.
 
         Raises:
-            ValueError: If masks are missing, do not fit, or belong to no masked layer.
+            ValueError: If masks are missing, do not fit, or belong to no masked layer. An adapter that was being
+                loaded is then taken off the model again.
         """
+        try:
+            entries = cls._entries_for(model, adapter_name, state_dict)
+        except Exception:
+            if config.being_loaded:
+                discard(model, adapter_name)
+            raise
+        config.being_loaded = False
+        return entries
+
+    @classmethod
+    def _entries_for(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         rest = dict(state_dict)
         result: dict[str, Tensor] = {}
         missing: list[str] = []
@@ -207,7 +206,7 @@ class MaskModel(BaseTuner):
                 f"Adapter {adapter_name!r} was saved as bits: training goes on from its mask, with every score at the "
                 "same distance from the threshold, not from its scores. For an exact resume save with "
                 "save_scores=True, or resume from the trainer's checkpoint.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return {**rest, **result}
 
@@ -276,7 +275,9 @@ class MaskModel(BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode: call model.eval() first."
+            )
         if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         with ExitStack() as stack:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run recipes on a real backbone and print the table: k-NN, linear probe, then each recipe's best over three seeds.
+
+Used by `real_vit.py` and `real_resnet.py`; not an example by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from cifar import Task, load_task
+from common import knn_accuracy, linear_probe, print_table
+from torch import Tensor, nn
+from transfer import Classifier, Recipe, accuracy, features, train
+
+from smn_peft.storage import AdapterSizes, adapter_sizes
+
+__all__ = ["main"]
+
+COLUMNS = ("method", "lr", "test accuracy %", "density", "bytes", "mask / head / statistics")
+
+
+def probe(task: Task, backbone: nn.Module, split: str) -> tuple[float, Tensor, Tensor]:
+    """Linear probe on standardised features, its decay chosen on the validation images: accuracy, weight, bias."""
+    parts = {name: features(backbone, task, getattr(task, name)) for name in ("train", "validation", split)}
+    mean, std = parts["train"].mean(0), parts["train"].std(0) + 1e-6
+    inputs = {name: ((part - mean) / std).cpu() for name, part in parts.items()}
+    labels = {name: getattr(task, name).labels.cpu() for name in parts}
+
+    def fit(decay: float, on: str) -> tuple[float, Tensor, Tensor]:
+        return linear_probe(inputs["train"], labels["train"], inputs[on], labels[on], decay)
+
+    return fit(max((30, 100, 300, 1000), key=lambda decay: fit(decay, "validation")[0]), split)
+
+
+def run(start: Callable[[int], Classifier], task: Task, recipe: Recipe, lr: float, seed: int, targets: str) -> dict:
+    """One run: validation and test accuracy, density and sizes."""
+    began, model = time.perf_counter(), start(seed)
+    if not recipe.probe_head:
+        model.head.reset_parameters()
+    adapted, loss = train(model, task, recipe, lr, seed, targets, f"{recipe.label}, lr {lr:g}, seed {seed}")
+    row = {"recipe": recipe.label, "lr": lr, "seed": seed, "loss": loss}
+    row |= {name: accuracy(adapted, task, getattr(task, name)) for name in ("validation", "test")}
+    if recipe.mask:
+        with tempfile.TemporaryDirectory() as folder:
+            adapted.save_pretrained(folder)
+            sizes: AdapterSizes = adapter_sizes(folder)
+        row |= {"density": adapted.density(), "bytes": sizes.total, "mask_bytes": sizes.mask}
+        row |= {"head_bytes": sizes.head, "statistics_bytes": sizes.statistics}
+    else:
+        row["bytes"] = sum(t.numel() * t.element_size() for t in adapted.state_dict().values())
+    row["seconds"] = time.perf_counter() - began
+    print(
+        ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+    )
+    return row
+
+
+def table(rows: list[dict]) -> list[dict]:
+    """Best learning rate of each recipe on validation, its test accuracy over the seeds that were run there."""
+    result = []
+    for label in dict.fromkeys(row["recipe"] for row in rows):
+        mine = [row for row in rows if row["recipe"] == label]
+        best = max((row for row in mine if row["seed"] == 0), key=lambda row: row["validation"])["lr"]
+        scores = [100 * row["test"] for row in mine if row["lr"] == best]
+        last = next(row for row in mine if row["lr"] == best)
+        spread = f" ± {statistics.stdev(scores):.1f} ({len(scores)} seeds)" if len(scores) > 1 else ""
+        cells = {"method": label, "lr": f"{best:g}", "test accuracy %": f"{statistics.mean(scores):.1f}{spread}"}
+        density = statistics.mean(row["density"] for row in mine if row["lr"] == best) if "density" in last else None
+        cells["density"] = "" if density is None else f"{density:.4f}"
+        cells["bytes"] = f"{last['bytes']:,}"
+        if density is not None:
+            parts = (last["mask_bytes"], last["head_bytes"], last["statistics_bytes"])
+            cells["mask / head / statistics"] = " / ".join(f"{part:,}" for part in parts)
+        result.append(cells)
+    return result
+
+
+def main(
+    build: Callable[[], nn.Module],
+    recipes: list[Recipe],
+    effects: list[Recipe],
+    size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    targets: str,
+) -> None:
+    """Parse the command line, run, print, and write a record if asked."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--effects", action="store_true", help="instead: the last recipe with one change at a time")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds at the best learning rate")
+    parser.add_argument("--json", type=Path, help="file for the record of all runs")
+    parser.add_argument("--smoke", action="store_true", help="a minute's run on 192 images, for tests")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="Could not find a config file")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    task = load_task(size, mean, std, (192, 64, 64) if options.smoke else (2000, 1000, 4000), device)
+    frozen = build().to(device)
+    seen = [(features(frozen, task, split).cpu(), split.labels.cpu()) for split in (task.train, task.test)]
+    knn = knn_accuracy(*seen[0], *seen[1])
+    linear, weight, bias = probe(task, frozen, "test")
+
+    def start(seed: int) -> Classifier:
+        torch.manual_seed(seed)
+        model = Classifier(build().to(device), seen[0][0].mean(0), seen[0][0].std(0) + 1e-6, classes=10).to(device)
+        model.head.load_state_dict({"weight": weight, "bias": bias})
+        return model
+
+    rows = []
+    for recipe in effects if options.effects else recipes:
+        if options.smoke:
+            recipe = replace(recipe, lrs=recipe.lrs[:1], epochs=1)
+        mine = [run(start, task, recipe, lr, 0, targets) for lr in recipe.lrs]
+        best = max(mine, key=lambda row: row["validation"])["lr"]
+        mine += [
+            run(start, task, recipe, best, seed, targets) for seed in range(1, 1 if options.smoke else options.seeds)
+        ]
+        rows += mine
+    baselines = {"frozen, k-NN": knn, "frozen, linear probe": linear}
+    cells = [{"method": name, "test accuracy %": f"{100 * value:.1f}"} for name, value in baselines.items()]
+    print_table([{column: row.get(column, "") for column in COLUMNS} for row in cells + table(rows)])
+    if options.json:
+        options.json.write_text(json.dumps({"knn": knn, "probe": linear, "device": device, "runs": rows}, indent=1))

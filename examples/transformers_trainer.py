@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask a transformers ResNet with transformers' own `Trainer`: resume from half-way, export one bit per weight.
+
+The `Trainer` is used as it is. Two things are handed to it: an optimizer with two parameter groups, since scores want
+a much larger learning rate than a head, and `ExactResumeCallback`, since a checkpoint has to hold scores, not bits.
+The task is the quickstart's; no number of the paper is reproduced.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from common import digits, param_groups
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    EvalPrediction,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from smn_peft import MaskConfig
+from smn_peft.training import ExactResumeCallback
+
+EPOCHS, BATCH = 12, 32
+
+
+def collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch as transformers models take it."""
+    images, labels = zip(*samples, strict=True)
+    return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Fraction of images whose largest logit is right."""
+    return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
+
+
+def trainer(model: nn.Module, folder: Path, data: tuple[Dataset, Dataset], lr: float, callbacks: list) -> Trainer:
+    """A Trainer with SGD, `lr` for scores (or weights) and 0.1 for the head, both following a cosine."""
+    steps = EPOCHS * (len(data[0]) // BATCH)
+    optimizer = torch.optim.SGD(param_groups(model, lr, 0.1, head="classifier"), momentum=0.9)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps,
+        save_steps=steps // 2,
+        logging_steps=steps // 4,
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=100,
+        dataloader_drop_last=True,
+        max_grad_norm=0.0,  # no clipping, which by default acts on the norm of both groups together
+        remove_unused_columns=False,  # PEFT's forward takes **kwargs, which would look like "no column is used"
+        label_names=["labels"],
+        report_to="none",
+        use_cpu=True,
+    )
+    return Trainer(
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        compute_metrics=accuracy,
+        callbacks=callbacks,
+        optimizers=(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)),
+    )
+
+
+def masked(base: Path) -> PeftModel:
+    """The base with a new head and a mask that trains."""
+    set_seed(0)
+    model = ResNetForImageClassification.from_pretrained(base)
+    model.classifier[-1].reset_parameters()
+    return get_peft_model(model, MaskConfig(modules_to_save=["classifier"], batch_norm="adapt"))
+
+
+def main(folder: Path) -> None:
+    """Pretrain on the digits 0–4, then mask for 5–9 twice: in one go, and resumed from half-way."""
+    set_seed(0)
+    torch.set_num_threads(1)
+    shape = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    config = ResNetConfig(num_channels=1, num_labels=5, **shape)
+    first = trainer(ResNetForImageClassification(config), folder / "base", digits(range(5)), lr=0.05, callbacks=[])
+    first.train()
+    first.save_model()
+
+    data, exported = digits(range(5, 10)), folder / "adapter"
+    whole = trainer(masked(folder / "base"), folder / "run", data, 20.0, [ExactResumeCallback()])
+    whole.train()
+    whole.save_model(str(exported))
+    print(f"test accuracy on 5–9: {whole.evaluate()['eval_accuracy']:.3f}, density {whole.model.density():.3f}")
+
+    half = folder / "run" / f"checkpoint-{whole.state.max_steps // 2}"
+    resumed = trainer(masked(folder / "base"), folder / "resumed", data, 20.0, [ExactResumeCallback()])
+    resumed.train(resume_from_checkpoint=str(half))
+    resumed.save_model(str(folder / "adapter-resumed"))
+    files = [path / "adapter_model.safetensors" for path in (exported, folder / "adapter-resumed")]
+    print(f"resumed from half-way, exported file identical: {files[0].read_bytes() == files[1].read_bytes()}")
+
+    loaded = PeftModel.from_pretrained(ResNetForImageClassification.from_pretrained(folder / "base"), exported).eval()
+    images = data[1].tensors[0]
+    with torch.no_grad():
+        same = torch.equal(loaded(images).logits, whole.model.eval()(images).logits)
+    print(f"loaded from {files[0].stat().st_size} bytes, logits identical: {same}")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        main(Path(temporary))

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrained vision models by name, each with its own image transform and pooled features."""
+
+from __future__ import annotations
+
+from ..tuner.base_name import base_name
+from .backbone import Backbone, pooled_features
+from .load import load_backbone
+
+__all__ = ["Backbone", "base_name", "load_backbone", "pooled_features"]

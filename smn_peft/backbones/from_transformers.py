@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vision models of transformers, of two-tower models the vision tower, with their own image processor."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .settings import ImageSettings, check_loading
+
+__all__ = ["load"]
+
+_INTERPOLATE = "interpolate_pos_encoding"
+
+
+def load(
+    source: str,
+    config: Any,
+    *,
+    pretrained: bool,
+    revision: str | None,
+    projection: bool,
+    image_size: int | None,
+    dtype: torch.dtype,
+    **kwargs: Any,
+) -> tuple[Any, ImageSettings]:
+    """Load the model that extracts features.
+
+    Args:
+        source: Hub id, or folder.
+        config: The checkpoint's config.
+        pretrained: Whether to load the weights.
+        revision: Git revision on the Hub.
+        projection: Take the class with CLIP's projection.
+        image_size: Side of the input, None for the model's own.
+        dtype: Type of the weights.
+        kwargs: Arguments of `from_pretrained`.
+    """
+    vision_config = _vision_config(config)
+    model_class = _model_class(vision_config, source, projection)
+    options = _without_dense_pooler(model_class, vision_config)
+    if pretrained:
+        model, info = model_class.from_pretrained(
+            source,
+            config=vision_config,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **kwargs,
+        )
+        check_loading(info, source)
+    else:
+        model = model_class(vision_config, **options).to(dtype)
+    settings = _settings(source, config, vision_config, revision, image_size)
+    if settings.image_size != getattr(vision_config, "image_size", settings.image_size):
+        _interpolate_positions(model)
+    return model, settings
+
+
+def _vision_config(config: Any) -> Any:
+    vision_config = getattr(config, "vision_config", None) or config
+    if vision_config is not config and hasattr(config, "projection_dim"):
+        vision_config.projection_dim = config.projection_dim
+    if hasattr(vision_config, "mask_ratio"):
+        vision_config.mask_ratio = 0.0  # MAE hides patches in eval mode too
+    return vision_config
+
+
+def _model_class(vision_config: Any, source: str, projection: bool) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    try:
+        model_class: Any = MODEL_MAPPING[type(vision_config)]
+    except KeyError:
+        model_class = None
+    if isinstance(model_class, (list, tuple)):
+        model_class = model_class[0]
+    if getattr(model_class, "main_input_name", None) != "pixel_values":
+        raise ValueError(
+            f"{source} ({vision_config.model_type}) is not a vision model: load_backbone needs one that takes "
+            "pixel_values."
+        )
+    if not projection:
+        return model_class
+    projected = getattr(transformers, f"{model_class.__name__}WithProjection", None)
+    if projected is None:
+        raise ValueError(f"{model_class.__name__} has no form with a projection: leave out projection=True.")
+    return projected
+
+
+def _without_dense_pooler(model_class: Any, vision_config: Any) -> dict[str, Any]:
+    """Leave out a pooler with weights: checkpoints of ViT and DeiT classifiers have none for it."""
+    if "add_pooling_layer" not in inspect.signature(model_class.__init__).parameters:
+        return {}
+    with torch.device("meta"):
+        pooler = model_class(vision_config).pooler
+    return {"add_pooling_layer": False} if hasattr(pooler, "dense") else {}
+
+
+def _settings(
+    source: str, config: Any, vision_config: Any, revision: str | None, image_size: int | None
+) -> ImageSettings:
+    processor: Any = _processor(source, revision)
+    overrides: dict[str, Any] = {}
+    if processor is None:
+        processor = _default_processor(config, source)
+        image_size = image_size or getattr(vision_config, "image_size", None)
+    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    own: Any = crop.get("height") if getattr(processor, "do_center_crop", False) else None
+    own = own or size.get("height") or size.get("shortest_edge")
+    if image_size is not None and image_size != own:
+        overrides["size"] = {key: round(value * image_size / own) for key, value in size.items()}
+        if crop:
+            overrides["crop_size"] = {key: image_size for key in crop}
+    return ImageSettings(
+        _Processed(processor, overrides), image_size or own, tuple(processor.image_mean), tuple(processor.image_std)
+    )
+
+
+def _processor(source: str, revision: str | None) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(source, revision=revision)
+    except OSError:
+        return None
+
+
+def _default_processor(config: Any, source: str) -> Any:
+    """The processor of the architecture, for a checkpoint that does not say which it used."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    for model_type in (config.model_type, config.model_type.removesuffix("_vision_model")):
+        if model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in IMAGE_PROCESSOR_MAPPING:
+            found = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING[model_type]]
+            classes = [found.get("pil"), found.get("torchvision")] if isinstance(found, dict) else found
+            processor_class = [cls for cls in classes if cls is not None][-1]
+            warnings.warn(
+                f"{source} has no preprocessor_config.json: images are prepared as {processor_class.__name__} does by "
+                "default. Save the right processor beside the model with processor.save_pretrained(folder).",
+                stacklevel=5,
+            )
+            return processor_class()
+    raise ValueError(
+        f"{source} does not say how its images are prepared: save the image processor beside the model, "
+        "AutoImageProcessor.from_pretrained('<original model>').save_pretrained(folder)."
+    )
+
+
+@dataclass(frozen=True)
+class _Processed:
+    """An image processor as a function of one image."""
+
+    processor: Any
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, image: Any) -> Tensor:
+        batch = self.processor(images=image, return_tensors="pt", **self.overrides)
+        pixel_values: Tensor = batch["pixel_values"][0]
+        return pixel_values
+
+
+def _interpolate_positions(model: nn.Module) -> None:
+    """Make every forward resample the position embeddings, whoever calls it."""
+    for module in model.modules():
+        parameters = list(inspect.signature(module.forward).parameters)
+        if _INTERPOLATE in parameters:
+            hook = functools.partial(_interpolate, index=parameters.index(_INTERPOLATE))
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _interpolate(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if index < len(args):
+        return (*args[:index], True, *args[index + 1 :]), kwargs
+    return args, {**kwargs, _INTERPOLATE: True}

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`load_backbone`: from a name to a model, over transformers, timm, folders and safetensors files."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backbone import Backbone, EvalTransform, pooled_features
+
+__all__ = ["load_backbone"]
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_CONVERT = (
+    "Weights are read from safetensors only, since a pickle can run code. Where you trust the file, convert it: "
+    "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+)
+
+
+def load_backbone(
+    name: str | os.PathLike[str],
+    *,
+    pretrained: bool = True,
+    image_size: int | None = None,
+    state_dict: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    projection: bool = False,
+    **kwargs: Any,
+) -> Backbone:
+    """Load a pretrained vision model without its classifier.
+
+    Args:
+        name: A transformers id ("google/vit-base-patch16-224"; of "openai/clip-vit-base-patch32" the vision tower), a
+            timm id ("timm/resnet50.a1_in1k", "resnet50", "hf-hub:timm/resnet50.a1_in1k"), or a folder written by a
+            transformers model's `save_pretrained`.
+        pretrained: False gives random weights, and a model without `name_or_path`: nobody could load it again.
+        image_size: Another input size than the model's own. Position embeddings are resampled: timm's once, while
+            loading; those of transformers in every forward.
+        state_dict: Weights for the timm architecture `name`: a safetensors file, or tensors by name. fp16 is cast to
+            fp32 and a classifier dropped; everything else must fit.
+        dtype: Type of the weights, fp32 by default.
+        revision: Git revision on the Hub.
+        projection: Take the vision tower of CLIP with its projection into the space it shares with text.
+        kwargs: Arguments of `timm.create_model`, or of transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: Unknown name, pickled weights, or weights or image size that do not fit.
+        OSError: The files are not in the cache and the Hub cannot be reached.
+    """
+    if "num_classes" in kwargs:
+        raise ValueError("A backbone has no classifier: put a head of num_classes on its feature_dim features.")
+    name = os.fspath(name)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    if state_dict is not None:
+        _refuse_pickle(state_dict)
+    source, is_timm = _source(name, pretrained=pretrained and state_dict is None)
+    if state_dict is not None and not is_timm:
+        raise ValueError(
+            f"state_dict needs the name of a timm architecture, not {name!r}{_close_to(name)}. For a transformers "
+            "model put the weights into a folder with its config.json and load that."
+        )
+    config: Any = None
+    if not is_timm:
+        config = _config(source, revision)
+        is_timm = config.model_type == "timm_wrapper"
+    if projection and is_timm:
+        raise ValueError(f"{name} is a timm model, which has no projection: projection=True is for CLIP.")
+    options = {"image_size": image_size, "dtype": dtype, **kwargs}
+    try:
+        if not is_timm:
+            from . import from_transformers
+
+            model, settings = from_transformers.load(
+                source, config, pretrained=pretrained, revision=revision, projection=projection, **options
+            )
+        else:
+            from . import from_timm
+
+            if pretrained and state_dict is None:
+                model, settings = from_timm.load(source, revision=revision, **options)
+            elif config is None:
+                model, settings = from_timm.create(source, state_dict=state_dict, **options)
+            else:
+                options = {"pretrained_cfg": getattr(config, "pretrained_cfg", None), **options}
+                options = {**(config.model_args or {}), **options}
+                model, settings = from_timm.create(config.architecture, state_dict=None, **options)
+    except OSError as error:
+        raise _explained(error, name) from error
+    model.eval()
+    identity = source if pretrained and state_dict is None else name
+    model.name_or_path = model.config._name_or_path = "" if not pretrained and state_dict is None else identity
+    return Backbone(
+        model=model,
+        transform=EvalTransform(settings.transform),
+        feature_dim=_feature_dim(model, settings.image_size, name),
+        name=identity,
+        image_size=settings.image_size,
+        mean=settings.mean,
+        std=settings.std,
+    )
+
+
+def _source(name: str, *, pretrained: bool) -> tuple[str, bool]:
+    """Where a name's files are (Hub id, folder, or timm name if none are needed), and whether it is surely timm's."""
+    import timm
+
+    for prefix in ("hf-hub:", "hf_hub:"):
+        name = name.removeprefix(prefix)
+    if os.path.isdir(name):
+        _check_folder(Path(name))
+        return name, False
+    if name.endswith((*_PICKLES, ".safetensors")):
+        raise ValueError(
+            f"{name} holds weights but no architecture: name that, load_backbone('<timm architecture>', state_dict=…)."
+        )
+    architecture = name.removeprefix("timm/")
+    if "/" in architecture:
+        return name, False
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"Unknown backbone {name!r}{_close_to(architecture)}. A folder must exist, a Hub id has a '/'."
+        )
+    if pretrained and name != architecture:
+        return name, True
+    try:
+        config = timm.get_pretrained_cfg(architecture)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{architecture.partition('.')[0]}.*")[:8])
+        raise ValueError(f"timm knows no weights {name!r}; it knows {tags}.") from error
+    if not pretrained:
+        return architecture, True
+    if config is None or not config.hf_hub_id:
+        raise ValueError(f"timm has no weights for {name!r}: pass pretrained=False, or your own with state_dict=….")
+    return config.hf_hub_id, True
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter, not a backbone: load the base that its adapter_config.json names, then "
+            "PeftModel.from_pretrained(backbone.model, folder)."
+        )
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} has no config.json: write the folder with model.save_pretrained(folder).")
+    files = [path.name for path in folder.iterdir()]
+    pickles = sorted(name for name in files if name.endswith(_PICKLES) and name != "training_args.bin")
+    if pickles and not any(name.endswith(".safetensors") for name in files):
+        raise ValueError(f"{folder} holds its weights as a pickle ({pickles[0]}). {_CONVERT}")
+
+
+def _refuse_pickle(state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
+    if isinstance(state_dict, Mapping):
+        return
+    path = Path(state_dict)
+    if path.suffix in _PICKLES:
+        raise ValueError(f"{path} is a pickle. {_CONVERT}")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"state_dict must be a .safetensors file or a mapping of tensors; got {path}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"state_dict: there is no file {path}.")
+
+
+def _config(source: str, revision: str | None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except OSError as error:
+        raise _explained(error, source) from error
+    except ValueError as error:
+        raise ValueError(f"transformers cannot read the config of {source!r}: {error}") from error
+
+
+def _explained(error: OSError, name: str) -> Exception:
+    """The same failure with its remedy."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if error.errno is not None:  # the file system's own, such as a full disk
+        return error
+    text = str(error)
+    if "safetensors" in text:
+        return ValueError(f"{name} has no safetensors weights. {_CONVERT}")
+    causes = (error, error.__cause__, error.__context__)
+    if any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)) for cause in causes):
+        why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the Hub does not answer"
+        return OSError(
+            f"{name} is not in the local cache and cannot be downloaded ({why}). Go online once, or load a folder, or "
+            "pass state_dict=… with a timm architecture, or pretrained=False for random weights."
+        )
+    return ValueError(f"Unknown backbone {name!r}{_close_to(name)}: {text.splitlines()[0] if text else error!r}")
+
+
+def _close_to(name: str) -> str:
+    import timm
+
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), timm.list_models(), n=3)
+    return f" (did you mean {', '.join(close)}?)" if close else ""
+
+
+@torch.no_grad()
+def _feature_dim(model: torch.nn.Module, image_size: int, name: str) -> int:
+    """Size of the features, by one forward: an image size that the model refuses is found here."""
+    parameter = next(model.parameters())
+    pixel_values = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        return pooled_features(model, pixel_values).shape[1]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{name} does not take images of {image_size} pixels: {reason}") from error

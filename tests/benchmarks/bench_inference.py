@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference with an active adapter, trained here or loaded as bits, against the bare base. Floor: the base itself."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+
+import torch
+from common import BATCH, DEVICE, SHAPES, SIZE, build, masked, ratio, step_of
+from peft import PeftModel
+
+LIMIT = 1.02
+
+
+def main() -> None:
+    """Print the table."""
+    warnings.filterwarnings("ignore", message="Could not find a config file")
+    print(f"One forward without gradients, batch {BATCH}, {SIZE} px, {DEVICE}")
+    print("| model | adapter | base | with adapter | ratio | target |")
+    print("|---|---|---|---|---|---|")
+    images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE)
+    for name in SHAPES:
+        trained = masked(name)
+        step_of(trained, score_lr=100.0)()
+        with tempfile.TemporaryDirectory() as folder:
+            trained.save_pretrained(folder)
+            loaded = PeftModel.from_pretrained(build(name), folder)
+        base = build(name).eval()
+        for kind, model in (("trained", trained), ("bits", loaded)):
+            model.eval()
+            with torch.no_grad():
+                ours, bare, median = ratio(lambda model=model: model(images), lambda base=base: base(images), 60)
+            print(f"| {name} | {kind} | {bare * 1e3:.1f} ms | {ours * 1e3:.1f} ms | {median:.3f} | ≤ {LIMIT} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks share: models at real shapes, timing side by side, peak memory in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from smn_peft import MaskConfig
+
+SHAPES = {"resnet18": ("resnet18", {}), "vit_tiny": ("vit_tiny_patch16_224", {"img_size": 64})}
+BATCH, SIZE, CLASSES = 64, 64, 100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def build(name: str) -> nn.Module:
+    """A fresh model at the benchmark's shape, random weights."""
+    torch.manual_seed(0)
+    architecture, options = SHAPES[name]
+    return timm.create_model(architecture, num_classes=CLASSES, **options).to(DEVICE)
+
+
+def head_name(name: str) -> str:
+    """Name of the classifier."""
+    return "fc" if name == "resnet18" else "head"
+
+
+def masked(name: str, batch_norm: str = "adapt") -> nn.Module:
+    """The same model under a fresh mask adapter."""
+    return get_peft_model(build(name), MaskConfig(batch_norm=batch_norm, modules_to_save=[head_name(name)]))
+
+
+def synchronise() -> None:
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_of(model: nn.Module, score_lr: float = 1.0) -> Callable[[], None]:
+    """One optimizer step of cross-entropy training, SGD with momentum on everything that trains."""
+    model.train()
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and "smn_" in n], "lr": score_lr},
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and "smn_" not in n], "lr": 1e-3},
+    ]
+    optimizer = torch.optim.SGD([g for g in groups if g["params"]], momentum=0.9)
+    images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE)
+    labels = torch.randint(CLASSES, (BATCH,), device=DEVICE)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float, float]:
+    """Median seconds of two functions run in turn, and the median over rounds of their ratio first / second."""
+    times: list[tuple[float, float]] = []
+    for index in range(rounds + 2):
+        row = []
+        for function in (first, second) if index % 2 else (second, first):
+            synchronise()
+            start = time.perf_counter()
+            function()
+            synchronise()
+            row.append(time.perf_counter() - start)
+        times.append((row[0], row[1]) if index % 2 else (row[1], row[0]))
+    times = times[2:]
+    return (
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+        statistics.median(a / b for a, b in times),
+    )
+
+
+def peak_in_subprocess(script: str, *arguments: str) -> int:
+    """Peak bytes that a benchmark script reports when it is run with the given arguments."""
+    output = subprocess.run([sys.executable, script, *arguments], check=True, capture_output=True, text=True).stdout
+    return int(json.loads(output.splitlines()[-1])["peak"])
+
+
+def peak_of(steps: Callable[[], None]) -> int:
+    """Peak bytes of this process after a few steps (GPU: of the allocator)."""
+    for _ in range(3):
+        steps()
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage's ru_maxrss: Linux hands a child the parent's high-water mark.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

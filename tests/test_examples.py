@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every script of examples/ runs as a user would run it, from another folder, and prints what it promises."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NO_EXAMPLE = "not an example by itself"
+MAX_LINES = 120
+
+# Scripts that run as they are, offline: their arguments, and what their output has to match.
+ALONE: dict[str, tuple[list[str], list[str]]] = {
+    "plain_pytorch.py": (
+        [],
+        [r"accuracy (1\.0|0\.9\d)\d+, density 0\.9\d+, file \d+ bytes", r"reloaded, logits identical: True"],
+    ),
+    "quickstart.py": (
+        ["--fast"],
+        [
+            r"Reloaded mask-adapt in a fresh process: 2000 logits identical to the bit\.",
+            r"Reloaded mask-frozen in a fresh process: 2000 logits identical to the bit\.",
+            r"\| full fine-tuning +\|",
+            r"in a fresh process, gave logits identical to the bit\.",
+        ],
+    ),
+    "transformers_trainer.py": (
+        [],
+        [
+            r"test accuracy on 5–9: (1\.0|0\.9\d)\d+, density 0\.9\d+",
+            r"resumed from half-way, exported file identical: True",
+            r"logits identical: True",
+        ],
+    ),
+}
+# Scripts on real weights and images: a table of methods comes out.
+ON_ASSETS = ["real_resnet.py", "real_vit.py"]
+
+
+def docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+
+
+def run(name: str, arguments: list[str], folder: Path) -> str:
+    """Output of an example, run from a folder of its own without a network."""
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(folder.iterdir()) == [], "an example leaves nothing behind in the folder that it is run from"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_example_runs(name, tmp_path):
+    arguments, promised = ALONE[name]
+    output = run(name, arguments, tmp_path)
+    assert [pattern for pattern in promised if not re.search(pattern, output)] == [], output
+
+
+@pytest.mark.parametrize("name", ON_ASSETS)
+def test_example_on_real_weights_runs(name, tmp_path, assets):
+    output = run(name, ["--smoke"], tmp_path)
+    assert re.search(r"\| frozen, k-NN +\|", output), output
+    assert re.search(r"\| mask", output), output
+
+
+def test_every_example_is_run_by_a_test():
+    examples = [path.name for path in EXAMPLES if NO_EXAMPLE not in docstring(path)]
+    assert examples == sorted([*ALONE, *ON_ASSETS])
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_says_what_it_does_not_reproduce(path):
+    text = docstring(path)
+    if NO_EXAMPLE not in text:
+        assert "paper" in text
+
+
+def test_plain_pytorch_fits_on_a_page_and_needs_nothing_of_the_other_examples():
+    path = ROOT / "examples/plain_pytorch.py"
+    names = {node.module for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)}
+    assert len(path.read_text("utf-8").splitlines()) <= 60
+    assert not names & {other.stem for other in EXAMPLES}
