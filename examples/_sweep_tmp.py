@@ -45,7 +45,7 @@ METHODS = {
     "mask, batch_norm='adapt'": ("adapt", 40.0),
     "mask, batch_norm='frozen'": ("frozen", 20.0),
 }
-SWEPT = {"weights": (.01,.03,.1), "adapt": (20,40,80), "frozen": (10,20,40)}
+SWEPT = {"weights": (.2,.3), "adapt": (120,160)}
 
 
 def load_base(folder: Path) -> nn.Module:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""smn_peft: adapt a frozen vision backbone by learning one bit per weight. Importing it registers the method with PEFT."""
+"""Adapt a frozen vision backbone by learning one bit per weight; importing this registers the method with PEFT."""
 
 from __future__ import annotations
 

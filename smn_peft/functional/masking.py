@@ -189,9 +189,7 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0].to(ctx.scores_dtype), None, None
 
 
-def straight_through(
-    scores: Tensor, spec: MaskSpec, dtype: torch.dtype, trainable: Tensor | None = None
-) -> Tensor:
+def straight_through(scores: Tensor, spec: MaskSpec, dtype: torch.dtype, trainable: Tensor | None = None) -> Tensor:
     """Mask as a float tensor that passes its gradient on to the scores.
 
     Args:

@@ -61,8 +61,8 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"A packed mask of shape {tuple(shape)} takes {packed_size(numel)} bytes, got {tuple(packed.shape)}."
         )
     if packed.device.type == "cpu" and not torch.compiler.is_compiling():
-        bits = np.unpackbits(packed.detach().numpy(), count=numel)
-        return torch.from_numpy(bits.view(np.bool_)).reshape(tuple(shape))
+        unpacked = np.unpackbits(packed.detach().numpy(), count=numel)
+        return torch.from_numpy(unpacked.view(np.bool_)).reshape(tuple(shape))
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(1) >> shifts) & 1
     return bits.reshape(-1)[:numel].to(torch.bool).reshape(tuple(shape))

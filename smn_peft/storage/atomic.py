@@ -33,7 +33,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise OSError(error.errno, f"Cannot write {path}: {error.strerror}. Free some space or choose another folder")
+        message = f"Cannot write {path}: {error.strerror}. Free some space or choose another folder"
+        raise OSError(error.errno, message) from error
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

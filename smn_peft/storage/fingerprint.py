@@ -20,7 +20,8 @@ def tensor_digest(tensor: Tensor) -> str:
     """
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     data = tensor.detach().contiguous().cpu()
-    digest.update(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b"")
+    if data.numel():
+        digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

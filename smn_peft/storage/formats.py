@@ -21,7 +21,9 @@ def check_format_version(version: object) -> None:
         ValueError: If `version` is not an integer from 1 to [`FORMAT_VERSION`].
     """
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"format_version must be a positive integer, got {version!r}: adapter_config.json is damaged.")
+        raise ValueError(
+            f"format_version must be a positive integer, got {version!r}: adapter_config.json is damaged."
+        )
     if version > FORMAT_VERSION:
         raise ValueError(
             f"This adapter has format version {version}; this smn_peft reads up to {FORMAT_VERSION}. "

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..functional.masking import MaskSpec, compute_mask
 from ..functional.packing import pack_bits, packed_size, unpack_bits
 from ..functional.selection import seeded_generator, select_trainable
-from ..storage import check_packed
 from .buffers import ResidentBuffers, ScoreDict
 from .config import MaskConfig
 from .initial import initial_scores, score_dtype
@@ -113,10 +112,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._awaiting:
             self.receive()
         if adapter_name in self.scores(slot):
-            return self._mask_of_scores(adapter_name, slot, self.scores(slot)[adapter_name])
+            return self.mask_of_scores(adapter_name, slot, self.scores(slot)[adapter_name])
         return unpack_bits(self.bits(slot)[adapter_name], self.base_tensor(slot).shape)
 
-    def _mask_of_scores(self, adapter_name: str, slot: Slot, scores: Tensor) -> Tensor:
+    def mask_of_scores(self, adapter_name: str, slot: Slot, scores: Tensor) -> Tensor:
+        """Bool mask that an adapter's settings make of these scores."""
         info = self.smn_info[adapter_name]
         return compute_mask(scores.detach(), info.spec, self.trainable(adapter_name, slot))
 
@@ -178,7 +178,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 self._awaiting = True
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def receive(self) -> None:
         """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use."""
         self._awaiting = False
@@ -234,7 +234,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 if adapter_name in container and container[adapter_name].device.type != "meta":
                     container[adapter_name] = container[adapter_name].to(target)
 
-    # --- State dicts -------------------------------------------------------------------------------------------------
+    # --- State dicts: what a layer's entries in an adapter file are --------------------------------------------------
 
     def to_checkpoint(self, adapter_name: str, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Entries of the adapter's file for this layer, from a (gathered) state dict where it has them.
@@ -246,28 +246,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             Tensors by key; the keys end in the adapter's name, as PEFT's do.
-
-        Raises:
-            ValueError: If scores hold NaN.
         """
-        if self._awaiting:
-            self.receive()
-        entries: dict[str, Tensor] = {}
-        for slot in self.smn_info[adapter_name].slots if adapter_name in self.smn_info else ():
-            mask_key, scores_key = (f"{prefix}{name}.{adapter_name}" for name in (slot.mask_name, slot.scores_name))
-            if adapter_name not in self.scores(slot):
-                entries[mask_key] = state_dict.get(mask_key, self.bits(slot)[adapter_name])
-                continue
-            scores = state_dict.get(scores_key, self.scores(slot)[adapter_name])
-            if torch.isnan(scores).any():
-                raise ValueError(
-                    f"The scores of adapter {adapter_name!r} hold NaN at {prefix}{slot.path}: nothing was saved. "
-                    "Go back to a checkpoint and train with a lower learning rate."
-                )
-            entries[mask_key] = pack_bits(self._mask_of_scores(adapter_name, slot, scores))
-            if self.smn_info[adapter_name].config.save_scores:
-                entries[scores_key] = scores
-        return entries
+        raise NotImplementedError(f"{type(self).__name__} does not say what it saves.")
 
     def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """State-dict entries of this layer from those of an adapter's file, checked.
@@ -281,38 +261,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             Tensors by the last two parts of their keys in the model (`smn_mask.default` …).
 
         Raises:
-            KeyError: If a mask is missing; the argument is its key.
-            TypeError: If a tensor has the wrong dtype.
-            ValueError: If a tensor has the wrong shape, or padding bits are set.
+            KeyError: If a tensor is missing; the argument is its key.
         """
-        result: dict[str, Tensor] = {}
-        for slot in self.smn_info[adapter_name].slots if adapter_name in self.smn_info else ():
-            weight, packed, scores = self.base_tensor(slot), entries.get(slot.mask_name), entries.get(slot.scores_name)
-            if packed is None and scores is None:
-                raise KeyError(f"{prefix}{slot.mask_name}")
-            if packed is not None:
-                check_packed(f"{prefix}{slot.mask_name}", packed, weight.numel())
-            if scores is not None and scores.shape != weight.shape:
-                raise ValueError(
-                    f"{prefix}{slot.scores_name} has shape {tuple(scores.shape)}, the base weight {tuple(weight.shape)}: "
-                    "load the base model that adapter_config.json names."
-                )
-            if adapter_name in self.scores(slot):
-                self.bits(slot).take_arrived(adapter_name)
-                if scores is None:
-                    assert packed is not None
-                    scores = self.scores_from_bits(adapter_name, slot, packed)
-                result[f"{slot.scores_name}.{adapter_name}"] = scores
-            else:
-                if packed is None:
-                    assert scores is not None
-                    packed = pack_bits(self._mask_of_scores(adapter_name, slot, scores))
-                result[f"{slot.mask_name}.{adapter_name}"] = packed
-        return result
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for slot in self.present_slots:  # scores say more than bits: where both come, the bits are not needed
-            for name in self.scores(slot):
-                if f"{prefix}{slot.scores_name}.{name}" in state_dict:
-                    self.bits(slot).take_arrived(name)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        raise NotImplementedError(f"{type(self).__name__} does not say what it loads.")

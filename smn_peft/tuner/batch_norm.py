@@ -147,7 +147,7 @@ class BatchNorm(AdapterLayer):
     def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
         adapting = [name for name in names if name in self.statistics("running_mean")]
         if not adapting:
-            return self.base_layer(x)
+            return self.get_base_layer()(x)  # type: ignore[no-any-return]
         base, tensors = self.get_base_layer(), self._combined(adapting)
         for name, parameter in base.named_parameters(recurse=False):  # PEFT widens an adapter's tensors only
             tensors[name] = parameter.to(tensors["running_mean"].dtype)
@@ -159,7 +159,7 @@ class BatchNorm(AdapterLayer):
         if self.disable_adapters or self.merged:
             if self.merged and self.disable_adapters:
                 self.unmerge()
-            return self.base_layer(x)
+            return self.get_base_layer()(x)  # type: ignore[no-any-return]
         if adapter_names is None:
             return self._run(self.active_adapters, x)
         result = torch.empty_like(x)

@@ -33,7 +33,7 @@ class ScoreDict(nn.ParameterDict):
                 return tensor.to(result.device)
             return result
 
-        super()._apply(keep_width, recurse)
+        super()._apply(keep_width, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -117,7 +117,7 @@ class ResidentBuffers(BufferDict):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentBuffers:
         moved = {key: self._buffers[key] for key in self._buffers if self._expected.get(key) is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.older = {key: fn(buffer) for key, buffer in self.older.items()}
         for key, before in moved.items():  # a move to another device is not a loader's write
             place, version = self._expected[key]  # type: ignore[misc]

@@ -33,8 +33,8 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     for path, _ in model.named_modules():
         if name in path.split("."):
             raise ValueError(
-                f"{name!r} cannot name an adapter: it is part of the module path {path!r}, and PEFT filters state dicts "
-                f"by names. Choose another name, such as {name + '_task'!r}."
+                f"{name!r} cannot name an adapter: it is part of the module path {path!r}, and PEFT filters state "
+                f"dicts by names. Choose another name, such as {name + '_task'!r}."
             )
 
 
@@ -93,13 +93,13 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if is_norm(module):
         raise ValueError(
-            f"Target {name!r} is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): take "
-            "it out of target_modules. For BatchNorm statistics see batch_norm='adapt'."
+            f"Target {name!r} is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): "
+            "take it out of target_modules. For BatchNorm statistics see batch_norm='adapt'."
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"Target {name!r} is inside an nn.MultiheadAttention, which never calls it: a mask there would do nothing. "
-            f"Target the attention itself: {name.rpartition('.')[0]!r}."
+            f"Target {name!r} is inside an nn.MultiheadAttention, which never calls it: a mask there would do "
+            f"nothing. Target the attention itself: {name.rpartition('.')[0]!r}."
         )
     if _is_offloaded(module):
         raise ValueError(
@@ -110,9 +110,9 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
         raise ValueError(f"Target {name!r} is an Embedding with max_norm, which rewrites its weights: set it to None.")
     if mask_layer_for(module) is None:
         raise ValueError(
-            f"Target {name!r} is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by exact "
-            "type, Linear, Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, transformers' "
-            "Conv1D and timm's Conv2dSame and (Scaled)StdConv2d(Same): print(explain_targets(model)) lists them. A "
+            f"Target {name!r} is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by "
+            "exact type, Linear, Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, "
+            "transformers' Conv1D and timm's Conv2dSame and (Scaled)StdConv2d(Same): print(explain_targets(model)) lists them. A "
             "quantised layer is not supported yet."
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch_norm import BatchNorm
+from .config import MaskConfig
 from .layer import MaskLayer
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def combine_adapters(
     if combination_type not in COMBINATIONS:
         raise ValueError(f"combination_type must be one of {', '.join(COMBINATIONS)}; got {combination_type!r}.")
     if unknown := [name for name in adapters if name not in model.peft_config] or not adapters:
-        raise ValueError(f"Adapter(s) {unknown if adapters else '[]'} do not exist; there are {list(model.peft_config)}.")
+        raise ValueError(
+            f"Adapter(s) {unknown if adapters else '[]'} do not exist; there are {list(model.peft_config)}."
+        )
     if adapter_name in model.peft_config:
         raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
     weights = [1.0] * len(adapters) if weights is None else list(weights)
@@ -64,7 +67,7 @@ def combine_adapters(
         slots = [layer.smn_info[name].slots if name in layer.smn_info else () for name in adapters]
         if any(other != slots[0] for other in slots):
             raise ValueError(f"The adapters {adapters} do not mask the same weights and cannot be combined.")
-    config = copy.deepcopy(model.peft_config[adapters[0]])
+    config: MaskConfig = copy.deepcopy(model.peft_config[adapters[0]])  # type: ignore[assignment]
     config.inference_mode, config.save_scores = True, False
     model.peft_config[adapter_name] = config
     try:

@@ -64,7 +64,7 @@ class MaskConfig(PeftConfig):
     seed: int = _option(0, "Seed of everything random in the adapter: selection and random initial scores.")
     batch_norm: Literal["frozen", "adapt"] = _option(
         "frozen",
-        "'frozen': the base's statistics, held while training. 'adapt': running statistics per adapter, saved with it.",
+        "'frozen': the base's statistics, held while training. 'adapt': each adapter has its own, saved with it.",
     )
     save_scores: bool = _option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
     codec: str = _option("bits", "How masks are stored: 'bits' is one bit per weight.")
@@ -74,7 +74,7 @@ class MaskConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check the options against each other, before a model is touched."""
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SMN
         self.being_loaded = False  # from the reading of the config until the masks are in the model
         check_format_version(self.format_version)
@@ -137,9 +137,7 @@ class MaskConfig(PeftConfig):
         )
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         """As PEFT's; in a local folder the adapter's file is checked first, before any model is touched."""
         path = os.path.join(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
         if os.path.exists(path):

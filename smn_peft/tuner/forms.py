@@ -130,8 +130,8 @@ class MultiheadAttention(Substituted):
 
     # What torch's TransformerEncoderLayer, OpenCLIP and others read from an attention beside calling it.
     _READ = frozenset(
-        ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "in_proj_weight")
-        + ("in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "out_proj", "_qkv_same_embed_dim", "merge_masks")
+        "embed_dim kdim vdim num_heads head_dim dropout batch_first in_proj_weight in_proj_bias bias_k bias_v "
+        "add_zero_attn out_proj _qkv_same_embed_dim merge_masks".split()
     )
 
     def __getattr__(self, name: str) -> Any:

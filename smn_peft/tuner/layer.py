@@ -15,8 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import Stash, merge_weight, unmerge_weight
-from .adapters import AdapterLayer, Slot
+from .adapters import Slot
 from .cache import CachedWeight
+from .checkpoint import StoredLayer
 
 __all__ = ["MaskLayer"]
 
@@ -31,7 +32,7 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class MaskLayer(AdapterLayer):
+class MaskLayer(StoredLayer):
     """A layer whose frozen weight is masked, one bit per weight and adapter.
 
     Several active adapters give the intersection of their masks, with the scale of the intersection. While nothing
@@ -139,7 +140,7 @@ class MaskLayer(AdapterLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskLayer:
         self._cache.clear()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

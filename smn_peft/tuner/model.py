@@ -58,7 +58,7 @@ class MaskModel(BaseTuner):
         Raises:
             ValueError: For a bad adapter name, a base that is not supported or not the adapter's, or a bad target.
         """
-        config: MaskConfig = self.peft_config[adapter_name]
+        config: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_adapter_name(adapter_name, model)
         check_base_kind(model)
         if any(adapter_name in layer.smn_info for _, layer in _layers(model)):
@@ -69,10 +69,10 @@ class MaskModel(BaseTuner):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)
 
-    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
+    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:  # type: ignore[override]
         return peft_config
 
-    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Resolve the shorthands of `target_modules`, and check what they match."""
         targets = peft_config.target_modules
         resolved = resolve_targets(
@@ -94,7 +94,7 @@ class MaskModel(BaseTuner):
         ]
         check_targets(model, matched)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: MaskConfig,
         adapter_name: str,
@@ -133,7 +133,7 @@ class MaskModel(BaseTuner):
     # --- State dicts -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls,
         model: nn.Module,
         config: MaskConfig,
@@ -152,7 +152,7 @@ class MaskModel(BaseTuner):
         return entries
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bits from a file, checked, to where this model wants them: buffers for inference, scores for training.
@@ -235,7 +235,7 @@ class MaskModel(BaseTuner):
             adapter_name: The first active adapter if None.
         """
         name = adapter_name or self.active_adapters[0]
-        config: MaskConfig = self.peft_config[name]
+        config: MaskConfig = self.peft_config[name]  # type: ignore[assignment]
         if config.density_schedule is None or config.density is None:
             raise ValueError(f"Adapter {name!r} has no density_schedule: set density_schedule='linear' in its config.")
         density = progressive_density(progress, config.density)
