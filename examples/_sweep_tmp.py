@@ -41,11 +41,11 @@ BATCH, HEAD_LR = 32, 0.1
 # on a validation part of the training images.
 METHODS = {
     "new head, statistics adapt": ("statistics", 0.0),
-    "full fine-tuning": ("weights", 0.03),
-    "mask, batch_norm='adapt'": ("adapt", 40.0),
+    "full fine-tuning": ("weights", 0.1),
+    "mask, batch_norm='adapt'": ("adapt", 80.0),
     "mask, batch_norm='frozen'": ("frozen", 20.0),
 }
-SWEPT = {"weights": (.2,.3), "adapt": (120,160)}
+SWEPT = {"frozen": (10, 20, 40), "weights": (.1,), "adapt": (40,80)}
 
 
 def load_base(folder: Path) -> nn.Module:
@@ -91,7 +91,7 @@ def sweep(base: Path, epochs: int, seeds: int) -> None:
             for seed in range(seeds):
                 part, held = random_split(common.digits(NEW)[0], (396, 100), torch.Generator().manual_seed(seed))
                 found.append(common.accuracy(adapt(what, lr, base, part, epochs, seed)[0], common.batches(held, 100)))
-            print(f"{what:8} lr {lr:<6g} validation accuracy {statistics.mean(found):.3f}", flush=True)
+            print(f"{what:8} lr {lr:<6g} validation accuracy {statistics.mean(found):.3f} {found}", flush=True)
 
 
 def stored_bytes(model: nn.Module, folder: Path) -> dict[str, int]:
@@ -188,7 +188,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)  # a model this small gains little from more, and waits for them on a busy machine
-    epochs, seeds = (3, 1) if args.fast else (12, 3)
+    epochs, seeds = (3, 1) if args.fast else (12,4)
     if args.readme:
         quickstart_report.render_readme(args.json or quickstart_report.RECORD)
         return

@@ -81,8 +81,9 @@ def fit(
     groups: list[dict[str, Any]],
     *,
     label: str = "train",
+    warmup: float = 0.25,
 ) -> dict[str, float]:
-    """Train by cross-entropy: SGD with momentum 0.9, learning rates following a cosine to 0.
+    """Train by cross-entropy: SGD with momentum 0.9, learning rates rising linearly, then following a cosine to 0.
 
     Args:
         model: Classifier, images -> logits (batch, classes); left in eval mode.
@@ -90,6 +91,7 @@ def fit(
         epochs: Number of passes.
         groups: Parameter groups, see [`param_groups`].
         label: Words in front of the progress bar, which shows loss, density and images per second.
+        warmup: Fraction of the steps in which the learning rates rise; about the paper's, for supervised masks.
 
     Returns:
         Mean loss of the last epoch, seconds, and images per second.
@@ -98,10 +100,16 @@ def fit(
         FloatingPointError: If the loss is not finite.
     """
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))  # type: ignore[arg-type]
+    steps = epochs * len(loader)  # type: ignore[arg-type]
+    rise = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     device, start, seen, mean = _device(model), time.perf_counter(), 0, math.nan
     # No bar where nobody watches: tqdm leaves it out by itself when stderr is no terminal.
-    with tqdm(total=epochs * len(loader), desc=label, unit="batch", disable=None, leave=False) as bar:  # type: ignore[arg-type]
+    with tqdm(total=steps, desc=label, unit="batch", disable=None, leave=False) as bar:
         for _ in range(epochs):
             model.train()
             losses = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 import warnings
@@ -18,15 +17,14 @@ from pathlib import Path
 
 import torch
 from cifar import Task, load_task
-from common import knn_accuracy, linear_probe, print_table
+from common import knn_accuracy, linear_probe
 from torch import Tensor, nn
 from transfer import Classifier, Recipe, accuracy, features, train
+from transfer_report import render
 
 from smn_peft.storage import AdapterSizes, adapter_sizes
 
 __all__ = ["main"]
-
-COLUMNS = ("method", "lr", "test accuracy %", "density", "bytes", "mask / head / statistics")
 
 
 def probe(task: Task, backbone: nn.Module, split: str) -> tuple[float, Tensor, Tensor]:
@@ -63,26 +61,6 @@ def run(start: Callable[[int], Classifier], task: Task, recipe: Recipe, lr: floa
         ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
     )
     return row
-
-
-def table(rows: list[dict]) -> list[dict]:
-    """Best learning rate of each recipe on validation, its test accuracy over the seeds that were run there."""
-    result = []
-    for label in dict.fromkeys(row["recipe"] for row in rows):
-        mine = [row for row in rows if row["recipe"] == label]
-        best = max((row for row in mine if row["seed"] == 0), key=lambda row: row["validation"])["lr"]
-        scores = [100 * row["test"] for row in mine if row["lr"] == best]
-        last = next(row for row in mine if row["lr"] == best)
-        spread = f" ± {statistics.stdev(scores):.1f} ({len(scores)} seeds)" if len(scores) > 1 else ""
-        cells = {"method": label, "lr": f"{best:g}", "test accuracy %": f"{statistics.mean(scores):.1f}{spread}"}
-        density = statistics.mean(row["density"] for row in mine if row["lr"] == best) if "density" in last else None
-        cells["density"] = "" if density is None else f"{density:.4f}"
-        cells["bytes"] = f"{last['bytes']:,}"
-        if density is not None:
-            parts = (last["mask_bytes"], last["head_bytes"], last["statistics_bytes"])
-            cells["mask / head / statistics"] = " / ".join(f"{part:,}" for part in parts)
-        result.append(cells)
-    return result
 
 
 def main(
@@ -125,8 +103,7 @@ def main(
             run(start, task, recipe, best, seed, targets) for seed in range(1, 1 if options.smoke else options.seeds)
         ]
         rows += mine
-    baselines = {"frozen, k-NN": knn, "frozen, linear probe": linear}
-    cells = [{"method": name, "test accuracy %": f"{100 * value:.1f}"} for name, value in baselines.items()]
-    print_table([{column: row.get(column, "") for column in COLUMNS} for row in cells + table(rows)])
+    record = {"knn": knn, "probe": linear, "device": device, "runs": rows}
+    print(render(record))
     if options.json:
-        options.json.write_text(json.dumps({"knn": knn, "probe": linear, "device": device, "runs": rows}, indent=1))
+        options.json.write_text(json.dumps(record, indent=1))

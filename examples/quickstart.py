@@ -41,11 +41,11 @@ BATCH, HEAD_LR = 32, 0.1
 # on a validation part of the training images.
 METHODS = {
     "new head, statistics adapt": ("statistics", 0.0),
-    "full fine-tuning": ("weights", 0.03),
-    "mask, batch_norm='adapt'": ("adapt", 40.0),
+    "full fine-tuning": ("weights", 0.1),
+    "mask, batch_norm='adapt'": ("adapt", 80.0),
     "mask, batch_norm='frozen'": ("frozen", 20.0),
 }
-SWEPT = {"weights": (0.003, 0.01, 0.03, 0.1), "adapt": (1, 5, 10, 20, 40, 80), "frozen": (1, 5, 10, 20, 40, 80)}
+SWEPT = {"weights": (0.01, 0.03, 0.1, 0.2, 0.3), "adapt": (20, 40, 80, 120, 160), "frozen": (10, 20, 40)}
 
 
 def load_base(folder: Path) -> nn.Module:

@@ -92,6 +92,14 @@ def _score_gradient(
     return result if trainable is None else result.mul_(trainable)
 
 
+def _product(flat: Tensor, masked: _Masked, dtype: torch.dtype) -> Tensor:
+    """Gradient of the input, g·θ̂; on the CPU the scale rides along in the product."""
+    if masked.scale is None or flat.device.type != "cpu":
+        return flat @ masked.weight(dtype)
+    nothing = torch.zeros((), dtype=dtype)
+    return torch.addmm(nothing, flat, masked.kept.to(dtype), beta=0, alpha=masked.scale.item())
+
+
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -119,7 +127,7 @@ class _MaskedLinear(torch.autograd.Function):
             grad_weight = flat.t() @ x.reshape(-1, x.shape[-1])
             grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable)
         if ctx.needs_input_grad[0]:
-            grad_x = (flat @ masked.weight(x.dtype)).reshape(x.shape)
+            grad_x = _product(flat, masked, x.dtype).reshape(x.shape)
         if ctx.needs_input_grad[3]:
             grad_bias = flat.sum(0)
         return grad_x, None, grad_scores, grad_bias, None, None
@@ -152,7 +160,7 @@ class _MaskedConv(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad, x, masked.kept.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
         )
-        if needed[0] and masked.scale is not None:
+        if grad_x is not None and masked.scale is not None:
             grad_x.mul_(masked.scale)
         grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable) if needed[1] else None
         return grad_x, None, grad_scores, grad_bias, None, None, None

@@ -149,8 +149,10 @@ class BatchNorm(AdapterLayer):
         if not adapting:
             return self.get_base_layer()(x)  # type: ignore[no-any-return]
         base, tensors = self.get_base_layer(), self._combined(adapting)
-        for name, parameter in base.named_parameters(recurse=False):  # PEFT widens an adapter's tensors only
-            tensors[name] = parameter.to(tensors["running_mean"].dtype)
+        dtype = tensors["running_mean"].dtype
+        for name, parameter in base._parameters.items():  # PEFT widens an adapter's tensors only
+            if parameter is not None and parameter.dtype != dtype:
+                tensors[name] = parameter.to(dtype)
         result: Tensor = call_with(base, tensors, x)
         return result
 

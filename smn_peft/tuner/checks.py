@@ -112,8 +112,8 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
         raise ValueError(
             f"Target {name!r} is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by "
             "exact type, Linear, Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, "
-            "transformers' Conv1D and timm's Conv2dSame and (Scaled)StdConv2d(Same): print(explain_targets(model)) lists them. A "
-            "quantised layer is not supported yet."
+            "transformers' Conv1D and timm's Conv2dSame and (Scaled)StdConv2d(Same). explain_targets(model) lists "
+            "what a model has. A quantised layer is not supported yet."
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' own adapter methods (`add_adapter`, `load_adapter`, `from_pretrained`) on masks, without a PeftModel."""
+"""The adapter methods of transformers itself (`add_adapter`, `load_adapter`) on masks, without a PeftModel."""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of `real_vit.py` and `real_resnet.py`, rendered from records; run it to put `records/` into README.md.
+
+Used by `experiment.py`; not an example by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import markdown_table
+
+__all__ = ["render", "render_readme"]
+
+RECORDS = Path(__file__).with_name("records")
+README = Path(__file__).resolve().parent.parent / "README.md"
+COLUMNS = ("method", "learning rate", "test accuracy %", "density", "bytes", "mask / head / statistics")
+
+
+def _row(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """One recipe: the learning rate that was best on validation, and the test accuracy of the seeds run there."""
+    best = max((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])["lr"]
+    chosen = [run for run in runs if run["lr"] == best]
+    accuracies = [100 * run["test"] for run in chosen]
+    spread = f" ± {statistics.stdev(accuracies):.1f} ({len(chosen)} seeds)" if len(chosen) > 1 else ""
+    cells = {"method": chosen[0]["recipe"], "learning rate": f"{best:g}", "bytes": f"{chosen[0]['bytes']:,}"}
+    cells["test accuracy %"] = f"{statistics.mean(accuracies):.1f}{spread}"
+    if "density" in chosen[0]:
+        cells["density"] = f"{statistics.mean(run['density'] for run in chosen):.4f}"
+        cells[COLUMNS[-1]] = " / ".join(f"{chosen[0][f'{p}_bytes']:,}" for p in ("mask", "head", "statistics"))
+    return cells
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """Markdown table of a record of `experiment.py`."""
+    runs = record["runs"]
+    rows = [
+        {"method": "frozen, k-NN", "test accuracy %": f"{100 * record['knn']:.1f}"},
+        {"method": "frozen, linear probe", "test accuracy %": f"{100 * record['probe']:.1f}"},
+        *(_row([run for run in runs if run["recipe"] == label]) for label in dict.fromkeys(r["recipe"] for r in runs)),
+    ]
+    return markdown_table([{column: row.get(column, "") for column in COLUMNS} for row in rows])
+
+
+def render_readme(readme: Path = README) -> None:
+    """Replace what stands between README's markers, one pair per record, by the rendered records.
+
+    Raises:
+        ValueError: If a record has no markers.
+    """
+    text = readme.read_text("utf-8")
+    for path in sorted(RECORDS.glob("*.json")):
+        marked = re.compile(rf"(<!-- {path.stem}:begin -->\n).*(<!-- {path.stem}:end -->)", re.DOTALL)
+        table = render(json.loads(path.read_text("utf-8")))
+        text, count = marked.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text)
+        if count != 1:
+            raise ValueError(f"{readme} must have <!-- {path.stem}:begin --> … <!-- {path.stem}:end --> once.")
+    readme.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    render_readme()

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README's result tables are what the committed records render to, not what somebody typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    import quickstart_report
+    import transfer_report
+
+    return quickstart_report, transfer_report
+
+
+def test_readme_is_rendered_from_the_records(reports, tmp_path):
+    quickstart_report, transfer_report = reports
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text("utf-8"), "utf-8")
+    transfer_report.render_readme(copy)
+    quickstart_report.render_readme(readme=copy)
+    assert copy.read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
+
+
+def test_a_typed_number_is_found(reports, tmp_path):
+    copy = tmp_path / "README.md"
+    text = (ROOT / "README.md").read_text("utf-8")
+    number = f"{100 * json.loads((ROOT / 'examples/records/real_vit.json').read_text())['knn']:.1f}"
+    copy.write_text(text.replace(f" {number} ", " 99.9 "), "utf-8")
+    assert copy.read_text("utf-8") != text
+    reports[1].render_readme(copy)
+    assert f" {number} " in copy.read_text("utf-8")
