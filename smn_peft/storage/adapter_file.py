@@ -69,7 +69,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             raise AdapterFileError(f"{path} promises a header of {length} bytes but has {size} bytes. {advice}")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AdapterFileError(f"{path} has an unreadable header. {advice}") from error
     if not isinstance(header, dict):
         raise AdapterFileError(f"{path} has an unreadable header. {advice}")
@@ -78,7 +78,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     for name, entry in header.items():
         try:
             first, last = entry["data_offsets"]
-            valid = 0 <= first <= last
+            valid = type(first) is type(last) is int and 0 <= first <= last
         except (TypeError, KeyError, ValueError):
             valid = False
         if not valid:

@@ -31,26 +31,26 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 class Linear(MaskLayer):
     """`nn.Linear` with a masked weight, and bias by option."""
 
-    def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
+    def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
         slot, *biases = self.present_slots
         bias = self.effective(biases[0], names) if biases else None
         if (name := self.alone(slot, names)) is None:
-            return F.linear(x, self.effective(slot, names), bias)
-        x, bias = _autocast(x, bias)  # type: ignore[assignment]
+            return F.linear(input, self.effective(slot, names), bias)
+        input, bias = _autocast(input, bias)  # type: ignore[assignment]
         spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
-        return masked_linear(x, self.base_tensor(slot), self.scores(slot)[name], bias, spec, trainable)
+        return masked_linear(input, self.base_tensor(slot), self.scores(slot)[name], bias, spec, trainable)
 
 
 class Conv(MaskLayer):
     """`nn.Conv1d/2d/3d` and their transposed forms, grouped or not, with any padding mode."""
 
-    def masked_forward(self, names: Sequence[str], x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def masked_forward(self, names: Sequence[str], input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(batch, in_channels, …) -> (batch, out_channels, …), or without the batch dimension."""
         base: Any = self.get_base_layer()
         dims = len(base.kernel_size)
-        batched = x.dim() == dims + 2
-        x, geometry = self._geometry(base, x if batched else x.unsqueeze(0), output_size, dims)
+        batched = input.dim() == dims + 2
+        x, geometry = self._geometry(base, input if batched else input.unsqueeze(0), output_size, dims)
         slot, *biases = self.present_slots
         bias = self.effective(biases[0], names) if biases else None
         if (name := self.alone(slot, names)) is None:
@@ -82,11 +82,13 @@ class Embedding(MaskLayer):
 
     slots = (Slot("", "weight"),)
 
-    def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
+    def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…) of indices -> (…, embedding_dim)."""
         base: Any = self.get_base_layer()
         weight = self.effective(self.present_slots[0], names)
-        return F.embedding(x, weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse)
+        return F.embedding(
+            input, weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
+        )
 
 
 class LinearConv1D(MaskLayer):
@@ -109,10 +111,10 @@ class Substituted(MaskLayer):
     For timm's convolutions that standardise their weight or pad as TensorFlow does.
     """
 
-    def masked_forward(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def masked_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Whatever the base layer's forward takes and gives."""
         tensors = {slot.path: self.effective(slot, names) for slot in self.present_slots}
-        return call_with(self.get_base_layer(), tensors, x, *args, **kwargs)
+        return call_with(self.get_base_layer(), tensors, *args, **kwargs)
 
 
 class MultiheadAttention(Substituted):

@@ -204,11 +204,11 @@ class MaskLayer(StoredLayer):
 
     # --- Forward -----------------------------------------------------------------------------------------------------
 
-    def masked_forward(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def masked_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """The base layer's forward with the effective weights of the named adapters."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to run masked.")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
         if self._awaiting:
             self.receive()
@@ -216,13 +216,13 @@ class MaskLayer(StoredLayer):
         if self._disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
-            return self._mixed(adapter_names, x, *args, **kwargs)
+            return self._mixed(adapter_names, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.smn_info]
         if self.merged or not names:
-            return self.base_layer(x, *args, **kwargs)
-        return self.masked_forward(names, x, *args, **kwargs)
+            return self.base_layer(*args, **kwargs)
+        return self.masked_forward(names, *args, **kwargs)
 
     def _mixed(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Samples under different adapters in one batch: each group of samples under its own effective weight."""

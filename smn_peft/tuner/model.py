@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -84,8 +84,7 @@ class MaskModel(BaseTuner):
         if resolved is not targets:  # the layers are in the names now; PEFT would look for them in a regex in vain
             peft_config.layers_to_transform = peft_config.layers_pattern = None
         peft_config.target_modules = set(resolved) if isinstance(resolved, list) else resolved  # type: ignore[assignment]
-        if isinstance(resolved, str) and resolved.lower() == "all-linear":
-            return  # PEFT resolves it after this hook; what it finds is checked one by one
+        _maybe_include_all_linear_layers(peft_config, model)  # now, and not after this hook: what it finds is checked
         inside = tuple(f"{name}." for name, _ in _layers(model))
         matched = [
             name
@@ -107,8 +106,9 @@ class MaskModel(BaseTuner):
         if isinstance(target, MaskLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        check_targets(self.model, [current_key])
         form = mask_layer_for(target)
+        if form is None:  # named by a state dict and not by the config, which was checked before
+            check_targets(self.model, [current_key])
         assert form is not None
         layer = form(target)
         layer.update_layer(adapter_name, peft_config, current_key)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -328,7 +329,7 @@ LR = 2.0
 @pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
 def base(request) -> tuple[torch.dtype, list[Tensor]]:
     history = masks_of_training(LR, 1.0, 0.0, request.param)
-    flips = sum(int((a != b).sum()) for a, b in zip(history, history[1:], strict=False))
+    flips = sum(int((a != b).sum()) for a, b in pairwise(history))
     assert flips > 100  # there is something to compare
     assert 0.2 < density(history[-1]) < 0.95
     return request.param, history

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapter files that are cut, bent or hostile: an error that says so, and never gigabytes of memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from smn_peft import MaskConfig
+from smn_peft.storage import (
+    WEIGHTS_NAME,
+    AdapterFileError,
+    AdapterSizes,
+    adapter_sizes,
+    check_adapter_file,
+    read_adapter_file,
+)
+
+TENSORS = {
+    "base_model.model.a.smn_mask": torch.arange(9, dtype=torch.uint8),
+    "base_model.model.b.smn_mask": torch.arange(5, dtype=torch.uint8),
+    "base_model.model.head.weight": torch.randn(3, 4),
+}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    save_file(TENSORS, tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})
+    return tmp_path / WEIGHTS_NAME
+
+
+def write(path: Path, header: object, data: bytes = b"", length: int | None = None) -> None:
+    """A file with any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def assert_refused(path: Path, message: str = "") -> None:
+    for function in (check_adapter_file, read_adapter_file, adapter_sizes):
+        with pytest.raises(AdapterFileError, match=message):
+            function(path)
+
+
+def entry(first: object, last: object, dtype: str = "U8", shape: object = (4,)) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+def test_a_whole_file_is_read(path):
+    for place in (path, path.parent, str(path), str(path.parent)):
+        check_adapter_file(place)
+        read = read_adapter_file(place)
+        assert read.keys() == TENSORS.keys()
+        assert all(torch.equal(tensor, TENSORS[key]) for key, tensor in read.items())
+
+
+def test_a_file_cut_anywhere_is_refused(path):
+    data = path.read_bytes()
+    for size in [*range(0, 24), *range(24, len(data), 7), len(data) - 1]:
+        path.write_bytes(data[:size])
+        assert_refused(path, "truncated|promises|unreadable")
+    path.write_bytes(data)
+    check_adapter_file(path)
+
+
+def test_a_file_with_more_bytes_than_it_says_is_refused(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert_refused(path, r"has \d+ bytes, its header promises \d+")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 25_000_001, 10**6])
+def test_a_header_that_promises_gigabytes_costs_no_memory(path, length):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write(path, b"{}", b"\0" * 64, length)
+    assert_refused(path, f"promises a header of {length} bytes but has 74 bytes.*fetch it again")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+def test_a_large_header_that_is_really_there_is_refused(path):
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 30_000_000))
+        file.truncate(30_000_008)  # sparse
+    assert_refused(path, "promises a header of 30000000 bytes")
+
+
+@pytest.mark.parametrize("size", [1 << 33, 1 << 62])
+def test_tensors_that_promise_gigabytes_are_refused(path, size):
+    write(path, {"a.smn_mask": entry(0, size, shape=(size,))}, b"\0" * 16)
+    assert_refused(path, rf"its header promises \d{{{len(str(size))}}}")
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"{", b"not json", b"\xff\xfe", b"[" * 5000, b"nul", b"[]", b"3", b'"x"', b"null"]
+)
+def test_a_header_that_is_no_object(path, header):
+    write(path, header, b"\0" * 4)
+    assert_refused(path, "unreadable header|truncated")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        3,
+        None,
+        [],
+        {},
+        {"data_offsets": 3},
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 1, 2]},
+        {"data_offsets": ["0", "4"]},
+        {"data_offsets": [None, None]},
+        {"data_offsets": [-1, 4]},
+        {"data_offsets": [4, 0]},
+        {"data_offsets": [0.0, 4.0]},
+        {"data_offsets": [0, True]},
+        {"data_offsets": {}},
+        {"data_offsets": [[0], [4]]},
+    ],
+    ids=str,
+)
+def test_an_entry_that_makes_no_sense(path, bad):
+    write(path, {"a.smn_mask": bad}, b"\0" * 4)
+    assert_refused(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": entry(0, 4), "b": entry(2, 6)},  # they overlap
+        {"a": entry(0, 4), "b": entry(6, 10)},  # a hole
+        {"a": entry(2, 6)},  # a hole in front
+        {"a": entry(0, 4, "F32")},  # bytes and shape disagree
+        {"a": entry(0, 4, shape=(5,))},
+        {"a": entry(0, 4, shape=(-4,))},
+        {"a": entry(0, 4, shape=(1 << 40, 1 << 40))},
+        {"a": entry(0, 4, "U9")},
+        {"a": {"data_offsets": [0, 4]}},
+        {"a": entry(0, 4, shape="4")},
+        {"a": entry(0, 4), "__metadata__": {"x": 1}},
+    ],
+    ids=lambda header: json.dumps(header)[:60],
+)
+def test_tensors_that_contradict_themselves_are_not_read(path, header):
+    size = max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
+    write(path, header, b"\0" * size)
+    with pytest.raises(AdapterFileError, match=r"cannot be read|unreadable|promises"):
+        read_adapter_file(path)
+
+
+def test_bits_flipped_anywhere_never_crash(path):
+    data = bytearray(path.read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for _ in range(400):
+        where = int(torch.randint(0, len(data), (), generator=generator))
+        bent = bytearray(data)
+        bent[where] ^= 1 << int(torch.randint(0, 8, (), generator=generator))
+        path.write_bytes(bent)
+        try:
+            read_adapter_file(path)
+        except AdapterFileError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_missing_file_is_not_a_damaged_one(tmp_path):
+    for place in (tmp_path, tmp_path / "none", tmp_path / WEIGHTS_NAME):
+        with pytest.raises(FileNotFoundError):
+            check_adapter_file(place)
+
+
+def test_an_error_is_a_value_error_and_names_the_file(path):
+    assert issubclass(AdapterFileError, ValueError)
+    path.write_bytes(b"")
+    assert_refused(path, str(path))
+
+
+@pytest.mark.parametrize("save_scores", [False, True])
+def test_sizes_are_split_by_purpose(tmp_path, save_scores):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 4))
+    config = MaskConfig(
+        target_modules=["0"], modules_to_save=["3"], batch_norm="adapt", mask_bias=True, save_scores=save_scores
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    sizes = adapter_sizes(tmp_path)
+    assert sizes.mask == (135 + 7) // 8 + 1
+    assert sizes.scores == (4 * (135 + 5) if save_scores else 0)
+    assert sizes.statistics == 2 * 4 * 5 + 8
+    assert sizes.head == 4 * (80 + 4)
+    assert sizes.total == (tmp_path / WEIGHTS_NAME).stat().st_size
+    assert sizes == adapter_sizes(str(tmp_path / WEIGHTS_NAME))
+    assert isinstance(sizes, AdapterSizes)
+    parts = sizes.mask + sizes.scores + sizes.statistics + sizes.head
+    assert parts < sizes.total < parts + 4000
