@@ -61,9 +61,8 @@ class StoredLayer(AdapterLayer):
                 check_packed(f"{prefix}{slot.mask_name}", packed, weight.numel())
             if scores is not None and scores.shape != weight.shape:
                 raise ValueError(
-                    f"{prefix}{slot.scores_name} has shape {tuple(scores.shape)}, the base weight has "
-                    f"{tuple(weight.shape)}: "
-                    "load the base model that adapter_config.json names."
+                    f"{prefix}{slot.scores_name} has shape {tuple(scores.shape)}, the base weight "
+                    f"{tuple(weight.shape)}: load the base model that adapter_config.json names."
                 )
             if adapter_name in self.scores(slot):
                 self.bits(slot).take_arrived(adapter_name)
