@@ -65,7 +65,7 @@ def param_groups(model: nn.Module, lr: float, head_lr: float, head: str) -> list
     """Two groups of what a model trains: the module called `head` at `head_lr`, and the rest at `lr`.
 
     The rest is the scores of a masked model or the weights of one that is fine-tuned. Scores want a learning rate
-    three orders of magnitude above that of weights, and no weight decay.
+    far above that of weights, and no weight decay.
     """
     groups: list[dict[str, Any]] = [{"params": [], "lr": lr}, {"params": [], "lr": head_lr}]
     for name, parameter in model.named_parameters():
@@ -75,23 +75,16 @@ def param_groups(model: nn.Module, lr: float, head_lr: float, head: str) -> list
 
 
 def fit(
-    model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
-    epochs: int,
-    groups: list[dict[str, Any]],
-    *,
-    label: str = "train",
-    warmup: float = 0.25,
+    model: nn.Module, loader: DataLoader, epochs: int, optimizer: torch.optim.Optimizer, *, label: str = "train"
 ) -> dict[str, float]:
-    """Train by cross-entropy: SGD with momentum 0.9, learning rates rising linearly, then following a cosine to 0.
+    """Train by cross-entropy; the learning rates rise over a quarter of the steps, then follow a cosine to 0.
 
     Args:
         model: Classifier, images -> logits (batch, classes); left in eval mode.
-        loader: Sized iterable of (images, labels), gone through once per epoch.
+        loader: Batches of (images, labels), gone through once per epoch.
         epochs: Number of passes.
-        groups: Parameter groups, see [`param_groups`].
+        optimizer: Steps at its own learning rates, one per parameter group.
         label: Words in front of the progress bar, which shows loss, density and images per second.
-        warmup: Fraction of the steps in which the learning rates rise; about the paper's, for supervised masks.
 
     Returns:
         Mean loss of the last epoch, seconds, and images per second.
@@ -99,16 +92,15 @@ def fit(
     Raises:
         FloatingPointError: If the loss is not finite.
     """
-    optimizer = torch.optim.SGD(groups, momentum=0.9)
-    steps = epochs * len(loader)  # type: ignore[arg-type]
-    rise = max(1, round(warmup * steps))
+    steps = epochs * len(loader)
+    rise = max(1, steps // 4)
 
     def factor(step: int) -> float:
         return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     device, start, seen, mean = _device(model), time.perf_counter(), 0, math.nan
-    # No bar where nobody watches: tqdm leaves it out by itself when stderr is no terminal.
+    # Where nobody watches, tqdm leaves the bar out by itself.
     with tqdm(total=steps, desc=label, unit="batch", disable=None, leave=False) as bar:
         for _ in range(epochs):
             model.train()

@@ -18,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import peft
@@ -36,16 +38,27 @@ from smn_peft.storage import adapter_sizes
 
 MODEL = {"model_name": "resnet18", "channels": [16, 32, 64, 128], "in_chans": 1, "num_classes": 5}
 OLD, NEW = range(5), range(5, 10)
-BATCH, HEAD_LR = 32, 0.1
-# What is adapted beside the head, and the learning rate of the weights or scores. The rates were chosen with --sweep,
-# on a validation part of the training images.
-METHODS = {
-    "new head, statistics adapt": ("statistics", 0.0),
-    "full fine-tuning": ("weights", 0.1),
-    "mask, batch_norm='adapt'": ("adapt", 80.0),
-    "mask, batch_norm='frozen'": ("frozen", 20.0),
+BATCH = 32
+
+
+class Recipe(NamedTuple):
+    """What is adapted beside the head, with which optimizer, and at which learning rates."""
+
+    what: str
+    optimizer: Callable[..., torch.optim.Optimizer]
+    lr: float
+    head_lr: float
+    swept: tuple[float, ...] = ()
+
+
+sgd = partial(torch.optim.SGD, momentum=0.9)
+# Learning rates were chosen with --sweep, on a validation part of the training images.
+RECIPES = {
+    "new head, statistics adapt": Recipe("statistics", sgd, 0.0, 0.1),
+    "full fine-tuning": Recipe("weights", sgd, 0.2, 0.1, (0.01, 0.03, 0.1, 0.2, 0.4)),
+    "mask, the defaults": Recipe("frozen", torch.optim.Adam, 0.1, 0.01, (0.03, 0.1, 0.2, 0.4)),
+    "mask, the paper's recipe": Recipe("adapt", sgd, 20.0, 0.1, (10.0, 20.0, 40.0, 80.0, 160.0)),
 }
-SWEPT = {"weights": (0.01, 0.03, 0.1, 0.2, 0.3), "adapt": (20, 40, 80, 120, 160), "frozen": (10, 20, 40)}
 
 
 def load_base(folder: Path) -> nn.Module:
@@ -61,37 +74,39 @@ def pretrain(folder: Path, epochs: int) -> float:
     torch.manual_seed(0)
     train, test = common.digits(OLD)
     model = timm.create_model(**MODEL)
-    groups = [{"params": model.parameters(), "lr": 0.05, "weight_decay": 5e-4}]
-    common.fit(model, common.batches(train, BATCH, train=True), epochs, groups, label="pretrain on 0–4")
+    optimizer = sgd(model.parameters(), lr=0.05, weight_decay=5e-4)
+    common.fit(model, common.batches(train, BATCH, train=True), epochs, optimizer, label="pretrain on 0–4")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(MODEL))
     save_file(model.state_dict(), folder / "model.safetensors")
     return common.accuracy(model, common.batches(test, 100))
 
 
-def adapt(what: str, lr: float, base: Path, train: Dataset, epochs: int, seed: int) -> tuple[nn.Module, float]:
+def adapt(recipe: Recipe, base: Path, train: Dataset, epochs: int, seed: int) -> tuple[nn.Module, float]:
     """Adapt the base, with a new head, to the new digits; returns the model and the seconds it took."""
     torch.manual_seed(seed)
     model = load_base(base)
     model.reset_classifier(len(NEW))
-    if what in ("adapt", "frozen"):
-        model = get_peft_model(model, MaskConfig(modules_to_save=["fc"], batch_norm=what))
-    elif what == "statistics":  # a control: all that a mask adapter has but the mask
+    if recipe.what in ("frozen", "adapt"):
+        model = get_peft_model(model, MaskConfig(modules_to_save=["fc"], batch_norm=recipe.what))
+    elif recipe.what == "statistics":  # a control: all that a mask adapter has but the mask
         model.requires_grad_(False).fc.requires_grad_(True)
-    groups = common.param_groups(model, lr, HEAD_LR, head="fc")
+    optimizer = recipe.optimizer(common.param_groups(model, recipe.lr, recipe.head_lr, head="fc"))
     loader = common.batches(train, BATCH, train=True)
-    return model, common.fit(model, loader, epochs, groups, label=f"{what}, seed {seed}")["seconds"]
+    return model, common.fit(model, loader, epochs, optimizer, label=f"{recipe.what}, seed {seed}")["seconds"]
 
 
 def sweep(base: Path, epochs: int, seeds: int) -> None:
     """Print the accuracy of each learning rate on 100 of the training images, held out; test images take no part."""
-    for what, rates in SWEPT.items():
-        for lr in rates:
+    for method, recipe in RECIPES.items():
+        for lr in recipe.swept:
             found = []
             for seed in range(seeds):
                 part, held = random_split(common.digits(NEW)[0], (396, 100), torch.Generator().manual_seed(seed))
-                found.append(common.accuracy(adapt(what, lr, base, part, epochs, seed)[0], common.batches(held, 100)))
-            print(f"{what:8} lr {lr:<6g} validation accuracy {statistics.mean(found):.3f}", flush=True)
+                model, _ = adapt(recipe._replace(lr=lr), base, part, epochs, seed)
+                found.append(common.accuracy(model, common.batches(held, 100)))
+            words = f"{statistics.mean(found):.3f} ({', '.join(f'{value:.2f}' for value in found)})"
+            print(f"{method}, lr {lr:g}: validation accuracy {words}", flush=True)
 
 
 def stored_bytes(model: nn.Module, folder: Path) -> dict[str, int]:
@@ -112,15 +127,15 @@ def stored_bytes(model: nn.Module, folder: Path) -> dict[str, int]:
 def run(method: str, folder: Path, epochs: int, seeds: int) -> dict[str, Any]:
     """Adapt once per seed and test; a mask of the last seed is saved with the logits that it gives."""
     train, test = common.digits(NEW)
-    what, lr = METHODS[method]
-    row: dict[str, Any] = {"method": method, "lr": lr, "accuracy": [], "seconds": [], "density": []}
+    recipe = RECIPES[method]
+    row: dict[str, Any] = {"method": method, "lr": recipe.lr, "accuracy": [], "seconds": [], "density": []}
     for seed in range(seeds):
-        model, seconds = adapt(what, lr, folder / "base", train, epochs, seed)
+        model, seconds = adapt(recipe, folder / "base", train, epochs, seed)
         row["accuracy"].append(common.accuracy(model, common.batches(test, 100)))
         row["seconds"].append(seconds)
         row["density"] += [model.density()] if isinstance(model, PeftModel) else []
     row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    row["bytes"] = stored_bytes(model, folder / f"mask-{what}")
+    row["bytes"] = stored_bytes(model, folder / f"mask-{recipe.what}")
     print(f"{method}: accuracy {', '.join(f'{value:.3f}' for value in row['accuracy'])}", flush=True)
     return row
 
@@ -139,7 +154,7 @@ def compare(folder: Path, epochs: int, seeds: int) -> dict[str, Any]:
     rows = [
         {"method": "frozen, k-NN (k = 200)", "accuracy": [knn], "trained": 0, "bytes": {"total": 0}},
         {"method": "frozen, linear probe", "accuracy": [probe], "trained": numbers, "bytes": size},
-        *(run(method, folder, epochs, seeds) for method in METHODS),
+        *(run(method, folder, epochs, seeds) for method in RECIPES),
     ]
     check = subprocess.run([sys.executable, __file__, "--verify", str(folder)], capture_output=True, text=True)
     print(check.stdout + check.stderr, end="", flush=True)

@@ -33,21 +33,21 @@ def _cells(row: Mapping[str, Any], checkpoint: int) -> dict[str, str]:
     spread = f" ± {100 * statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
     return {
         "method": row["method"],
-        "accuracy in %": f"{100 * statistics.mean(accuracy):.1f}{spread}",
-        "trained numbers": f"{row['trained']:,}",
+        "accuracy %": f"{100 * statistics.mean(accuracy):.1f}{spread}",
+        "trained": f"{row['trained']:,}",
         "density": _percent(statistics.mean(row["density"])) if row.get("density") else "–",
-        "mask in kB": _kilobytes(size.get("mask")),
-        "head in kB": _kilobytes(size.get("head")),
-        "statistics in kB": _kilobytes(size.get("statistics")),
-        "file in kB": _kilobytes(size["total"]),
-        "of a checkpoint": _percent(size["total"] / checkpoint) if size["total"] else "–",
+        "mask kB": _kilobytes(size.get("mask")),
+        "head kB": _kilobytes(size.get("head")),
+        "statistics kB": _kilobytes(size.get("statistics")),
+        "file kB": _kilobytes(size["total"]),
+        "of full": _percent(size["total"] / checkpoint) if size["total"] else "–",
     }
 
 
 def _words(record: Mapping[str, Any]) -> list[str]:
     rows = record["rows"]
-    knn, probe, control, full, mask, frozen = (_percent(statistics.mean(row["accuracy"])) for row in rows)
-    density = _percent(statistics.mean(rows[4]["density"]))
+    knn, probe, control, full, mask, paper = (_percent(statistics.mean(row["accuracy"])) for row in rows)
+    kept, kept_too = (_percent(statistics.mean(row["density"])) for row in rows[4:6])
     images, seeds = record["images"], len(rows[4]["accuracy"])
     spread = f", mean and standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
     same = "gave logits identical to the bit" if record["reload_identical"] else "DID NOT GIVE THE SAME LOGITS"
@@ -57,13 +57,15 @@ def _words(record: Mapping[str, Any]) -> list[str]:
         f"of them right, is adapted to the digits 5–9 with {images['train']} images and tested on {images['test']} "
         f"others: {record['epochs']} epochs{spread}.",
         f"What it learned of the old digits is not enough for the new ones: k-NN on its features gets {knn} right "
-        f"({_percent(record['knn_20_accuracy'])} with k = 20), a linear probe {probe}, a new head over re-estimated "
-        f"BatchNorm statistics {control}. A mask beside that head and those statistics, which keeps {density} of the "
-        f"weights, makes it {mask}; fine-tuning all weights gives {full}. With the base's statistics (the default, "
-        f"`batch_norm='frozen'`) the mask gives {frozen}.",
-        f"The mask's file has {_kilobytes(rows[4]['bytes']['total'])} kB, header included, a full fp32 checkpoint "
-        f"{_kilobytes(rows[3]['bytes']['total'])} kB. Base and masks, loaded from their files in a fresh process, "
-        f"{same}.",
+        f"({_percent(record['knn_20_accuracy'])} with k = 20), a linear probe {probe}. Masks bring that to {mask} by "
+        f"switching off all but {kept} of the weights, the rest unchanged up to one factor per layer; fine-tuning "
+        f"every weight gives {full}.",
+        "The defaults keep the base's BatchNorm statistics; scores learn by Adam. The paper's recipe re-estimates the "
+        f"statistics, which then belong to the adapter, and uses SGD at a large learning rate: {paper}, with "
+        f"{kept_too} of the weights kept. Without a mask, new statistics and a new head give {control}.",
+        f"The default mask's file has {_kilobytes(rows[4]['bytes']['total'])} kB, header included, a full fp32 "
+        f"checkpoint {_kilobytes(rows[3]['bytes']['total'])} kB. Base and masks, loaded from their files in a fresh "
+        f"process, {same}.",
         f"Measured in {record['seconds']:.0f} s on one CPU core, with {versions}.",
     ]
 

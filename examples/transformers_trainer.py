@@ -43,9 +43,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def trainer(model: nn.Module, folder: Path, data: tuple[Dataset, Dataset], lr: float, callbacks: list) -> Trainer:
-    """A Trainer with SGD, `lr` for scores (or weights) and 0.1 for the head, both following a cosine."""
+    """A Trainer with Adam, `lr` for scores (or weights) and 0.01 for the head, both following a cosine."""
     steps = EPOCHS * (len(data[0]) // BATCH)
-    optimizer = torch.optim.SGD(param_groups(model, lr, 0.1, head="classifier"), momentum=0.9)
+    optimizer = torch.optim.Adam(param_groups(model, lr, 0.01, head="classifier"))
     arguments = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -77,7 +77,7 @@ def masked(base: Path) -> PeftModel:
     set_seed(0)
     model = ResNetForImageClassification.from_pretrained(base)
     model.classifier[-1].reset_parameters()
-    return get_peft_model(model, MaskConfig(modules_to_save=["classifier"], batch_norm="adapt"))
+    return get_peft_model(model, MaskConfig(modules_to_save=["classifier"]))
 
 
 def main(folder: Path) -> None:
@@ -86,18 +86,18 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     shape = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "layer_type": "basic"}
     config = ResNetConfig(num_channels=1, num_labels=5, **shape)
-    first = trainer(ResNetForImageClassification(config), folder / "base", digits(range(5)), lr=0.05, callbacks=[])
+    first = trainer(ResNetForImageClassification(config), folder / "base", digits(range(5)), lr=0.003, callbacks=[])
     first.train()
     first.save_model()
 
     data, exported = digits(range(5, 10)), folder / "adapter"
-    whole = trainer(masked(folder / "base"), folder / "run", data, 20.0, [ExactResumeCallback()])
+    whole = trainer(masked(folder / "base"), folder / "run", data, 0.1, [ExactResumeCallback()])
     whole.train()
     whole.save_model(str(exported))
     print(f"test accuracy on 5–9: {whole.evaluate()['eval_accuracy']:.3f}, density {whole.model.density():.3f}")
 
     half = folder / "run" / f"checkpoint-{whole.state.max_steps // 2}"
-    resumed = trainer(masked(folder / "base"), folder / "resumed", data, 20.0, [ExactResumeCallback()])
+    resumed = trainer(masked(folder / "base"), folder / "resumed", data, 0.1, [ExactResumeCallback()])
     resumed.train(resume_from_checkpoint=str(half))
     resumed.save_model(str(folder / "adapter-resumed"))
     files = [path / "adapter_model.safetensors" for path in (exported, folder / "adapter-resumed")]

@@ -63,8 +63,11 @@ def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
 
 @torch.no_grad()
 def unmerge_weight(weight: Tensor, stash: Stash) -> None:
-    """Restore in place what [`merge_weight`] overwrote, bit for bit; the stash may be on another device."""
+    """Restore in place what [`merge_weight`] overwrote, bit for bit; the stash may be on another device.
+
+    A weight that was cast while it was merged comes back up to rounding.
+    """
     restored = _divided(weight.detach(), stash.scale.to(weight.device))
     where = unpack_bits(stash.where.to(weight.device), weight.shape)
-    restored[where] = stash.values.to(weight.device)
+    restored[where] = stash.values.to(weight.device, weight.dtype)
     weight.copy_(restored)

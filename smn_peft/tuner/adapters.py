@@ -145,7 +145,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         selected = info.trainable.get(slot.name)
         if selected is None or selected.device != weight.device:
             generator = seeded_generator(info.config.seed, f"{info.key}.{slot.path}.select")
-            selected = select_trainable(weight.detach(), info.config.trainable_fraction, info.config.select, generator)
+            with torch.inference_mode(False):  # what is kept serves a backward as well
+                selected = select_trainable(
+                    weight.detach(), info.config.trainable_fraction, info.config.select, generator
+                )
             info.trainable[slot.name] = selected
         return selected
 

@@ -19,6 +19,7 @@ from .layer import MaskLayer
 
 __all__ = ["base_fingerprint", "check_adapter_name", "check_base", "check_base_kind", "check_targets"]
 
+_WRAPPED = ("base_layer", "modules_to_save", "original_module")  # what PEFT adds to paths
 _digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (version, place, digest)
 
 
@@ -26,14 +27,15 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     """Refuse a name that would make PEFT lose another adapter's tensors when it saves (peft#3584).
 
     Raises:
-        ValueError: If the name is empty, has a dot, or is a part of a module's path.
+        ValueError: If the name is empty, has a dot, or is a part of a module's path or a parameter's name.
     """
     if not name or "." in name:
         raise ValueError(f"{name!r} cannot name an adapter: it must not be empty nor hold a dot. Choose another name.")
-    for path, _ in model.named_modules():
+    own = (path for path, _ in (*model.named_parameters(), *model.named_buffers()) if "smn_" not in path)
+    for path in (*_WRAPPED, *(path for path, _ in model.named_modules()), *own):
         if name in path.split("."):
             raise ValueError(
-                f"{name!r} cannot name an adapter: it is part of the module path {path!r}, and PEFT filters state "
+                f"{name!r} cannot name an adapter: it is part of the path {path!r}, and PEFT filters state "
                 f"dicts by names. Choose another name, such as {name + '_task'!r}."
             )
 

@@ -69,7 +69,8 @@ class MaskLayer(StoredLayer):
         sources = [weight, *(scores[name] if name in scores else bits[name] for name in holders)]
         specs = [self.smn_info[name].spec for name in holders]
         if cached is None or not cached.fresh(sources, specs):
-            cached = CachedWeight(self._build(slot, holders), sources, specs)
+            with torch.inference_mode(False):  # what is kept serves a backward as well
+                cached = CachedWeight(self._build(slot, holders), sources, specs)
             if names == self.active_adapters:
                 self._cache[slot.name] = cached
         return cached.weight

@@ -419,15 +419,30 @@ def test_scores_follow_a_cast_of_the_model_but_stay_wide(case):
 
 
 @every_case
-def test_in_inference_mode_too(case):
-    x, model = case.inputs(), masked_model(case, case.random())
-    with torch.no_grad():
-        expected = model(x)
+@pytest.mark.parametrize("packed", [False, True], ids=["scores", "packed"])
+def test_inference_mode_leaves_nothing_behind(case, packed):
+    x, model = case.inputs(), masked_model(case, case.random(inference_mode=packed, trainable_fraction=0.9))
     with torch.inference_mode():
-        assert torch.equal(model(x), expected)
-        assert torch.equal(model(x), expected)
-    model(x).float().sum().backward()  # nothing made in inference mode is left behind
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+        first = model(x)
+        assert torch.equal(model(x), first)
+    with torch.no_grad():
+        assert torch.equal(model(x), first)
+    if packed:  # what was kept in inference mode serves a backward through a frozen layer
+        model.base_model.model.classify.requires_grad_()
+        x = x if case.vocabulary else x.requires_grad_()
+    model(x).float().square().sum().backward()
+    assert packed or all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    assert not packed or case.vocabulary or x.grad.any()
+
+
+@every_case
+def test_a_cast_while_merged_comes_back_up_to_rounding(case):
+    model, base = masked_model(case, case.random()), case.base()
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    for name, tensor in weights_of(model).items():
+        torch.testing.assert_close(tensor.float(), weights_of(base)[name].float(), rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.slow

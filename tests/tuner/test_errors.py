@@ -181,8 +181,12 @@ def test_an_offloaded_weight():
     assert not any(isinstance(module, MaskLayer) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["first", "layers", "0", "out_proj", "my.task", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["first", "layers", "0", "out_proj", "weight", "running_var", "modules_to_save", "base_layer", "my.task", ""],
+)
 @pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.filterwarnings("ignore:Adapter name")
 def test_names_that_would_lose_tensors(name, existing):
     model = get_peft_model(net(), config()) if existing else net()
     before = picture(model)
