@@ -96,7 +96,8 @@ def fit(
     rise = max(1, steps // 4)
 
     def factor(step: int) -> float:
-        return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+        fallen = (step - rise) / max(1, steps - rise)
+        return (step + 1) / rise if step < rise else (1 + math.cos(math.pi * fallen)) / 2
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     device, start, seen, mean = _device(model), time.perf_counter(), 0, math.nan

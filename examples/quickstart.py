@@ -3,7 +3,7 @@
 
 A narrow ResNet-18 is trained on the handwritten digits 0–4. For the digits 5–9 the script then compares its frozen
 features (k-NN, linear probe) with full fine-tuning and with masks trained for as many epochs, saves the masks, and
-loads them back in a fresh process. It needs no network, and a minute or two on two CPU cores.
+loads them back in a fresh process. It needs no network, and a minute or two on one CPU core.
 
 It shows how the method is used, and reproduces no number of the paper, whose networks and datasets are larger.
 """
@@ -203,7 +203,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)  # a model this small gains little from more, and waits for them on a busy machine
-    epochs, seeds = (3, 1) if args.fast else (12, 3)
+    epochs, seeds = (2, 1) if args.fast else (12, 3)
     if args.readme:
         quickstart_report.render_readme(args.json or quickstart_report.RECORD)
         return

@@ -57,12 +57,12 @@ def _words(record: Mapping[str, Any]) -> list[str]:
         f"of them right, is adapted to the digits 5–9 with {images['train']} images and tested on {images['test']} "
         f"others: {record['epochs']} epochs{spread}.",
         f"What it learned of the old digits is not enough for the new ones: k-NN on its features gets {knn} right "
-        f"({_percent(record['knn_20_accuracy'])} with k = 20), a linear probe {probe}. Masks bring that to {mask} by "
-        f"switching off all but {kept} of the weights, the rest unchanged up to one factor per layer; fine-tuning "
-        f"every weight gives {full}.",
-        "The defaults keep the base's BatchNorm statistics; scores learn by Adam. The paper's recipe re-estimates the "
-        f"statistics, which then belong to the adapter, and uses SGD at a large learning rate: {paper}, with "
-        f"{kept_too} of the weights kept. Without a mask, new statistics and a new head give {control}.",
+        f"({_percent(record['knn_20_accuracy'])} with k = 20), a linear probe {probe}. A mask with the defaults "
+        f"brings that to {mask}: it keeps {kept} of the weights, unchanged up to one factor per layer, and switches "
+        f"the others off. Fine-tuning every weight gives {full}.",
+        "The defaults keep the base's BatchNorm statistics; here their scores learn by Adam. The paper's recipe, SGD "
+        "at a large learning rate and statistics re-estimated, which then belong to the adapter, keeps "
+        f"{kept_too} of the weights and gives {paper}. New statistics and a new head without a mask give {control}.",
         f"The default mask's file has {_kilobytes(rows[4]['bytes']['total'])} kB, header included, a full fp32 "
         f"checkpoint {_kilobytes(rows[3]['bytes']['total'])} kB. Base and masks, loaded from their files in a fresh "
         f"process, {same}.",

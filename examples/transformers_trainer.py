@@ -28,7 +28,7 @@ from transformers import (
 from smn_peft import MaskConfig
 from smn_peft.training import ExactResumeCallback
 
-EPOCHS, BATCH = 12, 32
+EPOCHS, BATCH = 8, 32
 
 
 def collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:

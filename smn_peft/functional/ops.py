@@ -9,12 +9,13 @@ weight and the scores, which are there anyway (one pass over the weight), and wr
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .masking import MaskSpec, compute_mask, scale_of
 
@@ -44,17 +45,47 @@ class _Masked(NamedTuple):
         return (self.kept if self.scale is None else self.kept.mul_(self.scale)).to(dtype)
 
 
+class _Workspace(threading.local):
+    """Memory on the CPU that the nodes of one thread share; fresh pages would cost more than writing to them."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[torch.dtype, Tensor] = {}
+
+    def room(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Uninitialised tensor of the shape of `like`, valid until the next call with this dtype."""
+        block = self.blocks.get(dtype)
+        if block is None or block.numel() < like.numel():
+            with torch.inference_mode(False):
+                block = self.blocks[dtype] = torch.empty(like.numel(), dtype=dtype)
+        return block[: like.numel()].view(like.shape)
+
+
+_workspace = _Workspace()
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether the tensors lie in the CPU's memory in C order, and are what they seem (not a tracer's stand-ins)."""
+    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+
+
 def _keep(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor | None:
     """θ·1[S > μ] in one pass, where the mask is a plain threshold."""
     if spec.mask_type != "threshold" or trainable is not None or weight.dtype != scores.dtype:
         return None
-    return torch.ops.aten.threshold_backward(weight, scores, spec.threshold)  # type: ignore[no-any-return]
+    keep = torch.ops.aten.threshold_backward
+    if not _plain(weight, scores):
+        return keep(weight, scores, spec.threshold)  # type: ignore[no-any-return]
+    room = _workspace.room(weight, weight.dtype)
+    return keep.grad_input(weight, scores, spec.threshold, grad_input=room)  # type: ignore[no-any-return]
 
 
 def _build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> _Masked:
-    mask = compute_mask(scores, spec, trainable)
-    active = torch.count_nonzero(mask)
     kept = _keep(weight, scores, spec, trainable)
+    if kept is not None and _plain(weight, scores):
+        mask = torch.gt(scores, spec.threshold, out=_workspace.room(scores, torch.bool))
+    else:
+        mask = compute_mask(scores, spec, trainable)
+    active = torch.count_nonzero(mask)
     if kept is None:
         kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
     return _Masked(kept, active, scale_of(active, mask.numel(), weight.dtype) if spec.scale else None)

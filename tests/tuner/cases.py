@@ -196,7 +196,7 @@ def train(model: nn.Module, x: Tensor, steps: int = 4, lr: float = 0.4) -> None:
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trainable, lr=lr)
-    labels = torch.arange(len(x)) % 3
+    labels = torch.arange(len(x), device=x.device) % 3
     for _ in range(steps):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x).float(), labels).backward()
