@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .masking import MaskSpec, compute_mask, scale_of
@@ -100,9 +99,18 @@ def _rebuild(ctx: Any, weight: Tensor, scores: Tensor, trainable: Tensor | None)
 
 
 def _score_gradient(
-    grad: Tensor, masked: _Masked, weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None
+    grad: Tensor,
+    masked: _Masked,
+    weight: Tensor,
+    scores: Tensor,
+    spec: MaskSpec,
+    trainable: Tensor | None,
+    total: Tensor | None = None,
 ) -> Tensor:
-    """dL/dS from g = dL/dθ̂ and the kept weight, not yet scaled, in the scores' dtype; `grad` may be overwritten."""
+    """dL/dS from g = dL/dθ̂ and the kept weight, not yet scaled, in the scores' dtype, in the memory of `grad`.
+
+    `total` is Σ g·(kept weight), where the caller has it.
+    """
     grad = grad.to(scores.dtype)
     scale, kept = masked.scale, masked.kept
     if scale is None:
@@ -111,24 +119,30 @@ def _score_gradient(
         result = grad.mul_(weight).mul_(scale)
     else:
         # Σ_j g_j·θ̂_j / (2·active) is the formula's (s²/2N)·Σ; an empty mask has θ̂ = 0, hence no second term.
-        if grad.is_contiguous() and kept.is_contiguous() and kept.dtype == grad.dtype:
-            total = torch.dot(grad.view(-1), kept.view(-1))
-        else:
-            total = (grad * kept).sum()
+        if total is None:
+            total = _inner(grad, kept)
         shift = total * scale / (2 * masked.active.clamp(min=1))
         if grad.device.type == "cpu":  # one pass; elsewhere reading the scale would wait for the device
-            result = torch.addcmul(-shift, weight.to(grad.dtype), grad, value=scale.item())
+            result = torch.addcmul(-shift, weight.to(grad.dtype), grad, value=scale.item(), out=grad)
         else:
             result = grad.mul_(weight).mul_(scale).sub_(shift)
     return result if trainable is None else result.mul_(trainable)
 
 
-def _product(flat: Tensor, masked: _Masked, dtype: torch.dtype) -> Tensor:
-    """Gradient of the input, g·θ̂; on the CPU the scale rides along in the product."""
-    if masked.scale is None or flat.device.type != "cpu":
-        return flat @ masked.weight(dtype)
-    nothing = torch.zeros((), dtype=dtype)
-    return torch.addmm(nothing, flat, masked.kept.to(dtype), beta=0, alpha=masked.scale.item())
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """Σ of the elementwise product."""
+    if first.is_contiguous() and second.is_contiguous() and first.dtype == second.dtype:
+        return torch.dot(first.view(-1), second.view(-1))
+    return (first * second).sum()
+
+
+def _product(flat: Tensor, masked: _Masked, transposed: bool, bias: Tensor | None = None) -> Tensor:
+    """`flat` times the effective weight or its transpose, plus bias; on the CPU the scale rides along."""
+    scale = None if masked.scale is None or flat.device.type != "cpu" else masked.scale.item()
+    weight = masked.weight(flat.dtype) if scale is None else masked.kept.to(flat.dtype)
+    weight = weight.t() if transposed else weight
+    start = torch.zeros((), dtype=flat.dtype, device=flat.device) if bias is None else bias
+    return torch.addmm(start, flat, weight, beta=0 if bias is None else 1, alpha=1 if scale is None else scale)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -145,7 +159,8 @@ class _MaskedLinear(torch.autograd.Function):
         masked = _build(weight, scores, spec, trainable)
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec, ctx.active, ctx.scale = spec, masked.active, masked.scale
-        return F.linear(x, masked.weight(x.dtype), bias)
+        flat = x.reshape(-1, x.shape[-1])
+        return _product(flat, masked, transposed=True, bias=bias).reshape(*x.shape[:-1], len(weight))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -158,7 +173,7 @@ class _MaskedLinear(torch.autograd.Function):
             grad_weight = flat.t() @ x.reshape(-1, x.shape[-1])
             grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable)
         if ctx.needs_input_grad[0]:
-            grad_x = _product(flat, masked, x.dtype).reshape(x.shape)
+            grad_x = _product(flat, masked, transposed=False).reshape(x.shape)
         if ctx.needs_input_grad[3]:
             grad_bias = flat.sum(0)
         return grad_x, None, grad_scores, grad_bias, None, None
@@ -180,7 +195,10 @@ class _MaskedConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec, ctx.active, ctx.scale = spec, masked.active, masked.scale
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
-        return torch.convolution(x, masked.weight(x.dtype), bias, *geometry)
+        if bias is not None or masked.scale is None:
+            return torch.convolution(x, masked.weight(x.dtype), bias, *geometry)
+        result = torch.convolution(x, masked.kept.to(x.dtype), None, *geometry)
+        return result.mul_(masked.scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -191,9 +209,14 @@ class _MaskedConv(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad, x, masked.kept.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
         )
+        total = None
         if grad_x is not None and masked.scale is not None:
+            if x.numel() < weight.numel() and x.dtype == weight.dtype:
+                total = _inner(x, grad_x)  # a convolution is linear in both: Σ x·(dL/dx) = Σ θ̂·(dL/dθ̂)
             grad_x.mul_(masked.scale)
-        grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable) if needed[1] else None
+        grad_scores = None
+        if needed[1]:
+            grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable, total)
         return grad_x, None, grad_scores, grad_bias, None, None, None
 
 

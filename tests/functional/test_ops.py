@@ -128,11 +128,38 @@ def test_gradients_are_those_of_plain_autograd(name, spec):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_output_is_bit_equal_to_the_effective_weight_s(name, dtype):
+def test_the_output_is_the_effective_weight_s(name, dtype):
+    """Bit for bit without scale; with it up to rounding, since the scale may be multiplied into the product."""
     operation, plain, (x, weight, scores), bias = problem(name, dtype)
     for spec in SPECS.values():
         expected = plain(x, effective_weight(weight, compute_mask(scores, spec), spec.scale), bias)
-        assert torch.equal(operation(x, weight, scores.requires_grad_(), bias, spec, None), expected)
+        actual = operation(x, weight, scores.requires_grad_(), bias, spec, None)
+        tolerance = 8 * torch.finfo(dtype).eps if spec.scale else 0.0
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_small_output_is_scaled_and_not_the_weight(bias):
+    """The paths for few pixels and many channels: the scale on the output, σ's term from the input's gradient."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 16, 2, 2, dtype=torch.float64)
+    weight, scores = torch.randn(2, 32, 16, 3, 3, dtype=torch.float64)
+    offset = torch.randn(32, dtype=torch.float64) if bias else None
+    geometry, spec = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1), MaskSpec()
+
+    def run(function):
+        inputs = [x.clone().requires_grad_(), scores.clone().requires_grad_()]
+        function(*inputs).square().sum().backward()
+        return [tensor.grad for tensor in inputs]
+
+    mine = run(lambda a, s: masked_conv(a, weight, s, offset, geometry, spec))
+    plain = run(
+        lambda a, s: torch.nn.functional.conv2d(
+            a, masked_weight(weight, through(s, spec, weight.dtype), spec), offset, padding=1
+        )
+    )
+    for actual, expected in zip(mine, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

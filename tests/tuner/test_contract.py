@@ -202,6 +202,27 @@ def test_merging_changes_no_output_and_unmerging_restores_every_bit(case, safe_m
 
 
 @every_case
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_merging_one_after_the_other_merges_the_intersection(case):
+    base, x, model = case.base(), case.inputs(), masked_model(case, case.random(1), "first")
+    model.add_adapter("second", case.random(2))
+    with torch.no_grad():
+        first = model(x)
+        model.base_model.set_adapter(["first", "second"])
+        both = model(x)
+        assert not torch.equal(both, first)
+        model.merge_adapter(["first"])
+        assert torch.equal(model(x), first)
+        model.merge_adapter(["second"])
+        assert torch.equal(model(x), both)
+        model.unmerge_adapter()
+        assert_same(weights_of(model), weights_of(base))
+        model.merge_adapter()
+        assert torch.equal(model(x), both)
+        assert torch.equal(model.merge_and_unload()(x), both)
+
+
+@every_case
 def test_merge_and_unload_and_unload(case):
     x, model = case.inputs(), masked_model(case, case.random())
     with torch.no_grad():
