@@ -219,6 +219,7 @@ def test_merging_one_after_the_other_merges_the_intersection(case):
         assert_same(weights_of(model), weights_of(base))
         model.merge_adapter()
         assert torch.equal(model(x), both)
+        model.unmerge_adapter()
         assert torch.equal(model.merge_and_unload()(x), both)
 
 
