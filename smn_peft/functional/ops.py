@@ -55,7 +55,7 @@ class _Workspace(threading.local):
         block = self.blocks.get(dtype)
         if block is None or block.numel() < like.numel():
             with torch.inference_mode(False):
-                block = self.blocks[dtype] = torch.empty(like.numel(), dtype=dtype)
+                block = self.blocks[dtype] = torch.empty(like.numel(), dtype=dtype, device="cpu")
         return block[: like.numel()].view(like.shape)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smn_peft.functional import MaskSpec, compute_mask, effective_weight, masked_conv, masked_linear, masked_weight
+from smn_peft.functional import (
+    MaskSpec,
+    compute_mask,
+    effective_weight,
+    masked_conv,
+    masked_linear,
+    masked_weight,
+    ops,
+)
 from smn_peft.functional import straight_through as through
 from smn_peft.functional.ops import ConvGeometry
 
@@ -333,3 +342,42 @@ def test_inputs_without_a_batch_dimension_or_of_size_zero(name):
         row = gradients(lambda x, s, b: operation(x, weight, s, b, MaskSpec(), None), vector[None], scores, bias)
         for first, second in zip(mine, row, strict=True):
             torch.testing.assert_close(first.flatten(), second.flatten(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["linear", "2d"])
+def test_a_default_device_elsewhere_does_not_matter(name, monkeypatch):
+    operation, _, (x, weight, scores), bias = problem(name, torch.float64)
+    expected = gradients(lambda x, s, b: operation(x, weight, s, b, MaskSpec(), None), x, scores, bias)
+    monkeypatch.setattr(ops, "_workspace", ops._Workspace())
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, scores, bias)]
+    with torch.device("meta"):
+        out = operation(leaves[0], weight, leaves[1], leaves[2], MaskSpec(), None)
+        out.backward(torch.ones_like(out))
+    assert torch.equal(out, expected[0])
+    assert all(leaf.grad.device.type == "cpu" for leaf in leaves)
+
+
+def test_threads_do_not_share_their_workspace():
+    def work(seed: int) -> bool:
+        operation, _, (x, weight, scores), bias = problem("linear", torch.float64)
+        weight = weight * (seed + 1)
+        first = gradients(lambda x, s, b: operation(x, weight, s, b, MaskSpec(), None), x, scores, bias)
+        for _ in range(50):
+            again = gradients(lambda x, s, b: operation(x, weight, s, b, MaskSpec(), None), x, scores, bias)
+            if not all(torch.equal(a, b) for a, b in zip(first, again, strict=True)):
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_a_graph_can_be_walked_twice():
+    operation, _, (x, weight, scores), bias = problem("2d", torch.float64)
+    scores.requires_grad_()
+    x.requires_grad_()
+    out = operation(x, weight, scores, bias, MaskSpec(), None).square().sum()
+    first = torch.autograd.grad(out, (x, scores), retain_graph=True)
+    operation(x * 2, weight * 3, scores, bias, MaskSpec(), None).square().sum().backward()  # uses the same memory
+    second = torch.autograd.grad(out, (x, scores))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -422,7 +422,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(case, use_reentrant):
     out.float().square().sum().backward()
     gradients = [[p.grad for p in model.parameters() if p.requires_grad] for model in (plain, saving)]
     for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+        # Reentrant: the forward ran without gradients, where the scaled weight is rounded to the base's dtype.
+        size = 5e-2 if case.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(first, second, rtol=size, atol=size * float(first.abs().max()))
 
 
 @every_case
