@@ -253,6 +253,7 @@ def test_a_mixed_batch_does_not_leave_its_weights_behind():
 def test_a_copy_has_a_cache_of_its_own():
     model, before = filled()
     twin = copy.deepcopy(model)
+    assert not layer_of(twin)._cache
     write(twin)
     check(twin, before)
     check(model, before, changes=False)

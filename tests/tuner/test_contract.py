@@ -349,6 +349,12 @@ def test_state_dicts_round_trip_strictly(case):
         other.load_state_dict(packed.state_dict())
         assert torch.equal(packed(x), first(x))
         assert torch.equal(packed(x), other(x))
+    trainable = masked_model(case, case.random(3))  # bits that a loader writes in place become scores
+    missing, unexpected = trainable.load_state_dict(packed.state_dict(), strict=False)
+    assert all("scores" in name for name in missing)
+    assert not unexpected
+    assert_same(mask_bits(trainable), mask_bits(packed))
+    assert all(parameter.requires_grad == ("scores" in name) for name, parameter in trainable.named_parameters())
 
 
 @every_case
@@ -447,6 +453,7 @@ def test_scores_follow_a_cast_of_the_model_but_stay_wide(case):
 def test_inference_mode_leaves_nothing_behind(case, packed):
     x, model = case.inputs(), masked_model(case, case.random(inference_mode=packed, trainable_fraction=0.9))
     with torch.inference_mode():
+        assert 0 < model.base_model.density() < 1
         first = model(x)
         assert torch.equal(model(x), first)
     with torch.no_grad():

@@ -133,6 +133,24 @@ def test_targets_of_a_second_adapter_that_cannot_be_masked():
     assert list(model.peft_config) == ["default", "second"]
 
 
+@pytest.mark.parametrize("targets", [("first", "norm"), "all-linear"], ids=str)
+def test_a_refused_base_is_as_trainable_as_before(targets):
+    model = net()
+    model.norm.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"norm layer|inside an nn|no masked form"):
+        get_peft_model(model, config(targets))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+
+
+def test_the_base_of_another_adapter_is_as_trainable_as_before(tmp_path):
+    saved(tmp_path)
+    model = net(seed=1)
+    with pytest.raises(ValueError, match="does not belong to this base model"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_tied_weights():
     model = net()
     model.layers[1].weight = model.layers[0].weight

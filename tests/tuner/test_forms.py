@@ -92,6 +92,20 @@ def test_an_empty_batch():
         assert_same_outputs(model, plain, x)
 
 
+@pytest.mark.parametrize("options", [{}, {"scale_grad_by_freq": True}, {"padding_idx": 2}], ids=str)
+def test_the_gradient_of_an_embedding(options):
+    model, plain = pair(nn.Embedding(5, 3, **options))
+    layer, x = layer_of(model), torch.tensor([[0, 2, 2, 4]])
+    weights = torch.randn(1, 4, 3)
+    (model(x) * weights).sum().backward()
+    plain.body.weight.requires_grad_()
+    (plain(x) * weights).sum().backward()
+    mask, theta, g = layer.mask("default"), layer.base_layer.weight, plain.body.weight.grad
+    s = (mask.numel() / mask.sum()).sqrt()
+    expected = s * theta * g - s**2 / (2 * mask.numel()) * (g * plain.body.weight.detach()).sum()
+    torch.testing.assert_close(layer.smn_scores["default"].grad, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 MASK = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)

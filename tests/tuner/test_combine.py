@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Votes over masks: what counts as a majority, and that the new adapter stands on its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smn_peft.tuner.combine import COMBINATIONS, combine_masks
+
+from .cases import BY_NAME, mask_bits, masked_model
+
+BITS = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("rows", "weights", "kind", "expected"),
+    [
+        ((0, 1, 2), (1, 1, 1), "union", [1, 1, 1, 0]),
+        ((0, 1, 2), (1, 1, 1), "intersection", [1, 0, 0, 0]),
+        ((0, 1, 2), (1, 1, 1), "majority", [1, 1, 0, 0]),
+        ((0, 2), (1, 1), "majority", [1, 0, 0, 0]),  # half is not more than half
+        ((0, 1, 2), (2, 1, 1), "majority", [1, 1, 0, 0]),
+        ((0, 1, 2), (3, 1, 1), "majority", [1, 1, 1, 0]),
+        ((0, 1, 2), (0, 0, 5), "majority", [1, 0, 0, 0]),
+        ((1,), (0.1,), "majority", [1, 1, 0, 0]),
+    ],
+)
+def test_votes(rows, weights, kind, expected):
+    combined = combine_masks([BITS[row] for row in rows], weights, kind)
+    assert combined.dtype == torch.bool
+    assert combined.int().tolist() == expected
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_the_parts_can_go_and_the_combination_stays(kind):
+    case = BY_NAME["conv2d-bias"]
+    model = masked_model(case, case.random(1), "one")
+    model.add_adapter("two", case.random(2))
+    model.base_model.add_weighted_adapter(["one", "two"], adapter_name="both", combination_type=kind)
+    assert not any("both" in name for name, _ in model.named_parameters())  # bits only, for inference
+    assert model.active_adapters == ["one"]
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "scores.one" in name)
+    masks = mask_bits(model, "both")
+    model.set_adapter("both")
+    with torch.no_grad():
+        expected = model(case.inputs())
+        model.delete_adapter("one")
+        model.delete_adapter("two")
+        assert torch.equal(model(case.inputs()), expected)
+    assert all(torch.equal(mask, masks[path]) for path, mask in mask_bits(model, "both").items())
+
+
+def test_combining_adapters_for_inference_and_training_alike(tmp_path):
+    case = BY_NAME["linear"]
+    model = masked_model(case, case.random(1), "scores")
+    model.add_adapter("packed", case.random(2, inference_mode=True))
+    model.base_model.add_weighted_adapter(["scores", "packed"], adapter_name="both", combination_type="intersection")
+    expected = mask_bits(model, "scores")["weight"] & mask_bits(model, "packed")["weight"]
+    assert torch.equal(mask_bits(model, "both")["weight"], expected)
