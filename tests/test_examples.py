@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NO_EXAMPLE = "not an example by itself"
-MAX_LINES = 120
 
 # Scripts that run as they are, offline: their arguments, and what their output has to match.
 ALONE: dict[str, tuple[list[str], list[str]]] = {
