@@ -30,6 +30,7 @@ PAPER = Recipe(
     lrs=(10, 30, 100),
 )
 MASK = Recipe("mask, Adam on the scores, head from the probe, statistics frozen", mask=True, lrs=(0.03, 0.06, 0.1))
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _AT_BEST = replace(MASK, label="the recipe", lrs=(0.1,))
 EFFECTS = [
     _AT_BEST,
@@ -44,7 +45,7 @@ EFFECTS = [
 
 
 def build() -> nn.Module:
-    """The backbone, features (batch, 1024)."""
+    """The backbone, features (batch, 1024), and how it wants its images."""
     model = ResNetV2(
         layers=(3, 4, 6),
         channels=(256, 512, 1024),
@@ -61,9 +62,9 @@ def build() -> nn.Module:
     model.stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
     state = load_file(assets_folder() / "resnetv2_50_stages123.onnxzoo.fp16.safetensors")
     model.load_state_dict({key: value.to(torch.float32) for key, value in state.items()})
+    model.image_size, (model.mean, model.std) = 48, IMAGENET
     return model
 
 
 if __name__ == "__main__":
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    main(build, [FULL_SGD, FULL_ADAM, PAPER, MASK], EFFECTS, 48, *imagenet, targets="all-conv")
+    main(build, [FULL_SGD, FULL_ADAM, PAPER, MASK], EFFECTS, 48, *IMAGENET, targets="all-conv")

@@ -5,7 +5,23 @@ from __future__ import annotations
 
 from ..tuner.base_name import base_name
 from .backbone import Backbone, pooled_features
+from .classifier import Classifier, load_classifier
+from .from_file import is_file_spec, load_from_file
 from .key_mapping import clip_key_mapping
 from .load import load_backbone
+from .prompts import templates_for
+from .text import text_embeddings
 
-__all__ = ["Backbone", "base_name", "clip_key_mapping", "load_backbone", "pooled_features"]
+__all__ = [
+    "Backbone",
+    "Classifier",
+    "base_name",
+    "clip_key_mapping",
+    "is_file_spec",
+    "load_backbone",
+    "load_classifier",
+    "load_from_file",
+    "pooled_features",
+    "templates_for",
+    "text_embeddings",
+]

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,8 @@ def pooled_features(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Te
     dtype = next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
     pixel_values = pixel_values.to(dtype)
     if hasattr(base, "forward_features") and hasattr(base, "forward_head"):
-        features: Tensor = base.forward_head(base.forward_features(pixel_values, **kwargs), pre_logits=True)
+        with _peft_forward(model, kwargs) as passed:
+            features: Tensor = base.forward_head(base.forward_features(pixel_values, **passed), pre_logits=True)
         return features.flatten(1)
     output = model(pixel_values, **kwargs)
     if isinstance(output, Tensor):
@@ -89,6 +91,17 @@ def pooled_features(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Te
     if hidden.ndim == 3 and getattr(getattr(base, "embeddings", None), "cls_token", None) is not None:
         return hidden[:, 0]
     return _over_positions(hidden)
+
+
+@contextmanager
+def _peft_forward(model: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `PeftModel.forward` does around the base's: `adapter_names` goes to the layers, not to the base."""
+    special = getattr(model, "special_peft_forward_args", None)
+    if special is None:
+        yield kwargs
+        return
+    with model._enable_peft_forward_hooks(**kwargs):
+        yield {name: value for name, value in kwargs.items() if name not in special}
 
 
 def _over_positions(hidden: Tensor) -> Tensor:

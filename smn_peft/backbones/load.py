@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backbone import Backbone, EvalTransform, pooled_features
 
-__all__ = ["load_backbone"]
+__all__ = ["explained", "load_backbone", "read_config"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _CONVERT = (
@@ -68,7 +68,7 @@ def load_backbone(
         )
     config: Any = None
     if not is_timm:
-        config = _config(source, revision)
+        config = read_config(source, revision)
         is_timm = config.model_type == "timm_wrapper"
     if projection and is_timm:
         raise ValueError(f"{name} is a timm model, which has no projection: projection=True is for CLIP.")
@@ -92,7 +92,7 @@ def load_backbone(
                 options = {**(config.model_args or {}), **options}
                 model, settings = from_timm.create(config.architecture, state_dict=None, **options)
     except OSError as error:
-        raise _explained(error, name) from error
+        raise explained(error, name) from error
     model.eval()
     identity = source if pretrained and state_dict is None else name
     model.name_or_path = model.config._name_or_path = "" if not pretrained and state_dict is None else identity
@@ -167,18 +167,19 @@ def _refuse_pickle(state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) ->
         raise FileNotFoundError(f"state_dict: there is no file {path}.")
 
 
-def _config(source: str, revision: str | None) -> Any:
+def read_config(source: str, revision: str | None) -> Any:
+    """The transformers config of a Hub id or folder; raises `ValueError` or `OSError` with the remedy."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
     except OSError as error:
-        raise _explained(error, source) from error
+        raise explained(error, source) from error
     except ValueError as error:
         raise ValueError(f"transformers cannot read the config of {source!r}: {error}") from error
 
 
-def _explained(error: OSError, name: str) -> Exception:
+def explained(error: OSError, name: str) -> Exception:
     """The same failure with its remedy."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -133,6 +133,9 @@ def matching_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
 
 def _is_known(model: nn.Module) -> bool:
     libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__} & _LIBRARIES
+    inner = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
+    if not libraries and isinstance(inner, nn.Module):  # a head of one's own on a backbone
+        return _is_known(inner)
     if "transformers" in libraries:
         has_tower = any(isinstance(getattr(model, tower, None), nn.Module) for tower in _TOWERS)
         return has_tower or getattr(model, "main_input_name", None) == "pixel_values"

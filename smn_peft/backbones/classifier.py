@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Classifier`: a backbone with a linear head on its pooled features, and `load_classifier` that makes one by name."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..tuner.base_name import base_name
+from .backbone import Backbone, pooled_features
+from .load import load_backbone
+
+__all__ = ["Classifier", "load_classifier"]
+
+
+class Classifier(nn.Module):
+    """A backbone and a head, as one model that PEFT adapts.
+
+    `MaskConfig(modules_to_save=["head"])` masks the backbone and trains the head in full (and what else has a name
+    that ends so, since PEFT compares the end: the last norm of timm's ConvNeXt). Without it, and with the head among
+    the `target_modules`, the head's random weights are masked too.
+
+    The head is an `nn.Linear` with two buffers more, `feature_mean` and `feature_std` (dim,): what comes in is
+    standardised by them. They start at 0 and 1, which changes no bit, and travel with the head's weights.
+
+    Attributes:
+        backbone: The model that gives the features.
+        head: The linear layer.
+        num_classes: Number of logits.
+        name_or_path: The backbone's, "" if it has none. PEFT writes it into the adapter's config.
+        config: The backbone's, where it has one.
+    """
+
+    #: Where the vision model is, in transformers' words; default targets are looked for there.
+    base_model_prefix = "backbone"
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, num_classes: int, *, head_seed: int = 0) -> None:
+        """Put a head on a backbone.
+
+        Args:
+            backbone: A vision model whose `pooled_features` are (batch, feature_dim).
+            feature_dim: Size of the features.
+            num_classes: Number of classes, at least 1.
+            head_seed: Seed of the head's weights: the same seed gives the same head in every process.
+
+        Raises:
+            ValueError: If a size is below 1.
+        """
+        super().__init__()
+        for name, value in (("feature_dim", feature_dim), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        self.backbone = backbone
+        self.head = _seeded_head(feature_dim, num_classes, head_seed)
+        self.num_classes = num_classes
+        self.name_or_path = base_name(backbone) or ""
+        if hasattr(backbone, "config"):
+            self.config = backbone.config
+        self.train(backbone.training)
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """(batch, 3, height, width) -> logits (batch, num_classes); `kwargs` are the backbone's."""
+        return self.forward_head(self.forward_features(pixel_values, **kwargs))
+
+    def forward_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """(batch, 3, height, width) -> pooled features (batch, feature_dim), not standardised."""
+        return pooled_features(self.backbone, pixel_values, **kwargs)
+
+    def forward_head(self, features: Tensor, *, pre_logits: bool = False) -> Tensor:
+        """Features (batch, feature_dim) -> logits; `pre_logits` gives the features as they are."""
+        if pre_logits:
+            return features
+        head: Any = self.head
+        if hasattr(head, "base_layer"):  # a masked layer computes without its base layer's hook
+            _check_plain(head.base_layer)
+        return head(features.to(head.weight.dtype))
+
+    @torch.no_grad()
+    def set_head(
+        self, weight: Tensor, bias: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
+    ) -> None:
+        """Start the head from given values, such as a linear probe's.
+
+        Args:
+            weight: (num_classes, feature_dim).
+            bias: (num_classes,), zeros if None.
+            mean: (feature_dim,), subtracted from the features before the head; zeros if None.
+            std: (feature_dim,), what they are then divided by; ones if None.
+
+        Raises:
+            ValueError: For values of the wrong shape or not finite, a `std` not above 0, or a head that an adapter
+                already wraps.
+        """
+        if (wrapper := type(self.head)) is not nn.Linear:
+            raise ValueError(f"An adapter wraps the head ({wrapper.__name__}): call set_head before get_peft_model.")
+        head: Any = self.head
+        values: dict[str, Tensor] = {
+            "weight": weight,
+            "bias": torch.zeros_like(head.bias) if bias is None else bias,
+            "feature_mean": torch.zeros_like(head.feature_mean) if mean is None else mean,
+            "feature_std": torch.ones_like(head.feature_std) if std is None else std,
+        }
+        for name, value in values.items():
+            expected = tuple(getattr(head, name).shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"set_head: {name} must be of shape {expected}; got {tuple(value.shape)}.")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"set_head: {name} holds NaN or infinity: check the features that it was fitted on.")
+        if zeros := int((values["feature_std"] <= 0).sum()):
+            raise ValueError(f"set_head: std is not above 0 in {zeros} features: clamp it, as in std.clamp_min(1e-6).")
+        for name, value in values.items():
+            getattr(head, name).copy_(value)
+
+
+def load_classifier(
+    name: str | os.PathLike[str] | Backbone,
+    num_classes: int,
+    *,
+    head: Literal["linear"] = "linear",
+    head_seed: int = 0,
+    **kwargs: Any,
+) -> Backbone:
+    """Load a pretrained vision model and put a random linear head on it.
+
+    Args:
+        name: What `load_backbone` takes, or a `Backbone` already loaded.
+        num_classes: Number of classes.
+        head: Kind of the head.
+        head_seed: Seed of the head's weights: a head that stays random is the same after loading again.
+        kwargs: Passed to `load_backbone`.
+
+    Returns:
+        The backbone with a `Classifier` as its `model`; `features` and `feature_dim` are those before the head.
+
+    Raises:
+        ValueError: As `load_backbone`; also for another kind of head, or a loaded `Backbone` with arguments for
+            loading.
+        OSError: As `load_backbone`.
+    """
+    if head != "linear":
+        raise ValueError(f"head must be 'linear', the only kind there is; got {head!r}.")
+    if not isinstance(name, Backbone):
+        backbone = load_backbone(name, **kwargs)
+    elif kwargs:
+        raise ValueError(f"{', '.join(kwargs)}: {name.name} is loaded already; pass this to load_backbone.")
+    else:
+        backbone = name
+    model = Classifier(backbone.model, backbone.feature_dim, num_classes, head_seed=head_seed)
+    return replace(backbone, model=model)
+
+
+def _seeded_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
+    """nn.Linear's own distribution, U(−1/√dim, 1/√dim), from a generator of its own; fp32."""
+    head = nn.utils.skip_init(nn.Linear, feature_dim, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(feature_dim)
+    with torch.no_grad():
+        for parameter in (head.weight, head.bias):
+            parameter.uniform_(-bound, bound, generator=generator)
+    head.register_buffer("feature_mean", torch.zeros(feature_dim))
+    head.register_buffer("feature_std", torch.ones(feature_dim))
+    # A hook and not a subclass: only an exact nn.Linear can be masked, and a copy of the head keeps its hook.
+    head.register_forward_pre_hook(_standardise)
+    return head
+
+
+def _standardise(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    features, *rest = args
+    return ((features - head.feature_mean) / head.feature_std, *rest)
+
+
+def _check_plain(head: Any) -> None:
+    if head.feature_mean.any() or (head.feature_std != 1).any():
+        raise ValueError(
+            "The head is masked and its input standardised, which cannot be combined: train the head with "
+            "modules_to_save=['head'], or call set_head without mean and std."
+        )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`load_from_file`: a user's own model, from a function in a Python file of theirs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backbone import Backbone, EvalTransform, pooled_features
+
+__all__ = ["is_file_spec", "load_from_file"]
+
+_FORM = "name it as 'path/to/file.py:function'"
+
+
+def is_file_spec(name: str) -> bool:
+    """Whether a name means a function in a file ("model.py:build") and not a model of a library."""
+    return name.endswith(".py") or ".py:" in name
+
+
+def load_from_file(spec: str) -> Backbone:
+    """Run the user's file and call the function in it that builds the model.
+
+    Only name a file that you trust: it runs as any script does, with its own folder first on the import path.
+
+    Args:
+        spec: "path/to/file.py:function". The function takes no arguments and returns an `nn.Module` that maps
+            (batch, 3, height, width) to features, or a whole `Backbone`. A module's attributes `mean`, `std` and
+            `image_size` say how images are prepared; without them a timm model's own settings count, and for any
+            other model ImageNet's, with a warning.
+
+    Returns:
+        The model in eval mode. `name` is `spec`, and so is the model's `name_or_path` unless it has one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: `spec` has another form, the file or the function fails or does not exist, what it returns is not
+            a model, or the model gives no features.
+    """
+    path, _, function = spec.rpartition(":")
+    if not path.endswith(".py") or not function.isidentifier():
+        raise ValueError(f"{spec!r} names no function in a Python file: {_FORM}.")
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {path} (for {spec!r}).")
+    with _first_on_path(file.resolve().parent):
+        module = _imported(file)
+        build = getattr(module, function, None)
+        if not callable(build):
+            raise ValueError(f"{path} has no function {function!r}{_functions_of(module)}.")
+        made = _call(build, spec)
+    if isinstance(made, Backbone):
+        backbone = made
+    elif isinstance(made, nn.Module):
+        backbone = _as_backbone(made, spec)
+    else:
+        what = "None: does it lack a return?" if made is None else f"a {type(made).__name__}."
+        raise ValueError(f"{spec} must return an nn.Module or a Backbone; it returned {what}")
+    backbone.model.eval()
+    model: Any = backbone.model
+    if not getattr(model, "name_or_path", None):
+        model.name_or_path = spec
+    return replace(backbone, name=spec, feature_dim=_feature_dim(backbone.model, backbone.image_size, spec))
+
+
+@contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    """As for a script that is run: what lies beside the file can be imported."""
+    before = list(sys.path)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _imported(file: Path) -> ModuleType:
+    # A name of its own, that no installed package has: "model.py" must not become `import model` for others.
+    name = f"{file.stem}_{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:8]}"
+    found: Any = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module  # dataclasses and pickling look their module up
+    try:
+        _call(lambda: found.loader.exec_module(module), str(file))
+    except ValueError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _call(function: Callable[[], Any], what: str) -> Any:
+    try:
+        return function()
+    except (Exception, SystemExit) as error:  # whatever a user's code raises; SystemExit is an example's sys.exit
+        kind = "exits" if isinstance(error, SystemExit) else f"raises {type(error).__name__}"
+        raise ValueError(f"{what} {kind}: {error}") from error
+
+
+def _functions_of(module: ModuleType) -> str:
+    own = [
+        name
+        for name, value in vars(module).items()
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+    ]
+    return f" (it has {', '.join(own)})" if own else ""
+
+
+def _as_backbone(model: nn.Module, spec: str) -> Backbone:
+    """The model with how images become its input: what it says itself, else timm's record of it, else ImageNet's."""
+    from timm.data import create_transform, resolve_data_config
+
+    known = {name: getattr(model, name, None) for name in ("mean", "std", "image_size")}
+    config: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0}
+    if timm_config := getattr(model, "pretrained_cfg", None):
+        config = resolve_data_config({}, pretrained_cfg=timm_config)
+        built = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"]
+        own = {"mean": config["mean"], "std": config["std"], "image_size": built[-1]}
+        known = {name: own[name] if value is None else value for name, value in known.items()}
+    if missing := [name for name, value in known.items() if value is None]:
+        warnings.warn(
+            f"{spec} does not say its model's {', '.join(missing)}: ImageNet's mean and standard deviation and 224 "
+            "pixels are taken. Set them as attributes of the module, as in model.mean = (0.5, 0.5, 0.5).",
+            stacklevel=3,
+        )
+    mean = _channels(known["mean"], (0.485, 0.456, 0.406), "mean", spec)
+    std = _channels(known["std"], (0.229, 0.224, 0.225), "std", spec)
+    if any(value <= 0 for value in std):
+        raise ValueError(f"{spec}: std must be above 0; got {std}.")
+    size = 224 if known["image_size"] is None else known["image_size"]
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{spec}: image_size must be a number of pixels, one side of the square input; got {size!r}.")
+    config |= {"input_size": (3, size, size), "mean": mean, "std": std}
+    return Backbone(
+        model=model,
+        transform=EvalTransform(create_transform(**config, is_training=False)),
+        feature_dim=0,
+        name=spec,
+        image_size=size,
+        mean=mean,
+        std=std,
+    )
+
+
+def _channels(value: Any, default: tuple[float, ...], name: str, spec: str) -> tuple[float, ...]:
+    if value is None:
+        return default
+    numbers = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
+    if not isinstance(numbers, Sequence) or len(numbers) != 3:
+        raise ValueError(f"{spec}: {name} must be three numbers, one per channel of images in [0, 1]; got {value!r}.")
+    return tuple(float(number) for number in numbers)
+
+
+@torch.no_grad()
+def _feature_dim(model: nn.Module, image_size: int, spec: str) -> int:
+    parameter = next(model.parameters(), torch.zeros(()))
+    pixel_values = torch.zeros(1, 3, image_size, image_size, device=parameter.device)
+    features = _call(lambda: pooled_features(model, pixel_values), f"The model of {spec} on {image_size} pixels")
+    if features.ndim != 2:
+        raise ValueError(f"The model of {spec} must give features (batch, dim); got {tuple(features.shape)}.")
+    return int(features.shape[1])
