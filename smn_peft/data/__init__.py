@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to train and evaluate on: datasets by name or path, few-label subsets, transforms and batches."""
+
+from __future__ import annotations
+
+from .dataset import ImageDataset
+from .decoding import ImageError
+from .images import load_images
+from .loading import AugmentedDataset, ShardedBatches, TrainingLoader, build_loader
+from .options import AugmentationOptions, MultiCropOptions, SupervisedOptions
+from .registry import DatasetSpec, dataset_spec, list_datasets
+from .subsets import label_subset
+from .transforms import (
+    ForeignTransform,
+    ImageTransform,
+    PilTransform,
+    evaluation_transform,
+    multi_crop_transform,
+    supervised_transform,
+)
+
+__all__ = [
+    "AugmentationOptions",
+    "AugmentedDataset",
+    "DatasetSpec",
+    "ForeignTransform",
+    "ImageDataset",
+    "ImageError",
+    "ImageTransform",
+    "MultiCropOptions",
+    "PilTransform",
+    "ShardedBatches",
+    "SupervisedOptions",
+    "TrainingLoader",
+    "build_loader",
+    "dataset_spec",
+    "evaluation_transform",
+    "label_subset",
+    "list_datasets",
+    "load_images",
+    "multi_crop_transform",
+    "supervised_transform",
+]

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ImageDataset`: images by index, as uint8 RGB tensors with their labels, wherever they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .decoding import decode_rgb
+
+__all__ = ["ImageDataset", "ImageSource"]
+
+
+class ImageSource(Protocol):
+    """Where the files of images lie; safe to hand to workers."""
+
+    def read(self, row: int) -> tuple[Tensor | bytes, str]:
+        """The bytes of one image file, and its name for messages."""
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Images by index.
+
+    `dataset[i]` is ``{"image": (3, height, width) uint8 RGB, "label": int (if labelled), "index": i}``. An image that
+    cannot be read raises `ImageError` with its file or row when it is asked for.
+
+    Args:
+        source: Where the images are read.
+        labels: (n,) int64, or None.
+        classes: Names by label, or None if there are none.
+        name: What was loaded.
+        split: Its split.
+        revision: Commit on the Hub, None for local files.
+        rows: (n,) int64 rows of the source that this dataset has, in order.
+
+    Raises:
+        ValueError: No images, or labels that do not fit the images or the classes.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        labels: Tensor | None,
+        classes: Sequence[str] | None,
+        name: str,
+        split: str,
+        revision: str | None = None,
+        rows: Tensor,
+    ) -> None:
+        if len(rows) == 0:
+            raise ValueError(f"{name}, split {split!r}, has no images: check the name, the split and the indices.")
+        if labels is not None:
+            if len(labels) != len(rows):
+                raise ValueError(f"{name} has {len(rows)} images but {len(labels)} labels.")
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0:
+                raise ValueError(
+                    f"{name}, split {split!r}, has the label {low}, which stands for an unknown class: take another "
+                    "split, or labelled=False to use the images without labels."
+                )
+            if classes is not None and high >= len(classes):
+                raise ValueError(f"{name} has the label {high} but only {len(classes)} class names.")
+        self.source, self.labels, self.rows = source, labels, rows
+        self.classes = None if classes is None else list(classes)
+        self.name, self.split, self.revision = name, split, revision
+        self._cache: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One image, its label if there are labels, and its index.
+
+        Raises:
+            IndexError: If there is no such image.
+            ImageError: If the image cannot be read.
+        """
+        index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} images; there is no index {index}.")
+        index %= len(self)
+        item: dict[str, Any] = {"image": self._image(index), "index": index}
+        if self.labels is not None:
+            item["label"] = int(self.labels[index])
+        return item
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes: of names if there are names, else the largest label plus one; None without labels."""
+        if self.labels is None:
+            return None
+        return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
+
+    def subset(self, indices: Iterable[int] | Tensor) -> ImageDataset:
+        """The images at these indices, in this order, counted from 0 anew.
+
+        Raises:
+            ValueError: An index is outside, or there are none.
+        """
+        chosen = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64)
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
+            raise ValueError(
+                f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."
+            )
+        part = self._like(self.labels if self.labels is None else self.labels[chosen], self.rows[chosen])
+        if self._cache:
+            # Not all may have fitted; those are the last ones, which are read again.
+            kept = [self._cache[i] if i < len(self._cache) else None for i in chosen.tolist()]
+            whole = next((i for i, image in enumerate(kept) if image is None), len(kept))
+            part._cache = [image for image in kept[:whole] if image is not None]
+        return part
+
+    def without_labels(self) -> ImageDataset:
+        """The same images, unlabelled."""
+        part = self._like(None, self.rows)
+        part._cache = self._cache
+        return part
+
+    def cached(self, max_bytes: int = 2**31) -> ImageDataset:
+        """The same images, decoded once and held in memory, which pays where decoding costs as much as augmenting.
+
+        Images are taken in order until the next would exceed `max_bytes`; the rest is read as before. Workers share
+        the memory: forked ones see the same pages, spawned ones get torch's shared memory.
+
+        Args:
+            max_bytes: Bound of the memory, 2 GiB by default: three bytes per pixel.
+
+        Raises:
+            ImageError: An image cannot be read.
+        """
+        part, held = self._like(self.labels, self.rows), 0
+        pixels = []
+        for index in range(len(self)):
+            image = self._image(index)
+            held += image.numel()
+            if held > max_bytes:
+                break
+            pixels.append(image.permute(1, 2, 0).contiguous())
+        part._cache = _joined(pixels)
+        return part
+
+    def _like(self, labels: Tensor | None, rows: Tensor) -> ImageDataset:
+        return ImageDataset(
+            self.source,
+            labels=labels,
+            classes=self.classes,
+            name=self.name,
+            split=self.split,
+            revision=self.revision,
+            rows=rows,
+        )
+
+    def _image(self, index: int) -> Tensor:
+        if index < len(self._cache):
+            return self._cache[index].permute(2, 0, 1)
+        data, where = self.source.read(int(self.rows[index]))
+        return decode_rgb(data, where)
+
+
+def _joined(pixels: list[Tensor]) -> list[Tensor]:
+    """The same images as views of one storage: one mapping to share, not one file descriptor per image."""
+    flat = torch.cat([image.flatten() for image in pixels]) if pixels else torch.empty(0, dtype=torch.uint8)
+    shapes = [image.shape for image in pixels]
+    return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches to train on: the same samples for any number of workers and processes, and from any step on again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .transforms import ImageTransform
+
+__all__ = ["AugmentedDataset", "ShardedBatches", "TrainingLoader", "build_loader"]
+
+
+def _seed_of(*parts: int | str) -> int:
+    """A seed that mixes all parts; sums of seeds would repeat: (1, 2) and (2, 1)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+class AugmentedDataset(Dataset[dict[str, Any]]):
+    """Transformed samples, whose randomness depends on seed, epoch and index alone.
+
+    `dataset[i]` is ``{"pixel_values": tensor, "index": i}``, or ``{"crops": [tensor, …], "index": i}`` where the
+    transform gives a list, with ``"labels"`` where the images have them: stacked by torch's default collation, a batch
+    of an objective.
+
+    Args:
+        dataset: `ImageDataset`, or any map-style dataset of such items.
+        transform: Called with the image and a generator that is seeded for this sample.
+        seed: Of the run.
+    """
+
+    def __init__(self, dataset: Any, transform: ImageTransform, seed: int = 0) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        # In shared memory, so that workers that stay alive over the epochs see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that samples are drawn for."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the samples of this epoch from now on, in running workers too."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One transformed sample."""
+        item = self.dataset[index]
+        generator = torch.Generator()
+        generator.manual_seed(_seed_of("sample", self.seed, self.epoch, int(index)))
+        views = self.transform(item["image"], generator)
+        sample: dict[str, Any] = {"pixel_values" if isinstance(views, Tensor) else "crops": views}
+        if "label" in item:
+            sample["labels"] = item["label"]
+        sample["index"] = item["index"]
+        return sample
+
+
+class ShardedBatches(Sampler[list[int]]):
+    """Indices of one process's part of every batch.
+
+    The batches depend on `n`, `batch_size`, `seed` and the epoch only; process r of p takes the r-th of p contiguous
+    parts of each, so that the joined batch is the same for any number of processes.
+
+    Args:
+        n: Number of samples.
+        batch_size: Size of the joined batch, over all processes.
+        seed: Of the order.
+        num_processes: Number of processes; must divide `batch_size`.
+        process_index: Number of this process, from 0.
+        shuffle: A new order every epoch, else the dataset's.
+        drop_last: Leave out the last batch if it is not full. Kept, it is split as evenly as it goes, and a process
+            whose part is empty has one batch less: for evaluation only.
+
+    Raises:
+        ValueError: Sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        num_processes: int = 1,
+        process_index: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        if batch_size < 1 or n < 1:
+            raise ValueError(f"The batch size and the number of samples must be at least 1; got {batch_size} and {n}.")
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index must lie in [0, {num_processes}); got {process_index}.")
+        if batch_size % num_processes:
+            raise ValueError(
+                f"The joined batch of {batch_size} cannot be divided among {num_processes} processes: take a "
+                f"multiple, such as {-(-batch_size // num_processes) * num_processes}."
+            )
+        if drop_last and n < batch_size:
+            raise ValueError(
+                f"{n} images are fewer than one batch of {batch_size}, and the last incomplete batch is dropped: set "
+                f"the batch size to {n - n % num_processes or num_processes} or less, or use more images."
+            )
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.num_processes, self.process_index = num_processes, process_index
+        self.shuffle, self.drop_last = shuffle, drop_last
+        self.epoch, self.start_batch = 0, 0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of joined batches of a whole epoch."""
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Go on with this epoch, at this batch: the first `start_batch` are passed over without being read.
+
+        Raises:
+            ValueError: `start_batch` is not in [0, batches_per_epoch].
+        """
+        if not 0 <= start_batch <= self.batches_per_epoch:
+            raise ValueError(
+                f"start_batch must lie in [0, {self.batches_per_epoch}], the batches of an epoch; got {start_batch}."
+            )
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        """Batches that are left from `start_batch` on, for this process."""
+        return sum(1 for _ in self._bounds())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(_seed_of("order", self.seed, self.epoch))
+            order = torch.randperm(self.n, generator=generator)
+        else:
+            order = torch.arange(self.n)
+        for start, end in self._bounds():
+            yield order[start:end].tolist()
+
+    def _bounds(self) -> Iterator[tuple[int, int]]:
+        for batch in range(self.start_batch, self.batches_per_epoch):
+            first = batch * self.batch_size
+            size = min(self.batch_size, self.n - first)
+            start = first + size * self.process_index // self.num_processes
+            end = first + size * (self.process_index + 1) // self.num_processes
+            if start < end:
+                yield start, end
+
+
+class TrainingLoader(DataLoader[dict[str, Any]]):
+    """A `DataLoader` over `AugmentedDataset` and `ShardedBatches` that knows epochs; made by `build_loader`."""
+
+    dataset: AugmentedDataset
+    batch_sampler: ShardedBatches
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Make the next iteration this epoch, from this batch on; see `ShardedBatches.set_epoch`."""
+        self.batch_sampler.set_epoch(epoch, start_batch)
+        self.dataset.set_epoch(epoch)
+
+
+def build_loader(
+    dataset: Any,
+    transform: ImageTransform,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    num_workers: int = 0,
+    num_processes: int = 1,
+    process_index: int = 0,
+    drop_last: bool = True,
+    shuffle: bool = True,
+    pin_memory: bool = False,
+) -> TrainingLoader:
+    """Batches of one process; call `set_epoch` before every epoch.
+
+    Neither the samples nor their order depend on workers or processes, and the caller's random state is untouched. Do
+    not hand the result to `Accelerator.prepare`: it is sharded already.
+
+    Args:
+        dataset: `ImageDataset`, or any map-style dataset of such items.
+        transform: See `smn_peft.data.transforms`.
+        batch_size: Size of the joined batch, over all processes.
+        seed: Of the order and of the transforms.
+        num_workers: Worker processes that read and transform; 0 does it in this one.
+        num_processes: Number of training processes.
+        process_index: Number of this one.
+        drop_last: Leave out the last incomplete batch.
+        shuffle: A new order every epoch.
+        pin_memory: Put batches into page-locked memory, for a GPU.
+
+    Raises:
+        ValueError: Sizes that do not fit, see `ShardedBatches`.
+    """
+    batches = ShardedBatches(
+        len(dataset),
+        batch_size,
+        seed=seed,
+        num_processes=num_processes,
+        process_index=process_index,
+        shuffle=shuffle,
+        drop_last=drop_last,
+    )
+    return TrainingLoader(
+        AugmentedDataset(dataset, transform, seed),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+        # Otherwise every iteration would take a number from the caller's generator.
+        generator=torch.Generator().manual_seed(_seed_of("workers", seed)),
+    )

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crops are drawn as torchvision draws them, and every probability and strength is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+
+from smn_peft.data import MultiCropOptions, SupervisedOptions
+from smn_peft.data.augmentation import Draws, augmented_crop, crop_box
+
+RATIO = (3 / 4, 4 / 3)
+OFF = {"flip": 0.0, "jitter_probability": 0.0, "grayscale": 0.0, "solarize": 0.0}
+
+
+def draws(seed=0):
+    return Draws(torch.Generator().manual_seed(seed))
+
+
+def test_draws_are_uniform_and_repeatable():
+    source, again = draws(), draws()
+    values = torch.tensor([source.uniform(2, 4) for _ in range(4000)])
+    assert 2 <= values.min() < 2.01 < 3.99 < values.max() < 4
+    assert abs(values.mean() - 3) < 0.05
+    assert values.tolist() == torch.tensor([again.uniform(2, 4) for _ in range(4000)]).tolist()
+    assert {source.below(3) for _ in range(100)} == {0, 1, 2}
+    assert 0.25 < sum(source.chance(0.3) for _ in range(4000)) / 4000 < 0.35
+
+
+@pytest.mark.parametrize("scale", [(0.05, 0.14), (0.14, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (64, 64), (20, 200), (200, 20)])
+def test_crops_have_torchvisions_distribution(scale, height, width):
+    source, count = draws(), 4000
+    ours = torch.tensor([crop_box(height, width, scale, RATIO, source) for _ in range(count)]).float()
+    image = torch.empty(3, height, width)
+    theirs = torch.tensor([RandomResizedCrop.get_params(image, scale, RATIO) for _ in range(count)]).float()
+    assert (ours >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    # The standard error of a difference of means, four times.
+    error = 4 * ((ours.var(0) + theirs.var(0)) / count).sqrt() + 1e-3
+    assert ((ours.mean(0) - theirs.mean(0)).abs() <= error).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "change"),
+    [
+        ({}, lambda x: x),
+        ({"flip": 1.0}, lambda x: x.flip(-1)),
+        (
+            {"grayscale": 1.0},
+            lambda x: (torch.tensor([0.2989, 0.587, 0.114]).view(3, 1, 1) * x).sum(0).expand(3, -1, -1),
+        ),
+        ({"solarize": 1.0}, lambda x: torch.where(x >= 0.5, 1 - x, x)),
+    ],
+)
+def test_one_step_at_a_time(changes, change):
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    options = SupervisedOptions(**{**OFF, **changes}, aspect_ratio=(1.0, 1.0))
+    result = augmented_crop(image, 16, (1.0, 1.0), options, draws())
+    torch.testing.assert_close(result, change(image / 255), atol=1e-6, rtol=0)
+    assert result.is_contiguous()
+
+
+def test_jitter_takes_the_strengths():
+    image = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    options = SupervisedOptions(**{**OFF, "jitter_probability": 1.0}, jitter=(0.4, 0.0, 0.0, 0.0))
+    values = torch.stack([augmented_crop(image, 8, (1.0, 1.0), options, draws(i)).mean() for i in range(200)])
+    factors = values / (100 / 255)
+    assert 0.6 <= factors.min() < 0.65
+    assert 1.35 < factors.max() <= 1.4
+    none = SupervisedOptions(**{**OFF, "jitter_probability": 1.0}, jitter=(0.0, 0.0, 0.0, 0.0))
+    torch.testing.assert_close(augmented_crop(image, 8, (1.0, 1.0), none, draws()), image / 255)
+
+
+@pytest.mark.parametrize(("size", "kernel"), [(224, 23), (96, 9), (64, 7), (32, 3), (8, 3)])
+def test_the_blurs_kernel_grows_with_the_crop(size, kernel):
+    image = torch.zeros(3, size, size, dtype=torch.uint8)
+    image[:, size // 2, size // 2] = 255
+    options = MultiCropOptions(**OFF, blur=1.0, blur_sigma=(2.0, 2.0), aspect_ratio=(1.0, 1.0))
+    reached = augmented_crop(image, size, (1.0, 1.0), options, draws())[0, size // 2] > 0
+    assert int(reached.sum()) == kernel
+
+
+@pytest.mark.parametrize("name", ["flip", "grayscale", "solarize", "blur", "jitter_probability"])
+def test_probabilities(name):
+    image = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8)
+    options = SupervisedOptions(**{**OFF, name: 0.3}, aspect_ratio=(1.0, 1.0))
+    changed = [
+        not torch.allclose(augmented_crop(image, 12, (1.0, 1.0), options, draws(i)), image / 255) for i in range(600)
+    ]
+    assert 0.22 < sum(changed) / 600 < 0.38
