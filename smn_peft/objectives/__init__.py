@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives: a batch in, ``{"loss": …}`` out, for any model of images; a user's own is a registered class."""
+
+from __future__ import annotations
+
+from .base import (
+    Batch,
+    Model,
+    NoOptions,
+    Objective,
+    create_objective,
+    list_objectives,
+    objective_class,
+    register_objective,
+)
+from .cross_entropy import CrossEntropy, CrossEntropyOptions
+from .swav import SwAV
+from .swav_options import SwAVOptions
+from .zero_shot import ZeroShot
+
+__all__ = [
+    "Batch",
+    "CrossEntropy",
+    "CrossEntropyOptions",
+    "Model",
+    "NoOptions",
+    "Objective",
+    "SwAV",
+    "SwAVOptions",
+    "ZeroShot",
+    "create_objective",
+    "list_objectives",
+    "objective_class",
+    "register_objective",
+]

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What objectives read from a batch and from the model, checked: images, labels, crops and features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .base import Batch, Model
+
+__all__ = ["check_features", "crops_of", "features_of_crops", "images_of", "labels_of"]
+
+
+def _entry(batch: Batch, key: str, name: str, fix: str) -> Tensor | Sequence[Tensor]:
+    if key not in batch:
+        raise ValueError(f"{name} needs batch[{key!r}], and the batch has {sorted(batch)}: {fix}")
+    value: Tensor | Sequence[Tensor] = batch[key]
+    return value
+
+
+def images_of(batch: Batch, name: str) -> Tensor:
+    """``batch["pixel_values"]``, (batch, 3, H, W).
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    images = _entry(batch, "pixel_values", name, "use a transform that gives one view, such as supervised_transform.")
+    assert isinstance(images, Tensor)
+    return images
+
+
+def labels_of(batch: Batch, name: str) -> Tensor:
+    """``batch["labels"]``, (batch,) int64.
+
+    Raises:
+        ValueError: If it is not there.
+    """
+    labels = _entry(batch, "labels", name, "use a data set with labels (label_column), or an objective without.")
+    assert isinstance(labels, Tensor)
+    return labels
+
+
+def crops_of(batch: Batch, name: str, global_crops: int) -> list[Tensor]:
+    """``batch["crops"]``: tensors (batch, 3, h, w), the global crops first.
+
+    Raises:
+        ValueError: If they are not there, fewer than two or than `global_crops`, of different batch sizes, or the
+            global ones are not of one size.
+    """
+    crops = list(_entry(batch, "crops", name, "use a transform with several views, such as multi_crop_transform."))
+    needed = max(global_crops, 2)
+    if len(crops) < needed:
+        raise ValueError(
+            f"{name} needs {global_crops} global crops and {needed} crops in all, the batch has {len(crops)}: let the "
+            "transform make more crops, or lower global_crops."
+        )
+    if len({len(crop) for crop in crops}) > 1:
+        raise ValueError(f"Every crop must hold the same images, got batch sizes {[len(crop) for crop in crops]}.")
+    sizes = [tuple(crop.shape[-2:]) for crop in crops]
+    if len(set(sizes[:global_crops])) > 1:
+        raise ValueError(
+            f"The first {global_crops} crops of a batch must be the global ones, of one size; got sizes {sizes}."
+        )
+    return crops
+
+
+def check_features(features: Tensor, dim: int, name: str) -> Tensor:
+    """The model's features, (batch, `dim`), as they are.
+
+    Raises:
+        ValueError: If they are not of that shape.
+    """
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(
+            f"{name} was made for features of shape (batch, {dim}), and the model returned {tuple(features.shape)}: "
+            "pass the model's pooled features, or its feature_dim when the objective is created."
+        )
+    return features
+
+
+def features_of_crops(model: Model, crops: Sequence[Tensor], dim: int, name: str) -> Tensor:
+    """Features of all crops, (crops · batch, dim), crop by crop; crops of one size go through the model together.
+
+    Raises:
+        ValueError: If the model does not return features of shape (batch, `dim`).
+    """
+    groups: dict[torch.Size, list[int]] = {}
+    for i, crop in enumerate(crops):
+        groups.setdefault(crop.shape, []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in groups.values():
+        features = check_features(model(torch.cat([crops[i] for i in members])), dim, name)
+        found.update(zip(members, features.chunk(len(members)), strict=True))
+    return torch.cat([found[i] for i in range(len(crops))])
