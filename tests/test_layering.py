@@ -23,7 +23,7 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "objectives": {"functional"},
     "backbones": {"tuner"},
     "data": {"tuner"},
-    "evaluation": {"tuner"},
+    "evaluation": {"backbones", "data", "tuner"},
     "training": {"objectives", "data", "evaluation", "tuner"},
     "cascade": {"tuner", "evaluation", "training"},
     "analysis": {"storage", "evaluation"},

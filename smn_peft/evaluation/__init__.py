@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good features and classifiers are: k-NN, linear probe, low-shot, accuracy, and reports of what was measured."""
+
+from __future__ import annotations
+
+from .accuracy import Accuracy, evaluate_accuracy
+from .features import Features, extract_features
+from .knn import evaluate_knn
+from .linear_probe import DECAYS, PAPER_DECAY, LinearProbe, fit_linear_probe, linear_probe
+from .low_shot import FRACTIONS, LowShotRow, low_shot, low_shot_probe, low_shot_reports
+from .markdown import format_fraction, markdown_table
+from .report import EvalReport, library_versions, merge_reports, report_table
+
+__all__ = [
+    "DECAYS",
+    "FRACTIONS",
+    "PAPER_DECAY",
+    "Accuracy",
+    "EvalReport",
+    "Features",
+    "LinearProbe",
+    "LowShotRow",
+    "evaluate_accuracy",
+    "evaluate_knn",
+    "extract_features",
+    "fit_linear_probe",
+    "format_fraction",
+    "library_versions",
+    "linear_probe",
+    "low_shot",
+    "low_shot_probe",
+    "low_shot_reports",
+    "markdown_table",
+    "merge_reports",
+    "report_table",
+]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`evaluate_accuracy`: how many of a classifier's logits are right, in all and per class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .features import Features
+
+__all__ = ["Accuracy", "evaluate_accuracy"]
+
+
+@dataclass(frozen=True, eq=False)
+class Accuracy:
+    """Fractions of right predictions.
+
+    Attributes:
+        top1: Of all samples.
+        per_class: fp64 (classes,), of the samples of each class; NaN where a class has none.
+        counts: int64 (classes,), samples of each class.
+    """
+
+    top1: float
+    per_class: Tensor
+    counts: Tensor
+
+    @property
+    def mean_per_class(self) -> float:
+        """Mean over the classes that have samples: each counts the same, however many it has."""
+        return float(self.per_class.nanmean())
+
+
+def evaluate_accuracy(logits: Features) -> Accuracy:
+    """Accuracy of logits, as `extract_features(…, function=classifier)` gives them.
+
+    Args:
+        logits: (n, classes) with labels.
+
+    Raises:
+        ValueError: There are no labels, no samples, or labels without a logit.
+    """
+    labels, classes = logits.labels_for("Accuracy"), logits.features.shape[1]
+    if not len(labels):
+        raise ValueError("Accuracy has no samples to test on: check the split.")
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"Labels run from {int(labels.min())} to {int(labels.max())}, and there are logits for 0 … {classes - 1}: "
+            f"give the classifier a head for {int(labels.max()) + 1} classes, or drop samples without a label."
+        )
+    right = (logits.features.argmax(dim=1) == labels).double()
+    counts = torch.bincount(labels, minlength=classes)
+    per_class = torch.bincount(labels, weights=right, minlength=classes) / counts
+    return Accuracy(float(right.mean()), per_class, counts)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`extract_features`: a model's features of a whole dataset, un-augmented, over as many processes as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..backbones import Backbone, pooled_features
+from ..backbones.backbone import EvalTransform
+from ..functional.finite import require_finite_rows
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["Features", "extract_features"]
+
+_ROWS_PER_GATHER = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Features of a dataset in its order, with the labels where it has some.
+
+    Attributes:
+        features: fp32 (n, dim) on the CPU; logits (n, classes) where a classifier was asked for these.
+        labels: int64 (n,) or None.
+
+    Raises:
+        ValueError: On shapes that do not fit, and on features that are not finite.
+    """
+
+    features: Tensor
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Bring both to their type and check them."""
+        if self.features.ndim != 2:
+            raise ValueError(
+                f"Features must be (n, dim); got {tuple(self.features.shape)}. Pool or flatten them first."
+            )
+        object.__setattr__(self, "features", self.features.detach().float().cpu())
+        if self.labels is not None:
+            if self.labels.shape != self.features.shape[:1]:
+                raise ValueError(
+                    f"{len(self.features)} features need as many labels, ({len(self.features)},); got "
+                    f"{tuple(self.labels.shape)}."
+                )
+            object.__setattr__(self, "labels", self.labels.detach().cpu().long())
+        require_finite_rows(self.features, "Features")
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def subset(self, indices: Tensor) -> Features:
+        """The samples at `indices`, in that order."""
+        return Features(self.features[indices], None if self.labels is None else self.labels[indices])
+
+    def labels_for(self, what: str) -> Tensor:
+        """The labels.
+
+        Raises:
+            ValueError: If there are none; `what` says what needs them.
+        """
+        if self.labels is None:
+            raise ValueError(
+                f"{what} needs labels and these features have none: load the dataset with its label column."
+            )
+        return self.labels
+
+
+class _Inputs(Dataset[dict[str, Any]]):
+    """The share of a dataset that one process sees: transformed images, and labels where there are some."""
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], start: int, stop: int) -> None:
+        self.dataset, self.transform, self.start, self.stop = dataset, transform, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        # Beyond the end the last sample fills up, so that every process has as many; the surplus is cut off later.
+        item = self.dataset[min(self.start + index, len(self.dataset) - 1)]
+        image = item["image"]
+        if isinstance(self.transform, EvalTransform) and isinstance(image, Tensor):
+            from torchvision.transforms.functional import to_pil_image
+
+            image = to_pil_image(image)  # the model's own library reads PIL images
+        found = {"pixel_values": self.transform(image)}
+        return found if item.get("label") is None else {**found, "label": int(item["label"])}
+
+
+def extract_features(
+    model: nn.Module | Backbone,
+    dataset: Any,
+    transform: Callable[[Any], Tensor] | None = None,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    accelerator: Accelerator | None = None,
+    function: Callable[[Tensor], Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+) -> Features:
+    """Features of every sample, in eval mode and in the dataset's order (section 5 of the paper).
+
+    Every module's mode is restored, and the random state is left alone, so that training goes on as if nothing had
+    happened. With several processes each takes a contiguous share and all get the whole.
+
+    Args:
+        model: Any model that `pooled_features` reads, possibly under an adapter, or a `Backbone`.
+        dataset: Map-style; items are ``{"image": uint8 (3, height, width) or PIL image, "label": int or absent}``.
+        transform: Image -> (3, size, size) float, without randomness; None takes the `Backbone`'s own.
+        batch_size: Images per forward and process.
+        num_workers: Processes that read images, per process.
+        accelerator: Shares the work among its processes and names the device; None: this process, the model's device.
+        function: pixel_values (batch, 3, size, size) -> (batch, dim) on the model's device, in place of
+            `pooled_features`; a classifier itself gives logits.
+        autocast: Type to compute in; None computes in the weights' own, whatever surrounds the call.
+
+    Raises:
+        ValueError: The dataset is empty, there is no transform, or the features are not finite.
+    """
+    if isinstance(model, Backbone):
+        transform = model.transform if transform is None else transform
+        model = model.model
+    if transform is None:
+        raise ValueError("Pass transform=…: only a Backbone knows its own; a bare model does not.")
+    if not len(dataset):
+        raise ValueError("The dataset is empty: there is nothing to extract features of. Check its split.")
+    count, processes = len(dataset), accelerator.num_processes if accelerator else 1
+    share = -(-count // processes)
+    start = share * (accelerator.process_index if accelerator else 0)
+    device = accelerator.device if accelerator else _device(model)
+    loader = DataLoader(
+        _Inputs(dataset, transform, start, start + share),
+        batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws a seed: not from the caller's stream
+    )
+    run = function or (lambda pixel_values: pooled_features(model, pixel_values))
+    features, labels = [], []
+    # Not inference_mode: what a layer caches there could not be used in training.
+    with _eval_mode(model), torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for batch in loader:
+            features.append(run(batch["pixel_values"].to(device, non_blocking=True)).float().cpu())
+            labels.append(batch.get("label"))
+    found = [torch.cat(features), None if labels[0] is None else torch.cat(labels)]
+    if accelerator is not None and processes > 1:
+        found = [None if part is None else _gathered(part, accelerator) for part in found]
+    return Features(*(None if part is None else part[:count] for part in found))  # type: ignore[arg-type]
+
+
+def _gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
+    """The processes' parts, as long as each other, one after the other; a piece at a time on the device."""
+    whole = part.new_empty(accelerator.num_processes, *part.shape)
+    for start in range(0, len(part), _ROWS_PER_GATHER):
+        piece = part[start : start + _ROWS_PER_GATHER].to(accelerator.device)
+        gathered: Any = accelerator.gather(piece)
+        whole[:, start : start + len(piece)] = gathered.view(accelerator.num_processes, *piece.shape).cpu()
+    return whole.flatten(0, 1)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module in the mode that it had, also where these differ."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`linear_probe`: multinomial logistic regression with L2 on frozen features, fitted by scikit-learn."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .checks import check_classes, check_pair
+from .features import Features
+
+__all__ = ["DECAYS", "PAPER_DECAY", "LinearProbe", "fit_linear_probe", "linear_probe"]
+
+PAPER_DECAY = 0.01
+DECAYS = (100.0, 10.0, 1.0, 0.1, PAPER_DECAY)
+"""Grid of λ · n, strongest first: among equals the strongest is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearProbe:
+    """A fitted probe.
+
+    Attributes:
+        weight: fp32 (classes, dim), of which a head can start.
+        bias: fp32 (classes,).
+        classes: int64 (classes,), the label of each row: 0, 1, … unless the training labels leave some out.
+        decay: λ · n of the fit.
+        mean: fp32 (dim,) that the weight expects to be subtracted from features; None: not standardised.
+        std: fp32 (dim,) that it expects them to be divided by.
+        validation: Accuracy on the validation part by decay; empty where there was nothing to choose.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: Tensor
+    decay: float
+    mean: Tensor | None
+    std: Tensor | None
+    validation: dict[float, float]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(n, dim) -> (n, classes), columns as in `classes`."""
+        features = features.float()
+        if self.mean is not None and self.std is not None:
+            features = (features - self.mean) / self.std
+        return features @ self.weight.T + self.bias
+
+    def predict(self, features: Tensor) -> Tensor:
+        """(n, dim) -> labels (n,)."""
+        return self.classes[self.logits(features).argmax(dim=1)]
+
+    def accuracy(self, test: Features) -> float:
+        """Fraction of labelled features that are predicted right."""
+        return float((self.predict(test.features) == test.labels_for("A linear probe")).double().mean())
+
+
+def linear_probe(train: Features, test: Features, **options: object) -> float:
+    """Accuracy on `test` of a probe of `train`; `options` as of [`fit_linear_probe`].
+
+    Raises:
+        ValueError: No labels, one class only, other dims, or options that make no sense.
+    """
+    check_pair(train, test, "A linear probe")
+    return fit_linear_probe(train, **options).accuracy(test)  # type: ignore[arg-type]
+
+
+def fit_linear_probe(
+    train: Features,
+    *,
+    decays: Sequence[float] = DECAYS,
+    validation: float | Features = 0.2,
+    standardise: bool = False,
+    seed: int = 0,
+    max_iterations: int = 5000,
+    tolerance: float = 1e-6,
+    dtype: torch.dtype = torch.float64,
+) -> LinearProbe:
+    """Minimise mean cross-entropy + (λ / 2) ‖w‖², with λ = decay / n and the bias free of decay.
+
+    That is the paper's probe with ``decays=[PAPER_DECAY]``. Of several decays the one is taken that is best on a
+    validation part of the training features; the probe is then fitted on all of these. Test features take no part.
+
+    Args:
+        train: Labelled features, of two classes at least.
+        decays: λ · n to choose from; one leaves nothing to choose.
+        validation: Fraction of each class to choose on, or other labelled features, which the fit never sees.
+        standardise: Fit on features of mean 0 and standard deviation 1, measured on `train`.
+        seed: Of the validation part.
+        max_iterations: Steps of L-BFGS; a warning says if they do not suffice.
+        tolerance: L-BFGS stops once no entry of the gradient of the mean loss is larger. At scikit-learn's 1e-4 it can
+            be a point of accuracy short of the minimum where the decay is small.
+        dtype: Type to fit in; fp32 takes half the memory and can stall short of the minimum.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: No labels, one class only, or options that make no sense.
+    """
+    labels = train.labels_for("A linear probe")
+    check_classes(labels, "A linear probe")
+    if not decays or not all(decay > 0 for decay in decays):
+        raise ValueError(
+            f"decays must be one or more numbers above 0, got {list(decays)}; the paper's is {PAPER_DECAY}."
+        )
+    mean = std = None
+    if standardise:
+        mean, std = train.features.mean(dim=0), train.features.std(dim=0) + 1e-6
+    scores: dict[float, float] = {}
+    fit = partial(_fit, mean=mean, std=std, max_iterations=max_iterations, tolerance=tolerance, dtype=dtype)
+    if len(decays) > 1:
+        part, held = _parts(train, labels, validation, seed)
+        for decay in decays:
+            scores[decay] = fit(part, decay).accuracy(held)
+    best = max(decays, key=lambda decay: scores.get(decay, 0.0))  # the first among equals
+    return replace(fit(train, best), validation=scores)
+
+
+def _parts(train: Features, labels: Tensor, validation: float | Features, seed: int) -> tuple[Features, Features]:
+    """What to fit and what to choose on: of each class a fraction, one at least, but never its only sample."""
+    if isinstance(validation, Features):
+        check_pair(train, validation, "A linear probe")
+        return train, validation
+    if not 0 < validation < 1:
+        raise ValueError(f"validation must be a fraction between 0 and 1, or Features; got {validation}.")
+    generator = torch.Generator().manual_seed(seed)
+    fitted, held = [], []
+    for label in labels.unique():
+        indices = (labels == label).nonzero().squeeze(1)
+        indices = indices[torch.randperm(len(indices), generator=generator)]
+        count = min(max(1, round(validation * len(indices))), len(indices) - 1)
+        held.append(indices[:count])
+        fitted.append(indices[count:])
+    chosen = torch.cat(held)
+    if not len(chosen):
+        raise ValueError(
+            f"All {len(labels)} classes have one sample each, so none is left to choose the decay on: pass "
+            f"validation=Features of others, or one decay, such as decays=[{PAPER_DECAY}]."
+        )
+    return train.subset(torch.cat(fitted)), train.subset(chosen)
+
+
+def _fit(
+    train: Features,
+    decay: float,
+    *,
+    mean: Tensor | None,
+    std: Tensor | None,
+    max_iterations: int,
+    tolerance: float,
+    dtype: torch.dtype,
+) -> LinearProbe:
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    except ImportError as error:
+        raise ImportError(
+            "A linear probe is fitted by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
+        ) from error
+    labels = train.labels_for("A linear probe")
+    features = train.features if mean is None or std is None else (train.features - mean) / std
+    # scikit-learn minimises C · (sum of losses) + ‖w‖² / 2, so C = 1 / (λ n). Two classes it fits by one vector v, and
+    # the multinomial model's two are ± v / 2, whose ‖w‖² is ‖v‖² / 2: the same decay is C twice as large.
+    binary = len(labels.unique()) == 2
+    model = LogisticRegression(C=(2 if binary else 1) / decay, max_iter=max_iterations, tol=tolerance)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(features.to(dtype).numpy(), labels.numpy())
+    for warning in caught:
+        if not issubclass(warning.category, ConvergenceWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+        warnings.warn(
+            f"The linear probe with decay {decay:g} did not converge in {int(model.n_iter_.max())} iterations, so its "
+            "accuracy may be too low. Pass standardise=True, a larger decay, or a larger max_iterations.",
+            stacklevel=3,
+        )
+    weight, bias = torch.as_tensor(model.coef_), torch.as_tensor(model.intercept_)
+    if binary:
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return LinearProbe(weight.float(), bias.float(), torch.as_tensor(model.classes_), decay, mean, std, {})

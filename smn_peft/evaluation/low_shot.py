@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`low_shot`: accuracy where only a small fraction of the training images has labels, over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..data.subsets import label_subset
+from .checks import check_classes, check_pair
+from .features import Features
+from .linear_probe import fit_linear_probe
+from .report import EvalReport
+
+__all__ = ["FRACTIONS", "LowShotRow", "low_shot", "low_shot_probe", "low_shot_reports"]
+
+FRACTIONS = (0.1, 0.04, 0.02, 0.01, 0.005, 0.0025)
+"""The paper's: 10 to 0.25 % of the labels."""
+
+
+@dataclass(frozen=True)
+class LowShotRow:
+    """One run: the fraction of the labels that was asked for, how many that was, the seed, and the accuracy."""
+
+    fraction: float
+    images: int
+    seed: int
+    accuracy: float
+
+
+def low_shot(
+    labels: Tensor,
+    evaluate: Callable[[Tensor, int], float],
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    seeds: Sequence[int] = (0, 1, 2),
+    balanced: bool = True,
+) -> list[LowShotRow]:
+    """Call `evaluate` for every fraction and seed; with one seed a smaller subset lies in every larger one.
+
+    Args:
+        labels: (n,) of all training images.
+        evaluate: (indices (m,) of the images whose labels may be used, seed) -> accuracy on the test set.
+        fractions: Parts of the labels, each in (0, 1].
+        seeds: Each draws other subsets; passed on, for what else the method draws.
+        balanced: As many of every class, one at least; else at random.
+
+    Returns:
+        A row per fraction and seed, in the order of `fractions`, then of `seeds`.
+
+    Raises:
+        ValueError: No or repeated fractions or seeds, one class only, or an accuracy outside [0, 1].
+    """
+    check_classes(labels, "Low-shot")
+    for name, given in (("fractions", fractions), ("seeds", seeds)):
+        if not given or len(set(given)) != len(given):
+            raise ValueError(f"{name} must hold at least one value, each once; got {list(given)}.")
+    rows = []
+    for fraction in fractions:
+        for seed in seeds:
+            indices = label_subset(labels, fraction=fraction, balanced=balanced, seed=seed)
+            accuracy = float(evaluate(indices, seed))
+            if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
+                raise ValueError(
+                    f"evaluate must return an accuracy from 0 to 1; it returned {accuracy} for {len(indices)} images "
+                    f"and seed {seed}."
+                )
+            rows.append(LowShotRow(fraction, len(indices), seed, accuracy))
+    return rows
+
+
+def low_shot_probe(
+    train: Features,
+    test: Features,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    seeds: Sequence[int] = (0, 1, 2),
+    balanced: bool = True,
+    **options: Any,
+) -> list[LowShotRow]:
+    """Low-shot accuracy of linear probes on fixed features: of the frozen base, or of a mask learned without labels.
+
+    Args:
+        train: Features of all training images; a probe sees those of its subset only.
+        test: Features of the same model, to test on.
+        fractions: As of [`low_shot`].
+        seeds: As of [`low_shot`].
+        balanced: As of [`low_shot`].
+        options: As of [`fit_linear_probe`]. With one image per class there is nothing to choose a decay on: give
+            one in `decays`.
+    """
+    labels, _ = check_pair(train, test, "Low-shot")
+
+    def evaluate(indices: Tensor, seed: int) -> float:
+        return fit_linear_probe(train.subset(indices), **{"seed": seed, **options}).accuracy(test)
+
+    return low_shot(labels, evaluate, fractions=fractions, seeds=seeds, balanced=balanced)
+
+
+def low_shot_reports(rows: Iterable[LowShotRow], **fields: Any) -> list[EvalReport]:
+    """A report per fraction over its seeds, with fraction and number of images in its settings.
+
+    Args:
+        rows: Of one method.
+        fields: Of [`EvalReport`] beside values and seeds: label, dataset, split, metric, revision, settings.
+    """
+    by_fraction: dict[float, list[LowShotRow]] = {}
+    for row in rows:
+        by_fraction.setdefault(row.fraction, []).append(row)
+    settings = fields.pop("settings", {})
+    return [
+        EvalReport(
+            values=tuple(row.accuracy for row in found),
+            seeds=tuple(row.seed for row in found),
+            settings={**settings, "label_fraction": fraction, "labelled_images": found[0].images},
+            **fields,
+        )
+        for fraction, found in by_fraction.items()
+    ]
