@@ -77,8 +77,13 @@ def test_cache_reads_once_and_keeps_to_its_budget(npz_file):
     source.reads = 0
     images(cached)
     assert source.reads == 2
-    images(load_images(npz_file).cached().subset([1]))
-    assert load_images(npz_file, cache=True)._cache
+    images(cached.subset([1, 0]))
+    assert source.reads == 2
+
+
+@pytest.mark.parametrize(("cache", "held"), [(False, 0), (800, 2), (True, 4)])
+def test_load_images_caches(npz_file, cache, held):
+    assert len(load_images(npz_file, cache=cache)._cache) == held
 
 
 def test_a_broken_image_is_named_when_it_is_read(npz_file):
