@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The application: every command module in one list."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from . import targets
+from .errors import ErrorGroup
+
+__all__ = ["COMMANDS", "app", "main"]
+
+#: Each module is a command of its own name, and holds it as `command`.
+COMMANDS = (targets,)
+
+app = typer.Typer(
+    name="smn",
+    cls=ErrorGroup,
+    help="Adapt a frozen vision backbone by learning one bit per weight.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # what is not caught is a bug: Python's own traceback says most
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"smn_peft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show errors in full; may stand anywhere on the line.")
+    ] = False,
+) -> None:
+    """Options of every command; what they do is in their callback and in `ErrorGroup`."""
+
+
+for _module in COMMANDS:
+    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+
+
+def main() -> None:
+    """Entry point of `smn`."""
+    app(prog_name="smn")
