@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version as installed_version
 from typing import Annotated
 
 import typer
 
-from .. import __version__
 from . import targets
 from .errors import ErrorGroup
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"smn_peft {__version__}")
+        typer.echo(f"smn_peft {installed_version('smn_peft')}")
         raise typer.Exit
 
 
