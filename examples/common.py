@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several examples share: digits as data, a training loop, k-NN, a linear probe and a Markdown table.
+"""What several examples share: digits as data, a training loop, and the package's measures of what comes out.
 
 Used by the scripts beside it, whose folder Python puts on the path; not an example by itself.
 """
@@ -8,17 +8,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
+
+from smn_peft.evaluation import (
+    PAPER_DECAY,
+    Features,
+    evaluate_accuracy,
+    evaluate_knn,
+    fit_linear_probe,
+    markdown_table,
+)
+
+__all__ = [
+    "accuracy",
+    "batches",
+    "digits",
+    "extract_features",
+    "fit",
+    "knn_accuracy",
+    "linear_probe",
+    "markdown_table",
+    "param_groups",
+    "predict",
+]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -146,54 +167,21 @@ extract_features = predict  # of a model without head, or a function, that maps 
 
 def accuracy(model: Function, loader: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Fraction of samples whose largest logit is their label's."""
-    logits, labels = predict(model, loader)
-    return float((logits.argmax(1) == labels).float().mean())
+    return evaluate_accuracy(Features(*predict(model, loader))).top1
 
 
 def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    k: int = 200,
-    temperature: float = 0.1,
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, k: int = 200
 ) -> float:
-    """Accuracy of weighted k-nearest neighbours: cosine similarity s votes with exp(s / temperature), as in DINO."""
-    train, test = F.normalize(train_features, dim=1), F.normalize(test_features, dim=1)
-    votes = torch.zeros(len(test), int(train_labels.max()) + 1)
-    similarity, neighbours = (test @ train.T).topk(min(k, len(train)), dim=1)
-    votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
-    return float((votes.argmax(1) == test_labels).float().mean())
+    """Accuracy of weighted k-nearest neighbours, the paper's."""
+    return evaluate_knn(Features(train_features, train_labels), Features(test_features, test_labels), k=k)
 
 
 def linear_probe(
-    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, decay: float = 0.01
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor
 ) -> tuple[float, Tensor, Tensor]:
-    """Logistic regression on features: mean loss + (λ/2)‖w‖² with λ = `decay` / n, the paper's.
-
-    Returns:
-        Accuracy on the test features, and the weight (classes, dim) and bias (classes,), of which a head can start.
-    """
-    probe = LogisticRegression(C=1 / decay, max_iter=5000).fit(train_features.numpy(), train_labels.numpy())
-    score = float(probe.score(test_features.numpy(), test_labels.numpy()))
-    return score, torch.tensor(probe.coef_).float(), torch.tensor(probe.intercept_).float()
-
-
-# --- Output ----------------------------------------------------------------------------------------------------------
-
-
-def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """A Markdown table, its columns the keys of the first row and padded so that it reads in a terminal too."""
-    lines = [list(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    cells = [
-        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))
-
-
-def print_table(rows: Sequence[Mapping[str, str]]) -> None:
-    """Print a Markdown table."""
-    print(markdown_table(rows), flush=True)
+    """Accuracy of logistic regression with the paper's decay; weight (classes, dim) and bias (classes,) for a head."""
+    # The settings of the committed record; the defaults go on to the minimum.
+    settings = {"tolerance": 1e-4, "dtype": torch.float32}
+    probe = fit_linear_probe(Features(train_features, train_labels), decays=[PAPER_DECAY], **settings)
+    return probe.accuracy(Features(test_features, test_labels)), probe.weight, probe.bias

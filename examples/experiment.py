@@ -17,27 +17,14 @@ from pathlib import Path
 
 import torch
 from cifar import Task, load_task
-from common import knn_accuracy, linear_probe
-from torch import Tensor, nn
+from torch import nn
 from transfer import Classifier, Recipe, accuracy, features, train
 from transfer_report import render
 
+from smn_peft.evaluation import Features, evaluate_knn, fit_linear_probe
 from smn_peft.storage import AdapterSizes, adapter_sizes
 
 __all__ = ["main"]
-
-
-def probe(task: Task, backbone: nn.Module, split: str) -> tuple[float, Tensor, Tensor]:
-    """Linear probe on standardised features, its decay chosen on the validation images: accuracy, weight, bias."""
-    parts = {name: features(backbone, task, getattr(task, name)) for name in ("train", "validation", split)}
-    mean, std = parts["train"].mean(0), parts["train"].std(0) + 1e-6
-    inputs = {name: ((part - mean) / std).cpu() for name, part in parts.items()}
-    labels = {name: getattr(task, name).labels.cpu() for name in parts}
-
-    def fit(decay: float, on: str) -> tuple[float, Tensor, Tensor]:
-        return linear_probe(inputs["train"], labels["train"], inputs[on], labels[on], decay)
-
-    return fit(max((30, 100, 300, 1000), key=lambda decay: fit(decay, "validation")[0]), split)
 
 
 def run(start: Callable[[int], Classifier], task: Task, recipe: Recipe, lr: float, seed: int, targets: str) -> dict:
@@ -83,14 +70,22 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     task = load_task(size, mean, std, (192, 64, 64) if options.smoke else (2000, 1000, 4000), device)
     frozen = build().to(device)
-    seen = [(features(frozen, task, split).cpu(), split.labels.cpu()) for split in (task.train, task.test)]
-    knn = knn_accuracy(*seen[0], *seen[1])
-    linear, weight, bias = probe(task, frozen, "test")
+    splits = (task.train, task.validation, task.test)
+    seen, validation, test = (Features(features(frozen, task, split), split.labels) for split in splits)
+    # Tolerance and type are those of the committed records.
+    probe = fit_linear_probe(
+        seen,
+        decays=(30, 100, 300, 1000),
+        validation=validation,
+        standardise=True,
+        tolerance=1e-4,
+        dtype=torch.float32,
+    )
 
     def start(seed: int) -> Classifier:
         torch.manual_seed(seed)
-        model = Classifier(build().to(device), seen[0][0].mean(0), seen[0][0].std(0) + 1e-6, classes=10).to(device)
-        model.head.load_state_dict({"weight": weight, "bias": bias})
+        model = Classifier(build().to(device), probe.mean, probe.std, classes=10).to(device)
+        model.head.load_state_dict({"weight": probe.weight, "bias": probe.bias})
         return model
 
     rows = []
@@ -103,7 +98,8 @@ def main(
             run(start, task, recipe, best, seed, targets) for seed in range(1, 1 if options.smoke else options.seeds)
         ]
         rows += mine
-    record = {"knn": knn, "probe": linear, "device": device, "runs": rows}
+    measured = {"knn": evaluate_knn(seen, test), "probe": probe.accuracy(test)}
+    record = {**measured, "device": device, "runs": rows}
     print(render(record))
     if options.json:
         options.json.write_text(json.dumps(record, indent=1))

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from smn_peft import MaskConfig
+from smn_peft.evaluation import Features, evaluate_accuracy
 
 __all__ = ["Classifier", "Recipe", "accuracy", "features", "train"]
 
@@ -74,7 +75,7 @@ def features(model: nn.Module, task: Task, split: Split) -> Tensor:
 
 def accuracy(model: nn.Module, task: Task, split: Split) -> float:
     """Fraction of images whose largest logit is right."""
-    return (features(model, task, split).argmax(1) == split.labels).float().mean().item()
+    return evaluate_accuracy(Features(features(model, task, split), split.labels)).top1
 
 
 def train(
