@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from . import targets
+from . import recipes, targets, train
 from .errors import ErrorGroup
 
 __all__ = ["COMMANDS", "app", "main"]
 
 #: Each module is a command of its own name, and holds it as `command`.
-COMMANDS = (targets,)
+COMMANDS = (train, recipes, targets)
 
 app = typer.Typer(
     name="smn",
@@ -44,7 +44,8 @@ def _common(
 
 
 for _module in COMMANDS:
-    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+    _name = _module.__name__.rpartition(".")[2]
+    app.command(_name, context_settings=getattr(_module, "SETTINGS", None))(_module.command)
 
 
 def main() -> None:

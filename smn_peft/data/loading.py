@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,10 @@ __all__ = ["AugmentedDataset", "ShardedBatches", "TrainingLoader", "build_loader
 def _seed_of(*parts: int | str) -> int:
     """A seed that mixes all parts; sums of seeds would repeat: (1, 2) and (2, 1)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _leave_interrupts_to_the_main_process(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the trainer first finishes its step
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):
@@ -214,6 +219,7 @@ def build_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
         # Otherwise every iteration would take a number from the caller's generator.
         generator=torch.Generator().manual_seed(_seed_of("workers", seed)),
     )

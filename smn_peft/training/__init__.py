@@ -1,8 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training: what a loop needs beside the model that it trains."""
+"""Training: one loop over accelerate for every objective, whole runs from arguments, recipes, exact resume."""
 
 from __future__ import annotations
 
+from .guards import TrainingFailure
+from .loop_arguments import LoopArguments
+from .recipes import list_recipes, load_recipe
+from .run import RunSummary, plan, run
+from .task import TrainingTask
+from .train_arguments import TrainArguments
+from .trainer import Interrupted, Trainer
 from .trainer_callback import ExactResumeCallback
 
-__all__ = ["ExactResumeCallback"]
+__all__ = [
+    "ExactResumeCallback",
+    "Interrupted",
+    "LoopArguments",
+    "RunSummary",
+    "TrainArguments",
+    "Trainer",
+    "TrainingFailure",
+    "TrainingTask",
+    "list_recipes",
+    "load_recipe",
+    "plan",
+    "run",
+]

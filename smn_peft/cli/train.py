@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`smn train`: adapt a backbone to a dataset, from options or a recipe, here or through `accelerate launch`."""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+import sys
+from typing import Annotated
+
+import typer
+
+from ..training import Interrupted, TrainArguments, load_recipe, plan, run
+from .options import with_options
+
+__all__ = ["SETTINGS", "command"]
+
+#: What belongs to `accelerate launch` is unknown here, and kept in the context.
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@with_options(recipe=load_recipe)
+def command(
+    context: typer.Context,
+    arguments: TrainArguments,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load everything, try one batch, show the plan, train nothing.")
+    ] = False,
+    launch: Annotated[
+        bool,
+        typer.Option("--launch", help="Run through `accelerate launch`; options unknown here are passed on to it."),
+    ] = False,
+) -> None:
+    """Adapt a backbone to a dataset, with labels or without, and save the adapter.
+
+    `--recipe` takes the name of a recipe (`smn recipes` lists them) or a YAML file; options on the line win over it.
+    """
+    if launch:
+        raise typer.Exit(_launch(context.args))
+    if context.args:
+        known = [option for parameter in context.command.params for option in parameter.opts]
+        close = difflib.get_close_matches(context.args[0], known, n=2)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise typer.BadParameter(f"No such option: {context.args[0]}.{hint}", ctx=context)
+    if dry_run:
+        typer.echo(plan(arguments))
+        return
+    try:
+        summary = run(arguments)
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(130) from stop
+    typer.echo(summary.text())
+
+
+def _launch(extra: list[str]) -> int:
+    """Hand what is left of the command line to `accelerate launch`; returns its exit code."""
+    rest, own = list(extra), []
+    for word in sys.argv[sys.argv.index("train") + 1 :]:
+        if rest and word == rest[0]:
+            rest.pop(0)
+        elif word != "--launch":
+            own.append(word)
+    line = [sys.executable, "-m", "accelerate.commands.launch", *extra, "-m", "smn_peft.cli", "train", *own]
+    return subprocess.run(line, check=False).returncode

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From arguments to parts: images, backbone, mask, objective and loader, checked before training starts."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from ..backbones import Backbone, load_backbone, load_classifier
+from ..backbones.from_file import is_file_spec, load_from_file
+from ..backbones.prompts import templates_for
+from ..backbones.text import text_embeddings
+from ..data import (
+    ImageDataset,
+    build_loader,
+    evaluation_transform,
+    label_subset,
+    load_images,
+    multi_crop_transform,
+    supervised_transform,
+)
+from ..evaluation import extract_features, fit_linear_probe
+from ..objectives import Objective, create_objective, objective_class
+from ..tuner import MaskConfig
+from ..tuner.targets import resolve_targets
+from .task import TrainingTask
+from .train_arguments import TrainArguments
+
+__all__ = ["Images", "build_images", "build_task", "build_train_loader", "evaluation_of", "load_base"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run: to train on, and, where labels are known, to vote in k-NN and to be tested on."""
+
+    train: ImageDataset
+    bank: ImageDataset | None
+    test: ImageDataset | None
+
+
+def build_images(arguments: TrainArguments) -> Images:
+    """Open the dataset and choose the subsets that the arguments ask for.
+
+    Raises:
+        ValueError: If labels are needed and missing, or a subset is empty.
+    """
+    needs_labels = objective_class(arguments.objective).needs_labels
+    where: dict[str, Any] = {
+        "image_column": arguments.image_column,
+        "label_column": arguments.label_column,
+        "revision": arguments.dataset_revision,
+        "cache": arguments.cache_images,
+    }
+    labelled = needs_labels or arguments.eval_split is not None
+    full = load_images(arguments.dataset, arguments.train_split, labelled=labelled, **where)
+    train = full
+    if arguments.limit is not None and arguments.limit < len(train):
+        train = train.subset(_choose(len(train), arguments.limit, arguments.subset_seed))
+    bank = train
+    if arguments.fraction < 1.0:
+        labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
+        train = train.subset(
+            label_subset(labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.subset_seed)
+        )
+    if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
+        raise ValueError(
+            f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images are all of one class, "
+            "from which nothing can be learned. Take another split, or more images."
+        )
+    if arguments.eval_split is None:
+        return Images(train, None, None)
+    test = load_images(arguments.dataset, arguments.eval_split, labelled=True, **where)
+    if arguments.eval_limit is not None and arguments.eval_limit < len(test):
+        test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
+    if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
+        bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
+    return Images(train, bank, test)
+
+
+def _choose(count: int, wanted: int, seed: int) -> list[int]:
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:wanted].tolist())
+
+
+def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
+    """The frozen base that the arguments name: with a head for `num_classes`, or without one."""
+    if is_file_spec(arguments.backbone):
+        backbone = load_from_file(arguments.backbone)
+        if arguments.image_size is not None:
+            backbone = replace(backbone, image_size=arguments.image_size)
+    else:
+        backbone = load_backbone(
+            arguments.backbone,
+            pretrained=arguments.pretrained,
+            image_size=arguments.image_size,
+            state_dict=arguments.weights,
+            revision=arguments.backbone_revision,
+            projection=arguments.objective == "zero_shot",
+        )
+    return backbone if num_classes is None else load_classifier(backbone, num_classes, head_seed=arguments.seed)
+
+
+def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask, Backbone]:
+    """The model under its mask (or bare, for the baselines) and the objective.
+
+    Raises:
+        ValueError: If a part does not fit another; the message says which argument to change.
+    """
+    kind = objective_class(arguments.objective)
+    classes = images.train.classes
+    num_classes = None
+    if kind.consumes == "logits":
+        assert images.train.labels is not None
+        num_classes = len(classes) if classes else int(images.train.labels.max()) + 1
+    backbone = load_base(arguments, num_classes)
+    if arguments.head == "probe" and num_classes is not None:
+        _start_from_probe(backbone, images, arguments)
+    model = _adapted(arguments, backbone.model, num_classes is not None)
+    torch.manual_seed(arguments.seed)
+    objective = _objective(arguments, backbone, num_classes, classes)
+    return TrainingTask(model, objective), backbone
+
+
+def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.Module:
+    if arguments.adapt == "full":
+        return model.requires_grad_(True)
+    if arguments.adapt == "head":
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        return model
+    config: MaskConfig = copy.deepcopy(arguments.mask)  # it is filled in when the masks are made
+    config.seed = config.seed or arguments.seed
+    if has_head and arguments.head == "masked":
+        targets = resolve_targets(model, config.target_modules)
+        if isinstance(targets, str):
+            raise ValueError("head='masked' adds the head to mask.target_modules: give those as a list, or None.")
+        config.target_modules = [*targets, "head"]
+    elif has_head:
+        config.modules_to_save = [*(config.modules_to_save or []), "head"]
+    return get_peft_model(model, config)
+
+
+def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
+    """Fit a probe on the frozen features of the training images, and start the head from it."""
+    features = extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=arguments.batch_size)
+    probe = fit_linear_probe(features, standardise=True, seed=arguments.subset_seed)
+    model: Any = backbone.model
+    classes = model.num_classes
+    if len(probe.classes) < classes:
+        raise ValueError(
+            f"head='probe' needs an image of every class; the training images have {len(probe.classes)} of {classes}: "
+            "take more of them, or head='trained'."
+        )
+    model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
+
+
+def _objective(
+    arguments: TrainArguments, backbone: Backbone, num_classes: int | None, classes: list[str] | None
+) -> Objective:
+    options = dict(arguments.objective_options)
+    extra: dict[str, Any] = {}
+    if arguments.objective == "zero_shot":
+        if not classes:
+            raise ValueError(f"objective='zero_shot' needs class names, and {arguments.dataset} has none.")
+        templates = arguments.templates or templates_for(arguments.dataset)
+        revision = arguments.backbone_revision
+        embeddings, scale = text_embeddings(arguments.backbone, classes, templates, revision=revision)
+        extra = {"class_embeddings": embeddings, "logit_scale": torch.tensor(scale)}
+        num_classes = len(classes)
+    return create_objective(
+        arguments.objective, feature_dim=backbone.feature_dim, num_classes=num_classes, options=options, **extra
+    )
+
+
+def evaluation_of(backbone: Backbone) -> Any:
+    """How images are prepared to evaluate on them: the backbone's size, mean and standard deviation."""
+    return evaluation_transform(backbone.image_size, backbone.mean, backbone.std)
+
+
+def build_train_loader(
+    arguments: TrainArguments, images: Images, backbone: Backbone, num_processes: int, process_index: int
+) -> Any:
+    """Augmented batches of the training images; each process gets its share of every batch.
+
+    Raises:
+        ValueError: If the batch does not divide, or there are fewer images than a batch has.
+    """
+    parts = num_processes * arguments.accumulate
+    if arguments.batch_size % parts:
+        raise ValueError(
+            f"batch_size={arguments.batch_size} does not divide into {num_processes} processes × "
+            f"{arguments.accumulate} accumulated parts: take a multiple of {parts}."
+        )
+    size, mean, std = backbone.image_size, backbone.mean, backbone.std
+    if objective_class(arguments.objective).views == "one":
+        transform = supervised_transform(size, mean, std, arguments.supervised)
+    else:
+        if arguments.multi_crop.local_crops and arguments.multi_crop.local_size >= size:
+            raise ValueError(
+                f"multi_crop.local_size={arguments.multi_crop.local_size} must be below the size of a global crop, "
+                f"which is the image size, {size}: the paper has 96 to 224. Or set multi_crop.local_crops=0."
+            )
+        transform = multi_crop_transform(mean, std, arguments.multi_crop, global_size=size)
+    return build_loader(
+        images.train,
+        transform,
+        arguments.batch_size // arguments.accumulate,
+        seed=arguments.seed,
+        num_workers=arguments.num_workers,
+        num_processes=num_processes,
+        process_index=process_index,
+        pin_memory=not arguments.cpu and torch.cuda.is_available(),
+    )

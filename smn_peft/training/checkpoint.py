@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: all that training moves, in safetensors and JSON, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["latest_checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
+
+_NAME = re.compile(r"checkpoint-(\d+)$")
+STATE_NAME = "trainer_state.json"
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Complete checkpoints of a run's folder, oldest first."""
+    found = [(int(match[1]), path) for path in Path(folder).glob("checkpoint-*") if (match := _NAME.match(path.name))]
+    return [path for _, path in sorted(found) if (path / STATE_NAME).is_file()]
+
+
+def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    return next(reversed(list_checkpoints(folder)), None)
+
+
+def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimizer's state as tensors by "index.name", and its groups without their parameters."""
+    state = optimizer.state_dict()
+    tensors = {
+        f"{index}.{name}": value
+        for index, entries in state["state"].items()
+        for name, value in entries.items()
+        if value is not None  # SGD before its first step
+    }
+    return tensors, state["param_groups"]
+
+
+def _unflatten(tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove older ones.
+
+    Args:
+        folder: The run's folder.
+        step: Optimizer steps done.
+        tensors: All that training moves, by name.
+        optimizer: Its momentum and groups are kept.
+        state: JSON-compatible facts, such as the run's arguments.
+        keep: Newest checkpoints that stay.
+
+    Raises:
+        OSError: If the disk refuses; older checkpoints are untouched.
+    """
+    folder = Path(folder)
+    final = folder / f"checkpoint-{step}"
+    momentum, groups = _flatten(optimizer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=folder))
+    except OSError as error:
+        raise _refused(error, final) from error
+    try:
+        for part, content in (("model", tensors), ("optimizer", momentum)):
+            content = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
+            save_file(content, temporary / f"{part}.safetensors")
+        text = json.dumps({**state, "step": step, "param_groups": groups}, indent=1)
+        (temporary / STATE_NAME).write_text(text, "utf-8")
+        for path in temporary.iterdir():
+            _to_disk(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _refused(error, final) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(folder)[:-keep]:
+        with suppress(OSError):  # one that is left over is no reason to stop
+            shutil.rmtree(old)
+    return final
+
+
+def _refused(error: Exception, path: Path) -> OSError:
+    older = [old.name for old in list_checkpoints(path.parent)] if path.parent.is_dir() else []
+    left = f"{older[-1]} is whole: free some space and go on from it with resume" if older else "free some space"
+    reason = getattr(error, "strerror", None) or str(error)
+    return OSError(getattr(error, "errno", None), f"Cannot write {path}: {reason}. {left}")
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Any]:
+    """Write a checkpoint's tensors into the live ones, and restore the optimizer.
+
+    Everything is read and compared before anything is written.
+
+    Args:
+        path: The checkpoint's folder.
+        tensors: Live tensors by name, as [`save_checkpoint`] was given them.
+        optimizer: Optimizer over the same parameters, or None.
+
+    Returns:
+        The JSON facts, with `step`.
+
+    Raises:
+        ValueError: If the checkpoint does not fit: names or shapes differ, or a file is damaged.
+    """
+    path = Path(path)
+    try:
+        state: dict[str, Any] = json.loads((path / STATE_NAME).read_text("utf-8"))
+        loaded = load_file(path / "model.safetensors")
+        momentum = load_file(path / "optimizer.safetensors") if optimizer is not None else {}
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete it; an older checkpoint is then taken.") from error
+    if missing := sorted(set(tensors) ^ set(loaded)):
+        raise ValueError(
+            f"{path} belongs to another model or objective: {len(missing)} tensors are on one side only, such as "
+            f"{missing[0]}. Resume with the arguments that the run was started with."
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != loaded[name].shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(loaded[name].shape)}, the model's has {tuple(tensor.shape)}. "
+                "Resume with the arguments that the run was started with."
+            )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(loaded[name])
+    if optimizer is not None:
+        optimizer.load_state_dict(_unflatten(momentum, state["param_groups"]))
+    return state

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stops a run early, with the step, the tensor and what to do: NaN, an empty mask, collapsed codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .task import TrainingTask
+
+__all__ = ["TrainingFailure", "check_loss", "check_masks"]
+
+
+class TrainingFailure(RuntimeError):
+    """Training cannot go on usefully; the message names the step and the remedy."""
+
+
+def check_loss(task: TrainingTask, loss: Tensor, step: int) -> None:
+    """Refuse a loss that is not finite, naming what broke.
+
+    Raises:
+        TrainingFailure: If it is not.
+    """
+    if torch.isfinite(loss).all():
+        return
+    broken = [name for name, parameter, _ in task.trainable() if not torch.isfinite(parameter).all()]
+    what = f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity" if broken else "every parameter is finite"
+    raise TrainingFailure(
+        f"The loss is {float(loss.mean())} at step {step}; {what}. Lower lr or head_lr, warm up longer, or, under "
+        "fp16, train in bf16. The last checkpoint is from before."
+    )
+
+
+def check_masks(task: TrainingTask, step: int) -> None:
+    """Refuse a mask that has switched a whole layer off, and scores that are not finite, which count as off.
+
+    Raises:
+        TrainingFailure: If there is one.
+    """
+    if broken := [name for name, parameter, _ in task.trainable() if not torch.isfinite(parameter).all()]:
+        raise TrainingFailure(
+            f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity at step {step}. Lower lr or head_lr, warm "
+            "up longer, or, under fp16, train in bf16. The last checkpoint is from before."
+        )
+    if empty := task.empty_masks():
+        raise TrainingFailure(
+            f"The mask of {empty[0]} is empty at step {step} ({len(empty)} such layers): the layer gives zeros, and "
+            "nothing after it can learn. Lower lr, warm up longer, or leave the layer out with exclude_modules."
+        )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of itself: metrics.jsonl, one line of numbers per logged step, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..storage import atomic_write
+
+__all__ = ["METRICS_NAME", "MetricsLog", "Window", "postfix", "read_metrics"]
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends to ``metrics.jsonl``; what a resumed run will do again is cut off first."""
+
+    def __init__(self, folder: str | os.PathLike[str], from_step: int = 0) -> None:
+        """Open the log of a folder, dropping lines of steps after `from_step`."""
+        self.path = Path(folder) / METRICS_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step] if from_step else []
+        with atomic_write(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line; NaN and infinity become null, since JSON has neither."""
+        line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl, without a last one that a crash cut short."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text("utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Window:
+    """Sums since the last line of the log; what lies on the device is read once per line."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        """Start at nothing, now."""
+        self.accelerator = accelerator
+        self.sums: dict[str, Tensor] = {}
+        self.count = self.images = 0
+        self.started, self.waited = time.perf_counter(), 0.0
+
+    def add(self, outputs: Mapping[str, Tensor], images: int) -> None:
+        """Add what a forward returned for this many images."""
+        for name, value in outputs.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+        self.count += 1
+        self.images += images
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the steps and processes, images per second, and the share of time that waited for data."""
+        means = torch.stack([self.sums[name] for name in sorted(self.sums)]) / self.count
+        means = self.accelerator.reduce(means, "mean")
+        seconds = time.perf_counter() - self.started
+        return {
+            **dict(zip(sorted(self.sums), means.tolist(), strict=True)),
+            "images_per_second": self.images * self.accelerator.num_processes / seconds,
+            "waiting_for_data": self.waited / seconds,
+        }
+
+
+def postfix(values: Mapping[str, Any]) -> str:
+    """What a progress bar shows of a line."""
+    shown = {"loss": values["loss"], "density": values["density"], "images/s": values["images_per_second"]}
+    forms = {"loss": ".3f", "density": ".4f", "images/s": ".0f"}
+    return ", ".join(f"{k} {v:{forms[k]}}" for k, v in shown.items() if v is not None and math.isfinite(v))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: YAML files of training arguments that carry the results to expect of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .train_arguments import TrainArguments
+
+__all__ = ["Recipe", "check_keys", "list_recipes", "load_recipe"]
+
+_NOTES = ("description", "source", "expected")
+
+
+class Recipe(dict[str, Any]):
+    """The arguments of a recipe, with what its file says of itself.
+
+    Attributes:
+        notes: `description`, `source` and `expected` of the file.
+    """
+
+    notes: dict[str, Any]
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    files = resources.files(__package__).joinpath("recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe of the package by name, or a YAML file of one's own.
+
+    Raises:
+        ValueError: For an unknown name, an unknown argument, or a file that is no mapping.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"There is no recipe file {path}.")
+        text = path.read_text("utf-8")
+    elif str(name) in list_recipes():
+        text = resources.files(__package__).joinpath(f"recipes/{name}.yaml").read_text("utf-8")
+    else:
+        close = difflib.get_close_matches(str(name), list_recipes(), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"Unknown recipe {name!r}; there are {', '.join(list_recipes())}, or a .yaml file.{hint}")
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"Recipe {name} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Recipe {name} must be a mapping of arguments; it is a {type(content).__name__}.")
+    recipe = Recipe({key: value for key, value in content.items() if key not in _NOTES})
+    recipe.notes = {key: content[key] for key in _NOTES if key in content}
+    check_keys(TrainArguments, recipe, f"Recipe {name}")
+    return recipe
+
+
+def check_keys(kind: Any, values: Mapping[str, Any], where: str) -> None:
+    """Refuse a key that no field of a dataclass, or of one nested in it, has.
+
+    Raises:
+        ValueError: Naming the key and the closest field.
+    """
+    known = {field.name: field for field in fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{where}: unknown argument {key!r}.{hint}")
+        nested = known[key].default_factory
+        if is_dataclass(nested) and isinstance(value, Mapping):
+            check_keys(nested, value, f"{where}, {key}")

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`run`: a whole training from its arguments to the saved adapter, with what it was worth before and after."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from ..backbones import Backbone
+from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
+from ..storage import adapter_sizes, atomic_write
+from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
+from .metrics import METRICS_NAME, read_metrics
+from .task import TrainingTask
+from .train_arguments import TrainArguments
+from .trainer import Trainer, build_accelerator
+
+__all__ = ["RUN_NAME", "RunSummary", "plan", "run"]
+
+RUN_NAME = "run.json"
+
+
+@dataclass
+class RunSummary:
+    """What a run was and what came of it; written as ``run.json`` beside the adapter.
+
+    Attributes:
+        arguments: The arguments, JSON-compatible.
+        before: Evaluation of the frozen base, by metric.
+        after: Evaluation at the end.
+        loss: Mean loss of the last logged window.
+        density: Fraction of the masked weights that are active, None without a mask.
+        steps: Optimizer steps.
+        seconds: Time of the training loop, evaluations included.
+        images_per_second: Median over the logged windows.
+        sizes: Bytes of the adapter's file by part.
+        versions: Versions of what computed it.
+    """
+
+    arguments: dict[str, Any]
+    before: dict[str, float]
+    after: dict[str, float]
+    loss: float | None
+    density: float | None
+    steps: int
+    seconds: float
+    images_per_second: float | None
+    sizes: dict[str, int]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """What happened, in lines for a terminal."""
+        lines = [f"{self.steps} steps in {self.seconds:.0f} s, in {self.arguments['output_dir']}"]
+        if self.density is not None:
+            lines.append(f"density {self.density:.4f}, file {self.sizes.get('total', 0) / 1e3:.1f} kB")
+        lines += [f"{name}: {self.before[name]:.4f} -> {value:.4f}" for name, value in self.after.items()]
+        return "\n".join(lines)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``run.json``, whole or not at all."""
+        with atomic_write(Path(folder) / RUN_NAME) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode())
+
+
+def run(arguments: TrainArguments) -> RunSummary:
+    """Train as the arguments say, and save the adapter in `output_dir`.
+
+    Every process of a distributed run calls this; the main one writes.
+
+    Raises:
+        ValueError: For arguments, data or a checkpoint that do not go together, before training starts.
+        TrainingFailure: If training cannot go on usefully.
+        Interrupted: After Ctrl-C, once a checkpoint is written.
+    """
+    accelerator = build_accelerator(arguments)
+    images = build_images(arguments)
+    task, backbone = build_task(arguments, images)
+    loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
+    facts = {"images": len(images.train), "classes": images.train.classes}
+    evaluate = _evaluation_of(arguments, images, backbone, accelerator)
+    trainer = Trainer(task, loader, arguments, accelerator, evaluate, facts)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    folder = Path(arguments.output_dir)
+    if accelerator.is_main_process:
+        _save_model(task, folder)
+    summary = _summary(trainer, task, folder, seconds)
+    if accelerator.is_main_process:
+        summary.save(folder)
+    accelerator.wait_for_everyone()
+    return summary
+
+
+def plan(arguments: TrainArguments) -> str:
+    """What a run would do, found out by building all of it and trying one batch without training.
+
+    Raises:
+        ValueError: As [`run`].
+    """
+    images = build_images(arguments)
+    task, backbone = build_task(arguments, images)
+    loader = build_train_loader(arguments, images, backbone, 1, 0)
+    steps = arguments.max_steps or arguments.epochs * (len(loader) // arguments.accumulate)
+    task.objective.begin(steps)
+    loader.set_epoch(0)
+    task.before_step(0, 0.0)
+    with torch.no_grad():
+        outputs = task.train()(next(iter(loader)))
+    scores = sum(parameter.numel() for _, parameter, adapted in task.trainable() if adapted)
+    others = sum(parameter.numel() for _, parameter, adapted in task.trainable() if not adapted)
+    tested = "none" if images.test is None else f"{len(images.test)} of {images.test.name} ({images.test.split})"
+    return "\n".join(
+        [
+            f"backbone    {backbone.name}, {backbone.image_size} px, {backbone.feature_dim} features",
+            f"training    {len(images.train)} images of {images.train.name} ({images.train.split})",
+            f"evaluation  {tested}",
+            f"objective   {task.objective.name}, loss of the first batch {float(outputs['loss']):.3f}",
+            f"trainable   {scores:,} {'scores' if task.mask_config else 'weights'}, {others:,} others",
+            f"schedule    {steps} steps of {arguments.batch_size} images, learning rates {arguments.lr:g} and "
+            f"{arguments.head_lr:g}",
+            f"output      {arguments.output_dir}",
+        ]
+    )
+
+
+def _evaluation_of(arguments: TrainArguments, images: Images, backbone: Backbone, accelerator: Any) -> Any:
+    """The function that the trainer calls now and then, or None if there is nothing to evaluate on."""
+    if images.test is None or images.bank is None:
+        return None
+    transform = evaluation_of(backbone)
+    options = {"batch_size": arguments.batch_size, "accelerator": accelerator, "num_workers": arguments.num_workers}
+
+    def evaluate(task: TrainingTask) -> dict[str, float]:
+        bank = extract_features(task.model, images.bank, transform, **options)
+        test = extract_features(task.model, images.test, transform, **options)
+        values = {"knn": evaluate_knn(bank, test, k=arguments.knn_k)}
+        if arguments.eval_probe:
+            values["linear_probe"] = linear_probe(bank, test, seed=arguments.subset_seed)
+        if task.objective.needs_labels:
+            logits = extract_features(task.model, images.test, transform, function=task.logits, **options)
+            values["accuracy"] = evaluate_accuracy(logits).top1
+        return values
+
+    return evaluate
+
+
+def _save_model(task: TrainingTask, folder: Path) -> None:
+    if isinstance(task.model, PeftModel):
+        task.model.save_pretrained(str(folder))
+        return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float) -> RunSummary:
+    lines = read_metrics(folder / METRICS_NAME)
+    losses = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "knn" in line]
+    speeds = sorted(line["images_per_second"] for line in losses)
+    masked = isinstance(task.model, PeftModel)
+    return RunSummary(
+        arguments=trainer.facts,
+        before=_metrics(evaluations[0]) if evaluations else {},
+        after=_metrics(evaluations[-1]) if evaluations else {},
+        loss=losses[-1]["loss"] if losses else None,
+        density=task.density(),
+        steps=trainer.step,
+        seconds=seconds,
+        images_per_second=speeds[len(speeds) // 2] if speeds else None,
+        sizes=vars(adapter_sizes(folder)) if masked and trainer.accelerator.is_main_process else {},
+        versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
+    )
+
+
+def _metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: line[name] for name in ("knn", "linear_probe", "accuracy") if name in line}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainingTask`: model and objective as one module, so that one wrapper (DDP, autocast) sees both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..backbones import pooled_features
+from ..objectives import Objective
+from ..tuner import MaskConfig
+
+__all__ = ["TrainingTask"]
+
+
+class TrainingTask(nn.Module):
+    """What the loop trains: a batch goes in, ``{"loss": …}`` comes out.
+
+    Attributes:
+        model: A vision model: under a mask adapter, or bare for full fine-tuning.
+        objective: Turns the model's features or logits into a loss.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        """Take both as they are."""
+        super().__init__()
+        self.model: Any = model
+        self.objective: Any = objective
+        self._run = self._outputs
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the model's forward; the objective, which gathers over processes, stays as it is."""
+        self._run = torch.compile(self._outputs, *args, **kwargs)
+
+    def _outputs(self, pixel_values: Tensor) -> Tensor:
+        if self.objective.consumes == "logits":
+            output = self.model(pixel_values)
+            logits: Tensor = output if isinstance(output, Tensor) else output.logits
+            return logits
+        return pooled_features(self.model, pixel_values)
+
+    def logits(self, pixel_values: Tensor) -> Tensor:
+        """Logits (batch, classes) of a task that learns from labels, for evaluation."""
+        outputs = self._outputs(pixel_values)
+        return outputs if self.objective.consumes == "logits" else self.objective.logits(outputs)
+
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Loss and what to log of one batch."""
+        return self.objective(self._run, batch)
+
+    def before_step(self, step: int, progress: float) -> None:
+        """What happens before the forward of a step: the objective's hook, and the density of a progressive mask."""
+        self.objective.before_step(step)
+        config = self.mask_config
+        if config is not None and config.density_schedule is not None:
+            self.model.update_density(progress)
+
+    @property
+    def mask_config(self) -> MaskConfig | None:
+        """Configuration of the mask adapter that trains, or None."""
+        if not isinstance(self.model, PeftModel):
+            return None
+        config = self.model.active_peft_config
+        return config if isinstance(config, MaskConfig) else None
+
+    def density(self) -> float | None:
+        """Fraction of the masked weights that are active; None without a mask."""
+        return None if self.mask_config is None else self.model.density()
+
+    def empty_masks(self) -> list[str]:
+        """Names of the weights whose mask has nothing left."""
+        if self.mask_config is None:
+            return []
+        return [name for name, mask in self.model.masks().items() if not mask.any()]
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        """(name, parameter, whether it is adapted weight or score rather than head or objective)."""
+        masked = self.mask_config is not None
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                adapted = "smn_scores" in name if masked else _is_body(name)
+                yield name, parameter, adapted
+
+    def training_state(self) -> dict[str, Tensor]:
+        """All that training moves, by name: scores, head, objective, statistics; never the frozen base."""
+        frozen = isinstance(self.model, PeftModel)
+        parameters = dict(self.named_parameters())
+        state = {}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if name in parameters:
+                keep = parameters[name].requires_grad or name.startswith("objective.")
+            elif name.startswith("model.") and frozen:
+                keep = any(part in name for part in (".smn_running_", ".smn_num_batches", ".modules_to_save."))
+            else:
+                keep = True
+            if keep:
+                state[name] = tensor
+        return state
+
+
+def _is_body(name: str) -> bool:
+    """Whether a parameter of a bare model belongs to the backbone rather than to its head or the objective."""
+    parts = name.split(".")
+    return parts[0] == "model" and parts[1] != "head"

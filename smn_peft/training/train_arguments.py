@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainArguments`: a whole run, from the backbone's name to the evaluation, as the command line takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..data import MultiCropOptions, SupervisedOptions
+from ..tuner import MaskConfig
+from .loop_arguments import LoopArguments, option
+
+__all__ = ["TrainArguments"]
+
+
+@dataclass
+class TrainArguments(LoopArguments):
+    """What to adapt, on which images, to which objective; the loop's own arguments are inherited."""
+
+    backbone: str = option("", "Hub id, timm name, folder, or your own file.py:function that returns a model.")
+    weights: str | None = option(None, "A safetensors file with weights for the timm architecture `backbone`.")
+    pretrained: bool = option(True, "False starts from random weights, which is good for tests only.")
+    backbone_revision: str | None = option(None, "Git revision of the backbone on the Hub.")
+    image_size: int | None = option(None, "Side of the images in pixels; None: the backbone's own.")
+    adapt: Literal["mask", "full", "head"] = option("mask", "What trains: a mask, all weights, or the head alone.")
+    mask: MaskConfig = field(default_factory=MaskConfig, metadata={"help": "The mask adapter."})
+
+    dataset: str = option("", "Name of a known dataset, Hub id, image folder, parquet or npz file.")
+    dataset_revision: str | None = option(None, "Git revision of the dataset on the Hub.")
+    image_column: str | None = option(None, "Column of the images, if the dataset does not say.")
+    label_column: str | None = option(None, "Column of the labels, if the dataset does not say.")
+    train_split: str = option("train", "Split to train on.")
+    eval_split: str | None = option("test", "Split to evaluate on; None: do not evaluate.")
+    eval_limit: int | None = option(None, "Evaluate on a seeded choice of this many images of eval_split.")
+    knn_limit: int | None = option(None, "k-NN votes with at most this many labelled training images.")
+    knn_k: int = option(200, "Neighbours of the k-NN evaluation; all where there are fewer.")
+    eval_probe: bool = option(False, "Fit a linear probe too whenever k-NN is evaluated.")
+    limit: int | None = option(None, "Train on a seeded choice of this many images.")
+    fraction: float = option(1.0, "Train on this fraction of the images (after limit).")
+    balanced: bool = option(True, "Take the fraction evenly from the classes, where labels are known.")
+    subset_seed: int = option(0, "Seed of limit and fraction, so that runs with other seeds see the same images.")
+    num_workers: int = option(0, "Processes that load and augment images; 0: the training process itself.")
+    cache_images: bool = option(False, "Hold decoded images in memory, up to 2 GiB.")
+    supervised: SupervisedOptions = field(
+        default_factory=SupervisedOptions, metadata={"help": "Augmentation where there is one view per image."}
+    )
+    multi_crop: MultiCropOptions = field(
+        default_factory=MultiCropOptions, metadata={"help": "Augmentation where there are several views per image."}
+    )
+
+    objective: str = option("cross_entropy", "cross_entropy, zero_shot, swav, or one that is registered.")
+    objective_options: dict[str, Any] = option({}, "Options of the objective, as key=value.")
+    head: Literal["trained", "probe", "masked"] = option(
+        "trained", "Head for labels: new and trained; trained from a linear probe; or frozen, random and masked."
+    )
+    templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded."""
+        super().__post_init__()
+        for name, kind in (("mask", MaskConfig), ("supervised", SupervisedOptions), ("multi_crop", MultiCropOptions)):
+            if isinstance(value := getattr(self, name), Mapping):
+                setattr(self, name, kind(**value))
+        for name, example in (("backbone", "timm/resnet50.a1_in1k"), ("dataset", "cifar10")):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: name one, such as {name}={example!r}.")
+        for name, allowed in (("adapt", ("mask", "full", "head")), ("head", ("trained", "probe", "masked"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}.")
+        for name in ("limit", "eval_limit", "knn_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None; got {value}.")
+        if self.head == "masked" and self.adapt != "mask":
+            raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
+        if self.adapt == "head" and self.objective != "cross_entropy":
+            raise ValueError("adapt='head' needs objective='cross_entropy': nothing else has a head to keep.")

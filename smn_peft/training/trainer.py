@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Trainer`: one loop over accelerate for every objective, on one process or many, that resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .guards import TrainingFailure, check_loss, check_masks
+from .interrupt import StopRequest
+from .loop_arguments import HARMLESS, LoopArguments
+from .memory import enable_gradient_checkpointing
+from .metrics import MetricsLog, Window, postfix
+from .optimizer import build_optimizer, set_learning_rates
+from .schedule import warmup_cosine
+from .sync_batch_norm import synchronise_batch_norm
+from .task import TrainingTask
+
+__all__ = ["Interrupted", "Trainer", "build_accelerator"]
+
+Evaluate = Callable[[TrainingTask], Mapping[str, float]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop and left a checkpoint."""
+
+
+def build_accelerator(arguments: LoopArguments) -> Accelerator:
+    """The accelerator that a run's arguments ask for."""
+    return Accelerator(
+        cpu=arguments.cpu,
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.accumulate,
+        log_with=arguments.log_with,
+        project_dir=arguments.output_dir,
+        # Statistics are per adapter and synchronised where they are made; the frozen ones never differ.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+class Trainer:
+    """Trains a task on batches; the same batches in the same order give the same mask on 1 and on N processes.
+
+    Attributes:
+        task: Model and objective.
+        arguments: How to train.
+        accelerator: accelerate's, on whose device everything runs.
+        step: Optimizer steps done.
+    """
+
+    def __init__(
+        self,
+        task: TrainingTask,
+        loader: Any,
+        arguments: LoopArguments,
+        accelerator: Accelerator | None = None,
+        evaluate: Evaluate | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put everything on its device and, with ``resume``, back to where the newest checkpoint was.
+
+        Args:
+            task: Model and objective.
+            loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
+            arguments: How to train.
+            accelerator: Made from the arguments if None.
+            evaluate: Called before, after and every `evaluate_every` epochs; returns numbers to log.
+            facts: What else must be equal on resuming (dataset, backbone …), JSON-compatible.
+
+        Raises:
+            ValueError: If there is nothing to train, or what is in `output_dir` does not go with the arguments.
+        """
+        self.task, self.arguments, self.loader, self.evaluate = task, arguments, loader, evaluate
+        self.accelerator = accelerator or build_accelerator(arguments)
+        self.facts = json.loads(json.dumps({**asdict(arguments), **(facts or {})}, default=_jsonable))
+        set_seed(arguments.seed)
+        if arguments.gradient_checkpointing:
+            enable_gradient_checkpointing(task.model)
+        task.to(self.accelerator.device)
+        if arguments.channels_last:
+            task.to(memory_format=torch.channels_last)
+        if self.accelerator.num_processes > 1 and arguments.sync_batch_norm:
+            synchronise_batch_norm(task)
+        self.optimizer = build_optimizer(task, arguments)
+        self.steps_per_epoch = len(loader) // arguments.accumulate
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"An epoch has {len(loader)} batches, fewer than accumulate={arguments.accumulate}: lower it."
+            )
+        self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
+        self.step = 0
+        task.objective.begin(self.total_steps)
+        self.history: list[dict[str, Any]] = []
+        self._loss = torch.zeros(())
+        self._prepare_folder()
+        if arguments.compile:
+            task.compile()
+        self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)
+        if self._resume_from is not None:  # after wrapping: the scaler of fp16 is made there
+            self._resume(self._resume_from)
+        self.log = MetricsLog(arguments.output_dir, self.step) if self.accelerator.is_main_process else None
+        if arguments.log_with is not None:
+            self.accelerator.init_trackers("smn_peft", config={k: str(v) for k, v in self.facts.items()})
+
+    # --- Folder and checkpoints --------------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        self._resume_from = latest_checkpoint(self.arguments.output_dir)
+        if self._resume_from is not None and not self.arguments.resume:
+            raise ValueError(
+                f"{self.arguments.output_dir} holds {self._resume_from.name} of an earlier run: pass resume to go on "
+                "from it, choose another output_dir, or delete it."
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self, path: Path) -> None:
+        saved = json.loads((path / "trainer_state.json").read_text("utf-8"))["facts"]
+        names = sorted((set(saved) | set(self.facts)) - HARMLESS)
+        if differing := [name for name in names if saved.get(name) != self.facts.get(name)]:
+            lines = "\n".join(f"  {name}: was {saved.get(name)!r}, is {self.facts.get(name)!r}" for name in differing)
+            raise ValueError(
+                f"{path} was written by a run with other settings, so going on would not be the same run:\n{lines}\n"
+                "Resume with the old ones, or start anew in another output_dir."
+            )
+        state = load_checkpoint(path, self.task.training_state(), self.optimizer)
+        self.step = state["step"]
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step; every process takes part, the main one writes."""
+        if self.arguments.keep_checkpoints < 1:
+            return None
+        path = Path(self.arguments.output_dir) / f"checkpoint-{self.step}"
+        check_loss(self.task, self._loss, self.step)
+        if self.accelerator.is_main_process and latest_checkpoint(self.arguments.output_dir) != path:
+            scaler = self.accelerator.scaler
+            facts = {"facts": self.facts, "scaler": scaler.state_dict() if scaler is not None else None}
+            state, keep = self.task.training_state(), self.arguments.keep_checkpoints
+            save_checkpoint(self.arguments.output_dir, self.step, state, self.optimizer, facts, keep)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    # --- The loop ----------------------------------------------------------------------------------------------------
+
+    def train(self) -> list[dict[str, Any]]:
+        """Train to the end; returns the lines of metrics.jsonl that this call wrote.
+
+        Raises:
+            TrainingFailure: If the loss is not finite, or a mask is empty.
+            Interrupted: After Ctrl-C or SIGTERM, once a checkpoint of the last whole step is written.
+        """
+        if self.step == 0:
+            self._evaluate()
+        shown = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            unit="step",
+            desc=self.task.objective.name,
+            disable=None if self.accelerator.is_main_process else True,
+        )
+        with StopRequest() as stop, shown as bar:
+            while self.step < self.total_steps:
+                self._epoch(bar, stop)
+        self._evaluate()
+        if self.arguments.log_with is not None:
+            self.accelerator.end_training()
+        return self.history
+
+    def _epoch(self, bar: Any, stop: StopRequest) -> None:
+        arguments, done = self.arguments, self.step % self.steps_per_epoch
+        self.loader.set_epoch(self.step // self.steps_per_epoch, start_batch=done * arguments.accumulate)
+        batches = iter(self.loader)
+        window = Window(self.accelerator)
+        self._wrapped.train()
+        while self.step < self.total_steps and done < self.steps_per_epoch:
+            self._one_step(batches, window)
+            done += 1
+            bar.update()
+            if self.step % arguments.log_every == 0 or self.step == self.total_steps:
+                self._log(window, bar)
+                window = Window(self.accelerator)
+            every = arguments.checkpoint_every
+            if every is not None and self.step % every == 0:
+                self.save()
+            if self._stop(stop):
+                path = self.save()
+                where = f"{path} is whole: go on with resume" if path else "No checkpoint was asked for"
+                raise Interrupted(f"Stopped after step {self.step} of {self.total_steps}. {where}.")
+        if arguments.checkpoint_every is None or self.step == self.total_steps:
+            self.save()
+        epoch, every = self.step // self.steps_per_epoch, arguments.evaluate_every
+        if every is not None and epoch % every == 0 and self.step < self.total_steps:
+            self._evaluate()
+
+    def _one_step(self, batches: Any, window: Window) -> None:
+        arguments, accelerator = self.arguments, self.accelerator
+        unit = self.steps_per_epoch if arguments.schedule_every == "epoch" else 1
+        warmup = arguments.warmup_epochs * self.steps_per_epoch / unit
+        set_learning_rates(self.optimizer, warmup_cosine(self.step // unit, self.total_steps / unit, warmup))
+        # Randomness belongs to the step: a run that was interrupted draws what it would have drawn.
+        set_seed(_seed_of(arguments.seed, self.step, accelerator.process_index))
+        self.task.before_step(self.step, self.step / self.total_steps)
+        for _ in range(arguments.accumulate):
+            start = time.perf_counter()
+            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+            window.waited += time.perf_counter() - start
+            if arguments.channels_last:
+                batch = _channels_last(batch)
+            with accelerator.accumulate(self._wrapped):
+                outputs = self._wrapped(batch)
+                accelerator.backward(outputs["loss"])
+            window.add(outputs, len(batch["index"]))
+        self._loss = outputs["loss"].detach()
+        if accelerator.device.type == "cpu":  # elsewhere looking means waiting: see _log and save
+            check_loss(self.task, self._loss, self.step)
+        self.task.objective.after_backward(self.step)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.step += 1
+
+    def _stop(self, stop: StopRequest) -> bool:
+        if self.accelerator.num_processes == 1:
+            return stop.requested
+        if stop.requested:
+            self.accelerator.set_trigger()
+        return bool(self.accelerator.check_trigger())
+
+    # --- Numbers -----------------------------------------------------------------------------------------------------
+
+    def _log(self, window: Window, bar: Any) -> None:
+        check_loss(self.task, self._loss, self.step)
+        check_masks(self.task, self.step)
+        values = window.summary()
+        if problem := self.task.objective.collapsed(values):
+            raise TrainingFailure(f"Step {self.step}: {problem}")
+        values["epoch"] = self.step / self.steps_per_epoch
+        values["density"] = self.task.density()
+        values.update({f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
+        bar.set_postfix_str(postfix(values))
+        self._write(values)
+
+    def _evaluate(self) -> None:
+        if self.evaluate is not None:
+            self._write({"epoch": self.step / self.steps_per_epoch, **self.evaluate(self.task)})
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self.history.append({"step": self.step, **values})
+        if self.log is not None:
+            self.log.write(self.step, values)
+        if self.arguments.log_with is not None:
+            self.accelerator.log({key: value for key, value in values.items() if value is not None}, step=self.step)
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _seed_of(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def _channels_last(batch: Mapping[str, Any]) -> dict[str, Any]:
+    def convert(value: Any) -> Any:
+        if isinstance(value, list):
+            return [convert(item) for item in value]
+        four = isinstance(value, Tensor) and value.ndim == 4
+        return value.to(memory_format=torch.channels_last) if four else value
+
+    return {key: convert(value) for key, value in batch.items()}
