@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,16 @@ class Linear(MaskLayer):
     def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
         slot, *biases = self.present_slots
-        bias = self.effective(biases[0], names) if biases else None
         if (name := self.alone(slot, names)) is None:
-            return F.linear(input, self.effective(slot, names), bias)
+            return self.run(self.effective_tensors(names), input)
+        bias = self.effective(biases[0], names) if biases else None
         input, bias = _autocast(input, bias)  # type: ignore[assignment]
         spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
         return masked_linear(input, self.base_tensor(slot), self.scores(slot)[name], bias, spec, trainable)
+
+    def run(self, tensors: Sequence[Tensor], input: Tensor) -> Tensor:
+        """See [`masked_forward`]; `tensors` are weight and bias."""
+        return F.linear(input, *tensors)
 
 
 class Conv(MaskLayer):
@@ -47,20 +51,32 @@ class Conv(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(batch, in_channels, …) -> (batch, out_channels, …), or without the batch dimension."""
-        base: Any = self.get_base_layer()
-        dims = len(base.kernel_size)
-        batched = input.dim() == dims + 2
-        x, geometry = self._geometry(base, input if batched else input.unsqueeze(0), output_size, dims)
         slot, *biases = self.present_slots
-        bias = self.effective(biases[0], names) if biases else None
         if (name := self.alone(slot, names)) is None:
-            result = torch.convolution(x, self.effective(slot, names), bias, *geometry)
-        else:
-            x, bias = _autocast(x, bias)  # type: ignore[assignment]
-            spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
-            scores = self.scores(slot)[name]
-            result = masked_conv(x, self.base_tensor(slot), scores, bias, geometry, spec, trainable)
-        return result if batched else result.squeeze(0)
+            return self.run(self.effective_tensors(names), input, output_size)
+        bias = self.effective(biases[0], names) if biases else None
+        weight, scores = self.base_tensor(slot), self.scores(slot)[name]
+        spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+
+        def convolve(x: Tensor, geometry: ConvGeometry) -> Tensor:
+            x, offset = _autocast(x, bias)  # type: ignore[assignment]
+            return masked_conv(x, weight, scores, offset, geometry, spec, trainable)
+
+        return self._batched(convolve, input, output_size)
+
+    def run(self, tensors: Sequence[Tensor], input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """See [`masked_forward`]; `tensors` are weight and bias."""
+        weight, bias = tensors if len(tensors) == 2 else (tensors[0], None)
+        return self._batched(lambda x, geometry: torch.convolution(x, weight, bias, *geometry), input, output_size)
+
+    def _batched(
+        self, convolve: Callable[[Tensor, ConvGeometry], Tensor], input: Tensor, output_size: list[int] | None
+    ) -> Tensor:
+        base: Any = self.base_layer
+        dims = len(base.kernel_size)
+        if input.dim() == dims + 2:
+            return convolve(*self._geometry(base, input, output_size, dims))
+        return convolve(*self._geometry(base, input.unsqueeze(0), output_size, dims)).squeeze(0)
 
     @staticmethod
     def _geometry(base: Any, x: Tensor, output_size: list[int] | None, dims: int) -> tuple[Tensor, ConvGeometry]:
@@ -84,10 +100,13 @@ class Embedding(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…) of indices -> (…, embedding_dim)."""
-        base: Any = self.get_base_layer()
-        weight = self.effective(self.present_slots[0], names)
+        return self.run(self.effective_tensors(names), input)
+
+    def run(self, tensors: Sequence[Tensor], input: Tensor) -> Tensor:
+        """See [`masked_forward`]; `tensors` is the table."""
+        base: Any = self.base_layer
         return F.embedding(
-            input, weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
+            input, tensors[0], base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
         )
 
 
@@ -99,10 +118,12 @@ class LinearConv1D(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
-        slot, *biases = self.present_slots
-        weight = self.effective(slot, names)
-        bias = self.effective(biases[0], names) if biases else None
-        return F.linear(x, weight.t(), bias)
+        return self.run(self.effective_tensors(names), x)
+
+    def run(self, tensors: Sequence[Tensor], x: Tensor) -> Tensor:
+        """See [`masked_forward`]; `tensors` are weight and bias."""
+        weight, *bias = tensors
+        return F.linear(x, weight.t(), *bias)
 
 
 class Substituted(MaskLayer):
@@ -113,8 +134,12 @@ class Substituted(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Whatever the base layer's forward takes and gives."""
-        tensors = {slot.path: self.effective(slot, names) for slot in self.present_slots}
-        return call_with(self.get_base_layer(), tensors, *args, **kwargs)
+        return self.run(self.effective_tensors(names), *args, **kwargs)
+
+    def run(self, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        """See [`masked_forward`]; `tensors` are those of `present_slots`."""
+        paths = (slot.path for slot in self.present_slots)
+        return call_with(self.get_base_layer(), dict(zip(paths, tensors, strict=True)), *args, **kwargs)
 
 
 class MultiheadAttention(Substituted):

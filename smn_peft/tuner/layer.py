@@ -11,25 +11,14 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import Stash, merge_weight, unmerge_weight
 from .adapters import Slot
-from .cache import CachedWeight
+from .cache import CachedWeight, Ready, Source
 from .checkpoint import StoredLayer
 
 __all__ = ["MaskLayer"]
-
-
-_optimizer_steps = [0]
-
-
-def _count_step(*_: Any) -> None:
-    _optimizer_steps[0] += 1
-
-
-register_optimizer_step_post_hook(_count_step)
 
 
 class MaskLayer(StoredLayer):
@@ -45,6 +34,7 @@ class MaskLayer(StoredLayer):
         super().__init__(base_layer)
         self._stashes: dict[str, Stash] = {}
         self._cache: dict[str, CachedWeight] = {}
+        self._ready: Ready | None = None
 
     # --- Effective weights -------------------------------------------------------------------------------------------
 
@@ -63,7 +53,7 @@ class MaskLayer(StoredLayer):
         cached = self._cache.get(slot.name)
         if torch.compiler.is_compiling():
             # A graph cannot see a tensor's version: it may keep only what no optimizer moves.
-            keep = not self.training and names == self.active_adapters and not self.trains(slot, holders)
+            keep = not self.training and names == self.active_here() and not self.trains(slot, holders)
             return cached.weight if cached is not None and keep else self._build(slot, holders)
         scores, bits = self.scores(slot), self.bits(slot)
         sources = [weight, *(scores[name] if name in scores else bits[name] for name in holders)]
@@ -71,9 +61,36 @@ class MaskLayer(StoredLayer):
         if cached is None or not cached.fresh(sources, specs):
             with torch.inference_mode(False):  # what is kept serves a backward as well
                 cached = CachedWeight(self._build(slot, holders), sources, specs)
-            if names == self.active_adapters:
+            if names == self.active_here():
                 self._cache[slot.name] = cached
         return cached.weight
+
+    def effective_tensors(self, names: Sequence[str]) -> tuple[Tensor, ...]:
+        """Effective tensors of all slots, for [`run`]; kept ready for the next forward if nothing can train."""
+        tensors = tuple(self.effective(slot, names) for slot in self.present_slots)
+        if not torch.compiler.is_compiling() and names == self.active_here():
+            sources = self._sources(names)
+            if sources is not None:
+                specs = [(self.smn_info[name], self.smn_info[name].spec) for name in names]
+                self._ready = Ready(tensors, sources, self._active_adapter, self.base_layer, specs)
+        return tensors
+
+    def _sources(self, names: Sequence[str]) -> list[Source] | None:
+        """All that the effective tensors are made from, and where it lies; None if it may change unseen or trains."""
+        sources: list[Source] = []
+        for slot in self.present_slots:
+            parameters, scores, bits = self.base_layer._parameters, self.scores(slot), self.bits(slot)
+            if parameters.get(slot.path) is None:
+                return None
+            sources.append(Source(parameters.get, slot.path))
+            for name in self.holders(names, slot):
+                sources.append(Source(scores._parameters.get if name in scores else bits.__getitem__, name))
+        grad = torch.is_grad_enabled()
+        return None if any(s.tensor.is_inference() or (grad and s.tensor.requires_grad) for s in sources) else sources
+
+    def active_here(self) -> list[str]:
+        """The active adapters that this layer knows."""
+        return [name for name in self.active_adapters if name in self.smn_info]
 
     def trains(self, slot: Slot, holders: Sequence[str]) -> bool:
         """Whether any of the adapters has scores of this slot that require a gradient."""
@@ -124,33 +141,37 @@ class MaskLayer(StoredLayer):
 
     # --- What empties the cache --------------------------------------------------------------------------------------
 
+    def _forget(self) -> None:
+        self._cache.clear()
+        self._ready = None
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's; scores of the active adapters require gradients, bits never do."""
-        self._cache.clear()
+        self._forget()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def set_mask(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
         """Replace the mask of an adapter; see [`AdapterLayer.set_mask`]."""
-        self._cache.clear()
+        self._forget()
         super().set_mask(adapter_name, slot, mask)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; nothing of the adapter stays resident."""
-        self._cache.clear()
+        self._forget()
         super().delete_adapter(adapter_name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskLayer:
-        self._cache.clear()
+        self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._cache.clear()
+        self._forget()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
         """State for a copy: all but the cache."""
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_ready": None}
 
     # --- Merging -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +207,7 @@ class MaskLayer(StoredLayer):
         self.merged_adapters = []
 
     def _restore(self) -> None:
-        self._cache.clear()
+        self._forget()
         for slot in self.present_slots:
             if (stash := self._stashes.pop(slot.name, None)) is not None:
                 unmerge_weight(self.base_tensor(slot), stash)
@@ -209,8 +230,16 @@ class MaskLayer(StoredLayer):
         """The base layer's forward with the effective weights of the named adapters."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to run masked.")
 
+    def run(self, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with these tensors in its slots."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to run.")
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
+        if not torch.compiler.is_compiling() and self._ready is not None:
+            if not kwargs and self._ready.holds(self):
+                return self.run(self._ready.tensors, *args)
+            self._ready = None
         if self._awaiting:
             self.receive()
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None) if kwargs else None
@@ -220,7 +249,7 @@ class MaskLayer(StoredLayer):
             return self.base_layer(*args, **kwargs)
         if adapter_names is not None:
             return self._mixed(adapter_names, *args, **kwargs)
-        names = [name for name in self.active_adapters if name in self.smn_info]
+        names = self.active_here()
         if self.merged or not names:
             return self.base_layer(*args, **kwargs)
         return self.masked_forward(names, *args, **kwargs)

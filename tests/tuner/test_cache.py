@@ -267,3 +267,25 @@ def test_the_cache_is_used_and_costs_no_second_build(monkeypatch):
         assert torch.equal(model(X), before)
     with torch.inference_mode():
         assert torch.equal(model(X), before)
+
+
+def test_a_settled_layer_asks_no_slot_for_its_weight_and_sees_what_its_state_becomes(monkeypatch):
+    model, before = filled()
+    layer = layer_of(model)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(layer, "effective", lambda *args: pytest.fail("the slots were asked again"))
+        assert torch.equal(model(X), before)
+    layer._active_adapter = ["second"]  # behind the back of set_adapter
+    check(model, before)
+    layer._active_adapter = ["first"]
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    edit_base(model)
+    check(model, before)
+
+
+def test_a_settled_layer_that_trains_again_gives_gradients():
+    model, _ = filled()
+    model(X).square().sum().backward()
+    scores = layer_of(model).scores(layer_of(model).present_slots[0])["first"]
+    assert scores.grad is not None
+    assert scores.grad.any()
