@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -25,12 +26,29 @@ from .substitution import call_with
 
 __all__ = ["BatchNorm", "add_batch_norms", "has_statistics"]
 
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def has_statistics(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm (of torch, timm's with activation, synchronised …) with running statistics."""
     return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def _is_plain(base: Any) -> bool:
+    """Whether calling a module is nothing more than torch's `batch_norm`: no hook, no forward put over it."""
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    return type(base) in _PLAIN and base.momentum is not None and not hooks and "forward" not in base.__dict__
+
+
+def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    """What torch's own BatchNorm does, with other statistics, without the detour of giving it these for one call."""
+    base._check_input_dim(x)
+    if base.training:
+        statistics["num_batches_tracked"].add_(1)
+    weight, bias = (p if p is None or p.dtype == dtype else p.to(dtype) for p in (base.weight, base.bias))
+    mean, variance = statistics["running_mean"], statistics["running_var"]
+    return F.batch_norm(x, mean, variance, weight, bias, base.training, base.momentum, base.eps)
 
 
 class BatchNorm(AdapterLayer):
@@ -145,11 +163,15 @@ class BatchNorm(AdapterLayer):
             self.statistics(name)[adapter_name] = torch.stack(parts).sum(0)
 
     def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
-        adapting = [name for name in names if name in self.statistics("running_mean")]
+        base: Any = self._modules["base_layer"]
+        means = self.statistics("running_mean")
+        adapting = [name for name in names if name in means]
         if not adapting:
-            return self.get_base_layer()(x)  # type: ignore[no-any-return]
-        base, tensors = self.get_base_layer(), self._combined(adapting)
+            return base(x)  # type: ignore[no-any-return]
+        tensors = self._combined(adapting)
         dtype = tensors["running_mean"].dtype
+        if _is_plain(base):
+            return _normalise(base, tensors, dtype, x)
         for name, parameter in base._parameters.items():  # PEFT widens an adapter's tensors only
             if parameter is not None and parameter.dtype != dtype:
                 tensors[name] = parameter.to(dtype)
@@ -158,8 +180,8 @@ class BatchNorm(AdapterLayer):
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
         """(batch, channels, …) -> the same, normalised by the active adapter's or the base's statistics."""
-        if self.disable_adapters or self.merged:
-            if self.merged and self.disable_adapters:
+        if self._disable_adapters or self.merged_adapters:
+            if self.merged_adapters and self._disable_adapters:
                 self.unmerge()
             return self.get_base_layer()(x)  # type: ignore[no-any-return]
         if adapter_names is None:

@@ -434,3 +434,24 @@ def test_a_whole_timm_model(tmp_path):
     assert torch.equal(run(reload(build(), tmp_path), x), expected)
     assert not torch.equal(expected, run(build(), x))
     assert torch.equal(run(model.unload(), x), run(build(), x))
+
+
+@pytest.mark.parametrize("change", ["plain", "hooked", "cumulative", "no-affine"])
+def test_adapting_equals_the_base_whose_own_statistics_move(change):
+    """torch's `batch_norm` is called directly, or the base as a module where that could differ."""
+    base = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=change != "no-affine"))
+    base[1].momentum = None if change == "cumulative" else 0.1
+    if change == "hooked":
+        base[1].register_forward_hook(lambda module, args, out: out * 2)
+    twin = copy.deepcopy(base)
+    model = get_peft_model(base, MaskConfig(target_modules=["0"], batch_norm="adapt"))
+    for net in (model.train(), twin.train()):
+        torch.manual_seed(0)
+        outputs = [net(torch.randn(4, 3, 2, 2)) for _ in range(3)]
+        outputs.append(net.eval()(torch.ones(1, 3, 2, 2)))
+        if net is model:
+            mine = outputs
+    for first, second in zip(mine, outputs, strict=True):
+        assert torch.equal(first, second)
+    with pytest.raises(ValueError, match="expected 4D input"):
+        model.base_model.model[1](torch.ones(2, 4))
