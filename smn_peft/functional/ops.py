@@ -9,11 +9,13 @@ weight and the scores, which are there anyway (one pass over the weight), and wr
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .masking import MaskSpec, compute_mask, scale_of
@@ -33,15 +35,11 @@ class ConvGeometry(NamedTuple):
 
 
 class _Masked(NamedTuple):
-    """A frozen weight under its mask, and what makes it the effective weight."""
+    """An effective weight and what made it: numbers on the CPU, 0-dim tensors where reading them would wait."""
 
-    kept: Tensor
-    active: Tensor
-    scale: Tensor | None
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The effective weight, in the memory of `kept`."""
-        return (self.kept if self.scale is None else self.kept.mul_(self.scale)).to(dtype)
+    weight: Tensor
+    active: Any
+    scale: Any
 
 
 class _Workspace(threading.local):
@@ -49,17 +47,26 @@ class _Workspace(threading.local):
 
     def __init__(self) -> None:
         self.blocks: dict[torch.dtype, Tensor] = {}
+        self.zeros: dict[torch.dtype, Tensor] = {}
 
-    def room(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Uninitialised tensor of the shape of `like`, valid until the next call with this dtype."""
-        block = self.blocks.get(dtype)
+    def room(self, like: Tensor) -> Tensor:
+        """Uninitialised tensor of the shape and dtype of `like`, valid until the next call with this dtype."""
+        block = self.blocks.get(like.dtype)
         if block is None or block.numel() < like.numel():
             with torch.inference_mode(False):
-                block = self.blocks[dtype] = torch.empty(like.numel(), dtype=dtype, device="cpu")
+                block = self.blocks[like.dtype] = torch.empty(like.numel(), dtype=like.dtype, device="cpu")
         return block[: like.numel()].view(like.shape)
+
+    def zero(self, dtype: torch.dtype) -> Tensor:
+        """A 0-dim zero."""
+        if dtype not in self.zeros:
+            with torch.inference_mode(False):
+                self.zeros[dtype] = torch.zeros((), dtype=dtype, device="cpu")
+        return self.zeros[dtype]
 
 
 _workspace = _Workspace()
+_EXACT = 2**24  # up to here fp32 counts by ones
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -67,52 +74,54 @@ def _plain(*tensors: Tensor) -> bool:
     return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
 
 
-def _keep(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor | None:
-    """θ·1[S > μ] in one pass, where the mask is a plain threshold."""
-    if spec.mask_type != "threshold" or trainable is not None or weight.dtype != scores.dtype:
-        return None
-    keep = torch.ops.aten.threshold_backward
-    if not _plain(weight, scores):
-        return keep(weight, scores, spec.threshold)  # type: ignore[no-any-return]
-    room = _workspace.room(weight, weight.dtype)
-    return keep.grad_input(weight, scores, spec.threshold, grad_input=room)  # type: ignore[no-any-return]
+def _indicator(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor:
+    """The mask as ones and zeros of the weight's dtype, in the workspace; torch is slow with bools."""
+    room = _workspace.room(weight)
+    if spec.mask_type == "threshold" and trainable is None:
+        return torch.gt(scores, spec.threshold, out=room)
+    return room.copy_(compute_mask(scores, spec, trainable))
 
 
-def _build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> _Masked:
-    kept = _keep(weight, scores, spec, trainable)
-    if kept is not None and _plain(weight, scores):
-        mask = torch.gt(scores, spec.threshold, out=_workspace.room(scores, torch.bool))
+def _count(indicator: Tensor) -> float:
+    """Number of ones, exactly."""
+    wide = torch.float64 if indicator.dtype == torch.float64 else torch.float32
+    return float(sum(part.sum(dtype=wide).item() for part in indicator.view(-1).split(_EXACT)))
+
+
+def _build(
+    weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None, known: tuple[Any, Any] | None = None
+) -> _Masked:
+    """The effective weight; `known` are the count and the scale that the node's forward found, for its backward."""
+    if _plain(weight, scores):
+        kept = _indicator(weight, scores, spec, trainable)
+        if known is None:
+            active = _count(kept)
+            known = active, math.sqrt(kept.numel() / max(active, 1)) if spec.scale else None
+        scale = 1.0 if known[1] is None else known[1]
+        return _Masked(torch.addcmul(_workspace.zero(kept.dtype), weight, kept, value=scale, out=kept), *known)
+    if known is not None and spec.mask_type == "threshold" and trainable is None and weight.dtype == scores.dtype:
+        kept = torch.ops.aten.threshold_backward(weight, scores, spec.threshold)
     else:
         mask = compute_mask(scores, spec, trainable)
-    active = torch.count_nonzero(mask)
-    if kept is None:
         kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-    return _Masked(kept, active, scale_of(active, mask.numel(), weight.dtype) if spec.scale else None)
-
-
-def _rebuild(ctx: Any, weight: Tensor, scores: Tensor, trainable: Tensor | None) -> _Masked:
-    """The masked weight of a node in its backward; the count of active weights is remembered."""
-    kept = _keep(weight, scores, ctx.spec, trainable)
-    if kept is None:
-        return _build(weight, scores, ctx.spec, trainable)
-    return _Masked(kept, ctx.active, ctx.scale)
+        if known is None:
+            count = torch.count_nonzero(mask)
+            known = count, scale_of(count, mask.numel(), weight.dtype) if spec.scale else None
+    return _Masked(kept if known[1] is None else kept.mul_(known[1]), *known)
 
 
 def _score_gradient(
     grad: Tensor,
     masked: _Masked,
     weight: Tensor,
-    scores: Tensor,
     spec: MaskSpec,
     trainable: Tensor | None,
+    dtype: torch.dtype,
     total: Tensor | None = None,
 ) -> Tensor:
-    """dL/dS from g = dL/dθ̂ and the kept weight, not yet scaled, in the scores' dtype, in the memory of `grad`.
-
-    `total` is Σ g·(kept weight), where the caller has it.
-    """
-    grad = grad.to(scores.dtype)
-    scale, kept = masked.scale, masked.kept
+    """dL/dS in the scores' dtype from g = dL/dθ̂, in the memory of `grad`; `total` is Σ g·θ̂ if the caller has it."""
+    grad = grad.to(dtype)
+    _, active, scale = masked
     if scale is None:
         result = grad.mul_(weight)
     elif not spec.scale_gradient:
@@ -120,12 +129,12 @@ def _score_gradient(
     else:
         # Σ_j g_j·θ̂_j / (2·active) is the formula's (s²/2N)·Σ; an empty mask has θ̂ = 0, hence no second term.
         if total is None:
-            total = _inner(grad, kept)
-        shift = total * scale / (2 * masked.active.clamp(min=1))
-        if grad.device.type == "cpu":  # one pass; elsewhere reading the scale would wait for the device
-            result = torch.addcmul(-shift, weight.to(grad.dtype), grad, value=scale.item(), out=grad)
+            total = _inner(grad, masked.weight)
+        if isinstance(scale, float):  # one pass
+            shift = total.to(dtype) / (-2 * max(active, 1))
+            result = torch.addcmul(shift, weight.to(dtype), grad, value=scale, out=grad)
         else:
-            result = grad.mul_(weight).mul_(scale).sub_(shift)
+            result = grad.mul_(weight).mul_(scale).sub_(total / (2 * active.clamp(min=1)))
     return result if trainable is None else result.mul_(trainable)
 
 
@@ -134,15 +143,6 @@ def _inner(first: Tensor, second: Tensor) -> Tensor:
     if first.is_contiguous() and second.is_contiguous() and first.dtype == second.dtype:
         return torch.dot(first.view(-1), second.view(-1))
     return (first * second).sum()
-
-
-def _product(flat: Tensor, masked: _Masked, transposed: bool, bias: Tensor | None = None) -> Tensor:
-    """`flat` times the effective weight or its transpose, plus bias; on the CPU the scale rides along."""
-    scale = None if masked.scale is None or flat.device.type != "cpu" else masked.scale.item()
-    weight = masked.weight(flat.dtype) if scale is None else masked.kept.to(flat.dtype)
-    weight = weight.t() if transposed else weight
-    start = torch.zeros((), dtype=flat.dtype, device=flat.device) if bias is None else bias
-    return torch.addmm(start, flat, weight, beta=0 if bias is None else 1, alpha=1 if scale is None else scale)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -158,22 +158,21 @@ class _MaskedLinear(torch.autograd.Function):
     ) -> Tensor:
         masked = _build(weight, scores, spec, trainable)
         ctx.save_for_backward(x, weight, scores, trainable)
-        ctx.spec, ctx.active, ctx.scale = spec, masked.active, masked.scale
-        flat = x.reshape(-1, x.shape[-1])
-        return _product(flat, masked, transposed=True, bias=bias).reshape(*x.shape[:-1], len(weight))
+        ctx.spec, ctx.known = spec, (masked.active, masked.scale)
+        return F.linear(x, masked.weight.to(x.dtype), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
-        masked = _rebuild(ctx, weight, scores, trainable)
+        masked = _build(weight, scores, ctx.spec, trainable, ctx.known)
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_scores = grad_bias = None
         if ctx.needs_input_grad[2]:
             grad_weight = flat.t() @ x.reshape(-1, x.shape[-1])
-            grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable)
+            grad_scores = _score_gradient(grad_weight, masked, weight, ctx.spec, trainable, scores.dtype)
         if ctx.needs_input_grad[0]:
-            grad_x = _product(flat, masked, transposed=False).reshape(x.shape)
+            grad_x = (flat @ masked.weight.to(flat.dtype)).reshape(x.shape)
         if ctx.needs_input_grad[3]:
             grad_bias = flat.sum(0)
         return grad_x, None, grad_scores, grad_bias, None, None
@@ -193,30 +192,25 @@ class _MaskedConv(torch.autograd.Function):
     ) -> Tensor:
         masked = _build(weight, scores, spec, trainable)
         ctx.save_for_backward(x, weight, scores, trainable)
-        ctx.spec, ctx.active, ctx.scale = spec, masked.active, masked.scale
+        ctx.spec, ctx.known = spec, (masked.active, masked.scale)
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
-        if bias is not None or masked.scale is None:
-            return torch.convolution(x, masked.weight(x.dtype), bias, *geometry)
-        result = torch.convolution(x, masked.kept.to(x.dtype), None, *geometry)
-        return result.mul_(masked.scale)
+        return torch.convolution(x, masked.weight.to(x.dtype), bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
-        masked = _rebuild(ctx, weight, scores, trainable)
+        masked = _build(weight, scores, ctx.spec, trainable, ctx.known)
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x, masked.kept.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
+            grad, x, masked.weight.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
         )
-        total = None
-        if grad_x is not None and masked.scale is not None:
-            if x.numel() < weight.numel() and x.dtype == weight.dtype:
-                total = _inner(x, grad_x)  # a convolution is linear in both: Σ x·(dL/dx) = Σ θ̂·(dL/dθ̂)
-            grad_x.mul_(masked.scale)
         grad_scores = None
         if needed[1]:
-            grad_scores = _score_gradient(grad_weight, masked, weight, scores, ctx.spec, trainable, total)
+            # A convolution is linear in both: Σ θ̂·(dL/dθ̂) = Σ x·(dL/dx), and few pixels are the shorter sum.
+            shorter = grad_x is not None and x.numel() < weight.numel() and x.dtype == weight.dtype
+            total = _inner(x, grad_x) if shorter else None
+            grad_scores = _score_gradient(grad_weight, masked, weight, ctx.spec, trainable, scores.dtype, total)
         return grad_x, None, grad_scores, grad_bias, None, None, None
 
 

@@ -381,3 +381,11 @@ def test_a_graph_can_be_walked_twice():
     operation(x * 2, weight * 3, scores, bias, MaskSpec(), None).square().sum().backward()  # uses the same memory
     second = torch.autograd.grad(out, (x, scores))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_more_weights_than_fp32_counts_by_ones(monkeypatch):
+    ones = torch.ones(1000)
+    ones[::3] = 0
+    monkeypatch.setattr(ops, "_EXACT", 64)
+    assert ops._count(ones) == 666
+    assert ops._count(ones.to(torch.bfloat16)) == 666  # bf16 itself cannot count beyond 256
