@@ -99,14 +99,15 @@ def _build(
             known = active, math.sqrt(kept.numel() / max(active, 1)) if spec.scale else None
         scale = 1.0 if known[1] is None else known[1]
         return _Masked(torch.addcmul(_workspace.zero(kept.dtype), weight, kept, value=scale, out=kept), *known)
-    if known is not None and spec.mask_type == "threshold" and trainable is None and weight.dtype == scores.dtype:
+    mask = None
+    if spec.mask_type == "threshold" and trainable is None and weight.dtype == scores.dtype:
         kept = torch.ops.aten.threshold_backward(weight, scores, spec.threshold)
     else:
         mask = compute_mask(scores, spec, trainable)
         kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
-        if known is None:
-            count = torch.count_nonzero(mask)
-            known = count, scale_of(count, mask.numel(), weight.dtype) if spec.scale else None
+    if known is None:
+        count = torch.count_nonzero(compute_mask(scores, spec, trainable) if mask is None else mask)
+        known = count, scale_of(count, scores.numel(), weight.dtype) if spec.scale else None
     return _Masked(kept if known[1] is None else kept.mul_(known[1]), *known)
 
 
