@@ -24,14 +24,22 @@ from ..data import (
     multi_crop_transform,
     supervised_transform,
 )
-from ..evaluation import extract_features, fit_linear_probe
+from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
 from ..objectives import Objective, create_objective, objective_class
 from ..tuner import MaskConfig
 from ..tuner.targets import resolve_targets
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 
-__all__ = ["Images", "build_images", "build_task", "build_train_loader", "evaluation_of", "load_base"]
+__all__ = [
+    "Images",
+    "build_images",
+    "build_objective",
+    "build_task",
+    "build_train_loader",
+    "evaluation_of",
+    "load_base",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Images:
     train: ImageDataset
     bank: ImageDataset | None
     test: ImageDataset | None
+    num_classes: int | None = None
+    """Of the whole training split, of which `train` may lack some."""
 
 
 def build_images(arguments: TrainArguments) -> Images:
@@ -65,7 +75,7 @@ def build_images(arguments: TrainArguments) -> Images:
     if arguments.fraction < 1.0:
         labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
         train = train.subset(
-            label_subset(labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.subset_seed)
+            label_subset(labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.fraction_seed)
         )
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
         raise ValueError(
@@ -73,13 +83,13 @@ def build_images(arguments: TrainArguments) -> Images:
             "from which nothing can be learned. Take another split, or more images."
         )
     if arguments.eval_split is None:
-        return Images(train, None, None)
+        return Images(train, None, None, full.num_classes)
     test = load_images(arguments.dataset, arguments.eval_split, labelled=True, **where)
     if arguments.eval_limit is not None and arguments.eval_limit < len(test):
         test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
     if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
         bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
-    return Images(train, bank, test)
+    return Images(train, bank, test, full.num_classes)
 
 
 def _choose(count: int, wanted: int, seed: int) -> list[int]:
@@ -89,19 +99,22 @@ def _choose(count: int, wanted: int, seed: int) -> list[int]:
 
 def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
     """The frozen base that the arguments name: with a head for `num_classes`, or without one."""
-    if is_file_spec(arguments.backbone):
-        backbone = load_from_file(arguments.backbone)
-        if arguments.image_size is not None:
-            backbone = replace(backbone, image_size=arguments.image_size)
-    else:
-        backbone = load_backbone(
-            arguments.backbone,
-            pretrained=arguments.pretrained,
-            image_size=arguments.image_size,
-            state_dict=arguments.weights,
-            revision=arguments.backbone_revision,
-            projection=arguments.objective == "zero_shot",
-        )
+    # Weights that no file gives are the run's own: the same in every process, on resuming and when it is loaded again.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(arguments.seed)
+        if is_file_spec(arguments.backbone):
+            backbone = load_from_file(arguments.backbone)
+            if arguments.image_size is not None:
+                backbone = replace(backbone, image_size=arguments.image_size)
+        else:
+            backbone = load_backbone(
+                arguments.backbone,
+                pretrained=arguments.pretrained,
+                image_size=arguments.image_size,
+                state_dict=arguments.weights,
+                revision=arguments.backbone_revision,
+                projection=arguments.objective == "zero_shot",
+            )
     return backbone if num_classes is None else load_classifier(backbone, num_classes, head_seed=arguments.seed)
 
 
@@ -112,17 +125,13 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
         ValueError: If a part does not fit another; the message says which argument to change.
     """
     kind = objective_class(arguments.objective)
-    classes = images.train.classes
-    num_classes = None
-    if kind.consumes == "logits":
-        assert images.train.labels is not None
-        num_classes = len(classes) if classes else int(images.train.labels.max()) + 1
+    num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
     if arguments.head == "probe" and num_classes is not None:
         _start_from_probe(backbone, images, arguments)
     model = _adapted(arguments, backbone.model, num_classes is not None)
     torch.manual_seed(arguments.seed)
-    objective = _objective(arguments, backbone, num_classes, classes)
+    objective = build_objective(arguments, backbone, num_classes, images.train.classes)
     return TrainingTask(model, objective), backbone
 
 
@@ -147,21 +156,28 @@ def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.
 
 def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
     """Fit a probe on the frozen features of the training images, and start the head from it."""
-    features = extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=arguments.batch_size)
-    probe = fit_linear_probe(features, standardise=True, seed=arguments.subset_seed)
     model: Any = backbone.model
-    classes = model.num_classes
-    if len(probe.classes) < classes:
+    assert images.train.labels is not None
+    counts = torch.bincount(images.train.labels, minlength=model.num_classes)
+    if (present := int((counts > 0).sum())) < model.num_classes:
         raise ValueError(
-            f"head='probe' needs an image of every class; the training images have {len(probe.classes)} of {classes}: "
-            "take more of them, or head='trained'."
+            f"head='probe' needs an image of every class; the training images have {present} of "
+            f"{model.num_classes}: take more of them, or head='trained'."
         )
+    options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none is left to choose on
+    features = extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=arguments.batch_size)
+    probe = fit_linear_probe(features, standardise=True, seed=arguments.subset_seed, **options)
     model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
 
 
-def _objective(
+def build_objective(
     arguments: TrainArguments, backbone: Backbone, num_classes: int | None, classes: list[str] | None
 ) -> Objective:
+    """The objective that the arguments name; for zero-shot with the embeddings of the class names.
+
+    Raises:
+        ValueError: If a name or an option is unknown, or class names are needed and missing.
+    """
     options = dict(arguments.objective_options)
     extra: dict[str, Any] = {}
     if arguments.objective == "zero_shot":

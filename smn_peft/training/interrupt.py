@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`StopRequest`: Ctrl-C and SIGTERM end a run between two steps, a second one at once."""
+"""`StopRequest`: Ctrl-C and SIGTERM end a run between two steps, a second one after a while at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 __all__ = ["StopRequest"]
 
+_SAME_REQUEST = 1.0  # seconds
+
 
 class StopRequest:
-    """While entered, a first SIGINT or SIGTERM only sets `requested`; the second does what it always does.
+    """While entered, a first SIGINT or SIGTERM only sets `requested`; a later one does what it always does.
 
+    Within a second, others are taken for the same request: a launcher passes on what the terminal has sent to all.
     Outside the main thread, where Python allows no handlers, it never is requested.
     """
 
     def __init__(self) -> None:
         """Nothing is requested yet."""
         self.requested = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -35,7 +40,8 @@ class StopRequest:
             signal.signal(*self._before.popitem())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > _SAME_REQUEST:
             self.__exit__()
             signal.raise_signal(number)
-        self.requested = True

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..backbones import Backbone
 from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
@@ -24,9 +25,10 @@ from .task import TrainingTask
 from .train_arguments import TrainArguments
 from .trainer import Trainer, build_accelerator
 
-__all__ = ["RUN_NAME", "RunSummary", "plan", "run"]
+__all__ = ["MODEL_NAME", "RUN_NAME", "RunSummary", "plan", "run"]
 
 RUN_NAME = "run.json"
+MODEL_NAME = "model.safetensors"
 
 
 @dataclass
@@ -70,6 +72,20 @@ class RunSummary:
         with atomic_write(Path(folder) / RUN_NAME) as file:
             file.write(json.dumps(asdict(self), indent=1).encode())
 
+    @classmethod
+    def load(cls, folder: str | Path) -> RunSummary:
+        """Read ``run.json``.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is damaged or of another version of the package.
+        """
+        path = Path(folder) / RUN_NAME
+        try:
+            return cls(**json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not what a run writes ({error}): delete it, and name the dataset.") from error
+
 
 def run(arguments: TrainArguments) -> RunSummary:
     """Train as the arguments say, and save the adapter in `output_dir`.
@@ -82,10 +98,15 @@ def run(arguments: TrainArguments) -> RunSummary:
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     accelerator = build_accelerator(arguments)
+    _check_writable(Path(arguments.output_dir))
     images = build_images(arguments)
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
-    facts = {"images": len(images.train), "classes": images.train.classes}
+    facts = {
+        "images": len(images.train),
+        "classes": images.train.classes,
+        "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
+    }
     evaluate = _evaluation_of(arguments, images, backbone, accelerator)
     trainer = Trainer(task, loader, arguments, accelerator, evaluate, facts)
     started = time.perf_counter()
@@ -154,12 +175,25 @@ def _evaluation_of(arguments: TrainArguments, images: Images, backbone: Backbone
     return evaluate
 
 
+def _check_writable(folder: Path) -> None:
+    """Try `output_dir` before anything is loaded, and not at the first checkpoint."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
+        ) from error
+
+
 def _save_model(task: TrainingTask, folder: Path) -> None:
     if isinstance(task.model, PeftModel):
-        task.model.save_pretrained(str(folder))
+        task.model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the Hub
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
+    with atomic_write(folder / MODEL_NAME) as file:
+        file.write(save(tensors))
 
 
 def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float) -> RunSummary:

@@ -32,6 +32,14 @@ class TrainingTask(nn.Module):
         self.objective: Any = objective
         self._run = self._outputs
 
+    def train(self, mode: bool = True) -> TrainingTask:
+        """Train mode; a backbone of which nothing trains stays in eval mode, or its statistics would move."""
+        super().train(mode)
+        for part in self.model.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model's forward; the objective, which gathers over processes, stays as it is."""
         self._run = torch.compile(self._outputs, *args, **kwargs)

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 from ..data import MultiCropOptions, SupervisedOptions
 from ..tuner import MaskConfig
@@ -39,7 +40,8 @@ class TrainArguments(LoopArguments):
     limit: int | None = option(None, "Train on a seeded choice of this many images.")
     fraction: float = option(1.0, "Train on this fraction of the images (after limit).")
     balanced: bool = option(True, "Take the fraction evenly from the classes, where labels are known.")
-    subset_seed: int = option(0, "Seed of limit and fraction, so that runs with other seeds see the same images.")
+    subset_seed: int = option(0, "Seed of the limits, so that runs with other seeds see the same images.")
+    fraction_seed: int = option(0, "Seed of the fraction; with one seed a smaller part lies in a larger one.")
     num_workers: int = option(0, "Processes that load and augment images; 0: the training process itself.")
     cache_images: bool = option(False, "Hold decoded images in memory, up to 2 GiB.")
     supervised: SupervisedOptions = field(
@@ -61,7 +63,7 @@ class TrainArguments(LoopArguments):
         super().__post_init__()
         for name, kind in (("mask", MaskConfig), ("supervised", SupervisedOptions), ("multi_crop", MultiCropOptions)):
             if isinstance(value := getattr(self, name), Mapping):
-                setattr(self, name, kind(**value))
+                setattr(self, name, _from_mapping(kind, value))
         for name, example in (("backbone", "timm/resnet50.a1_in1k"), ("dataset", "cifar10")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: name one, such as {name}={example!r}.")
@@ -78,3 +80,14 @@ class TrainArguments(LoopArguments):
             raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
         if self.adapt == "head" and self.objective != "cross_entropy":
             raise ValueError("adapt='head' needs objective='cross_entropy': nothing else has a head to keep.")
+
+
+def _from_mapping(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    """A nested dataclass from what YAML or JSON holds, in which a tuple is a list."""
+    hints = get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}.{hint}")
+    return kind(**{key: tuple(v) if get_origin(hints[key]) is tuple else v for key, v in values.items()})

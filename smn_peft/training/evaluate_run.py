@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`evaluate_run`: what a saved run, or its frozen base, is worth on any labelled dataset, as reports."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..backbones import Backbone, pooled_features
+from ..evaluation import (
+    PAPER_DECAY,
+    EvalReport,
+    Features,
+    evaluate_accuracy,
+    evaluate_knn,
+    extract_features,
+    linear_probe,
+    low_shot_probe,
+    low_shot_reports,
+)
+from .assemble import Images, build_images, build_objective, evaluation_of
+from .run import RUN_NAME, RunSummary
+from .saved import load_run
+from .train_arguments import TrainArguments
+
+__all__ = ["METRICS", "evaluate_run"]
+
+METRICS = ("knn", "linear_probe", "accuracy")
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    base: bool = False,
+    backbone: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    metrics: Sequence[str] = (),
+    low_shot: Sequence[float] = (),
+    seeds: int = 3,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    limit: int | None = None,
+    accelerator: Accelerator | None = None,
+) -> list[EvalReport]:
+    """Evaluate what a run saved; on its own dataset as it was evaluated at the end of training.
+
+    Args:
+        folder: The run's `output_dir`, or a folder with an adapter, whose `dataset` must then be named.
+        base: Evaluate the frozen base in the place of what was trained on it; it has accuracy under zero-shot only.
+        backbone: Where the base is now, if not where the folder says.
+        dataset: Another dataset, as `load_images` takes it; None: the run's.
+        split: Split to test on; None: the run's.
+        metrics: Of `METRICS`. None given: k-NN, and accuracy where there is a classifier.
+        low_shot: Fractions of the labels to fit linear probes on, over `seeds` seeds each.
+        seeds: Number of seeds.
+        batch_size: Images per forward; None: the run's.
+        num_workers: Processes that read images; None: the run's.
+        limit: Use a seeded choice of at most this many images on either side.
+        accelerator: Names the device and shares the work; None: a new one.
+
+    Raises:
+        ValueError: For an unknown metric, a dataset that is not known, or one that the classifier was not made for.
+        FileNotFoundError: If nothing is saved in the folder.
+    """
+    _check(metrics, low_shot, seeds, limit)
+    run, loaded = load_run(folder, base=base, backbone=backbone)
+    arguments = _arguments(run, loaded, Path(folder), dataset, split, limit)
+    zero_shot = run is not None and run.objective == "zero_shot"
+    has_head = run is not None and _head_classes(folder) is not None
+    same = run is not None and arguments.dataset == run.dataset
+    default = ["knn", "accuracy"] if zero_shot or (has_head and same) else ["knn"]
+    chosen = list(metrics) or ([] if low_shot else default)
+    if base and has_head:
+        chosen = [name for name in chosen if name != "accuracy"]
+    if "accuracy" in chosen and not (zero_shot or has_head):
+        raise ValueError(f"{folder} holds no classifier, so there is no accuracy: take knn or linear_probe.")
+    if not chosen and not low_shot:
+        raise ValueError("The frozen base has no head of its own, so no accuracy: take knn or linear_probe.")
+    images = build_images(arguments)
+    accelerator = accelerator or Accelerator(cpu=arguments.cpu)
+    loaded.model.to(accelerator.device)
+    extract = partial(
+        extract_features,
+        loaded.model,
+        transform=evaluation_of(loaded),
+        batch_size=batch_size or arguments.batch_size,
+        num_workers=arguments.num_workers if num_workers is None else num_workers,
+        accelerator=accelerator,
+    )
+    return _reports(
+        arguments,
+        images,
+        extract,
+        chosen,
+        low_shot,
+        range(seeds),
+        _classify(arguments, folder, loaded, images, accelerator) if "accuracy" in chosen else None,
+        label=f"{loaded.name} (frozen)" if base else Path(folder).resolve().name,
+        settings={"backbone": loaded.name, "adapt": "none" if base else run.adapt if run else "mask"},
+    )
+
+
+def _check(metrics: Sequence[str], low_shot: Sequence[float], seeds: int, limit: int | None) -> None:
+    for name in metrics:
+        if name not in METRICS:
+            close = difflib.get_close_matches(name, METRICS, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(METRICS)}.{hint}")
+    if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
+        raise ValueError(f"A low-shot fraction must lie in (0, 1]; got {wrong[0]}: 10 % of the labels is 0.1.")
+    for what, value in (("seeds", seeds), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{what} must be at least 1; got {value}.")
+
+
+def _arguments(
+    run: TrainArguments | None,
+    loaded: Backbone,
+    folder: Path,
+    dataset: str | None,
+    split: str | None,
+    limit: int | None,
+) -> TrainArguments:
+    """The run's arguments, on another dataset as a fresh run would read it."""
+    if run is None:
+        if dataset is None:
+            raise ValueError(f"{folder} has no {RUN_NAME} that says what it was trained on: name a dataset.")
+        arguments = TrainArguments(backbone=loaded.name, dataset=dataset, objective="swav")
+    elif dataset is None or dataset == run.dataset:
+        arguments = run
+    else:
+        own = TrainArguments(backbone=run.backbone, dataset=dataset)
+        names = ("dataset_revision", "image_column", "label_column", "train_split", "eval_split", "templates", "limit")
+        arguments = replace(run, dataset=dataset, **{name: getattr(own, name) for name in names})
+    changes: dict[str, Any] = {"fraction": 1.0, "eval_split": split or arguments.eval_split or "test"}
+    if limit is not None:
+        changes |= {"eval_limit": limit, "knn_limit": limit}
+    return replace(arguments, **changes)
+
+
+def _head_classes(folder: str | Path) -> int | None:
+    found: int | None = RunSummary.load(folder).arguments.get("head_classes")
+    return found
+
+
+def _classify(
+    arguments: TrainArguments, folder: str | Path, loaded: Backbone, images: Images, accelerator: Accelerator
+) -> Callable[[Tensor], Tensor]:
+    """Function pixel_values -> logits."""
+    model: Any = loaded.model
+    classes = images.train.classes
+    if arguments.objective != "zero_shot":
+        trained = RunSummary.load(folder).arguments.get("classes")
+        if trained != classes:
+            raise ValueError(
+                f"The head of {folder} was trained for other classes than those of {arguments.dataset}: take knn or "
+                "linear_probe."
+            )
+        return lambda pixel_values: model(pixel_values)
+    objective: Any = build_objective(arguments, loaded, images.num_classes, classes).to(accelerator.device)
+    return lambda pixel_values: objective.logits(pooled_features(model, pixel_values))
+
+
+def _reports(
+    arguments: TrainArguments,
+    images: Images,
+    extract: Callable[..., Features],
+    metrics: Sequence[str],
+    low_shot: Sequence[float],
+    seeds: Sequence[int],
+    classify: Callable[[Tensor], Tensor] | None,
+    *,
+    label: str,
+    settings: dict[str, Any],
+) -> list[EvalReport]:
+    assert images.bank is not None
+    assert images.test is not None
+    settings = {**settings, "training_images": len(images.bank), "test_images": len(images.test)}
+    make = partial(EvalReport.of, images.test, label=label)
+    reports: dict[str, EvalReport] = {}
+    if low_shot or {"knn", "linear_probe"} & set(metrics):
+        bank, test = extract(dataset=images.bank), extract(dataset=images.test)
+    if "knn" in metrics:
+        value = evaluate_knn(bank, test, k=arguments.knn_k)
+        reports["knn"] = make(metric="knn", values=(value,), settings={**settings, "k": arguments.knn_k})
+    if "linear_probe" in metrics:
+        value = linear_probe(bank, test, seed=arguments.subset_seed)
+        reports["linear_probe"] = make(metric="linear_probe", values=(value,), settings=settings)
+    if classify is not None:
+        value = evaluate_accuracy(extract(dataset=images.test, function=classify)).top1
+        reports["accuracy"] = make(metric="accuracy", values=(value,), settings=settings)
+    found = [reports[metric] for metric in dict.fromkeys(metrics)]
+    for fraction in dict.fromkeys(low_shot):
+        per_class = fraction * len(bank) / (images.num_classes or 1)
+        options: dict[str, Any] = {"decays": [PAPER_DECAY]} if per_class < 1.5 else {}  # nothing is left to choose on
+        rows = low_shot_probe(bank, test, fractions=[fraction], seeds=list(seeds), **options)
+        fields = {"label": label, "dataset": images.test.name, "split": images.test.split}
+        found += low_shot_reports(
+            rows, metric=f"linear_probe@{fraction:g}", revision=images.test.revision, settings=settings, **fields
+        )
+    return found

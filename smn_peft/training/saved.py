@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run saved, loaded again: `load_run` gives the adapted backbone, from ``run.json`` or the adapter alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from ..backbones import Backbone, load_backbone, load_classifier
+from ..backbones.from_file import is_file_spec, load_from_file
+from ..storage import CONFIG_NAME, WEIGHTS_NAME
+from .assemble import load_base
+from .checkpoint import latest_checkpoint
+from .run import MODEL_NAME, RUN_NAME, RunSummary
+from .train_arguments import TrainArguments
+
+__all__ = ["arguments_of", "load_run"]
+
+
+def arguments_of(summary: RunSummary) -> TrainArguments:
+    """The arguments that a run was started with.
+
+    Raises:
+        ValueError: If they are those of another version of the package.
+    """
+    names = [field.name for field in fields(TrainArguments)]
+    return TrainArguments(**{name: summary.arguments[name] for name in names if name in summary.arguments})
+
+
+def load_run(
+    folder: str | Path, *, base: bool = False, backbone: str | None = None
+) -> tuple[TrainArguments | None, Backbone]:
+    """The model that a run saved, ready to evaluate.
+
+    Args:
+        folder: The run's `output_dir`, or any folder with an adapter.
+        base: The frozen base alone, without adapter and head.
+        backbone: Where the base is now, if not where the folder says.
+
+    Returns:
+        The run's arguments, None where there is no ``run.json``; and the backbone, its model a `PeftModel` over the
+        base, or, after full fine-tuning, the model itself. With a head it gives logits, and `features` those before.
+
+    Raises:
+        FileNotFoundError: If nothing is saved there.
+        ValueError: If the base cannot be known, or the saved weights do not belong to it.
+    """
+    folder = Path(folder)
+    if (folder / RUN_NAME).is_file():
+        summary = RunSummary.load(folder)
+        arguments = arguments_of(summary)
+        _check_file(backbone or arguments.backbone, folder, given=backbone is not None)
+        arguments = replace(arguments, backbone=backbone or arguments.backbone)
+        loaded = load_base(arguments, None if base else summary.arguments.get("head_classes"))
+        adapted = arguments.adapt == "mask"
+    else:
+        arguments, adapted = None, True
+        loaded = _base_of_adapter(folder, base=base, backbone=backbone)
+    if base:
+        return arguments, loaded
+    if adapted:
+        model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
+    else:
+        model = _filled(loaded.model, folder / MODEL_NAME)
+    return arguments, replace(loaded, model=model.eval())
+
+
+def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None) -> Backbone:
+    """The base that ``adapter_config.json`` names, with a head where the adapter's file holds one."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{folder} holds no {RUN_NAME} and no {CONFIG_NAME}{_unfinished(folder)}.")
+    config = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+    name = backbone or config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} names no base model: name it, as in --backbone timm/resnet18.a1_in1k."
+        )
+    _check_file(name, folder, given=backbone is not None)
+    if is_file_spec(name):
+        loaded = load_from_file(name)
+    else:
+        kind = (config.get("auto_mapping") or {}).get("base_model_class", "")
+        loaded = load_backbone(name, revision=config.get("revision"), projection="WithProjection" in kind)
+    if base:
+        return loaded
+    shapes = _shapes(folder / WEIGHTS_NAME)
+    if not any(key.startswith("base_model.model.backbone.") for key in shapes):
+        return loaded
+    if "base_model.model.head.weight" not in shapes:
+        raise ValueError(
+            f"{folder} adapts a classifier whose head it does not hold, and has no {RUN_NAME} that says how the head "
+            "was made: keep the run's folder together, or load the base yourself and use PeftModel.from_pretrained."
+        )
+    return load_classifier(loaded, shapes["base_model.model.head.weight"][0])
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the copy of the adapter is incomplete.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
+
+
+def _check_file(name: str, folder: Path, *, given: bool) -> None:
+    """Refuse to run code that came with the weights, unless the caller named it."""
+    inside = is_file_spec(name) and folder.resolve() in Path(name.rpartition(":")[0]).resolve().parents
+    if inside and not given:
+        raise ValueError(
+            f"{folder} names {name} as its base, a program inside the folder itself. If you trust it, name it "
+            f"yourself: --backbone {name}."
+        )
+
+
+def _unfinished(folder: Path) -> str:
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        return ": name the output_dir of a finished run, or the folder of an adapter"
+    return f", only {newest.name} of a run that is not finished: go on with it by smn train … --resume"
+
+
+def _filled(model: nn.Module, path: Path) -> nn.Module:
+    """The model with all weights of a file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist{_unfinished(path.parent)}.")
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the model that {path.parent / RUN_NAME} names: {error}") from error
+    return model

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: those of the package build arguments, and mistakes in one's own are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from smn_peft.data import list_datasets
+from smn_peft.training import TrainArguments, list_recipes, load_recipe
+
+
+def test_there_are_some():
+    assert {"supervised-resnet", "supervised-clip", "swav-resnet"} <= set(list_recipes())
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_is_whole(name):
+    recipe = load_recipe(name)
+    arguments = TrainArguments(**recipe)
+    assert recipe.keys() <= vars(arguments).keys()
+    assert arguments.dataset in list_datasets()
+    assert set(recipe.notes) == {"description", "source", "expected"}
+    assert set(recipe.notes["expected"]) <= set(list_datasets())
+    assert all(0 < v < 1 for numbers in recipe.notes["expected"].values() for v in numbers.values())
+
+
+def test_the_papers_numbers_arrive():
+    resnet = TrainArguments(**load_recipe("supervised-resnet"))
+    assert (resnet.lr, resnet.warmup_epochs, resnet.epochs, resnet.batch_size) == (50, 40, 150, 64)
+    assert (resnet.head, resnet.mask.batch_norm) == ("masked", "adapt")
+    swav = TrainArguments(**load_recipe("swav-resnet"))
+    assert swav.objective_options["queue_length"] == 512
+
+
+def test_a_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("dataset: cifar10\nmulti_crop: {global_scale: [0.3, 1.0]}\nmask: {target_modules: [conv1]}\n")
+    arguments = TrainArguments(**load_recipe(path), backbone="resnet18")
+    assert arguments.multi_crop.global_scale == (0.3, 1.0)
+    assert arguments.mask.target_modules == {"conv1"}
+    assert load_recipe(path).notes == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", r"Recipe .*mine\.yaml: unknown argument 'epoch'\. Did you mean epochs\?"),
+        ("mask: {densty: 0.5}", r"mine\.yaml, mask: unknown argument 'densty'\. Did you mean density\?"),
+        ("- a", r"must be a mapping of arguments; it is a list"),
+        ("a: [", r"mine\.yaml is no YAML"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match=r"Unknown recipe 'swav-resne'; there are .* Did you mean swav-resnet\?"):
+        load_recipe("swav-resne")
+    with pytest.raises(ValueError, match=r"There is no recipe file .*absent\.yaml"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(ValueError, match=r"MultiCropOptions has no option 'local_crop'\. Did you mean local_crops\?"):
+        TrainArguments(backbone="a", dataset="b", multi_crop={"local_crop": 2})

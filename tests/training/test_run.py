@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs on tiny images: what they learn and write, and that what is bad is said before they start."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from smn_peft.data.decoding import ImageError
+from smn_peft.training import run
+from smn_peft.training.assemble import load_base
+from smn_peft.training.checkpoint import list_checkpoints
+from smn_peft.training.metrics import read_metrics
+from smn_peft.training.run import RunSummary, plan
+from smn_peft.training.saved import arguments_of
+
+from .tiny import SWAV, TEST, TRAIN, picture, tiny_arguments, write_npz
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def scores_of(folder) -> dict[str, torch.Tensor]:
+    (path,) = list_checkpoints(folder)
+    return load_file(path / "model.safetensors")
+
+
+def test_a_run_learns_and_says_what_it_did(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=8, head_lr=0.5, eval_probe=True, mask={"batch_norm": "adapt"})
+    summary = run(arguments)
+    assert summary.steps == 8 * TRAIN // 12
+    assert summary.before.keys() == summary.after.keys() == {"knn", "linear_probe", "accuracy"}
+    assert summary.after["accuracy"] > max(0.8, summary.before["accuracy"] + 0.2)
+    assert 0.5 < summary.density < 1
+    assert summary.sizes["total"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    assert f"{summary.steps} steps in" in summary.text()
+    assert f"accuracy: {summary.before['accuracy']:.4f} -> {summary.after['accuracy']:.4f}" in summary.text()
+
+
+@pytest.mark.parametrize("head", ["trained", "probe", "masked"])
+def test_run_json_is_the_run(tmp_path, head):
+    arguments = tiny_arguments(
+        tmp_path,
+        head=head,
+        epochs=1,
+        mask={"target_modules": ["conv1", "conv2"]},
+        supervised={"jitter": (0.1, 0, 0, 0)},
+    )
+    summary = run(arguments)
+    loaded = RunSummary.load(tmp_path / "out")
+    assert loaded == summary
+    assert arguments_of(loaded) == arguments
+    assert loaded.arguments["classes"] == ["red", "green", "blue"]
+    assert loaded.arguments["head_classes"] == 3
+
+
+def test_swav_learns_without_labels_and_evaluates_with_them(tmp_path):
+    summary = run(tiny_arguments(tmp_path, **SWAV, head_lr=0.1, epochs=8, mask={"batch_norm": "adapt"}))
+    losses = [line["loss"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert summary.after["knn"] > summary.before["knn"]
+    assert summary.after.keys() == {"knn"}
+    assert summary.arguments["head_classes"] is None
+
+
+@pytest.mark.parametrize("options", [{}, SWAV], ids=["supervised", "swav"])
+def test_evaluating_on_the_way_changes_nothing(tmp_path, options):
+    mask = {"mask": {"batch_norm": "adapt"}, "eval_probe": True}
+    arguments = tiny_arguments(tmp_path, epochs=3, **options, **mask)
+    run(arguments)
+    run(replace(arguments, output_dir=str(tmp_path / "often"), evaluate_every=1))
+    run(replace(arguments, output_dir=str(tmp_path / "never"), eval_split=None))
+    one, often, never = (scores_of(tmp_path / name) for name in ("out", "often", "never"))
+    assert one.keys() == often.keys() == never.keys()
+    assert [
+        name for name in one if not (torch.equal(one[name], often[name]) and torch.equal(one[name], never[name]))
+    ] == []
+    evaluations = [line for line in read_metrics(tmp_path / "often" / "metrics.jsonl") if "knn" in line]
+    assert [line["epoch"] for line in evaluations] == [0, 1, 2, 3]
+    assert RunSummary.load(tmp_path / "never").after == {}
+
+
+@pytest.mark.parametrize("adapt", ["full", "head"])
+def test_the_baselines(tmp_path, adapt):
+    arguments = tiny_arguments(tmp_path, adapt=adapt, lr=0.05, epochs=8, head_lr=0.2)
+    summary = run(arguments)
+    assert summary.density is None
+    assert summary.after["accuracy"] > summary.before["accuracy"] + 0.2
+    # Of a backbone that does not train, the statistics do not move either.
+    assert (summary.after["knn"] == summary.before["knn"]) == (adapt == "head")
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    saved, base = load_file(tmp_path / "out" / "model.safetensors"), load_base(arguments, 3).model.state_dict()
+    moved = {name.partition(".")[0] for name in base if not torch.equal(saved[name], base[name])}
+    assert moved == ({"head"} if adapt == "head" else {"head", "backbone"})
+
+
+def test_a_finished_run_resumed_is_finished(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=1)
+    first = run(arguments)
+    again = run(replace(arguments, resume=True))
+    assert (again.steps, again.after, again.loss) == (first.steps, first.after, first.loss)
+
+
+def test_a_plan_builds_everything_and_writes_nothing(tmp_path):
+    arguments = tiny_arguments(tmp_path, eval_limit=10)
+    text = plan(arguments)
+    for part in ("16 px, 16 features", f"{TRAIN} images of", f"10 of {tmp_path / 'set.npz'} (test)", "8 steps of 12"):
+        assert part in text
+    assert "36,288 scores, 51 others" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corrupt_image_in_the_middle_stops_the_run_with_its_row(tmp_path):
+    arguments = tiny_arguments(tmp_path, dataset=str(write_npz(tmp_path / "cut.npz", broken=17)), eval_split=None)
+    with pytest.raises(ImageError, match=r"cut\.npz, row 17: cannot be read as an image"):
+        run(arguments)
+
+
+def test_bad_data_is_found_before_training(tmp_path):
+    one_class = str(write_npz(tmp_path / "one.npz", labels=[1] * TRAIN + [0, 1] * (TEST // 2)))
+    for options, message in (
+        ({"dataset": one_class}, r"All 48 images of .*one\.npz, split 'train', are of one class \(green\)"),
+        ({"batch_size": 100}, r"48 images are fewer than one batch of 100"),
+        ({"batch_size": 12, "accumulate": 5}, r"batch_size=12 does not divide into 1 processes × 5 accumulated parts"),
+        (
+            {"head": "probe", "limit": 2},
+            r"head='probe' needs an image of every class; the training images have 2 of 3: take more",
+        ),
+        ({"train_split": "val"}, r"has no split 'val': an npz has 'train' and 'test'"),
+        ({"objective": "cross_entropi"}, r"Unknown objective 'cross_entropi'\. Did you mean 'cross_entropy'\?"),
+        ({"dataset": "cifar1000"}, r"Unknown dataset 'cifar1000'; did you mean cifar100"),
+        ({"objective_options": {"label_smooth": 0.1}}, r"label_smooth.*Did you mean 'label_smoothing'"),
+        ({**SWAV, "objective_options": {"prototypes": 40, "queue_length": 0}}, r"40 prototypes cannot each get"),
+        ({**SWAV, "multi_crop": {"local_size": 16}}, r"multi_crop\.local_size=16 must be below .* the image size, 16"),
+        ({"output_dir": str(tmp_path / "set.npz" / "out")}, r"Cannot write into output_dir=.*set\.npz/out: Not a dir"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            run(tiny_arguments(tmp_path, **options))
+        assert not list_checkpoints(tmp_path / "out")
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_table_without_labels_names_its_columns(tmp_path):
+    import datasets
+
+    rows = {"photo": [{"bytes": picture(0, np.random.default_rng(0)), "path": None}], "width": [20]}
+    path = tmp_path / "set.parquet"
+    features = datasets.Features({"photo": datasets.Image(), "width": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    with pytest.raises(ValueError, match=r"set\.parquet has no label column; it has photo, width: pass label_column="):
+        run(tiny_arguments(tmp_path, dataset=str(path)))
+
+
+def test_other_settings_are_refused_on_resuming(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=1)
+    run(arguments)
+    other = replace(arguments, resume=True, lr=6.0, mask=replace(arguments.mask, batch_norm="adapt"))
+    with pytest.raises(ValueError, match=r"other settings(?s:.*)\n  lr: was 5\.0, is 6\.0\n  mask: (?s:.*)start anew"):
+        run(other)
+
+
+def test_a_damaged_run_json_is_named(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": {}}))
+    with pytest.raises(ValueError, match=r"run\.json is not what a run writes .*missing"):
+        RunSummary.load(tmp_path)
