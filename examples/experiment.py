@@ -72,15 +72,7 @@ def main(
     frozen = build().to(device)
     splits = (task.train, task.validation, task.test)
     seen, validation, test = (Features(features(frozen, task, split), split.labels) for split in splits)
-    # Tolerance and type are those of the committed records.
-    probe = fit_linear_probe(
-        seen,
-        decays=(30, 100, 300, 1000),
-        validation=validation,
-        standardise=True,
-        tolerance=1e-4,
-        dtype=torch.float32,
-    )
+    probe = fit_linear_probe(seen, decays=(30, 100, 300, 1000), validation=validation, standardise=True)
 
     def start(seed: int) -> Classifier:
         torch.manual_seed(seed)

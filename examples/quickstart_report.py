@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quickstart's table and summary, rendered from its record, on the terminal and in README.md.
+"""The quickstart's tables and summary, rendered from its record, on the terminal and in README.md.
 
 Used by `quickstart.py`; not an example by itself.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import markdown_table
+from smn_peft.evaluation import markdown_table
 
 RECORD = Path(__file__).with_name("quickstart.json")
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -24,16 +24,20 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
+def _mean(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation, in percent."""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread}"
+
+
 def _kilobytes(size: int | None) -> str:
     return f"{size / 1000:,.1f}" if size else "–"
 
 
-def _cells(row: Mapping[str, Any], checkpoint: int) -> dict[str, str]:
-    accuracy, size = row["accuracy"], row["bytes"]
-    spread = f" ± {100 * statistics.stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-    return {
-        "method": row["method"],
-        "accuracy %": f"{100 * statistics.mean(accuracy):.1f}{spread}",
+def _cells(row: Mapping[str, Any], measures: Mapping[str, str], checkpoint: int) -> dict[str, str]:
+    size = row["bytes"]
+    cells = {"method": row["method"], **{words: _mean(row[key]) for key, words in measures.items()}}
+    return cells | {
         "trained": f"{row['trained']:,}",
         "density": _percent(statistics.mean(row["density"])) if row.get("density") else "–",
         "mask kB": _kilobytes(size.get("mask")),
@@ -44,37 +48,65 @@ def _cells(row: Mapping[str, Any], checkpoint: int) -> dict[str, str]:
     }
 
 
+def _tables(record: Mapping[str, Any]) -> tuple[str, str]:
+    """With labels, and without."""
+    frozen, rows = record["frozen"], record["rows"]
+    full = next(row["bytes"]["total"] for row in rows if row["method"] == "full fine-tuning")
+    base = {"trained": 0, "bytes": {"total": 0}}
+    numbers = rows[0]["trained"]  # of a new head alone; a probe is one
+    probe = {"trained": numbers, "bytes": {"head": 4 * numbers, "total": 4 * numbers}}
+    knn_row = {"method": "frozen, k-NN (k = 200)", "accuracy": [frozen["knn"]], **base}
+    probe_row = {"method": "frozen, linear probe", "accuracy": [frozen["probe"]], **probe}
+    labelled = [knn_row, probe_row, *(row for row in rows if row["labels"])]
+    bare = {"method": "frozen", **base, **{name: [value] for name, value in frozen.items()}}
+    unlabelled = [bare, *(row for row in rows if not row["labels"])]
+    measures = {"knn": "k-NN %", "knn_20": "k-NN %, k = 20", "probe": "linear probe %"}
+    return (
+        markdown_table([_cells(row, {"accuracy": "accuracy %"}, full) for row in labelled]),
+        markdown_table([_cells(row, measures, full) for row in unlabelled]),
+    )
+
+
 def _words(record: Mapping[str, Any]) -> list[str]:
-    rows = record["rows"]
-    knn, probe, control, full, mask, paper = (_percent(statistics.mean(row["accuracy"])) for row in rows)
-    kept, kept_too = (_percent(statistics.mean(row["density"])) for row in rows[4:6])
-    images, seeds = record["images"], len(rows[4]["accuracy"])
-    spread = f", mean and standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
-    same = "gave logits identical to the bit" if record["reload_identical"] else "DID NOT GIVE THE SAME LOGITS"
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    """Summary: the task, what labels gave, what SwAV gave without them, the files, and the costs."""
+    frozen, rows = record["frozen"], {row["method"]: row for row in record["rows"]}
+    control, full, mask, paper, swav_control, swav = rows.values()
+    seeds, images = len(mask["accuracy"]), record["images"]
+    spread = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    gain = 100 * (statistics.mean(swav["knn"]) - frozen["knn"])
+    without = 100 * (statistics.mean(swav_control["knn"]) - frozen["knn"])
+    same = "gave outputs identical to the bit" if record["reload_identical"] else "DID NOT GIVE THE SAME OUTPUTS"
+    names = ("smn_peft", "peft", "timm", "torch", "python")
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in names if name in record["versions"])
     return [
         f"A narrow ResNet-18, trained on the handwritten digits 0–4 until it tells {_percent(record['old_accuracy'])} "
         f"of them right, is adapted to the digits 5–9 with {images['train']} images and tested on {images['test']} "
-        f"others: {record['epochs']} epochs{spread}.",
-        f"What it learned of the old digits is not enough for the new ones: k-NN on its features gets {knn} right "
-        f"({_percent(record['knn_20_accuracy'])} with k = 20), a linear probe {probe}. A mask with the defaults "
-        f"brings that to {mask}: it keeps {kept} of the weights, unchanged up to one factor per layer, and switches "
-        f"the others off. Fine-tuning every weight gives {full}.",
-        "The defaults keep the base's BatchNorm statistics; here their scores learn by Adam. The paper's recipe, SGD "
-        "at a large learning rate and statistics re-estimated, which then belong to the adapter, keeps "
-        f"{kept_too} of the weights and gives {paper}. New statistics and a new head without a mask give {control}.",
-        f"The default mask's file has {_kilobytes(rows[4]['bytes']['total'])} kB, header included, a full fp32 "
-        f"checkpoint {_kilobytes(rows[3]['bytes']['total'])} kB. Base and masks, loaded from their files in a fresh "
+        f"others: {mask['epochs']} epochs with labels, {swav['epochs']} without, {spread}.",
+        f"With labels: a linear probe on the base's features gets {_percent(frozen['probe'])} right, a mask with the "
+        f"defaults {_mean(mask['accuracy'])} %, fine-tuning every weight {_mean(full['accuracy'])} %. The mask keeps "
+        f"{_percent(statistics.mean(mask['density']))} of the weights, unchanged up to one factor per layer, and "
+        "switches the others off. The defaults keep the base's BatchNorm statistics; here their scores learn by Adam. "
+        "The paper's recipe, SGD at a large learning rate and statistics re-estimated, which then belong to the "
+        f"adapter, gives {_mean(paper['accuracy'])} %; new statistics and a new head without a mask "
+        f"{_mean(control['accuracy'])} %.",
+        f"Without labels: SwAV on the same {images['train']} images learns a mask that keeps "
+        f"{_percent(statistics.mean(swav['density']))} of the weights. k-NN on the features goes from "
+        f"{_percent(frozen['knn'])} to {_mean(swav['knn'])} % ({gain:+.1f} points), a linear probe from "
+        f"{_percent(frozen['probe'])} to {_mean(swav['probe'])} %. Statistics that adapt to the same crops, without a "
+        f"mask, move k-NN by {without:+.1f} points. Labels serve to measure, and on held-out training "
+        "images to choose the settings; no test image takes part in either training or choosing.",
+        f"The default mask's file has {_kilobytes(mask['bytes']['total'])} kB, header included, a full fp32 "
+        f"checkpoint {_kilobytes(full['bytes']['total'])} kB. Base and masks, loaded from their files in a fresh "
         f"process, {same}.",
-        f"Measured in {record['seconds']:.0f} s on one CPU core, with {versions}.",
+        f"All of it took {record['cpu_seconds']:.0f} s of one CPU core, with {versions}.",
     ]
 
 
 def render(record: Mapping[str, Any]) -> str:
-    """Table and summary of a record of `quickstart.py`, as Markdown."""
-    checkpoint = record["rows"][3]["bytes"]["total"]
-    table = markdown_table([_cells(row, checkpoint) for row in record["rows"]])
-    return "\n\n".join((table, *_words(record)))
+    """Tables and summary of a record of `quickstart.py`, as Markdown."""
+    labelled, unlabelled = _tables(record)
+    task, with_labels, without_labels, *rest = _words(record)
+    return "\n\n".join((task, labelled, with_labels, unlabelled, without_labels, *rest))
 
 
 def render_readme(record: Path = RECORD, readme: Path = README) -> None:

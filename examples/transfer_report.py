@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common import markdown_table
+from smn_peft.evaluation import markdown_table
 
 __all__ = ["render", "render_readme"]
 

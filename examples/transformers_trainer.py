@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import digits, param_groups
+from common import digits
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
@@ -26,15 +27,17 @@ from transformers import (
 )
 
 from smn_peft import MaskConfig
+from smn_peft.data import evaluation_transform
 from smn_peft.training import ExactResumeCallback
 
 EPOCHS, BATCH = 8, 32
+NORMALISE = evaluation_transform(32, (0.5,) * 3, (0.5,) * 3)
 
 
-def collate(samples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch as transformers models take it."""
-    images, labels = zip(*samples, strict=True)
-    return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
+    images = torch.stack([NORMALISE(sample["image"]) for sample in samples])
+    return {"pixel_values": images, "labels": torch.tensor([sample["label"] for sample in samples])}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -45,7 +48,9 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 def trainer(model: nn.Module, folder: Path, data: tuple[Dataset, Dataset], lr: float, callbacks: list) -> Trainer:
     """A Trainer with Adam, `lr` for scores (or weights) and 0.01 for the head, both following a cosine."""
     steps = EPOCHS * (len(data[0]) // BATCH)
-    optimizer = torch.optim.Adam(param_groups(model, lr, 0.01, head="classifier"))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head, rest = ([p for name, p in named if ("classifier" in name) == is_head] for is_head in (True, False))
+    optimizer = torch.optim.Adam([{"params": rest, "lr": lr}, {"params": head, "lr": 0.01}])
     arguments = TrainingArguments(
         str(folder),
         max_steps=steps,
@@ -85,7 +90,7 @@ def main(folder: Path) -> None:
     set_seed(0)
     torch.set_num_threads(1)
     shape = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "layer_type": "basic"}
-    config = ResNetConfig(num_channels=1, num_labels=5, **shape)
+    config = ResNetConfig(num_labels=5, **shape)
     first = trainer(ResNetForImageClassification(config), folder / "base", digits(range(5)), lr=0.003, callbacks=[])
     first.train()
     first.save_model()
@@ -104,7 +109,7 @@ def main(folder: Path) -> None:
     print(f"resumed from half-way, exported file identical: {files[0].read_bytes() == files[1].read_bytes()}")
 
     loaded = PeftModel.from_pretrained(ResNetForImageClassification.from_pretrained(folder / "base"), exported).eval()
-    images = data[1].tensors[0]
+    images = collate(list(data[1]))["pixel_values"]
     with torch.no_grad():
         same = torch.equal(loaded(images).logits, whole.model.eval()(images).logits)
     print(f"loaded from {files[0].stat().st_size} bytes, logits identical: {same}")

@@ -28,8 +28,10 @@ ALONE: dict[str, tuple[list[str], list[str]]] = {
         [
             r"Reloaded mask-adapt in a fresh process: 2000 logits identical to the bit\.",
             r"Reloaded mask-frozen in a fresh process: 2000 logits identical to the bit\.",
+            r"Reloaded mask-swav in a fresh process: 51200 features identical to the bit\.",
             r"\| full fine-tuning +\|",
-            r"in a fresh process, gave logits identical to the bit\.",
+            r"\| SwAV, mask +\|",
+            r"in a fresh process, gave outputs identical to the bit\.",
         ],
     ),
     "transformers_trainer.py": (
