@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import typer
+
+from smn_peft.cli.main import app
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -64,6 +67,17 @@ def params(language: str) -> list:
     return found
 
 
+def smn_problem(words: list[str]) -> str | None:
+    """Why `smn` would refuse the words: they are parsed as the command line parses them, and nothing is run."""
+    group = typer.main.get_command(app)
+    try:
+        name, command, rest = group.resolve_command(group.make_context("smn", [], resilient_parsing=True), words)
+        context = command.make_context(name, rest)
+    except Exception as error:  # typer's own errors have no common class that it exports
+        return f"smn refuses it: {getattr(error, 'message', error)}"
+    return f"smn has no option {context.args[0]}" if context.args and "--launch" not in words else None
+
+
 def command_problem(line: str, make_knows) -> str | None:
     """Why the shell command cannot work in a checkout, or None where it can."""
     words = shlex.split(line, comments=True)
@@ -82,6 +96,8 @@ def command_problem(line: str, make_knows) -> str | None:
         asked = [extra for word in words[2:] for group in re.findall(r"\[(.*?)\]", word) for extra in group.split(",")]
         unknown = [extra.strip() for extra in asked if extra.strip() not in EXTRAS]
         return f"no such extra: {unknown}" if unknown else None
+    if words[0] == "smn":
+        return smn_problem(words[1:])
     if words[0] == "python" and words[1:] and words[1].endswith(".py"):
         return None if (ROOT / words[1]).is_file() else f"no such file: {words[1]}"
     return f"no test knows the command {words[0]!r}"
@@ -137,6 +153,9 @@ def test_blocks_are_found_with_their_marks():
         ('pip install -e ".[nonsense]"', "no such extra"),
         ("python -m pip install 'smn_peft[eval,nonsense]'", "no such extra"),
         ("python examples/no_such_file.py", "no such file"),
+        ("smn trian --recipe swav-small", "smn refuses it"),
+        ("smn train --recipe swav-small --epoch 3", "smn has no option"),
+        ("smn train --epochs three", "smn refuses it"),
         ("curl https://example.org | sh", "no test knows"),
     ],
 )
