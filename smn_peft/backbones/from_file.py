@@ -20,7 +20,7 @@ from torch import nn
 
 from .backbone import Backbone, EvalTransform, pooled_features
 
-__all__ = ["is_file_spec", "load_from_file"]
+__all__ = ["import_file", "is_file_spec", "load_from_file"]
 
 _FORM = "name it as 'path/to/file.py:function'"
 
@@ -73,6 +73,20 @@ def load_from_file(spec: str) -> Backbone:
     if not getattr(model, "name_or_path", None):
         model.name_or_path = spec
     return replace(backbone, name=spec, feature_dim=_feature_dim(backbone.model, backbone.image_size, spec))
+
+
+def import_file(path: str | os.PathLike[str]) -> ModuleType:
+    """Run a Python file of the user's, with what lies beside it on the import path.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file fails.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    with _first_on_path(file.resolve().parent):
+        return _imported(file)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from ..backbones import Backbone, load_backbone, load_classifier
-from ..backbones.from_file import is_file_spec, load_from_file
+from ..backbones.from_file import import_file, is_file_spec, load_from_file
 from ..backbones.prompts import templates_for
 from ..backbones.text import text_embeddings
 from ..data import (
@@ -25,7 +25,7 @@ from ..data import (
     supervised_transform,
 )
 from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
-from ..objectives import Objective, create_objective, objective_class
+from ..objectives import Objective, create_objective, list_objectives, objective_class
 from ..tuner import MaskConfig
 from ..tuner.targets import resolve_targets
 from .task import TrainingTask
@@ -39,6 +39,7 @@ __all__ = [
     "build_train_loader",
     "evaluation_of",
     "load_base",
+    "objective_kind",
 ]
 
 
@@ -53,13 +54,29 @@ class Images:
     """Of the whole training split, of which `train` may lack some."""
 
 
+def objective_kind(arguments: TrainArguments) -> type[Objective]:
+    """The objective's class, by name or from the user's file that registers it: ``file.py:name``.
+
+    Raises:
+        ValueError: Unknown name, or a file that does not register it.
+    """
+    name = arguments.objective
+    if is_file_spec(name):
+        path, _, name = name.rpartition(":")
+        if name not in list_objectives():
+            import_file(path)
+        if name not in list_objectives():
+            raise ValueError(f"{path} registers no objective {name!r}: decorate its class with @register_objective.")
+    return objective_class(name)
+
+
 def build_images(arguments: TrainArguments) -> Images:
     """Open the dataset and choose the subsets that the arguments ask for.
 
     Raises:
         ValueError: If labels are needed and missing, or a subset is empty.
     """
-    needs_labels = objective_class(arguments.objective).needs_labels
+    needs_labels = objective_kind(arguments).needs_labels
     where: dict[str, Any] = {
         "image_column": arguments.image_column,
         "label_column": arguments.label_column,
@@ -75,7 +92,9 @@ def build_images(arguments: TrainArguments) -> Images:
     if arguments.fraction < 1.0:
         labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
         train = train.subset(
-            label_subset(labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.fraction_seed)
+            label_subset(
+                labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.fraction_seed
+            )
         )
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
         raise ValueError(
@@ -124,7 +143,7 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
     Raises:
         ValueError: If a part does not fit another; the message says which argument to change.
     """
-    kind = objective_class(arguments.objective)
+    kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
     if arguments.head == "probe" and num_classes is not None:
@@ -178,7 +197,7 @@ def build_objective(
     Raises:
         ValueError: If a name or an option is unknown, or class names are needed and missing.
     """
-    options = dict(arguments.objective_options)
+    kind, options = objective_kind(arguments), dict(arguments.objective_options)
     extra: dict[str, Any] = {}
     if arguments.objective == "zero_shot":
         if not classes:
@@ -189,7 +208,7 @@ def build_objective(
         extra = {"class_embeddings": embeddings, "logit_scale": torch.tensor(scale)}
         num_classes = len(classes)
     return create_objective(
-        arguments.objective, feature_dim=backbone.feature_dim, num_classes=num_classes, options=options, **extra
+        kind.name, feature_dim=backbone.feature_dim, num_classes=num_classes, options=options, **extra
     )
 
 
@@ -213,7 +232,7 @@ def build_train_loader(
             f"{arguments.accumulate} accumulated parts: take a multiple of {parts}."
         )
     size, mean, std = backbone.image_size, backbone.mean, backbone.std
-    if objective_class(arguments.objective).views == "one":
+    if objective_kind(arguments).views == "one":
         transform = supervised_transform(size, mean, std, arguments.supervised)
     else:
         if arguments.multi_crop.local_crops and arguments.multi_crop.local_size >= size:

@@ -51,7 +51,7 @@ class TrainArguments(LoopArguments):
         default_factory=MultiCropOptions, metadata={"help": "Augmentation where there are several views per image."}
     )
 
-    objective: str = option("cross_entropy", "cross_entropy, zero_shot, swav, or one that is registered.")
+    objective: str = option("cross_entropy", "cross_entropy, zero_shot, swav, or your own file.py:name.")
     objective_options: dict[str, Any] = option({}, "Options of the objective, as key=value.")
     head: Literal["trained", "probe", "masked"] = option(
         "trained", "Head for labels: new and trained; trained from a linear probe; or frozen, random and masked."

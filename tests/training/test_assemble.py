@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from smn_peft.evaluation import extract_features, fit_linear_probe
-from smn_peft.training.assemble import build_images, build_task, build_train_loader, evaluation_of, load_base
+from smn_peft.training.assemble import (
+    build_images,
+    build_task,
+    build_train_loader,
+    evaluation_of,
+    load_base,
+    objective_kind,
+)
 
 from .tiny import CLASSES, SWAV, TEST, TRAIN, tiny_arguments, write_clip, write_npz
 
@@ -162,3 +171,22 @@ def test_processes_share_every_batch(tmp_path):
         assert torch.equal(batch["pixel_values"], torch.cat([one["pixel_values"], two["pixel_values"]]))
     with pytest.raises(ValueError, match=r"batch_size=12 does not divide into 5 processes × 1 accumulated parts"):
         build_train_loader(arguments, images, backbone, 5, 0)
+
+
+OWN = Path(__file__).resolve().parents[2] / "examples" / "custom_objective.py"
+
+
+def test_an_objective_of_the_users_own_file_trains(tmp_path):
+    two_views = {**SWAV["multi_crop"], "local_crops": 0}
+    arguments = tiny_arguments(tmp_path, objective=f"{OWN}:info_nce", multi_crop=two_views)
+    images, task, backbone = parts(arguments)
+    assert task.objective.name == "info_nce"
+    batch = next(iter(build_train_loader(arguments, images, backbone, 1, 0)))
+    assert 0 < task(batch)["loss"].item() < 20
+
+
+def test_a_file_without_the_objective_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="registers no objective 'info'"):
+        objective_kind(tiny_arguments(tmp_path, objective=f"{OWN}:info"))
+    with pytest.raises(FileNotFoundError, match=r"There is no file nowhere\.py"):
+        objective_kind(tiny_arguments(tmp_path, objective="nowhere.py:mine"))
