@@ -43,8 +43,8 @@ def command(
     if context.args:
         known = [option for parameter in context.command.params for option in parameter.opts]
         close = difflib.get_close_matches(context.args[0], known, n=2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise typer.BadParameter(f"No such option: {context.args[0]}.{hint}", ctx=context)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "Those of `accelerate launch` need --launch."
+        raise typer.BadParameter(f"No such option: {context.args[0]}. {hint}", ctx=context)
     if dry_run:
         typer.echo(plan(arguments))
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors.torch import save
 
@@ -113,13 +114,15 @@ def run(arguments: TrainArguments) -> RunSummary:
     trainer.train()
     seconds = time.perf_counter() - started
     folder = Path(arguments.output_dir)
+    found: list[RunSummary | None] = [None]
     if accelerator.is_main_process:
         _save_model(task, folder)
-    summary = _summary(trainer, task, folder, seconds)
-    if accelerator.is_main_process:
+        summary = _summary(trainer, task, folder, seconds)
         summary.save(folder)
-    accelerator.wait_for_everyone()
-    return summary
+        found = [summary]
+    broadcast_object_list(found)  # the others see neither the log nor, on another machine, the folder
+    assert found[0] is not None
+    return found[0]
 
 
 def plan(arguments: TrainArguments) -> str:
@@ -211,7 +214,7 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
         steps=trainer.step,
         seconds=seconds,
         images_per_second=speeds[len(speeds) // 2] if speeds else None,
-        sizes=vars(adapter_sizes(folder)) if masked and trainer.accelerator.is_main_process else {},
+        sizes=vars(adapter_sizes(folder)) if masked else {},
         versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
     )
 

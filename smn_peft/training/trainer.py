@@ -162,7 +162,8 @@ class Trainer:
             TrainingFailure: If the loss is not finite, or a mask is empty.
             Interrupted: After Ctrl-C or SIGTERM, once a checkpoint of the last whole step is written.
         """
-        if self.step == 0:
+        if self.step == 0 and self.evaluate is not None:
+            self._try_batch()
             self._evaluate()
         shown = tqdm(
             total=self.total_steps,
@@ -178,6 +179,13 @@ class Trainer:
         if self.arguments.log_with is not None:
             self.accelerator.end_training()
         return self.history
+
+    def _try_batch(self) -> None:
+        """One forward before the first evaluation, which can take minutes: what does not fit is said at once."""
+        self.loader.set_epoch(0)
+        batch = send_to_device(next(iter(self.loader)), self.accelerator.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            self.task.eval()(_channels_last(batch) if self.arguments.channels_last else batch)
 
     def _epoch(self, bar: Any, stop: StopRequest) -> None:
         arguments, done = self.arguments, self.step % self.steps_per_epoch

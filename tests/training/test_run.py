@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -145,7 +147,7 @@ def test_bad_data_is_found_before_training(tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=message):
             run(tiny_arguments(tmp_path, **options))
-        assert not list_checkpoints(tmp_path / "out")
+        assert read_metrics(tmp_path / "out" / "metrics.jsonl") == []  # nor was anything evaluated
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -172,3 +174,33 @@ def test_a_damaged_run_json_is_named(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {}}))
     with pytest.raises(ValueError, match=r"run\.json is not what a run writes .*missing"):
         RunSummary.load(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Function that gives a file system so many kilobytes; it is unmounted afterwards."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(kilobytes, *options):
+        options = ",".join([f"size={kilobytes}k", *options])
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting needs rights that this user does not have")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount here")
+def test_a_disk_that_fills_up_costs_no_step_that_was_saved(tmp_path, small_disk):
+    arguments = tiny_arguments(tmp_path, output_dir=str(small_disk(450) / "out"), checkpoint_every=1)
+    with pytest.raises(OSError, match=r"checkpoint-2: .*No space left.*checkpoint-1 is whole: free some space"):
+        run(arguments)
+    assert [path.name for path in list_checkpoints(arguments.output_dir)] == ["checkpoint-1"]
+    small_disk(4000, "remount")
+    run(replace(arguments, resume=True))
+    run(replace(arguments, output_dir=str(tmp_path / "whole")))
+    one, two = scores_of(arguments.output_dir), scores_of(tmp_path / "whole")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []

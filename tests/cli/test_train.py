@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`smn train`: options and recipes, mistakes, Ctrl-C, kill and resume, and two processes that train as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from smn_peft.cli.main import app
+from smn_peft.training.checkpoint import list_checkpoints
+from smn_peft.training.metrics import read_metrics
+from smn_peft.training.run import RunSummary
+from smn_peft.training.saved import arguments_of
+from tests.training.tiny import SWAV, TRAIN, environment, smn, write_model, write_npz
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+RECIPE = """
+description: A tiny run.
+batch_size: 12
+lr: 5
+head_lr: 0.1
+knn_k: 5
+log_every: 1
+cpu: true
+eval_split: null
+supervised: {jitter_probability: 0.0, grayscale: 0.0, solarize: 0.0}
+mask: {batch_norm: adapt}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> list[str]:
+    """What comes before the options of a test: a tiny model, data set and recipe."""
+    text = f"backbone: {write_model(tmp_path)}\ndataset: {write_npz(tmp_path / 'set.npz')}\n"
+    (tmp_path / "tiny.yaml").write_text(text + f"output_dir: {tmp_path / 'out'}\n" + RECIPE)
+    return ["--recipe", str(tmp_path / "tiny.yaml")]
+
+
+@pytest.fixture
+def swav_recipe(recipe, tmp_path) -> list[str]:
+    with (tmp_path / "tiny.yaml").open("a") as file:
+        file.write("\n".join(f"{key}: {json.dumps(value)}" for key, value in SWAV.items()))
+    return recipe
+
+
+def train(*words: object, code: int = 0):
+    result = runner.invoke(app, ["train", *map(str, words)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_recipe_and_what_the_line_changes(recipe, tmp_path):
+    line = [*recipe, "--epochs", 1, "--lr", 2.5, "--mask.target-modules", "conv1", "--mask.target-modules", "conv2"]
+    result = train(*line, "--eval-split", "test", "--objective-options", "label_smoothing=0.1")
+    arguments = arguments_of(RunSummary.load(tmp_path / "out"))
+    assert (arguments.lr, arguments.epochs, arguments.batch_size) == (2.5, 1, 12)
+    assert arguments.mask.target_modules == {"conv1", "conv2"}
+    assert arguments.mask.batch_norm == "adapt"
+    assert arguments.objective_options == {"label_smoothing": 0.1}
+    assert f"{TRAIN // 12} steps in" in result.stdout
+    assert "knn: 0." in result.stdout
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path):
+    text = train(*recipe, "--dry-run", "--epochs", 3).stdout
+    for part in ("16 features", f"{TRAIN} images of", "12 steps of 12 images", "evaluation  none"):
+        assert part in text
+    assert not (tmp_path / "out").exists()
+    assert "batch_size=12 does not divide" in train(*recipe, "--dry-run", "--accumulate", 5, code=1).stderr
+
+
+def test_mistakes_on_the_line(recipe):
+    wrong = train(*recipe, "--epoch", 3, code=2).stderr
+    assert "No such option: --epoch." in wrong
+    assert "--epochs" in wrong
+    assert "need --launch" in " ".join(train(*recipe, "--num_processes", 2, code=2).stderr.split())
+    assert "Unknown recipe 'swav-resne'" in train("--recipe", "swav-resne", code=1).stderr
+    assert "Did you mean swav-resnet?" in train("--recipe", "swav-resne", code=1).stderr
+    assert "dataset is missing: name one" in train("--backbone", "resnet18", code=1).stderr
+    assert "did you mean cifar100" in train(*recipe, "--dataset", "cifar1000", code=1).stderr
+    assert "Did you mean 'swav'?" in train(*recipe, "--objective", "swaw", code=1).stderr
+    assert "'half' is not one of" in train(*recipe, "--adapt", "half", code=2).stderr
+    train(*recipe, "--lr", "fast", code=2)
+
+
+def wait_for_step(folder, step):
+    deadline = time.monotonic() + 120
+    while not any(int(path.name.partition("-")[2]) >= step for path in list_checkpoints(folder)):
+        assert time.monotonic() < deadline, "the run made no checkpoint"
+        time.sleep(0.01)
+
+
+def interrupted(line, folder, send, step=2):
+    """Start a run in a session of its own, and send all of it a signal after a step; returns (process, stderr)."""
+    command = [sys.executable, "-m", "smn_peft.cli", "train", *map(str, line)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, env=environment(), text=True, start_new_session=True, **pipes)
+    wait_for_step(folder, step)
+    os.killpg(process.pid, send)
+    return process, process.communicate(timeout=120)[1]
+
+
+def test_ctrl_c_ends_with_130_and_a_checkpoint(recipe, tmp_path):
+    def press():
+        wait_for_step(tmp_path / "out", 2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    user = threading.Thread(target=press)
+    user.start()
+    result = train(*recipe, "--epochs", 2000, "--checkpoint-every", 1, code=130)
+    user.join()
+    (newest,) = list_checkpoints(tmp_path / "out")
+    assert f"{newest.name} is whole: go on with resume" in result.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_two_processes(recipe, tmp_path):
+    line = ["--launch", "--num_processes", 2, "--main_process_port", 0, *recipe, "--epochs", 2000]
+    stopped, said = interrupted([*line, "--checkpoint-every", 1], tmp_path / "out", signal.SIGINT)
+    assert stopped.returncode == 130
+    (newest,) = list_checkpoints(tmp_path / "out")
+    assert f"{newest.name} is whole: go on with resume" in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_kill_and_resume_end_where_an_uninterrupted_run_does(recipe, tmp_path):
+    line = [*recipe, "--epochs", 30, "--checkpoint-every", 1, "--output-dir", tmp_path / "parts", "--resume"]
+    killed, _ = interrupted(line, tmp_path / "parts", signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    stopped, said = interrupted(line, tmp_path / "parts", signal.SIGINT, step=10)
+    assert stopped.returncode == 130
+    (newest,) = list_checkpoints(tmp_path / "parts")
+    assert f"{newest.name} is whole: go on with resume" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "parts" / "run.json").exists()
+    refused = train(*line[:-1], code=1).stderr
+    assert f"holds {newest.name} of an earlier run: pass resume" in refused
+    other = train(*line, "--lr", 6, "--mask.batch-norm", "frozen", code=1).stderr
+    assert "lr: was 5.0, is 6.0" in other
+    assert "mask: was" in other
+    torch.set_num_threads(1)
+    train(*line)
+    train(*recipe, "--epochs", 30, "--output-dir", tmp_path / "whole")
+    parts, whole = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("parts", "whole"))
+    assert parts.keys() == whole.keys()
+    assert [name for name in parts if not torch.equal(parts[name], whole[name])] == []
+    losses = [[x.get("loss") for x in read_metrics(tmp_path / f / "metrics.jsonl")] for f in ("parts", "whole")]
+    assert losses[0] == losses[1]
+
+
+def launch(*words: object) -> subprocess.CompletedProcess[str]:
+    return smn("train", "--launch", "--num_processes", 2, "--main_process_port", 0, *words)
+
+
+def compare_with_one_process(line, tmp_path, loss_tolerance, score_tolerance):
+    train(*line, "--output-dir", tmp_path / "one")
+    done = launch(*line, "--output-dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("steps in") == 1  # one of the two speaks
+    curves = [
+        [entry["loss"] for entry in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in entry]
+        for name in ("one", "two")
+    ]
+    assert len(curves[0]) == len(curves[1])
+    torch.testing.assert_close(*map(torch.tensor, curves), atol=loss_tolerance, rtol=0)
+    one, two = (load_file(list_checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    bits = wrong = 0
+    for name in one:
+        if "smn_scores" in name:
+            torch.testing.assert_close(one[name], two[name], atol=score_tolerance, rtol=score_tolerance)
+            bits += one[name].numel()
+            wrong += int(((one[name] > 0) != (two[name] > 0)).sum())
+        elif one[name].is_floating_point():
+            torch.testing.assert_close(one[name], two[name], atol=10 * score_tolerance, rtol=10 * score_tolerance)
+    assert bits > 30_000
+    assert sum(int((one[name] <= 0).sum()) for name in one if "smn_scores" in name) > 10  # the mask is one
+    assert wrong / bits < 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(recipe, tmp_path):
+    compare_with_one_process([*recipe, "--epochs", 2], tmp_path, 1e-4, 1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_without_labels(swav_recipe, tmp_path):
+    compare_with_one_process([*swav_recipe, "--epochs", 3], tmp_path, 1e-3, 1e-2)
+
+
+@pytest.mark.slow
+def test_one_process_that_fails_ends_all(recipe, tmp_path):
+    # Of the first batch one half has the image that is cut off: only one process reads it.
+    write_npz(tmp_path / "set.npz", broken=17)
+    started = time.monotonic()
+    done = launch(*recipe, "--epochs", 1)
+    assert done.returncode != 0
+    assert "set.npz, row 17: cannot be read as an image" in done.stderr
+    assert time.monotonic() - started < 90
+    assert "does not divide into 2 processes" in launch(*recipe, "--batch-size", 11).stderr
