@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from .evaluate_run import evaluate_run
 from .guards import TrainingFailure
 from .loop_arguments import LoopArguments
 from .recipes import list_recipes, load_recipe
 from .run import RunSummary, plan, run
+from .saved import load_run
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 from .trainer import Interrupted, Trainer
@@ -21,8 +23,10 @@ __all__ = [
     "Trainer",
     "TrainingFailure",
     "TrainingTask",
+    "evaluate_run",
     "list_recipes",
     "load_recipe",
+    "load_run",
     "plan",
     "run",
 ]

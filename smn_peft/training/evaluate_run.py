@@ -25,6 +25,7 @@ from ..evaluation import (
     low_shot_probe,
     low_shot_reports,
 )
+from ..objectives import list_objectives
 from .assemble import Images, build_images, build_objective, evaluation_of
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
@@ -141,6 +142,8 @@ def _arguments(
         names = ("dataset_revision", "image_column", "label_column", "train_split", "eval_split", "templates", "limit")
         arguments = replace(run, dataset=dataset, **{name: getattr(own, name) for name in names})
     changes: dict[str, Any] = {"fraction": 1.0, "eval_split": split or arguments.eval_split or "test"}
+    if arguments.objective not in list_objectives():
+        changes["objective"] = "swav"  # to evaluate takes none: a user's own need not be there any more
     if limit is not None:
         changes |= {"eval_limit": limit, "knn_limit": limit}
     return replace(arguments, **changes)

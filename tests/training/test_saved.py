@@ -217,6 +217,14 @@ def test_the_base_alone_has_no_accuracy(finished):
         evaluate_run(finished, base=True, metrics=["accuracy"])
 
 
+def test_the_objective_is_not_needed_any_more(finished, tmp_path):
+    summary = RunSummary.load(finished)
+    for file in finished.glob("adapter*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    replace(summary, arguments={**summary.arguments, "objective": "/gone/mine.py:Loss"}).save(tmp_path)
+    assert {report.metric: report.value for report in evaluate_run(tmp_path)} == summary.after
+
+
 def test_a_run_that_moved(finished, tmp_path):
     summary = RunSummary.load(finished)
     elsewhere = tmp_path / "moved.py"
