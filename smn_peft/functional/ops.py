@@ -111,6 +111,15 @@ def _build(
     return _Masked(kept if known[1] is None else kept.mul_(known[1]), *known)
 
 
+def _unscaled(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor | None:
+    """θ·1[S > μ] in one pass and in the workspace, where the mask is a plain threshold; else None."""
+    plain = spec.mask_type == "threshold" and trainable is None and weight.dtype == scores.dtype
+    if not (plain and _plain(weight, scores)):
+        return None
+    keep: Any = torch.ops.aten.threshold_backward.grad_input
+    return keep(weight, scores, spec.threshold, grad_input=_workspace.room(weight))  # type: ignore[no-any-return]
+
+
 def _score_gradient(
     grad: Tensor,
     masked: _Masked,
@@ -201,16 +210,23 @@ class _MaskedConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
-        masked = _build(weight, scores, ctx.spec, trainable, ctx.known)
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
+        # With few pixels the weight is the larger side: what can be done on the input's gradient is done there.
+        few_pixels = needed[0] and x.numel() < weight.numel() and x.dtype == weight.dtype
+        unscaled = _unscaled(weight, scores, ctx.spec, trainable) if few_pixels else None
+        if unscaled is None:
+            masked = _build(weight, scores, ctx.spec, trainable, ctx.known)
+        else:
+            masked = _Masked(unscaled, *ctx.known)
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad, x, masked.weight.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
         )
+        if unscaled is not None and masked.scale is not None:
+            grad_x.mul_(masked.scale)
         grad_scores = None
         if needed[1]:
             # A convolution is linear in both: Σ θ̂·(dL/dθ̂) = Σ x·(dL/dx), and few pixels are the shorter sum.
-            shorter = grad_x is not None and x.numel() < weight.numel() and x.dtype == weight.dtype
-            total = _inner(x, grad_x) if shorter else None
+            total = _inner(x, grad_x) if few_pixels else None
             grad_scores = _score_gradient(grad_weight, masked, weight, ctx.spec, trainable, scores.dtype, total)
         return grad_x, None, grad_scores, grad_bias, None, None, None
 
