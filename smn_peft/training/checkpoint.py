@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 __all__ = ["latest_checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
+_UNFINISHED = ".checkpoint-"
 STATE_NAME = "trainer_state.json"
 
 
@@ -81,7 +81,10 @@ def save_checkpoint(
     momentum, groups = _flatten(optimizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=folder))
+        for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = folder / f"{_UNFINISHED}{step}"
+        temporary.mkdir()
     except OSError as error:
         raise _refused(error, final) from error
     try:

@@ -115,3 +115,16 @@ def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
         "trainer_state.json",
     ]
     assert json.loads((path / "trainer_state.json").read_text())["step"] == 1
+
+
+def test_what_a_killed_process_left_is_cleared_away_and_others_may_read(tmp_path):
+    parameters, optimizer = stepped(torch.optim.SGD, lr=0.1)
+    (tmp_path / ".checkpoint-1").mkdir()
+    (tmp_path / ".checkpoint-1" / "model.safetensors").write_bytes(b"half")
+    before = os.umask(0o022)
+    try:
+        path = save_checkpoint(tmp_path, 2, named(parameters), optimizer, {}, keep=1)
+    finally:
+        os.umask(before)
+    assert [found.name for found in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert path.stat().st_mode & 0o777 == 0o755
