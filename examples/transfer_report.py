@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of `real_vit.py` and `real_resnet.py`, rendered from records; run it to put `records/` into README.md.
+"""The tables of runs on real backbones, rendered from records; run it to put `records/` into README.md.
 
 Used by `experiment.py`; not an example by itself.
 """
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smn_peft.evaluation import markdown_table
+from smn_peft.evaluation import format_fraction, markdown_table
 
 __all__ = ["render", "render_readme"]
 
@@ -36,8 +36,30 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, str]:
     return cells
 
 
+def _without_labels(rows: list[dict[str, Any]]) -> str:
+    """A backbone per row: k-NN before and after, over its seeds."""
+    table = []
+    for name in dict.fromkeys(row["backbone"] for row in rows):
+        mine = [row for row in rows if row["backbone"] == name]
+        after = [row["after"] for row in mine]
+        mean, spread = statistics.mean(after), statistics.stdev(after)
+        table.append(
+            {
+                "backbone": f"{name}, {mine[0]['image_size']} px",
+                "k-NN before %": format_fraction(mine[0]["before"], None),
+                "k-NN after %": f"{format_fraction(mean, spread)} ({len(after)} seeds)",
+                "density": f"{statistics.mean(row['density'] for row in mine):.4f}",
+                "bytes": f"{mine[0]['bytes']:,}",
+                "steps": f"{mine[0]['steps']}",
+            }
+        )
+    return markdown_table(table)
+
+
 def render(record: Mapping[str, Any]) -> str:
-    """Markdown table of a record of `experiment.py`."""
+    """Markdown table of a record of `experiment.py` or `without_labels.py`."""
+    if "without_labels" in record:
+        return _without_labels(record["without_labels"])
     runs = record["runs"]
     rows = [
         {"method": "frozen, k-NN", "test accuracy %": f"{100 * record['knn']:.1f}"},
