@@ -30,7 +30,7 @@ from smn_peft.training.assemble import build_images, evaluation_of, load_base
 from smn_peft.training.saved import load_run
 
 FRACTIONS = (0.1, 0.04, 0.01)
-# Chosen on validation images at 4 % of the labels; the head of both starts from the probe.
+# The head of both starts from the probe.
 SUPERVISED: dict[str, dict[str, Any]] = {
     "full fine-tuning": {"adapt": "full", "lr": 1e-4, "head_lr": 1e-3},
     "mask from labels": {"adapt": "mask", "lr": 0.06, "head_lr": 1e-3},
