@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from cifar import assets_folder
 
 from smn_peft.evaluation import (
     EvalReport,
@@ -41,9 +41,7 @@ PROBE = {"standardise": True, "decays": (100.0,)}  # with one image per class th
 
 def arguments_for(folder: Path, smoke: bool) -> dict[str, Any]:
     """What all runs share: the backbone, and which images there are."""
-    assets = Path(os.environ.get("SMN_ASSETS", ""))
-    if not (assets / "cifar10_jpeg.npz").is_file():
-        sys.exit("Set SMN_ASSETS to the folder with cifar10_jpeg.npz and the weights, see this example's first lines.")
+    assets = assets_folder()
     return {
         "backbone": "vit_tiny_patch16_224",
         "weights": str(assets / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"),

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from cifar import assets_folder
 
 from smn_peft.training import RunSummary, TrainArguments, load_recipe, run
 
@@ -51,9 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the record")
     parser.add_argument("--smoke", action="store_true", help="two steps each, for tests")
     options = parser.parse_args()
-    assets = Path(os.environ.get("SMN_ASSETS", ""))
-    if not (assets / "cifar10_jpeg.npz").is_file():
-        sys.exit("Set SMN_ASSETS to the folder with cifar10_jpeg.npz and the weights, see this example's first lines.")
+    assets = assets_folder()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for name, chosen in backbones(assets).items():

@@ -20,7 +20,7 @@ import typer
 
 from .values import choices_of, describe, from_text, from_yaml, is_list, is_mapping, is_optional, members_of
 
-__all__ = ["Field", "build", "fields_of", "flatten", "read_recipe", "with_options"]
+__all__ = ["Field", "build", "fields_of", "flatten", "with_options"]
 
 _RECIPE = "recipe"
 _MISSING = "is missing, and no recipe gives it"
@@ -125,24 +125,6 @@ def build(cls: type, values: Mapping[str, Any], prefix: str = "", default: Any =
     return cls(**arguments) if default is None else dataclasses.replace(default, **arguments)
 
 
-def read_recipe(name: str) -> Mapping[str, Any]:
-    """The mapping that a YAML file holds.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not YAML, or not a mapping.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(name).read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{name} is not a YAML file: {error}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{name} must hold a mapping, such as 'epochs: 10'; it holds {type(content).__name__}.")
-    return content
-
-
 def with_options(
     *,
     only: Collection[str] | None = None,
@@ -154,7 +136,7 @@ def with_options(
     Args:
         only: Dotted names of the fields to offer; None offers all.
         hidden: Dotted names of fields not to offer.
-        recipe: Reads what `--recipe` names, as `read_recipe` does; None gives no such option.
+        recipe: Reads what `--recipe` names, as `smn_peft.training.load_recipe` does; None gives no such option.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import yaml
 
 from .train_arguments import TrainArguments
 
-__all__ = ["Recipe", "check_keys", "list_recipes", "load_recipe"]
+__all__ = ["Recipe", "check_keys", "list_recipes", "load_recipe", "read_recipe"]
 
 _NOTES = ("description", "source", "expected")
 
@@ -35,29 +35,37 @@ def list_recipes() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-def load_recipe(name: str | Path) -> Recipe:
-    """Read a recipe of the package by name, or a YAML file of one's own.
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The mapping that a recipe of the package or a YAML file of one's own holds.
 
     Raises:
-        ValueError: For an unknown name, an unknown argument, or a file that is no mapping.
+        OSError: The file cannot be read.
+        ValueError: For an unknown name, or a file that is not YAML or not a mapping.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"There is no recipe file {path}.")
-        text = path.read_text("utf-8")
-    elif str(name) in list_recipes():
-        text = resources.files(__package__).joinpath(f"recipes/{name}.yaml").read_text("utf-8")
-    else:
-        close = difflib.get_close_matches(str(name), list_recipes(), n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"Unknown recipe {name!r}; there are {', '.join(list_recipes())}, or a .yaml file.{hint}")
+    path: Any = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if str(name) not in list_recipes():
+            close = difflib.get_close_matches(str(name), list_recipes(), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"Unknown recipe {name!r}; there are {', '.join(list_recipes())}, or a .yaml file.{hint}")
+        path = resources.files(__package__).joinpath(f"recipes/{name}.yaml")
     try:
-        content = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"Recipe {name} is no YAML: {error}") from error
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not a YAML file: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"Recipe {name} must be a mapping of arguments; it is a {type(content).__name__}.")
+        raise ValueError(f"{name} must hold a mapping, such as 'epochs: 10'; it holds {type(content).__name__}.")
+    return content
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe of the package by name, or a YAML file of one's own, as training arguments.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: As [`read_recipe`]; also for an unknown argument.
+    """
+    content = read_recipe(name)
     recipe = Recipe({key: value for key, value in content.items() if key not in _NOTES})
     recipe.notes = {key: content[key] for key in _NOTES if key in content}
     check_keys(TrainArguments, recipe, f"Recipe {name}")

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from smn_peft import MaskConfig
 from smn_peft.cli.errors import ErrorGroup
-from smn_peft.cli.options import build, fields_of, read_recipe, with_options
+from smn_peft.cli.options import build, fields_of, with_options
+from smn_peft.training.recipes import read_recipe
 
 runner = CliRunner()
 
