@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
 
-__all__ = ["Split", "Task", "assets_folder", "load_task"]
+__all__ = ["Split", "Task", "assets_folder", "load_task", "write_subsets"]
 
 
 @dataclass(frozen=True)
@@ -86,3 +86,31 @@ def load_task(
         torch.tensor(mean, device=device).view(3, 1, 1),
         torch.tensor(std, device=device).view(3, 1, 1),
     )
+
+
+def write_subsets(folder: Path, training: int, validation: int) -> tuple[Path, Path]:
+    """Two npz files in the layout of the assets with the same seeded training images.
+
+    Args:
+        folder: Where the files go.
+        training: Number of training images.
+        validation: Number of other training images, to choose settings on.
+
+    Returns:
+        One file to report on, with the whole test split as "test"; one to choose on, with the validation images there.
+    """
+    with np.load(assets_folder() / "cifar10_jpeg.npz") as archive:
+        arrays = {key: archive[key] for key in archive}
+    order = np.random.default_rng(0).permutation(np.flatnonzero(arrays["split"] == 0))
+    train, held_out = order[:training], order[training : training + validation]
+    paths = []
+    for name, test in (("final", np.flatnonzero(arrays["split"] == 1)), ("selection", held_out)):
+        indices = np.concatenate([train, test])
+        sizes = np.diff(arrays["offsets"])[indices]
+        jpeg = np.concatenate([arrays["jpeg"][arrays["offsets"][i] : arrays["offsets"][i + 1]] for i in indices])
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        split = np.repeat(np.uint8([0, 1]), [len(train), len(test)])
+        paths.append(folder / f"{name}.npz")
+        np.savez(paths[-1], jpeg=jpeg, offsets=offsets, label=arrays["label"][indices], split=split,
+                 classes=arrays["classes"])  # fmt: skip
+    return paths[0], paths[1]
