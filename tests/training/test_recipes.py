@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from statistics import fmean
+
 import pytest
 
 from smn_peft.data import list_datasets
 from smn_peft.objectives.base import objective_class
 from smn_peft.training import TrainArguments, list_recipes, load_recipe
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_there_are_some():
@@ -23,8 +29,18 @@ def test_every_recipe_is_whole(name):
     objective_class(arguments.objective).Options(**arguments.objective_options)
     assert {"description", "source"} <= set(recipe.notes) <= {"description", "source", "expected"}
     expected = recipe.notes.get("expected", {})
-    assert set(expected) <= set(list_datasets())
+    if not name.endswith("-small"):  # the paper's, by dataset; the others by backbone
+        assert set(expected) <= set(list_datasets())
     assert all(0 < value < 1 for numbers in expected.values() for value in numbers.values())
+
+
+def test_what_swav_small_expects_was_measured():
+    rows = json.loads((EXAMPLES / "records" / "swav_small.json").read_text())["without_labels"]
+    for name, expected in load_recipe("swav-small").notes["expected"].items():
+        runs = [row for row in rows if row["backbone"] == name]
+        assert len(runs) >= 3
+        assert expected["frozen_knn"] == pytest.approx(fmean(row["before"] for row in runs), abs=5e-5)
+        assert expected["mask_knn"] == pytest.approx(fmean(row["after"] for row in runs), abs=5e-5)
 
 
 def test_the_papers_numbers_arrive():
