@@ -24,7 +24,7 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "backbones": {"tuner"},
     "data": {"tuner"},
     "evaluation": {"backbones", "data", "tuner"},
-    "training": {"objectives", "data", "evaluation", "tuner"},
+    "training": {"objectives", "data", "evaluation", "tuner", "hub"},
     "cascade": {"tuner", "evaluation", "training"},
     "analysis": {"storage", "evaluation"},
     "hub": {"storage", "evaluation"},
