@@ -34,4 +34,4 @@ def register() -> None:
         return push_model(self, repo_id, **kwargs)
 
     push_to_hub.pushes_masks = True  # type: ignore[attr-defined]
-    PeftModel.push_to_hub = push_to_hub
+    PeftModel.push_to_hub = push_to_hub  # type: ignore[method-assign, assignment]

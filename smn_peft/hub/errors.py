@@ -14,7 +14,8 @@ from huggingface_hub.utils import logging
 __all__ = ["HubError", "patiently"]
 
 # The HTTP library's own base class (it differs between versions of the client) and the socket's.
-_TRANSPORT = (HfHubHTTPError.__mro__[1], OSError)
+_TRANSPORT: tuple[type[BaseException], ...] = (HfHubHTTPError.__mro__[1], OSError)
+_HANDLED: tuple[type[BaseException], ...] = (*_TRANSPORT, RuntimeError)
 _BUSY = (429, 503)
 _TRIES = 4
 _LONGEST = 120.0  # seconds; a longer wait is the user's to decide
@@ -44,7 +45,7 @@ def patiently(call: Callable[[], _Result], repo_id: str) -> _Result:
     for attempt in range(1, _TRIES + 1):
         try:
             return call()
-        except (*_TRANSPORT, RuntimeError) as error:
+        except _HANDLED as error:
             cause = _cause(error)
             if cause is None:
                 raise

@@ -26,8 +26,8 @@ _MAY_DIFFER = frozenset(
     "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()
 )
 _SHOWN_OF_MASK = (
-    "target_modules mask_type threshold init_score density density_schedule scale batch_norm trainable_fraction select "
-    "modules_to_save"
+    "target_modules mask_type threshold init_score density density_schedule scale batch_norm trainable_fraction "
+    "select modules_to_save"
 ).split()
 
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.utils import logging
 
 from ..evaluation import EvalReport
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
@@ -24,6 +26,8 @@ from .names import check_repo_id, check_subfolder, hub_id
 from .results import eval_result_files
 
 __all__ = ["PushPlan", "full_name", "plan_push", "push_plan", "push_run"]
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -180,10 +184,11 @@ def push_plan(
     tasks = {folder: facts for folder, facts in plan.facts.items() if folder}
     files[CARD_NAME] = collection_card(text, repo_id, tasks, existing).encode()
 
-    def commit() -> CommitInfo:
+    def commit(buffered: bool = False) -> CommitInfo:
+        contents: dict[str, Any] = {name: _buffer(content) for name, content in files.items()} if buffered else files
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()],
             commit_message=commit_message,
             commit_description=commit_description,
             revision=revision,
@@ -191,7 +196,24 @@ def push_plan(
             parent_commit=parent,
         )
 
-    return patiently(commit, repo_id)
+    try:
+        return patiently(commit, repo_id)
+    except (HubError, RuntimeError) as error:
+        if not _is_of_xet(error):
+            raise
+        logger.warning(f"Uploading through Xet failed, going on over plain HTTP: {error.__cause__ or error}")
+    return patiently(lambda: commit(buffered=True), repo_id)
+
+
+def _buffer(content: bytes | Path) -> BytesIO:
+    """The client sends what it cannot reopen over plain HTTP."""
+    return BytesIO(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def _is_of_xet(error: BaseException) -> bool:
+    """Whether hf_xet failed, before anything was committed: it raises Python's own types, the HTTP client its own."""
+    cause = error.__cause__ if isinstance(error, HubError) else error
+    return not constants.HF_HUB_DISABLE_XET and type(cause).__module__ == "builtins"
 
 
 def full_name(repo_id: str, token: str | bool | None = None) -> str:

@@ -100,7 +100,7 @@ def test_an_upload_in_parts_goes_on_where_it_was_cut(hub, folder):
 def test_an_upload_that_stays_cut_commits_nothing_and_is_taken_up_later(hub, folder):
     hub.fail("PUT", "^/lfs/", after=100, times=6)
     with pytest.raises(
-        HubError, match="the connection broke .* push again: what is uploaded already is not sent again"
+        HubError, match=r"the connection broke .* push again: what is uploaded already is not sent again"
     ):
         push_run(folder, "user/cut")
     assert list(hub.tree("user/cut")) == [".gitattributes"]
@@ -111,6 +111,14 @@ def test_an_upload_that_stays_cut_commits_nothing_and_is_taken_up_later(hub, fol
     push_run(folder, "user/cut")
     assert hub.asked("PUT", "^/lfs/") == uploads
     assert "adapter_config.json" in hub.tree("user/cut")
+
+
+def test_where_xet_does_not_work_the_upload_goes_over_http(hub, folder, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    info = push_run(folder, "user/xet")  # this Hub has no Xet
+    assert hub.asked("GET", "/xet-write-token/") == hub.asked("PUT", "^/lfs/") == hub.asked("POST", "/commit/") == 1
+    assert hub.repositories["user/xet"].refs["main"] == info.oid
 
 
 def test_a_download_that_is_cut_goes_on_where_it_was(hub, folder, monkeypatch):

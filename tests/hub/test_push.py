@@ -130,7 +130,7 @@ def test_private_needs_a_token(hub, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert torch.equal(pulled("user/secret", token=TOKEN), outputs(model))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="Can't find 'adapter_config.json' at 'user/secret'"):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at 'user/secret'"):
         pulled("user/secret")
     with pytest.raises(HubError, match="log in by `hf auth login`"):
         push_run(tmp_path, "user/secret")
@@ -157,7 +157,7 @@ def test_offline_what_was_pulled_is_there(hub, tmp_path, monkeypatch):
     # By the repository's name PEFT 0.21 looks for one/one/… when it is offline; by the cache's folder it does not.
     folder = snapshot_download("user/tasks")
     assert torch.equal(pulled(folder, subfolder="one"), outputs(model))
-    with pytest.raises(HubError, match="cannot be reached, .* offline mode is enabled"):
+    with pytest.raises(HubError, match=r"cannot be reached, .* offline mode is enabled"):
         push_run(tmp_path, "user/cached", license="mit")
     assert len(hub.requests) == asked
 
