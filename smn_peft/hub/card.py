@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
-from ..evaluation import EvalReport, markdown_table, report_table
+from ..evaluation import format_fraction, markdown_table
 from ..storage import atomic_write
 from .facts import AdapterFacts, facts_of_folder
 from .loading import loading_code
@@ -76,11 +76,14 @@ def merged_with(card: ModelCard, existing: str | None) -> str:
     Args:
         card: Of [`render_card`].
         existing: The README.md there is; an unfilled template of PEFT or transformers counts as none.
+
+    Raises:
+        ValueError: The front matter of `existing` is not YAML.
     """
     words = own_words(existing)
     if existing is None or not words:
         return str(card)
-    old = ModelCard(existing.replace("\r\n", "\n"), ignore_metadata_errors=True)
+    old = _parsed(existing)
     for name, value in old.data.to_dict().items():
         if name not in _OURS and card.data.get(name) is None:
             card.data[name] = value
@@ -93,8 +96,14 @@ def own_words(existing: str | None) -> str:
     """What somebody wrote into a README.md: without front matter, rendered parts and unfilled templates."""
     if existing is None or (_TEMPLATE in existing and not _MARKED.search(existing)):
         return ""
-    text = ModelCard(existing.replace("\r\n", "\n"), ignore_metadata_errors=True).text
-    return _MARKED.sub("", _PEFT_VERSIONS.sub("\n", text)).strip()
+    return _MARKED.sub("", _PEFT_VERSIONS.sub("\n", _parsed(existing).text)).strip()
+
+
+def _parsed(text: str) -> ModelCard:
+    try:
+        return ModelCard(text.replace("\r\n", "\n"), ignore_metadata_errors=True)
+    except (YAMLError, ValueError) as error:
+        raise ValueError(f"The lines between --- at the top of {CARD_NAME} are no metadata: {error}") from error
 
 
 def write_card(folder: str | Path) -> None:
@@ -159,22 +168,30 @@ def _evaluation(facts: AdapterFacts) -> str:
     """Before and after, in percent; the spread is the standard deviation over the seeds."""
     if not facts.reports:
         return "## Evaluation\n\nNo evaluation was recorded."
-
-    def shown(report: EvalReport) -> EvalReport:
-        return replace(report, dataset=shown_name(report.dataset), metric=metric_name(report))
-
-    rows = [shown(report) for report in [*facts.baselines, *facts.reports]]
+    reports = [*facts.baselines, *facts.reports]
+    parts = dict.fromkeys((shown_name(report.dataset), report.split) for report in reports)
+    columns: dict[str, dict[str, str]] = {}
+    for report in reports:
+        words = metric_name(report)
+        if len(parts) > 1:
+            words += f", {shown_name(report.dataset)} ({report.split})"
+        value = format_fraction(report.value, report.spread)
+        columns.setdefault(f"{words} %", {}).setdefault(report.label, value)
+    rows = [
+        {"": label, **{words: column.get(label, "–") for words, column in columns.items()}}
+        for label in dict.fromkeys(report.label for report in reports)
+    ]
     seeds = max(len(report.seeds) for report in facts.reports)
     spread = f"Mean and standard deviation over {seeds} seeds." if seeds > 1 else "One run; no spread is known."
-    split = ", ".join(dict.fromkeys(report.split for report in facts.reports))
-    return f"## Evaluation\n\nIn percent, on the split {split}. {spread}\n\n{report_table(rows)}"
+    tested = " and ".join(f"{dataset} (split {split})" for dataset, split in parts)
+    return f"## Evaluation\n\nOn {tested}. {spread}\n\n{markdown_table(rows)}"
 
 
 def _sizes(facts: AdapterFacts) -> str:
     parts = {"mask": facts.sizes.mask, "head and other modules in full": facts.sizes.head}
     parts |= {"BatchNorm statistics": facts.sizes.statistics, "scores": facts.sizes.scores}
     parts["header"] = facts.sizes.total - sum(parts.values())
-    parts = {name: size for name, size in parts.items() if size or name == "mask"}
+    parts = {name: size for name, size in parts.items() if size and facts.sizes.mask}  # else the split is not known
     parts["the file"] = facts.sizes.total
     if facts.full_bytes:
         parts["full fine-tuning, all weights"] = facts.full_bytes

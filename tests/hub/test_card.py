@@ -43,6 +43,7 @@ def test_what_a_reader_finds(facts):
         "Mean and standard deviation over 2 seeds.",
         "50.0",  # the frozen base
         "75.0 ± 7.1",
+        "k-NN accuracy (k = 200) %",
         "| `lr` ",
         "named no licence",
         "## Limits",
@@ -85,6 +86,12 @@ def test_peft_s_template_is_replaced_and_own_words_stay(facts, tmp_path):
     second = merged_with(other, first.replace("<!-- smn:end -->", "<!-- smn:end -->\nAfter."))
     assert second.count("Words.") == second.count("After.") == second.count("<!-- smn:begin") == 1
     assert "12.50 % of the masked weights" in second
+
+
+def test_a_broken_front_matter_is_named(facts):
+    for front in ("a: [", "- 1"):
+        with pytest.raises(ValueError, match=r"at the top of README\.md are no metadata"):
+            merged_with(render_card(facts, "user/x"), f"---\n{front}\n---\nWords.")
 
 
 def test_a_folder_gets_its_card_and_results(tmp_path):

@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from smn_peft import MaskConfig
 from smn_peft._push_to_hub import register
 from smn_peft.hub import HubError
-from tests.hub.conftest import hub, waits  # noqa: F401  (fixtures)
 from tests.hub.folders import X, base, code_of, masked
 
 
@@ -22,7 +21,7 @@ def outputs(model) -> torch.Tensor:
         return model(X)
 
 
-def test_the_card_tells_what_has_to_be_imported(hub):  # noqa: F811
+def test_the_card_tells_what_has_to_be_imported(hub):
     model = masked()
     model.push_to_hub("user/one", commit_message="One mask", commit_description="of one", tags=["toy"], private=True)
     repository = hub.repositories["user/one"]
@@ -38,7 +37,7 @@ def test_the_card_tells_what_has_to_be_imported(hub):  # noqa: F811
     assert torch.equal(outputs(back), outputs(model))
 
 
-def test_several_adapters_lie_in_folders_of_their_names(hub):  # noqa: F811
+def test_several_adapters_lie_in_folders_of_their_names(hub):
     model = masked()
     model.add_adapter("pets", MaskConfig(target_modules=["0", "2"], init_weights=False, seed=1))
     model.push_to_hub("user/several", revision="dev", max_shard_size="1GB")
@@ -51,7 +50,7 @@ def test_several_adapters_lie_in_folders_of_their_names(hub):  # noqa: F811
     assert torch.equal(outputs(back), outputs(model.eval()))
 
 
-def test_refusals_and_a_pull_request(hub):  # noqa: F811
+def test_refusals_and_a_pull_request(hub):
     with pytest.raises(ValueError, match="is no repository name"):
         masked().push_to_hub("a/b/c")
     with pytest.raises(HubError, match="log in by"):
@@ -61,7 +60,7 @@ def test_refusals_and_a_pull_request(hub):  # noqa: F811
     assert info.pr_url.endswith("/user/x/discussions/1")
 
 
-def test_other_methods_keep_peft_s_own(hub):  # noqa: F811
+def test_other_methods_keep_peft_s_own(hub):
     model = get_peft_model(base(), LoraConfig(target_modules=["0"]))
     model.push_to_hub("user/lora")
     assert "smn" not in hub.tree("user/lora")["README.md"].decode()
