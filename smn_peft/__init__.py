@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from ._push_to_hub import register
 from .tuner import MaskConfig, MaskModel, explain_targets
 
 __all__ = ["MaskConfig", "MaskModel", "explain_targets"]
+
+register()
 
 __version__ = "0.1.0"

@@ -24,12 +24,13 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "backbones": {"tuner"},
     "data": {"tuner"},
     "evaluation": {"backbones", "data", "tuner"},
-    "training": {"objectives", "data", "evaluation", "tuner"},
+    "training": {"objectives", "data", "evaluation", "tuner", "hub"},
     "cascade": {"tuner", "evaluation", "training"},
     "analysis": {"storage", "evaluation"},
     "hub": {"storage", "evaluation"},
     "paper": {"training", "cascade", "analysis"},
 }
+DIRECTLY_BELOW["_push_to_hub"] = {"hub"}
 DIRECTLY_BELOW["cli"] = set(DIRECTLY_BELOW)
 # The package's own __init__ holds the public names: it may import every layer but the command line.
 DIRECTLY_BELOW[PACKAGE] = set(DIRECTLY_BELOW) - {"cli"}

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from ..backbones import Backbone
 from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
+from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage import adapter_sizes, atomic_write
 from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
 from .metrics import METRICS_NAME, read_metrics
@@ -28,7 +29,6 @@ from .trainer import Trainer, build_accelerator
 
 __all__ = ["MODEL_NAME", "RUN_NAME", "RunSummary", "plan", "run"]
 
-RUN_NAME = "run.json"
 MODEL_NAME = "model.safetensors"
 
 
@@ -45,7 +45,7 @@ class RunSummary:
         steps: Optimizer steps.
         seconds: Time of the training loop, evaluations included.
         images_per_second: Median over the logged windows.
-        sizes: Bytes of the adapter's file by part.
+        sizes: Bytes of the adapter's file by part; `full` is what a checkpoint of all weights would have.
         versions: Versions of what computed it.
     """
 
@@ -119,6 +119,8 @@ def run(arguments: TrainArguments) -> RunSummary:
         _save_model(task, folder)
         summary = _summary(trainer, task, folder, seconds)
         summary.save(folder)
+        if summary.sizes:
+            write_card(folder)
         found = [summary]
     broadcast_object_list(found)  # the others see neither the log nor, on another machine, the folder
     assert found[0] is not None
@@ -214,7 +216,7 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
         steps=trainer.step,
         seconds=seconds,
         images_per_second=speeds[len(speeds) // 2] if speeds else None,
-        sizes=vars(adapter_sizes(folder)) if masked else {},
+        sizes={**vars(adapter_sizes(folder)), "full": full_bytes(task.model)} if masked else {},
         versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
     )
 
