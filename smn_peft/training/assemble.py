@@ -28,6 +28,7 @@ from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
 from ..objectives import Objective, create_objective, list_objectives, objective_class
 from ..tuner import MaskConfig
 from ..tuner.targets import resolve_targets
+from .start import read_indices, start_from
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 
@@ -74,7 +75,7 @@ def build_images(arguments: TrainArguments) -> Images:
     """Open the dataset and choose the subsets that the arguments ask for.
 
     Raises:
-        ValueError: If labels are needed and missing, or a subset is empty.
+        ValueError: If labels are needed and missing, a subset is empty, or `indices_file` does not fit.
     """
     needs_labels = objective_kind(arguments).needs_labels
     where: dict[str, Any] = {
@@ -96,6 +97,8 @@ def build_images(arguments: TrainArguments) -> Images:
                 labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.fraction_seed
             )
         )
+    if arguments.indices_file is not None:
+        train = train.subset(read_indices(arguments.indices_file, len(train)))
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
         raise ValueError(
             f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images are all of one class, "
@@ -142,6 +145,7 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
 
     Raises:
         ValueError: If a part does not fit another; the message says which argument to change.
+        FileNotFoundError: If `init_from` holds no checkpoint.
     """
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
@@ -151,7 +155,10 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
     model = _adapted(arguments, backbone.model, num_classes is not None)
     torch.manual_seed(arguments.seed)
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
-    return TrainingTask(model, objective), backbone
+    task = TrainingTask(model, objective)
+    if arguments.init_from is not None:
+        start_from(task, arguments.init_from)
+    return task, backbone
 
 
 def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.Module:
