@@ -23,8 +23,8 @@ class Whitening:
 
     Attributes:
         mean: fp64 (dim,), subtracted first.
-        components: fp64 (out, dim), orthonormal rows Vᵀ, by falling singular value; of each row the entry of the
-            largest magnitude is positive.
+        components: fp32 (out, dim), orthonormal rows Vᵀ, by falling singular value; of each row the entry of the
+            largest magnitude is positive. They are as many numbers as a small model has, so not fp64.
         singular_values: fp64 (out,), S of the centred features that it was fitted on.
         samples: Number of these features.
     """
@@ -55,7 +55,7 @@ class Whitening:
                 "both with the same models."
             )
         scale = math.sqrt(self.samples - 1) if unit_variance else 1.0
-        matrix = self.components.T * (scale / self.singular_values)
+        matrix = self.components.double().T * (scale / self.singular_values)
         parts = [(part.double() - self.mean) @ matrix for part in features.split(chunk)]
         return torch.cat([part.float() for part in parts])
 
@@ -107,4 +107,5 @@ def fit_whitening(features: Tensor, components: int | None = None, *, chunk: int
     kept = min(rank, components or rank)
     rows = vectors.T.flip(0)[:kept]
     largest_entry = rows.gather(1, rows.abs().argmax(1, keepdim=True))
-    return Whitening(mean, (rows * largest_entry.sign()).contiguous(), values[:kept].contiguous(), len(features))
+    rows = (rows * largest_entry.sign()).float().contiguous()
+    return Whitening(mean, rows, values[:kept].contiguous(), len(features))

@@ -154,7 +154,8 @@ def evaluation_arguments(
         own = TrainArguments(backbone=run.backbone, dataset=dataset)
         names = ("dataset_revision", "image_column", "label_column", "train_split", "eval_split", "templates", "limit")
         arguments = replace(run, dataset=dataset, **{name: getattr(own, name) for name in names})
-    changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None, "eval_split": split or arguments.eval_split or "test"}
+    changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None}
+    changes["eval_split"] = split or arguments.eval_split or "test"
     if arguments.objective not in list_objectives():
         changes["objective"] = "swav"  # to evaluate takes none: a user's own need not be there any more
     if limit is not None:

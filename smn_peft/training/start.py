@@ -65,7 +65,7 @@ def read_indices(path: str | Path, count: int) -> Tensor:
         raise ValueError(f"indices_file={path} must hold one row of integers, one at least; it holds {shown}.")
     if found.min() < 0 or found.max() >= count or len(np.unique(found)) < len(found):
         raise ValueError(
-            f"indices_file={path} must hold each number once at most, from 0 to {count - 1}, the images that limit and "
-            f"fraction leave; it holds {len(found)} from {found.min()} to {found.max()}."
+            f"indices_file={path} must hold each number once at most, from 0 to {count - 1}, the images that limit "
+            f"and fraction leave; it holds {len(found)} from {found.min()} to {found.max()}."
         )
     return torch.from_numpy(found.astype(np.int64))
