@@ -13,7 +13,9 @@ from torch import Tensor
 from ..data import ImageDataset
 from ..storage import atomic_write
 from ..training import RunSummary, TrainArguments, run
+from ..training.checkpoint import latest_checkpoint
 from ..training.run import finished_run, indices_digest
+from ..training.start import start_digest
 
 __all__ = ["DISPATCHER", "expert_arguments", "expert_epochs", "expert_name", "train_once", "write_clusters"]
 
@@ -83,9 +85,12 @@ def train_once(arguments: TrainArguments, images: ImageDataset | None = None, *,
         evaluate: Evaluate before and after.
 
     Raises:
-        ValueError: If a run with other settings or images is done, or was begun, in its folder.
+        ValueError: If a run with other settings, start or images is done, or was begun, in its folder.
     """
     more = {"indices": indices_digest(images)} if images is not None else {}
+    # A run that is done needs the checkpoint that it started from no more.
+    if arguments.init_from is not None and latest_checkpoint(arguments.init_from) is not None:
+        more["start"] = start_digest(arguments.init_from)
     found: RunSummary | None = finished_run(arguments, **more)
     if found is None:
         run(arguments, evaluate=evaluate)

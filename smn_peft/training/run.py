@@ -24,6 +24,7 @@ from ..storage import adapter_sizes, atomic_write, tensor_digest
 from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
 from .facts import as_facts, check_same
 from .metrics import METRICS_NAME, read_metrics
+from .start import start_digest
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 from .trainer import Trainer, build_accelerator
@@ -110,6 +111,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
     facts = {
+        **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
         **({"indices": indices_digest(images.train)} if arguments.indices_file is not None else {}),
         "images": len(images.train),
         "classes": images.train.classes,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from .checkpoint import latest_checkpoint, load_tensors
 from .task import TrainingTask
 
-__all__ = ["read_indices", "start_from"]
+__all__ = ["read_indices", "start_digest", "start_from"]
 
 
 def start_from(task: TrainingTask, folder: str | Path) -> None:
@@ -28,16 +29,34 @@ def start_from(task: TrainingTask, folder: str | Path) -> None:
         FileNotFoundError: If it holds no checkpoint.
         ValueError: If the checkpoint is of another model, mask or objective.
     """
+    path = _checkpoint(folder)
+    own = {f"objective.{name}" for name in task.objective.run_state}
+    tensors = {name: tensor for name, tensor in task.training_state().items() if name not in own}
+    fix = "It must be a run of the same backbone, mask and objective options as this one."
+    load_tensors(path, tensors, fix, ignore=own)
+
+
+def start_digest(folder: str | Path) -> str:
+    """SHA-256 of what [`start_from`] would read, as hex, by which a run knows its start again.
+
+    Raises:
+        FileNotFoundError: If the folder holds no checkpoint.
+    """
+    digest = hashlib.sha256()
+    with (_checkpoint(folder) / "model.safetensors").open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _checkpoint(folder: str | Path) -> Path:
     path = latest_checkpoint(folder)
     if path is None:
         raise FileNotFoundError(
             f"init_from={folder} holds no checkpoint, and an adapter alone has no scores to start from: name the "
             "output_dir of a run with keep_checkpoints of 1 or more."
         )
-    own = {f"objective.{name}" for name in task.objective.run_state}
-    tensors = {name: tensor for name, tensor in task.training_state().items() if name not in own}
-    fix = "It must be a run of the same backbone, mask and objective options as this one."
-    load_tensors(path, tensors, fix, ignore=own)
+    return path
 
 
 def read_indices(path: str | Path, count: int) -> Tensor:

@@ -34,18 +34,22 @@ def images(arguments):
     return {split: load_images(arguments.dataset, split) for split in ("train", "test")}
 
 
-def reference(folder: Path, dataset) -> np.ndarray:
-    """Features of one run's own model, image by image."""
-    _, backbone = load_run(folder)
-    transform = evaluation_of(backbone)
-    with torch.no_grad():
-        rows = [pooled_features(backbone.model, transform(item["image"])[None])[0] for item in dataset]
-    return torch.stack(rows).double().numpy()
+@pytest.fixture(scope="module")
+def features(fitted, images) -> dict[str, list[np.ndarray]]:
+    """Features of each run's own model, image by image, per split."""
+    found = {split: [] for split in images}
+    for name in NAMES:
+        _, backbone = load_run(fitted / name)
+        transform = evaluation_of(backbone)
+        for split, part in images.items():
+            with torch.no_grad():
+                rows = [pooled_features(backbone.model, transform(item["image"])[None])[0] for item in part]
+            found[split].append(torch.stack(rows).double().numpy())
+    return found
 
 
 @pytest.mark.parametrize("mode", ["whitened", "conditional", "unconditional"])
-def test_an_embedding_is_the_papers_formula(cascade, fitted, images, mode):
-    features = {split: [reference(fitted / name, part) for name in NAMES] for split, part in images.items()}
+def test_an_embedding_is_the_papers_formula(cascade, fitted, images, features, mode):
     router = Router.load(fitted)
     raw = {}
     for split, (dispatcher, *experts) in features.items():

@@ -22,6 +22,7 @@ from tests.training.tiny import TRAIN
 
 from .tiny import OPTIONS
 
+PARTS = ("dispatcher", "expert-0", "expert-1", "clusters", "router.json", "router.safetensors", "cascade.json")
 MASKS = [f"{name}/adapter_model.safetensors" for name in ("dispatcher", "expert-0", "expert-1")]
 
 
@@ -129,29 +130,23 @@ def test_other_settings_are_refused(fitted, arguments, tmp_path):
         ValueError, match=r"dispatcher/run\.json was written .*other settings(?s:.*)lr: was 5\.0, is 6\.0"
     ):
         prepare(replace(arguments, lr=6.0), OPTIONS)
-    parts = ("dispatcher", "expert-0", "expert-1", "clusters", "router.json", "router.safetensors", "cascade.json")
-    alone = copy_of(fitted, arguments, tmp_path / "other", *parts)
-    changed = replace(OPTIONS, router="kmeans", router_seed=3, ensemble=False)
-    router, _ = prepare(alone, changed)
-    assert not (tmp_path / "other" / "cascade.json").exists()  # it would be of another router
-    if router.sizes != Router.load(fitted).sizes:
-        with pytest.raises(ValueError, match=r"expert-0/run\.json was written .*other settings"):
-            train_experts(alone, changed, [0])
     with pytest.raises(ValueError, match="ensemble needs one base, and with pretrained=False each seed has its own"):
         prepare(replace(arguments, pretrained=False), OPTIONS)
-
-
-def test_an_expert_of_other_images_is_another_run(fitted, arguments, tmp_path):
-    parts = ("dispatcher", "expert-0", "clusters", "router.json", "router.safetensors")
-    alone = copy_of(fitted, arguments, tmp_path / "moved", *parts)
-    path = tmp_path / "moved" / "clusters" / "expert-0.npy"
-    summary = RunSummary.load(tmp_path / "moved" / "expert-0")
-    same = {"init_from": str(tmp_path / "moved" / "dispatcher"), "indices_file": str(path)}
-    replace(summary, arguments={**summary.arguments, **same}).save(tmp_path / "moved" / "expert-0")
-    train_experts(alone, OPTIONS, [0])  # done: nothing is trained
-    np.save(path, np.load(path)[::-1])
+    moved = copy_of(fitted, arguments, tmp_path / "moved", *PARTS)
+    train_experts(moved, OPTIONS, [0, 1])  # done, wherever the folder is: nothing is trained
+    checkpoint = tmp_path / "moved" / "dispatcher" / "checkpoint-8"
+    (checkpoint / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"expert-0/run\.json was written .*other settings(?s:.*)  start: was"):
+        train_experts(moved, OPTIONS, [0])
+    shutil.rmtree(checkpoint)  # to save space: what is done needs it no more
+    train_experts(moved, OPTIONS, [0, 1])
+    options = replace(OPTIONS, router="kmeans", ensemble=False)
+    prepare(moved, options)
+    assert not (tmp_path / "moved" / "cascade.json").exists()  # it would be of another router
+    before, after = (np.load(root / "clusters" / "expert-0.npy") for root in (fitted, tmp_path / "moved"))
+    assert before.tolist() != after.tolist()
     with pytest.raises(ValueError, match=r"expert-0/run\.json was written .*other settings(?s:.*)indices: was"):
-        train_experts(alone, OPTIONS, [0])
+        train_experts(moved, options, [0])
 
 
 def test_the_run_of_an_expert_can_be_repeated_alone(fitted, tmp_path):

@@ -38,8 +38,8 @@ def line(tmp_path_factory) -> list[object]:
     """A recipe for a tiny dispatcher, and the options of its cascade."""
     folder = tmp_path_factory.mktemp("cli")
     arguments = cascade_arguments(folder)
-    names = ("backbone", "dataset", "output_dir", "epochs", "batch_size", "lr", "head_lr", "knn_k", "cpu")
-    recipe = {name: getattr(arguments, name) for name in names} | SWAV
+    names = ("backbone", "dataset", "output_dir", "batch_size", "lr", "head_lr", "knn_k", "cpu")
+    recipe = {name: getattr(arguments, name) for name in names} | SWAV | {"epochs": 1, "eval_split": None}
     (folder / "tiny.yaml").write_text(json.dumps({**recipe, "mask": {"batch_norm": "adapt"}}))
     return ["--recipe", folder / "tiny.yaml", "--experts", 2, "--router-dim", 4]
 

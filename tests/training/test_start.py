@@ -16,7 +16,7 @@ from smn_peft.training.assemble import build_images, build_task
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.evaluate_run import evaluate_run
 from smn_peft.training.run import finished_run, indices_digest
-from smn_peft.training.start import read_indices
+from smn_peft.training.start import read_indices, start_digest
 
 from .tiny import SWAV, TRAIN, tiny_arguments
 
@@ -53,6 +53,7 @@ def test_it_starts_from_everything_but_the_queue(first, tmp_path):
         "running_mean",
     }
     summary = run(arguments, evaluate=False)
+    assert summary.arguments["start"] == start_digest(first.output_dir)
     assert summary.steps == 8  # from step 0
     assert (summary.before, summary.after) == ({}, {})
     again = checkpoint(arguments)
