@@ -13,6 +13,7 @@ from ..data import ImageDataset
 from ..training import TrainArguments
 from ..training.assemble import build_images
 from ..training.run import finished_run
+from ..training.start import read_indices
 from ..training.trainer import build_accelerator
 from .arguments import CascadeArguments, check_run
 from .cascade import Cascade
@@ -142,7 +143,8 @@ def _train_experts(
     folder = Path(arguments.output_dir)
     for number in numbers:
         mine = expert_arguments(arguments, folder, number, len(images), router.sizes[number])
-        cluster = build_images(mine).train
+        assert mine.indices_file is not None
+        cluster = images.subset(read_indices(mine.indices_file, len(images)))
         if train_once(mine, cluster) and accelerator.is_main_process:
             (folder / CASCADE_NAME).unlink(missing_ok=True)
         accelerator.wait_for_everyone()

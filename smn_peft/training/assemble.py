@@ -82,13 +82,14 @@ def build_images(arguments: TrainArguments) -> Images:
         "image_column": arguments.image_column,
         "label_column": arguments.label_column,
         "revision": arguments.dataset_revision,
-        "cache": arguments.cache_images,
     }
     labelled = needs_labels or arguments.eval_split is not None
     full = load_images(arguments.dataset, arguments.train_split, labelled=labelled, **where)
     train = full
     if arguments.limit is not None and arguments.limit < len(train):
         train = train.subset(_choose(len(train), arguments.limit, arguments.subset_seed))
+    if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
+        train = train.cached()
     bank = train
     if arguments.fraction < 1.0:
         labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
@@ -109,6 +110,8 @@ def build_images(arguments: TrainArguments) -> Images:
     test = load_images(arguments.dataset, arguments.eval_split, labelled=True, **where)
     if arguments.eval_limit is not None and arguments.eval_limit < len(test):
         test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
+    if arguments.cache_images:
+        test = test.cached()
     if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
         bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
     return Images(train, bank, test, full.num_classes)
