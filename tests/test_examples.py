@@ -45,6 +45,7 @@ ALONE: dict[str, tuple[list[str], list[str]]] = {
 }
 # Scripts on real weights and images: a table of methods comes out.
 ON_ASSETS = {
+    "cascade.py": [r"clusters \(\d+, \d+, \d+\)", r"\| cascade, conditional +\|", r"\| dispatchers of 4 seeds +\|"],
     "low_shot.py": [r"\| frozen, linear probe +\|", r"\| mask without labels"],
     "real_resnet.py": [r"\| frozen, k-NN +\|", r"\| mask"],
     "real_vit.py": [r"\| frozen, k-NN +\|", r"\| mask"],

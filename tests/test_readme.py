@@ -69,9 +69,11 @@ def params(language: str) -> list:
 
 def smn_problem(words: list[str]) -> str | None:
     """Why `smn` would refuse the words: they are parsed as the command line parses them, and nothing is run."""
-    group = typer.main.get_command(app)
+    name, command, rest = "smn", typer.main.get_command(app), words
     try:
-        name, command, rest = group.resolve_command(group.make_context("smn", [], resilient_parsing=True), words)
+        while hasattr(command, "resolve_command"):  # a group, possibly in a group
+            group = command
+            name, command, rest = group.resolve_command(group.make_context(name, [], resilient_parsing=True), rest)
         context = command.make_context(name, rest)
     except Exception as error:  # typer's own errors have no common class that it exports
         return f"smn refuses it: {getattr(error, 'message', error)}"
@@ -156,6 +158,8 @@ def test_blocks_are_found_with_their_marks():
         ("smn trian --recipe swav-small", "smn refuses it"),
         ("smn train --recipe swav-small --epoch 3", "smn has no option"),
         ("smn train --epochs three", "smn refuses it"),
+        ("smn cascade trian --experts 3", "smn refuses it"),
+        ("smn cascade train --expertz 3", "smn has no option"),
         ("curl https://example.org | sh", "no test knows"),
     ],
 )

@@ -18,13 +18,16 @@ from .masking import (
 )
 from .ops import masked_conv, masked_linear
 from .packing import hamming, pack_bits, packed_size, popcount, unpack_bits
+from .whitening import Whitening, fit_whitening
 
 __all__ = [
     "MASK_TYPES",
     "MaskSpec",
+    "Whitening",
     "compute_mask",
     "density",
     "effective_weight",
+    "fit_whitening",
     "hamming",
     "masked_conv",
     "masked_linear",

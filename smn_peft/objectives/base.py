@@ -47,6 +47,7 @@ class Objective(nn.Module):
         views: ``"one"``: the batch holds ``pixel_values``; ``"crops"``: it holds ``crops``, several views per image.
         needs_labels: Whether the batch must hold ``labels``.
         consumes: Whether `model` returns features or logits.
+        run_state: Names of buffers that belong to one run: another that starts from its weights starts them anew.
         Options: Dataclass of the options, each field with ``metadata={"help": …}``.
     """
 
@@ -54,6 +55,7 @@ class Objective(nn.Module):
     views: ClassVar[Views]
     needs_labels: ClassVar[bool]
     consumes: ClassVar[Consumes]
+    run_state: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(self, feature_dim: int, num_classes: int | None, options: Any) -> None:

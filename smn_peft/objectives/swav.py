@@ -51,6 +51,7 @@ class SwAV(Objective):
     views = "crops"
     needs_labels = False
     consumes = "features"
+    run_state = ("queue", "queue_filled")
     Options = SwAVOptions
     queue: Tensor
     queue_filled: Tensor

@@ -28,6 +28,7 @@ from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
 from ..objectives import Objective, create_objective, list_objectives, objective_class
 from ..tuner import MaskConfig
 from ..tuner.targets import resolve_targets
+from .start import read_indices, start_from
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 
@@ -74,20 +75,21 @@ def build_images(arguments: TrainArguments) -> Images:
     """Open the dataset and choose the subsets that the arguments ask for.
 
     Raises:
-        ValueError: If labels are needed and missing, or a subset is empty.
+        ValueError: If labels are needed and missing, a subset is empty, or `indices_file` does not fit.
     """
     needs_labels = objective_kind(arguments).needs_labels
     where: dict[str, Any] = {
         "image_column": arguments.image_column,
         "label_column": arguments.label_column,
         "revision": arguments.dataset_revision,
-        "cache": arguments.cache_images,
     }
     labelled = needs_labels or arguments.eval_split is not None
     full = load_images(arguments.dataset, arguments.train_split, labelled=labelled, **where)
     train = full
     if arguments.limit is not None and arguments.limit < len(train):
         train = train.subset(_choose(len(train), arguments.limit, arguments.subset_seed))
+    if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
+        train = train.cached()
     bank = train
     if arguments.fraction < 1.0:
         labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
@@ -96,6 +98,8 @@ def build_images(arguments: TrainArguments) -> Images:
                 labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.fraction_seed
             )
         )
+    if arguments.indices_file is not None:
+        train = train.subset(read_indices(arguments.indices_file, len(train)))
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
         raise ValueError(
             f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images are all of one class, "
@@ -106,6 +110,8 @@ def build_images(arguments: TrainArguments) -> Images:
     test = load_images(arguments.dataset, arguments.eval_split, labelled=True, **where)
     if arguments.eval_limit is not None and arguments.eval_limit < len(test):
         test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
+    if arguments.cache_images:
+        test = test.cached()
     if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
         bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
     return Images(train, bank, test, full.num_classes)
@@ -142,6 +148,7 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
 
     Raises:
         ValueError: If a part does not fit another; the message says which argument to change.
+        FileNotFoundError: If `init_from` holds no checkpoint.
     """
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
@@ -151,7 +158,10 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
     model = _adapted(arguments, backbone.model, num_classes is not None)
     torch.manual_seed(arguments.seed)
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
-    return TrainingTask(model, objective), backbone
+    task = TrainingTask(model, objective)
+    if arguments.init_from is not None:
+        start_from(task, arguments.init_from)
+    return task, backbone
 
 
 def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.Module:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["latest_checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint"]
+__all__ = ["latest_checkpoint", "list_checkpoints", "load_checkpoint", "load_tensors", "save_checkpoint"]
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _UNFINISHED = ".checkpoint-"
@@ -149,24 +149,45 @@ def load_checkpoint(
     path = Path(path)
     try:
         state: dict[str, Any] = json.loads((path / STATE_NAME).read_text("utf-8"))
-        loaded = load_file(path / "model.safetensors")
         momentum = load_file(path / "optimizer.safetensors") if optimizer is not None else {}
     except (SafetensorError, ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Delete it; an older checkpoint is then taken.") from error
-    if missing := sorted(set(tensors) ^ set(loaded)):
+        raise _damaged(path, error) from error
+    load_tensors(path, tensors, "Resume with the arguments that the run was started with.")
+    if optimizer is not None:
+        optimizer.load_state_dict(_unflatten(momentum, state["param_groups"]))
+    return state
+
+
+def load_tensors(path: Path, tensors: Mapping[str, Tensor], fix: str, ignore: Collection[str] = ()) -> None:
+    """Write a checkpoint's tensors into the live ones, once all of them are read and compared.
+
+    Args:
+        path: The checkpoint's folder.
+        tensors: Live tensors by name.
+        fix: What to do if they do not fit, for the message.
+        ignore: Names that the checkpoint may have besides.
+
+    Raises:
+        ValueError: If names or shapes differ, or the file is damaged.
+    """
+    try:
+        loaded = load_file(path / "model.safetensors")
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise _damaged(path, error) from error
+    if missing := sorted(set(tensors) ^ (set(loaded) - set(ignore))):
         raise ValueError(
             f"{path} belongs to another model or objective: {len(missing)} tensors are on one side only, such as "
-            f"{missing[0]}. Resume with the arguments that the run was started with."
+            f"{missing[0]}. {fix}"
         )
     for name, tensor in tensors.items():
         if tensor.shape != loaded[name].shape:
             raise ValueError(
-                f"{path}: {name} has shape {tuple(loaded[name].shape)}, the model's has {tuple(tensor.shape)}. "
-                "Resume with the arguments that the run was started with."
+                f"{path}: {name} has shape {tuple(loaded[name].shape)}, the model's has {tuple(tensor.shape)}. {fix}"
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(loaded[name])
-    if optimizer is not None:
-        optimizer.load_state_dict(_unflatten(momentum, state["param_groups"]))
-    return state
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged: {error}. Delete it; an older checkpoint is then taken.")

@@ -31,7 +31,7 @@ from .run import RUN_NAME, RunSummary
 from .saved import load_run
 from .train_arguments import TrainArguments
 
-__all__ = ["METRICS", "evaluate_run"]
+__all__ = ["METRICS", "check_metrics", "evaluate_run", "evaluation_arguments"]
 
 METRICS = ("knn", "linear_probe", "accuracy")
 
@@ -71,9 +71,10 @@ def evaluate_run(
         ValueError: For an unknown metric, a dataset that is not known, or one that the classifier was not made for.
         FileNotFoundError: If nothing is saved in the folder.
     """
-    _check(metrics, low_shot, seeds, limit)
+    check_metrics(metrics)
+    _check(low_shot, seeds, limit)
     run, loaded = load_run(folder, base=base, backbone=backbone)
-    arguments = _arguments(run, loaded, Path(folder), dataset, split, limit)
+    arguments = evaluation_arguments(run, loaded, Path(folder), dataset, split, limit)
     zero_shot = run is not None and run.objective == "zero_shot"
     has_head = run is not None and _head_classes(folder) is not None
     same = run is not None and arguments.dataset == run.dataset
@@ -109,12 +110,20 @@ def evaluate_run(
     )
 
 
-def _check(metrics: Sequence[str], low_shot: Sequence[float], seeds: int, limit: int | None) -> None:
+def check_metrics(metrics: Sequence[str], known: Sequence[str] = METRICS) -> None:
+    """Refuse a metric that is not known.
+
+    Raises:
+        ValueError: Naming those that are.
+    """
     for name in metrics:
-        if name not in METRICS:
-            close = difflib.get_close_matches(name, METRICS, n=1)
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(METRICS)}.{hint}")
+            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(known)}.{hint}")
+
+
+def _check(low_shot: Sequence[float], seeds: int, limit: int | None) -> None:
     if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
         raise ValueError(f"A low-shot fraction must lie in (0, 1]; got {wrong[0]}: 10 % of the labels is 0.1.")
     for what, value in (("seeds", seeds), ("limit", limit)):
@@ -122,7 +131,7 @@ def _check(metrics: Sequence[str], low_shot: Sequence[float], seeds: int, limit:
             raise ValueError(f"{what} must be at least 1; got {value}.")
 
 
-def _arguments(
+def evaluation_arguments(
     run: TrainArguments | None,
     loaded: Backbone,
     folder: Path,
@@ -130,7 +139,11 @@ def _arguments(
     split: str | None,
     limit: int | None,
 ) -> TrainArguments:
-    """The run's arguments, on another dataset as a fresh run would read it."""
+    """Arguments that name the images to evaluate a run on: its own, or another dataset as a fresh run would read it.
+
+    Raises:
+        ValueError: If nothing says which.
+    """
     if run is None:
         if dataset is None:
             raise ValueError(f"{folder} has no {RUN_NAME} that says what it was trained on: name a dataset.")
@@ -141,7 +154,8 @@ def _arguments(
         own = TrainArguments(backbone=run.backbone, dataset=dataset)
         names = ("dataset_revision", "image_column", "label_column", "train_split", "eval_split", "templates", "limit")
         arguments = replace(run, dataset=dataset, **{name: getattr(own, name) for name in names})
-    changes: dict[str, Any] = {"fraction": 1.0, "eval_split": split or arguments.eval_split or "test"}
+    changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None}
+    changes["eval_split"] = split or arguments.eval_split or "test"
     if arguments.objective not in list_objectives():
         changes["objective"] = "swav"  # to evaluate takes none: a user's own need not be there any more
     if limit is not None:

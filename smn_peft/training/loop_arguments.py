@@ -73,8 +73,9 @@ class LoopArguments:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
 
 
-# What may differ between a run and its resumption: nothing of it moves a weight.
+# What may differ between a run and its resumption: nothing of it moves a weight. What the last two name is compared by
+# its content, so that folders can be moved.
 HARMLESS = frozenset(
     "output_dir resume log_every checkpoint_every keep_checkpoints log_with evaluate_every num_workers "
-    "eval_split eval_limit eval_probe knn_k knn_limit".split()
+    "eval_split eval_limit eval_probe knn_k knn_limit init_from indices_file".split()
 )

@@ -18,16 +18,19 @@ from peft import PeftModel
 from safetensors.torch import save
 
 from ..backbones import Backbone
+from ..data import ImageDataset
 from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
 from ..hub import RUN_NAME, full_bytes, write_card
-from ..storage import adapter_sizes, atomic_write
+from ..storage import adapter_sizes, atomic_write, tensor_digest
 from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
+from .facts import as_facts, check_same
 from .metrics import METRICS_NAME, read_metrics
+from .start import start_digest
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 from .trainer import Trainer, build_accelerator
 
-__all__ = ["MODEL_NAME", "RUN_NAME", "RunSummary", "plan", "run"]
+__all__ = ["MODEL_NAME", "RUN_NAME", "RunSummary", "finished_run", "indices_digest", "plan", "run"]
 
 MODEL_NAME = "model.safetensors"
 
@@ -88,10 +91,14 @@ class RunSummary:
             raise ValueError(f"{path} is not what a run writes ({error}): delete it, and name the dataset.") from error
 
 
-def run(arguments: TrainArguments) -> RunSummary:
+def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     """Train as the arguments say, and save the adapter in `output_dir`.
 
     Every process of a distributed run calls this; the main one writes.
+
+    Args:
+        arguments: The whole run.
+        evaluate: False evaluates nothing; which images are trained on does not depend on it.
 
     Raises:
         ValueError: For arguments, data or a checkpoint that do not go together, before training starts.
@@ -104,12 +111,14 @@ def run(arguments: TrainArguments) -> RunSummary:
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
     facts = {
+        **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
+        **({"indices": indices_digest(images.train)} if arguments.indices_file is not None else {}),
         "images": len(images.train),
         "classes": images.train.classes,
         "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
     }
-    evaluate = _evaluation_of(arguments, images, backbone, accelerator)
-    trainer = Trainer(task, loader, arguments, accelerator, evaluate, facts)
+    evaluation = _evaluation_of(arguments, images, backbone, accelerator) if evaluate else None
+    trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
@@ -125,6 +134,29 @@ def run(arguments: TrainArguments) -> RunSummary:
     broadcast_object_list(found)  # the others see neither the log nor, on another machine, the folder
     assert found[0] is not None
     return found[0]
+
+
+def indices_digest(images: ImageDataset) -> str:
+    """Digest of which images of their source these are, by which a run knows its `indices_file` again."""
+    return tensor_digest(images.rows)
+
+
+def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
+    """What a run with these arguments wrote when it was done, None if there is none in `output_dir`.
+
+    Args:
+        arguments: The whole run.
+        more: Other facts that its ``run.json`` has to have.
+
+    Raises:
+        ValueError: If a run with other settings was done there.
+    """
+    path = Path(arguments.output_dir) / RUN_NAME
+    if not path.is_file():
+        return None
+    summary, wanted = RunSummary.load(path.parent), as_facts(arguments, more)
+    check_same({name: summary.arguments.get(name) for name in wanted}, wanted, path)
+    return summary
 
 
 def plan(arguments: TrainArguments) -> str:

@@ -21,7 +21,7 @@ from .checkpoint import latest_checkpoint
 from .run import MODEL_NAME, RUN_NAME, RunSummary
 from .train_arguments import TrainArguments
 
-__all__ = ["arguments_of", "load_run"]
+__all__ = ["arguments_of", "check_base_file", "load_run"]
 
 
 def arguments_of(summary: RunSummary) -> TrainArguments:
@@ -56,7 +56,7 @@ def load_run(
     if (folder / RUN_NAME).is_file():
         summary = RunSummary.load(folder)
         arguments = arguments_of(summary)
-        _check_file(backbone or arguments.backbone, folder, given=backbone is not None)
+        check_base_file(backbone or arguments.backbone, folder, given=backbone is not None)
         arguments = replace(arguments, backbone=backbone or arguments.backbone)
         loaded = load_base(arguments, None if base else summary.arguments.get("head_classes"))
         adapted = arguments.adapt == "mask"
@@ -82,7 +82,7 @@ def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None) -> Backb
         raise ValueError(
             f"{folder / CONFIG_NAME} names no base model: name it, as in --backbone timm/resnet18.a1_in1k."
         )
-    _check_file(name, folder, given=backbone is not None)
+    check_base_file(name, folder, given=backbone is not None)
     if is_file_spec(name):
         loaded = load_from_file(name)
     else:
@@ -111,8 +111,12 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
 
 
-def _check_file(name: str, folder: Path, *, given: bool) -> None:
-    """Refuse to run code that came with the weights, unless the caller named it."""
+def check_base_file(name: str, folder: Path, *, given: bool) -> None:
+    """Refuse to run code that came with the weights, unless the caller named it.
+
+    Raises:
+        ValueError: If `name` is a program inside `folder`, and not `given`.
+    """
     inside = is_file_spec(name) and folder.resolve() in Path(name.rpartition(":")[0]).resolve().parents
     if inside and not given:
         raise ValueError(

@@ -24,6 +24,9 @@ class TrainArguments(LoopArguments):
     pretrained: bool = option(True, "False starts from random weights, which is good for tests only.")
     backbone_revision: str | None = option(None, "Git revision of the backbone on the Hub.")
     image_size: int | None = option(None, "Side of the images in pixels; None: the backbone's own.")
+    init_from: str | None = option(
+        None, "Start from the scores, head and statistics of this run's output_dir, instead of the first ones."
+    )
     adapt: Literal["mask", "full", "head"] = option("mask", "What trains: a mask, all weights, or the head alone.")
     mask: MaskConfig = field(default_factory=MaskConfig, metadata={"help": "The mask adapter."})
 
@@ -42,6 +45,9 @@ class TrainArguments(LoopArguments):
     balanced: bool = option(True, "Take the fraction evenly from the classes, where labels are known.")
     subset_seed: int = option(0, "Seed of the limits, so that runs with other seeds see the same images.")
     fraction_seed: int = option(0, "Seed of the fraction; with one seed a smaller part lies in a larger one.")
+    indices_file: str | None = option(
+        None, "A .npy of image numbers: train on these of the images that limit and fraction leave."
+    )
     num_workers: int = option(0, "Processes that load and augment images; 0: the training process itself.")
     cache_images: bool = option(False, "Hold decoded images in memory, up to 2 GiB.")
     supervised: SupervisedOptions = field(

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .facts import as_facts, check_same
 from .guards import TrainingFailure, check_loss, check_masks
 from .interrupt import StopRequest
-from .loop_arguments import HARMLESS, LoopArguments
+from .loop_arguments import LoopArguments
 from .memory import enable_gradient_checkpointing
 from .metrics import MetricsLog, Window, postfix
 from .optimizer import build_optimizer, set_learning_rates
@@ -84,7 +84,7 @@ class Trainer:
         """
         self.task, self.arguments, self.loader, self.evaluate = task, arguments, loader, evaluate
         self.accelerator = accelerator or build_accelerator(arguments)
-        self.facts = json.loads(json.dumps({**asdict(arguments), **(facts or {})}, default=_jsonable))
+        self.facts = as_facts(arguments, facts)
         set_seed(arguments.seed)
         if arguments.gradient_checkpointing:
             enable_gradient_checkpointing(task.model)
@@ -127,13 +127,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         saved = json.loads((path / "trainer_state.json").read_text("utf-8"))["facts"]
-        names = sorted((set(saved) | set(self.facts)) - HARMLESS)
-        if differing := [name for name in names if saved.get(name) != self.facts.get(name)]:
-            lines = "\n".join(f"  {name}: was {saved.get(name)!r}, is {self.facts.get(name)!r}" for name in differing)
-            raise ValueError(
-                f"{path} was written by a run with other settings, so going on would not be the same run:\n{lines}\n"
-                "Resume with the old ones, or start anew in another output_dir."
-            )
+        check_same(saved, self.facts, path)
         state = load_checkpoint(path, self.task.training_state(), self.optimizer)
         self.step = state["step"]
         if self.accelerator.scaler is not None and state.get("scaler"):
@@ -270,10 +264,6 @@ class Trainer:
             self.log.write(self.step, values)
         if self.arguments.log_with is not None:
             self.accelerator.log({key: value for key, value in values.items() if value is not None}, step=self.step)
-
-
-def _jsonable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:

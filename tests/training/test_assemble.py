@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,13 @@ def test_a_file_without_the_objective_is_refused(tmp_path):
         objective_kind(tiny_arguments(tmp_path, objective=f"{OWN}:info"))
     with pytest.raises(FileNotFoundError, match=r"There is no file nowhere\.py"):
         objective_kind(tiny_arguments(tmp_path, objective="nowhere.py:mine"))
+
+
+def test_only_the_images_that_are_used_are_held_in_memory(tmp_path):
+    arguments = tiny_arguments(tmp_path, cache_images=True, limit=10, fraction=0.5, eval_limit=7)
+    found = build_images(arguments)
+    assert [len(part._cache) for part in (found.train, found.bank, found.test)] == [len(found.train), 10, 7]
+    plain = build_images(replace(arguments, cache_images=False))
+    assert not plain.train._cache
+    for held, read in zip((found.train, found.bank, found.test), (plain.train, plain.bank, plain.test), strict=True):
+        assert all(torch.equal(held[i]["image"], read[i]["image"]) for i in range(len(read)))

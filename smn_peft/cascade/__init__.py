@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cascades: a dispatcher's mask, a router on its features, an expert's mask per cluster, and their joint embedding."""
+
+from __future__ import annotations
+
+from .arguments import CascadeArguments
+from .cascade import Cascade
+from .evaluate import evaluate_cascade
+from .fit import fit_cascade, prepare, train_experts
+from .parts import MODES, CascadeSizes, Mode, cascade_sizes
+from .router import Router, fit_router
+
+__all__ = [
+    "MODES",
+    "Cascade",
+    "CascadeArguments",
+    "CascadeSizes",
+    "Mode",
+    "Router",
+    "cascade_sizes",
+    "evaluate_cascade",
+    "fit_cascade",
+    "fit_router",
+    "prepare",
+    "train_experts",
+]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors and facts of a cascade's folder: safetensors and JSON, checked as they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from ..functional.whitening import Whitening
+from ..storage import atomic_write
+
+__all__ = ["read_json", "read_tensors", "read_whitening", "whitening_tensors", "write_json", "write_tensors"]
+
+_DAMAGED = "Copy the folder again, or fit the cascade anew."
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[str | int, ...]]) -> dict[str, Tensor]:
+    """Read tensors, `components` in fp32 and all others in fp64, and check what they are.
+
+    Args:
+        path: The safetensors file.
+        shapes: Shape of each by name; sizes are numbers, or letters that stand for the same number everywhere.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or holds other tensors than these.
+    """
+    try:
+        found = load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: the copy of the cascade is incomplete.") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}. {_DAMAGED}") from error
+    if set(found) != set(shapes):
+        raise ValueError(f"{path} holds {', '.join(sorted(found))}, not {', '.join(sorted(shapes))}. {_DAMAGED}")
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        tensor = found[name]
+        expected = tuple(size if isinstance(size, int) else sizes.get(size) for size in shape)
+        dtype = torch.float32 if name.endswith("components") else torch.float64
+        same = len(tensor.shape) == len(expected) and all(
+            size is None or size == real for size, real in zip(expected, tensor.shape, strict=True)
+        )
+        if not same or tensor.dtype != dtype or not tensor.isfinite().all():
+            raise ValueError(
+                f"{path}: {name} must be finite numbers in {dtype} of the shape {shape}; it is "
+                f"{tensor.dtype} {tuple(tensor.shape)}. {_DAMAGED}"
+            )
+        sizes |= {key: real for key, real in zip(shape, tensor.shape, strict=True) if isinstance(key, str)}
+    return found
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(facts, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, known: Mapping[str, type | tuple[type, ...]], version: int) -> dict[str, Any]:
+    """Read facts and check their types.
+
+    Args:
+        path: The JSON file.
+        known: Type of each by name, beside ``format``.
+        version: The format that this release writes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or of a format that this release does not know.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no finished cascade.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {_DAMAGED}") from error
+    if not isinstance(found, dict) or found.pop("format", None) != version:
+        raise ValueError(f"{path} is not of format {version}; smn_peft's newest version reads all. {_DAMAGED}")
+    for name, kind in known.items():
+        if name not in found or not isinstance(found[name], kind):
+            raise ValueError(f"{path}: {name} is missing or of another type. {_DAMAGED}")
+    return found
+
+
+def whitening_tensors(whitening: Whitening) -> dict[str, Tensor]:
+    """A whitening as tensors by name."""
+    return {
+        "mean": whitening.mean,
+        "components": whitening.components,
+        "singular_values": whitening.singular_values,
+        "samples": torch.tensor([whitening.samples], dtype=torch.float64),
+    }
+
+
+def read_whitening(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> Whitening:
+    """The whitening whose tensors have this prefix.
+
+    Raises:
+        ValueError: If it could not have been fitted.
+    """
+    mean, components, values, samples = (
+        tensors[f"{prefix}{name}"] for name in ("mean", "components", "singular_values", "samples")
+    )
+    if not bool((values > 0).all()) or not float(samples) >= 2 or math.modf(float(samples))[0]:
+        raise ValueError(f"{path}: singular values must be above 0, and samples a number from 2 on. {_DAMAGED}")
+    return Whitening(mean, components, values, int(samples))

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--launch`: the same command in several processes, through `accelerate launch` and its options."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import subprocess
+import sys
+
+import torch
+import typer
+
+__all__ = ["SETTINGS", "check_rest", "launch_processes"]
+
+#: What belongs to `accelerate launch` is unknown to the command, and kept in the context.
+SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def check_rest(context: typer.Context) -> None:
+    """Refuse words that are no options of the command, where nothing is launched that could take them."""
+    if context.args:
+        known = [option for parameter in context.command.params for option in parameter.opts]
+        close = difflib.get_close_matches(context.args[0], known, n=2)
+        hint = f"Did you mean {' or '.join(close)}?" if close else "Those of `accelerate launch` need --launch."
+        raise typer.BadParameter(f"No such option: {context.args[0]}. {hint}", ctx=context)
+
+
+def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
+    """Hand what is left of the command line to `accelerate launch`; returns its exit code.
+
+    Args:
+        command: The words that name the command, such as ["train"].
+        extra: Words of the line that are none of the command's: options of `accelerate launch`.
+        cpu: Whether the processes stay on the CPU though there is a GPU.
+    """
+    cpu = cpu or not torch.accelerator.is_available()
+    rest, own = list(extra), []
+    for word in sys.argv[sys.argv.index(command[-1]) + 1 :]:
+        if rest and word == rest[0]:
+            rest.pop(0)
+        elif word != "--launch":
+            own.append(word)
+    # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
+    several = ["--multi_gpu"] if cpu and _processes(extra) > 1 and "--multi_gpu" not in extra else []
+    line = [sys.executable, "-m", "accelerate.commands.launch", *several, *extra, "-m", "smn_peft.cli", *command, *own]
+    interrupted: list[int] = []
+    # Ctrl-C reaches the processes too; here they are waited for, since they save and then end.
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    try:
+        code = subprocess.Popen(line).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 130 if interrupted else code
+
+
+def _processes(extra: list[str]) -> int:
+    """What `accelerate launch` is told of --num_processes."""
+    for word, following in zip(extra, [*extra[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name.replace("-", "_") == "__num_processes" and (value or following).isdigit():
+            return int(value or following)
+    return 1
