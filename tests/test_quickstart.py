@@ -133,6 +133,7 @@ def test_a_loss_is_said_as_a_loss(report, record):
     assert "k-NN on the features goes from 60.0 % to 50.0 % (-10.0 points)" in text
 
 
+@pytest.mark.filterwarnings("ignore:The linear probe")
 @pytest.mark.parametrize(
     ("label", "name", "words"),
     [
