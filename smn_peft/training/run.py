@@ -21,6 +21,7 @@ from ..backbones import Backbone
 from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
 from ..storage import adapter_sizes, atomic_write
 from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
+from .checkpoint import latest_checkpoint
 from .metrics import METRICS_NAME, read_metrics
 from .task import TrainingTask
 from .train_arguments import TrainArguments
@@ -99,7 +100,7 @@ def run(arguments: TrainArguments) -> RunSummary:
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     accelerator = build_accelerator(arguments)
-    _check_writable(Path(arguments.output_dir))
+    _check_folder(arguments)
     images = build_images(arguments)
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
@@ -178,8 +179,14 @@ def _evaluation_of(arguments: TrainArguments, images: Images, backbone: Backbone
     return evaluate
 
 
-def _check_writable(folder: Path) -> None:
-    """Try `output_dir` before anything is loaded, and not at the first checkpoint."""
+def _check_folder(arguments: TrainArguments) -> None:
+    """Try `output_dir` before anything is loaded, and not at the first checkpoint; a finished run in it stays."""
+    folder = Path(arguments.output_dir)
+    if (folder / RUN_NAME).is_file() and not (arguments.resume and latest_checkpoint(folder)):
+        raise ValueError(
+            f"{folder} holds {RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}: choose another "
+            "output_dir, or delete it."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -112,6 +112,16 @@ def test_a_finished_run_resumed_is_finished(tmp_path):
     assert (again.steps, again.after, again.loss) == (first.steps, first.after, first.loss)
 
 
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=1, eval_split=None, keep_checkpoints=0)
+    run(arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for resume, words in ((False, "finished run: choose"), (True, "finished run, and no checkpoint: choose")):
+        with pytest.raises(ValueError, match=rf"out holds run\.json of a {words} another output_dir, or delete it"):
+            run(replace(arguments, seed=1, resume=resume))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_plan_builds_everything_and_writes_nothing(tmp_path):
     arguments = tiny_arguments(tmp_path, eval_limit=10)
     text = plan(arguments)

@@ -205,11 +205,11 @@ def test_scores_stay_fp32_under_autocast(tmp_path):
 def test_gradient_checkpointing_changes_no_number(tmp_path):
     plain = trained(tmp_path / "plain")
     saving = trained(tmp_path / "saving", gradient_checkpointing=True)
-    # The statistics move twice a step: a checkpointed BatchNorm runs its forward again.
-    pairs = list(
-        zip((p for _, p, _ in plain.task.trainable()), (p for _, p, _ in saving.task.trainable()), strict=True)
-    )
-    assert max((a - b).abs().max().item() for a, b in pairs) < 1e-3
+    one, two = plain.task.training_state(), saving.task.training_state()
+    assert sum("smn_running_mean" in name for name in one) > 5
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_progressive_mask_follows_the_run(tmp_path):
