@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
+
+from .processes import CONTEXT, leave_the_test
 
 Result = dict[str, torch.Tensor]
 
 
 def _work(rank: int, function: Callable[..., Result], processes: int, folder: str, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+    leave_the_test()
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
     try:
         torch.save(function(*arguments), f"{folder}/{rank}.pt")
@@ -24,10 +27,16 @@ def _work(rank: int, function: Callable[..., Result], processes: int, folder: st
         dist.destroy_process_group()
 
 
+def join_group() -> None:
+    """Let accelerate find, in the function that a process runs, the group that it belongs to."""
+    rank, processes = str(dist.get_rank()), str(dist.get_world_size())
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "none", "MASTER_PORT": "0"}
+    os.environ |= found
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def run_processes(function: Callable[..., Result], processes: int, folder: Path, *arguments: Any) -> list[Result]:
     """What `function(*arguments)`, a function of a module, returns on each rank: tensors by name."""
-    # Forked processes have the libraries imported, which takes longer than the tests; autograd's threads, which a
-    # parent has where there is a GPU, do not survive a fork.
-    method = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+    method = CONTEXT.get_start_method()
     mp.start_processes(_work, (function, processes, str(folder), arguments), nprocs=processes, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]

@@ -7,12 +7,9 @@ it out.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -20,12 +17,13 @@ import typer
 
 from smn_peft.cli.main import app
 
+from .processes import ROOT, run_python
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"])
 BLOCK = re.compile(
@@ -114,10 +112,7 @@ def make_knows(run_make):
 
 @pytest.mark.parametrize("code", params("python"))
 def test_python_block_runs(code, tmp_path):
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=240
-    )
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,6 +13,19 @@ import typer
 
 __all__ = ["SETTINGS", "check_rest", "launch_processes"]
 
+# accelerate's own way in; of a process that fails it tells nothing that this has not said, so its traceback is left out.
+_LAUNCHER = """
+import subprocess, sys
+from accelerate.commands.launch import main
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    main()
+except ChildFailedError as failure:
+    sys.exit(failure.get_first_failure()[1].exitcode)
+except subprocess.CalledProcessError as failure:
+    sys.exit(failure.returncode)
+"""
+
 #: What belongs to `accelerate launch` is unknown to the command, and kept in the context.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -43,7 +56,7 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
             own.append(word)
     # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
     several = ["--multi_gpu"] if cpu and _processes(extra) > 1 and "--multi_gpu" not in extra else []
-    line = [sys.executable, "-m", "accelerate.commands.launch", *several, *extra, "-m", "smn_peft.cli", *command, *own]
+    line = [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
     interrupted: list[int] = []
     # Ctrl-C reaches the processes too; here they are waited for, since they save and then end.
     before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from .evaluate_run import evaluate_run
 from .guards import TrainingFailure
 from .loop_arguments import LoopArguments
@@ -12,7 +14,9 @@ from .saved import load_run
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 from .trainer import Interrupted, Trainer
-from .trainer_callback import ExactResumeCallback
+
+if TYPE_CHECKING:
+    from .trainer_callback import ExactResumeCallback
 
 __all__ = [
     "ExactResumeCallback",
@@ -30,3 +34,12 @@ __all__ = [
     "plan",
     "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ExactResumeCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # transformers' training side is imported by those who train with it only: it takes a while.
+    from .trainer_callback import ExactResumeCallback
+
+    return ExactResumeCallback

@@ -23,6 +23,7 @@ from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, line
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage import adapter_sizes, atomic_write, tensor_digest
 from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
+from .checkpoint import latest_checkpoint
 from .facts import as_facts, check_same
 from .metrics import METRICS_NAME, read_metrics
 from .start import start_digest
@@ -106,7 +107,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     accelerator = build_accelerator(arguments)
-    _check_writable(Path(arguments.output_dir))
+    _check_folder(arguments)
     images = build_images(arguments)
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
@@ -212,8 +213,14 @@ def _evaluation_of(arguments: TrainArguments, images: Images, backbone: Backbone
     return evaluate
 
 
-def _check_writable(folder: Path) -> None:
-    """Try `output_dir` before anything is loaded, and not at the first checkpoint."""
+def _check_folder(arguments: TrainArguments) -> None:
+    """Try `output_dir` before anything is loaded, and not at the first checkpoint; a finished run in it stays."""
+    folder = Path(arguments.output_dir)
+    if (folder / RUN_NAME).is_file() and not (arguments.resume and latest_checkpoint(folder)):
+        raise ValueError(
+            f"{folder} holds {RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}: choose another "
+            "output_dir, or delete it."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

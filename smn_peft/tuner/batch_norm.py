@@ -51,6 +51,11 @@ def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, 
     return F.batch_norm(x, mean, variance, weight, bias, base.training, base.momentum, base.eps)
 
 
+def _in_backward() -> bool:
+    """Whether this forward is gradient checkpointing's second one, of a batch that was counted in the first."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class BatchNorm(AdapterLayer):
     """A frozen BatchNorm whose running statistics may differ between adapters."""
 
@@ -169,6 +174,8 @@ class BatchNorm(AdapterLayer):
         if not adapting:
             return base(x)  # type: ignore[no-any-return]
         tensors = self._combined(adapting)
+        if base.training and _in_backward():
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         dtype = tensors["running_mean"].dtype
         if _is_plain(base):
             return _normalise(base, tensors, dtype, x)

@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +15,6 @@ from smn_peft import MaskConfig, explain_targets
 from smn_peft.backbones import Backbone, Classifier, load_backbone, load_classifier, pooled_features
 
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 2}
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=["clip", "clip_projection", "resnet18", "vit", "convnext"])
@@ -128,19 +123,11 @@ def test_the_adapter_names_its_base(clip_folder):
 
 
 def test_a_seeded_head_is_the_same_in_another_process():
-    code = (
-        "import hashlib, torch; from smn_peft.backbones import Classifier\n"
-        "torch.manual_seed(99); c = Classifier(torch.nn.Identity(), 16, 5, head_seed=3)\n"
-        "print(hashlib.sha256(c.head.weight.detach().numpy().tobytes() + c.head.bias.detach().numpy().tobytes())"
-        ".hexdigest())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
     before = torch.random.get_rng_state()
     head = Classifier(nn.Identity(), 16, 5, head_seed=3).head
     assert torch.equal(torch.random.get_rng_state(), before)
-    data = head.weight.detach().numpy().tobytes() + head.bias.detach().numpy().tobytes()
-    assert done.stdout.strip() == hashlib.sha256(data).hexdigest()
+    drawn_elsewhere = torch.tensor([-0.24786824, -0.19721532, -0.10707876, 0.01415190, 0.21215427])
+    torch.testing.assert_close(torch.cat([head.weight[0, :3], head.bias[-2:]]), drawn_elsewhere, rtol=0, atol=1e-7)
     assert not torch.equal(head.weight, Classifier(nn.Identity(), 16, 5, head_seed=4).head.weight)
     wide = Classifier(nn.Identity(), 400, 100).head.weight
     assert wide.abs().max() <= 1 / 20

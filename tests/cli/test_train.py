@@ -192,7 +192,7 @@ def compare_with_one_process(line, tmp_path, loss_tolerance, score_tolerance):
             wrong += int(((one[name] > 0) != (two[name] > 0)).sum())
         elif one[name].is_floating_point():
             torch.testing.assert_close(one[name], two[name], atol=10 * score_tolerance, rtol=10 * score_tolerance)
-    assert bits > 30_000
+    assert bits > 20_000
     assert sum(int((one[name] <= 0).sum()) for name in one if "smn_scores" in name) > 10  # the mask is one
     assert wrong / bits < 1e-4
 
@@ -215,5 +215,9 @@ def test_one_process_that_fails_ends_all(recipe, tmp_path):
     done = launch(*recipe, "--epochs", 1)
     assert done.returncode != 0
     assert "set.npz, row 17: cannot be read as an image" in done.stderr
+    assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 90
-    assert "does not divide into 2 processes" in launch(*recipe, "--batch-size", 11).stderr
+    refused = launch(*recipe, "--batch-size", 11)
+    assert refused.returncode == 1
+    assert "does not divide into 2 processes" in refused.stderr
+    assert "Traceback" not in refused.stderr

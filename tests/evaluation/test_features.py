@@ -3,24 +3,16 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 
 from smn_peft import MaskConfig
 from smn_peft.backbones import load_backbone, pooled_features
 from smn_peft.evaluation import Features, extract_features
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+from tests.gloo import join_group, run_processes
 
 
 def scaled(image: torch.Tensor) -> torch.Tensor:
@@ -136,35 +128,43 @@ def test_one_process_with_an_accelerator_is_the_same(images):
     assert torch.equal(found.features, extract_features(model, dataset, scaled).features)
 
 
-def start(folder: Path, processes: int, sizes: list[int]) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    script = [sys.executable, str(Path(__file__).with_name("extract_worker.py")), str(folder), *map(str, sizes)]
-    return [
-        subprocess.Popen(
-            script,
-            env={**environ, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for r in range(processes)
-    ]
+class Numbered:
+    """Image i is filled with the value i, its label is i."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": torch.full((3, 4, 4), index, dtype=torch.uint8), "label": index, "index": index}
+
+
+def flat() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+
+
+SIZES = [1, 2, 7, 12]
+
+
+def extract() -> dict[str, torch.Tensor]:
+    """Features of every size, as one of several processes that `accelerate launch` started."""
+    join_group()
+    accelerator = Accelerator(cpu=True)
+    found = {"processes": torch.tensor(accelerator.num_processes)}
+    for n in SIZES:
+        features = extract_features(flat(), Numbered(n), torch.Tensor.float, batch_size=3, accelerator=accelerator)
+        found |= {f"features_{n}": features.features, f"labels_{n}": features.labels}
+    return found
 
 
 def test_two_processes_share_the_work_and_both_get_the_whole(tmp_path):
-    sizes = [1, 2, 7, 12]
-    running = start(tmp_path, 2, sizes)
-    outputs = [process.communicate(timeout=100)[0].decode() for process in running]
-    assert [process.returncode for process in running] == [0, 0], outputs
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
-    for rank in range(2):
-        found = load_file(tmp_path / f"rank{rank}.safetensors")
+    model = flat()
+    for found in run_processes(extract, 2, tmp_path):
         assert int(found["processes"]) == 2
-        for n in sizes:
+        for n in SIZES:
             assert found[f"labels_{n}"].tolist() == list(range(n))
             pixels = torch.arange(n).float().view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
             with torch.no_grad():

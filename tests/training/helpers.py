@@ -52,7 +52,7 @@ class Batches:
 def resnet() -> nn.Module:
     torch.manual_seed(0)
     # Without zero_init_last the blocks do something before they are trained.
-    options = {"channels": [8, 8, 16, 16], "zero_init_last": False}
+    options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False}
     return timm.create_model("resnet18", num_classes=0, drop_path_rate=0.1, **options)
 
 

@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from smn_peft.training import run
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.metrics import read_metrics
 from smn_peft.training.run import RunSummary
-from tests.gloo import run_processes
+from tests.gloo import join_group, run_processes
 
 from .tiny import SWAV, tiny_arguments
 
@@ -25,9 +23,7 @@ MASK = {"mask": {"batch_norm": "adapt"}}
 
 def work(arguments) -> dict[str, torch.Tensor]:
     """A run as `accelerate launch` starts it: the environment says which process this is."""
-    rank = str(dist.get_rank())
-    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "none", "MASTER_PORT": "0"}
-    AcceleratorState._reset_state(reset_partial_state=True)
+    join_group()
     summary = run(arguments)
     return {"after": torch.tensor(list(summary.after.values())), "steps": torch.tensor(summary.steps)}
 

@@ -112,12 +112,22 @@ def test_a_finished_run_resumed_is_finished(tmp_path):
     assert (again.steps, again.after, again.loss) == (first.steps, first.after, first.loss)
 
 
+def test_a_finished_run_is_not_overwritten(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=1, eval_split=None, keep_checkpoints=0)
+    run(arguments)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for resume, words in ((False, "finished run: choose"), (True, "finished run, and no checkpoint: choose")):
+        with pytest.raises(ValueError, match=rf"out holds run\.json of a {words} another output_dir, or delete it"):
+            run(replace(arguments, seed=1, resume=resume))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_plan_builds_everything_and_writes_nothing(tmp_path):
     arguments = tiny_arguments(tmp_path, eval_limit=10)
     text = plan(arguments)
     for part in ("16 px, 16 features", f"{TRAIN} images of", f"10 of {tmp_path / 'set.npz'} (test)", "8 steps of 12"):
         assert part in text
-    assert "36,288 scores, 51 others" in text
+    assert "24,768 scores, 51 others" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -195,7 +205,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount here")
 def test_a_disk_that_fills_up_costs_no_step_that_was_saved(tmp_path, small_disk):
-    arguments = tiny_arguments(tmp_path, output_dir=str(small_disk(450) / "out"), checkpoint_every=1)
+    arguments = tiny_arguments(tmp_path, output_dir=str(small_disk(320) / "out"), checkpoint_every=1)
     with pytest.raises(OSError, match=r"checkpoint-2: .*No space left.*checkpoint-1 is whole: free some space"):
         run(arguments)
     assert [path.name for path in list_checkpoints(arguments.output_dir)] == ["checkpoint-1"]

@@ -24,7 +24,8 @@ import timm
 
 def build():
     # Unseeded: the weights are the run's own.
-    model = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 16, 16], zero_init_last=False)
+    options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False}
+    model = timm.create_model("resnet18", num_classes=0, **options)
     model.mean, model.std, model.image_size = (0.5,) * 3, (0.25,) * 3, 16
     return model
 """

@@ -12,6 +12,7 @@ import timm.layers
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smn_peft import MaskConfig
 from smn_peft.storage import adapter_sizes, read_adapter_file
@@ -74,6 +75,23 @@ def train(model: nn.Module, steps: int = 4, lr: float = 0.5, seed: int = 0) -> N
         model(batch(seed + step)).square().sum().backward()
         optimizer.step()
     model.eval()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, timm.layers.BatchNormAct2d])
+def test_a_checkpointed_batch_is_counted_once(norm, use_reentrant):
+    found = []
+    for checkpointed in (False, True):
+        model = get_peft_model(net(norm), config()).train()
+        part = model.base_model.model.block
+        if checkpointed:
+            forward = part.forward
+            part.forward = lambda x, f=forward: checkpoint(f, x, use_reentrant=use_reentrant)
+        for seed in range(2):
+            model(batch(seed)).square().sum().backward()
+        found.append({name: tensor for name, tensor in model.state_dict().items() if "smn_" in name})
+    assert_same(*found)
+    assert {int(tensor) for name, tensor in found[1].items() if "smn_num_batches" in name} == {5}
 
 
 def run(model: nn.Module, x: Tensor | None = None) -> Tensor:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes for tests, forked where that can be: they have torch and transformers imported, which takes longest."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+
+__all__ = ["CONTEXT", "FORKS", "ROOT", "leave_the_test", "run_python"]
+
+ROOT = Path(__file__).resolve().parents[1]
+# Autograd's threads, which a parent has where there is a GPU, do not survive a fork.
+FORKS = sys.platform == "linux" and not torch.cuda.is_available()
+CONTEXT = multiprocessing.get_context("fork" if FORKS else "spawn")
+
+
+def leave_the_test() -> None:
+    """What a forked process does first: no coverage, which would be lost, and the threads that survive, one."""
+    sys.settrace(None)
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run_python(*line: object, cwd: Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """`python LINE` in a folder, offline and on one thread; LINE is a script with arguments, or `-c` and code.
+
+    A forked process imports PEFT, this package and the script's neighbours anew, as a fresh one would.
+    """
+    words = [str(word) for word in line]
+    if not FORKS:
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = CONTEXT.Process(target=_run, args=(words, cwd, outputs))
+        process.start()
+        process.join(timeout)
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text("utf-8") for path in outputs))
+
+
+def _run(words: list[str], cwd: Path, outputs: list[Path]) -> None:
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    # pytest has put objects of its own in their place.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", encoding="utf-8")
+    leave_the_test()
+    os.chdir(cwd)
+    folder = "" if words[0] == "-c" else str(Path(words[0]).parent)
+    known = {path.stem for path in Path(folder).glob("*.py")} if folder else set()
+    for name in list(sys.modules):
+        if name.partition(".")[0] in {"peft", "smn_peft", *known}:
+            del sys.modules[name]
+    sys.path[:] = [folder, str(ROOT), *(entry for entry in sys.path if entry not in ("", str(ROOT)))]
+    sys.argv = words[:1] + words[1 + (words[0] == "-c") :]
+    if words[0] == "-c":
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(words[0], run_name="__main__")
