@@ -13,7 +13,7 @@ import typer
 
 __all__ = ["SETTINGS", "check_rest", "launch_processes"]
 
-# accelerate's own way in; of a process that fails it tells nothing that this has not said, so its traceback is left out.
+# accelerate's own way in, without the traceback for a process that failed: that process has said why.
 _LAUNCHER = """
 import subprocess, sys
 from accelerate.commands.launch import main

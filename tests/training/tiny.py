@@ -57,10 +57,19 @@ def write_npz(path: Path, labels: list[int] | None = None, broken: int | None = 
     return path
 
 
-def write_model(folder: Path) -> str:
-    """A user's file with the tiny model; returns "file.py:function"."""
-    (folder / "model.py").write_text(MODEL)
-    return f"{folder / 'model.py'}:build"
+DOUBLE = """
+
+def build_double():
+    model = build().double()
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
+    return model
+"""
+
+
+def write_model(folder: Path, function: str = "build") -> str:
+    """A user's file with the tiny model, and the same in float64 (`build_double`); returns "file.py:function"."""
+    (folder / "model.py").write_text(MODEL + DOUBLE)
+    return f"{folder / 'model.py'}:{function}"
 
 
 SWAV = {
