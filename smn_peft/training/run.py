@@ -21,6 +21,7 @@ from ..backbones import Backbone
 from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
 from ..storage import adapter_sizes, atomic_write
 from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
+from .lora import lora_sizes
 from .metrics import METRICS_NAME, read_metrics
 from .task import TrainingTask
 from .train_arguments import TrainArguments
@@ -204,7 +205,9 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
     losses = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "knn" in line]
     speeds = sorted(line["images_per_second"] for line in losses)
-    masked = isinstance(task.model, PeftModel)
+    sizes: dict[str, int] = {}
+    if isinstance(task.model, PeftModel):
+        sizes = lora_sizes(folder) if task.mask_config is None else vars(adapter_sizes(folder))
     return RunSummary(
         arguments=trainer.facts,
         before=_metrics(evaluations[0]) if evaluations else {},
@@ -214,7 +217,7 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
         steps=trainer.step,
         seconds=seconds,
         images_per_second=speeds[len(speeds) // 2] if speeds else None,
-        sizes=vars(adapter_sizes(folder)) if masked else {},
+        sizes=sizes,
         versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
     )
 

@@ -59,7 +59,7 @@ def load_run(
         _check_file(backbone or arguments.backbone, folder, given=backbone is not None)
         arguments = replace(arguments, backbone=backbone or arguments.backbone)
         loaded = load_base(arguments, None if base else summary.arguments.get("head_classes"))
-        adapted = arguments.adapt == "mask"
+        adapted = arguments.adapt in ("mask", "lora")
     else:
         arguments, adapted = None, True
         loaded = _base_of_adapter(folder, base=base, backbone=backbone)
