@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training import RunSummary
 from .artefact import Artefact, Cell
 from .run_spec import RunSpec
 from .scale import Scale
@@ -45,7 +44,7 @@ def _details(store: RunStore, scale: Scale, seeds: Sequence[int]) -> Any:
         return {}
     for count, run in _stages(scale).items():
         if store.failure(run.seeded(seed)) is None:
-            sizes = [RunSummary.load(store.path(spec)).sizes["mask"] for spec in (run.seeded(seed), whole)]
+            sizes = [store.summary(spec).sizes["mask"] for spec in (run.seeded(seed), whole)]
             shares[f"{_STAGES}: {count}"] = sizes[0] / sizes[1]
     return shares
 

@@ -87,6 +87,7 @@ PAPER = Scale(
     choices={
         "table2": ("swav",),
         "table3": ("cifar100", "inatloc500"),
+        "table3_ensemble": False,
         "table3_options": {"inatloc500": {"epochs": 54}},
         "table5": ("cifar10", "dtd", "sun397"),
         "table5_prototypes": (50, 500, 5000),

@@ -16,7 +16,7 @@ from .store import RunStore
 __all__ = ["make_record", "render"]
 
 _FORMAT = 1
-_UNITS = {"bytes": "kB", "loss": "nats"}
+_UNITS = {"bytes": "kB", "cascade_bytes": "kB", "loss": "nats"}
 
 
 def make_record(artefact: Artefact, scale: Scale, store: RunStore, seeds: Sequence[int]) -> dict[str, Any]:
@@ -88,9 +88,10 @@ def _mean(metric: str, values: Sequence[float | None]) -> str:
 
 
 def _table(cells: Sequence[Mapping[str, Any]]) -> str:
-    columns = {
-        c["column"]: f"{c['column']} ({_UNITS[c['metric']]})" if c["metric"] in _UNITS else c["column"] for c in cells
-    }
+    columns = {}
+    for cell in cells:
+        unit = _UNITS.get(cell["metric"].partition("@")[0])
+        columns[cell["column"]] = f"{cell['column']} ({unit})" if unit else cell["column"]
     rows: dict[str, dict[str, str]] = {}
     for cell in cells:
         row = rows.setdefault(cell["row"], {"": cell["row"], **dict.fromkeys(columns.values(), "–")})

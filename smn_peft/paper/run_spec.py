@@ -38,17 +38,19 @@ def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run, of the arguments of `TrainArguments` that are not their defaults.
+    """One run, or one cascade, of the arguments of `TrainArguments` that are not their defaults.
 
     Attributes:
         arguments: By name, nested as in a recipe. "{assets}" and "{weights}" stand for the folders of `PLACES`,
             "{package}" for the folder of this file, so that no hash depends on where these are.
         found: A run whose found density is this one's `mask.density`; None where there is nothing to find.
+        cascade: Options of the cascade whose dispatcher the arguments describe; None for a run alone.
         minutes: Rough duration on the machine that the scale is made for; no part of the hash.
     """
 
     arguments: Mapping[str, Any]
     found: RunSpec | None = None
+    cascade: Mapping[str, Any] | None = None
     minutes: float = 0.0
 
     def at(self, **changes: Any) -> RunSpec:
@@ -72,6 +74,8 @@ class RunSpec:
         facts: dict[str, Any] = _differing(TrainArguments(**merged(self.arguments, density)))
         if self.found is not None:
             facts["found"] = self.found.id
+        if self.cascade is not None:
+            facts["cascade"] = dict(self.cascade)
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()[:12]
 
     def to_arguments(self, folder: Path, density: float | None = None) -> TrainArguments:

@@ -76,6 +76,7 @@ SMALL = Scale(
     choices={
         "table2": ("vit", "resnet"),
         "table3": ("cifar10",),
+        "table3_ensemble": True,
         "table3_options": {},
         "table5": ("cifar10",),
         "table5_prototypes": (10, 50, 120),

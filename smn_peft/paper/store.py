@@ -12,6 +12,7 @@ from ..storage import atomic_write
 from ..training import RunSummary, TrainingFailure, evaluate_run, run
 from ..training.checkpoint import list_checkpoints
 from ..training.run import RUN_NAME
+from .cascades import RESULT_NAME, train_cascade
 from .run_spec import RunSpec
 
 __all__ = ["RunStore"]
@@ -36,7 +37,8 @@ class RunStore:
 
     def is_done(self, spec: RunSpec) -> bool:
         """Whether there is nothing left to do for a run: it is finished, or failed for good."""
-        return (self.path(spec) / RUN_NAME).is_file() or self.failure(spec) is not None
+        result = RUN_NAME if spec.cascade is None else RESULT_NAME
+        return (self.path(spec) / result).is_file() or self.failure(spec) is not None
 
     def failure(self, spec: RunSpec) -> str | None:
         """Why a run could not be finished; None if it could, or has not been tried."""
@@ -45,36 +47,36 @@ class RunStore:
         path = self.path(spec) / _FAILED
         return str(json.loads(path.read_text("utf-8"))["error"]) if path.is_file() else None
 
-    def ensure(self, spec: RunSpec) -> RunSummary | None:
+    def ensure(self, spec: RunSpec) -> None:
         """Run what is not done yet, from its newest checkpoint if there is one.
 
         A run that cannot go on (a loss that is not finite, an empty mask, collapsed codes) counts as done, with its
         reason in the folder: it would fail again. Delete the folder to try anew.
 
-        Returns:
-            What came of it; None if it failed.
-
         Raises:
             ValueError: If it cannot be started, such as for files that are not there.
             Interrupted: After Ctrl-C, once a checkpoint is written.
         """
-        density = None
         if spec.found is not None:
-            found = self.ensure(spec.found)
-            if found is None:
-                return None
-            density = found.density
-        path = self.path(spec)
+            self.ensure(spec.found)
         if not self.is_done(spec):
-            arguments = spec.to_arguments(path, density)
+            density = None if spec.found is None else self.summary(spec.found).density
+            arguments = spec.to_arguments(self.path(spec), density)
             try:
-                run(arguments)
+                if spec.cascade is None:
+                    run(arguments)
+                else:
+                    train_cascade(arguments, spec.cascade)
             except TrainingFailure as error:
-                with atomic_write(path / _FAILED) as file:
+                with atomic_write(self.path(spec) / _FAILED) as file:
                     file.write(json.dumps({"error": str(error)}).encode())
-        for checkpoint in list_checkpoints(path):
-            shutil.rmtree(checkpoint)
-        return None if self.failure(spec) is not None else RunSummary.load(path)
+        for folder in {path.parent for path in self.path(spec).rglob("checkpoint-*")}:
+            for checkpoint in list_checkpoints(folder):
+                shutil.rmtree(checkpoint)
+
+    def summary(self, spec: RunSpec) -> RunSummary:
+        """What came of a finished run."""
+        return RunSummary.load(self.path(spec))
 
     def low_shot(self, spec: RunSpec, fractions: Sequence[float], *, base: bool = False) -> dict[float, float]:
         """Accuracy of linear probes on fractions of the labels, each the mean over three draws of them.

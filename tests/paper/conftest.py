@@ -63,6 +63,13 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         resnet="net",
         choices={
             "table2": ("net",),
+            "table3": ("colours",),
+            "table3_ensemble": False,
+            "table3_options": {},
+            "experts": 2,
+            "figure10": "colours",
+            "figure10_classes": 3,
+            "figure11": "colours",
             "table5": ("colours",),
             "table5_prototypes": (4, 6, 200),
             "table5_initialisations": ("net",),

@@ -16,7 +16,8 @@ def test_every_run_is_valid_and_every_cell_once(name, scale):
     places = [(cell.section, cell.row, cell.column) for cell in cells]
     assert len(set(places)) == len(places) > 0
     metrics = {cell.metric.removeprefix("frozen_").partition("@")[0] for cell in cells}
-    assert metrics <= {*METRICS, "bytes", "low_shot"}
+    cascades = {"cascade_knn", "cascade_linear_probe", "cascade_bytes"}
+    assert metrics <= {*METRICS, *cascades, "bytes", "low_shot"}
     runs = needed_runs(ARTEFACTS[name], SCALES[scale], [0, 1])
     assert {cell.run.seeded(0).id for cell in cells} <= {run.id for run in runs}
 
@@ -28,6 +29,7 @@ def test_runs_are_shared():
     assert len(runs["table9"] - runs["table2"]) == 1  # the progressive one
     assert runs["table10"] < runs["table2"]
     assert len(runs["figure8"] & runs["figure9"]) == 4
+    assert runs["figure10"] == runs["figure11"] == runs["table3"]
 
 
 def test_the_papers_numbers():
