@@ -27,9 +27,8 @@ _LABELS = ("base", "dispatcher", "cascade")
 def cascade_of(scale: Scale, dataset: str) -> RunSpec:
     """The cascade of a dataset: dispatcher, experts, and at some scales the ensemble of other seeds."""
     dispatcher = scale.self_supervised("mask", dataset, **scale.choices["table3_options"].get(dataset, {}))
-    experts, ensemble = scale.choices["experts"], scale.choices["table3_ensemble"]
-    masks = 1 + experts * (2 if ensemble else 1)
-    options = {"experts": experts, "ensemble": ensemble}
+    options = scale.choices["cascade"]
+    masks = 1 + options["experts"] * (2 if options["ensemble"] else 1)
     return RunSpec(dispatcher.arguments, cascade=options, minutes=dispatcher.minutes * masks)
 
 

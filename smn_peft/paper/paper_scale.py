@@ -87,7 +87,7 @@ PAPER = Scale(
     choices={
         "table2": ("swav",),
         "table3": ("cifar100", "inatloc500"),
-        "table3_ensemble": False,
+        "cascade": {"experts": 5, "ensemble": False},
         "table3_options": {"inatloc500": {"epochs": 54}},
         "table5": ("cifar10", "dtd", "sun397"),
         "table5_prototypes": (50, 500, 5000),
@@ -110,6 +110,5 @@ PAPER = Scale(
         "figure10_classes": 20,
         "figure11": "cifar100",
         "ablations": "cifar10",
-        "experts": 5,
     },
 )

@@ -76,7 +76,7 @@ SMALL = Scale(
     choices={
         "table2": ("vit", "resnet"),
         "table3": ("cifar10",),
-        "table3_ensemble": True,
+        "cascade": {"experts": 3, "ensemble": True},
         "table3_options": {},
         "table5": ("cifar10",),
         "table5_prototypes": (10, 50, 120),
@@ -99,6 +99,5 @@ SMALL = Scale(
         "figure10_classes": 10,
         "figure11": "cifar10",
         "ablations": "cifar10",
-        "experts": 3,
     },
 )

@@ -26,8 +26,8 @@ _ROWS = ("dispatcher", "dispatcher, whitened", "cascade, conditional", "cascade,
 
 def _cells(scale: Scale) -> list[Cell]:
     rows = [*_ROWS]
-    if scale.choices["table3_ensemble"]:
-        rows.append(f"dispatchers of {scale.choices['experts'] + 1} seeds")
+    if scale.choices["cascade"]["ensemble"]:
+        rows.append(f"dispatchers of {scale.choices['cascade']['experts'] + 1} seeds")
     runs = {dataset: cascade_of(scale, dataset) for dataset in scale.choices["table3"]}
     cells = [
         Cell(section, row, dataset, run, f"cascade_{metric}@{row}")

@@ -64,9 +64,8 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         choices={
             "table2": ("net",),
             "table3": ("colours",),
-            "table3_ensemble": False,
-            "table3_options": {},
-            "experts": 2,
+            "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
+            "table3_options": {"colours": {"batch_size": 8}},
             "figure10": "colours",
             "figure10_classes": 3,
             "figure11": "colours",
