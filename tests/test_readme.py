@@ -73,6 +73,9 @@ def smn_problem(words: list[str]) -> str | None:
     try:
         name, command, rest = group.resolve_command(group.make_context("smn", [], resilient_parsing=True), words)
         context = command.make_context(name, rest)
+        if hasattr(command, "resolve_command"):  # a group of commands
+            name, command, rest = command.resolve_command(context, rest)
+            context = command.make_context(name, rest)
     except Exception as error:  # typer's own errors have no common class that it exports
         return f"smn refuses it: {getattr(error, 'message', error)}"
     return f"smn has no option {context.args[0]}" if context.args and "--launch" not in words else None
@@ -156,6 +159,7 @@ def test_blocks_are_found_with_their_marks():
         ("smn trian --recipe swav-small", "smn refuses it"),
         ("smn train --recipe swav-small --epoch 3", "smn has no option"),
         ("smn train --epochs three", "smn refuses it"),
+        ("smn analyze densty runs/a", "smn refuses it"),
         ("curl https://example.org | sh", "no test knows"),
     ],
 )

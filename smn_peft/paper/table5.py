@@ -35,6 +35,9 @@ _PAPER = {
 }
 
 
+_KEPT = {"none": {"mask_norms": True, "mask_bias": True}, "norms": {}, "biases": {"mask_norms": True}}
+
+
 def _with_prototypes(run: RunSpec, number: int) -> RunSpec:
     rows = run.arguments["batch_size"] + run.arguments["objective_options"]["queue_length"]
     few = {"allow_few_rows": True} if number > rows else {}
@@ -47,6 +50,9 @@ def _cells(scale: Scale) -> list[Cell]:
         for number in scale.choices["table5_prototypes"]:
             run = _with_prototypes(scale.self_supervised("mask", dataset), number)
             cells.append(Cell("(a) Prototypes", str(number), dataset, run, "knn"))
+        for kept, options in _KEPT.items():
+            run = scale.self_supervised("mask", dataset, **({"mask": options} if options else {}))
+            cells.append(Cell("(b) Kept frozen", kept, dataset, run, "knn"))
         for key in scale.choices["table5_initialisations"]:
             setting = scale.unsupervised[key]
             section = "(c) Initialisation"
