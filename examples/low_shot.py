@@ -17,15 +17,8 @@ from typing import Any
 
 from cifar import assets_folder, write_subsets
 
-from smn_peft.evaluation import (
-    EvalReport,
-    extract_features,
-    format_fraction,
-    low_shot_probe,
-    low_shot_reports,
-    markdown_table,
-    merge_reports,
-)
+from smn_peft.analysis import low_shot_series, low_shot_table, plot_low_shot
+from smn_peft.evaluation import EvalReport, extract_features, low_shot_probe, low_shot_reports, merge_reports
 from smn_peft.training import TrainArguments, load_recipe, run
 from smn_peft.training.assemble import build_images, evaluation_of, load_base
 from smn_peft.training.saved import load_run
@@ -105,31 +98,6 @@ def measure(folder: Path, seeds: list[int], smoke: bool) -> list[EvalReport]:
     return reports
 
 
-def plot(reports: list[EvalReport], path: Path) -> None:
-    """Accuracy against the fraction of labels, a line per method."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for label in dict.fromkeys(report.label for report in reports):
-        mine = sorted((r for r in reports if r.label == label), key=lambda r: r.settings["label_fraction"])
-        x = [100 * report.settings["label_fraction"] for report in mine]
-        axes.errorbar(x, [100 * r.value for r in mine], [100 * (r.spread or 0) for r in mine], marker="o", label=label)
-    axes.set(xscale="log", xlabel="labelled images, % of 5,000", ylabel="test accuracy, %", title="CIFAR-10, ViT-Tiny")
-    axes.set_xticks([100 * fraction for fraction in FRACTIONS], [f"{100 * fraction:g}" for fraction in FRACTIONS])
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-
-
-def table(reports: list[EvalReport]) -> str:
-    """A row per method, a column per fraction."""
-    rows: dict[str, dict[str, str]] = {}
-    for report in reports:
-        column = f"{100 * report.settings['label_fraction']:g} % of labels"
-        rows.setdefault(report.label, {"method": report.label})[column] = format_fraction(report.value, report.spread)
-    return markdown_table(list(rows.values()))
-
-
 def main() -> None:
     """Run all methods, print the table, and write record and plot if asked."""
     parser = argparse.ArgumentParser()
@@ -141,11 +109,11 @@ def main() -> None:
     seeds = list(range(1 if options.smoke else options.seeds))
     with tempfile.TemporaryDirectory() as folder:
         reports = measure(Path(folder), seeds, options.smoke)
-    print(table(reports))
+    print(low_shot_table(reports))
     if options.json:
         options.json.write_text(json.dumps([json.loads(report.to_json()) for report in reports], indent=1) + "\n")
     if options.plot:
-        plot(reports, options.plot)
+        plot_low_shot(low_shot_series(reports), options.plot, title="CIFAR-10, ViT-Tiny, 5,000 images")
 
 
 if __name__ == "__main__":

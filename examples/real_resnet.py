@@ -10,14 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from cifar import assets_folder
 from experiment import main
-from safetensors.torch import load_file
-from timm.layers import BatchNormAct2d, create_conv2d
-from timm.models.resnetv2 import ResNetV2
-from torch import nn
 from transfer import Recipe
+
+from smn_peft.paper.small_resnet import build
 
 FULL_SGD = Recipe("full fine-tuning, SGD", mask=False, adam=False, adapt_statistics=True, lrs=(0.003, 0.006, 0.012))
 FULL_ADAM = Recipe("full fine-tuning, Adam", mask=False, lrs=(3e-5, 1e-4, 3e-4))
@@ -42,28 +38,6 @@ EFFECTS = [
     replace(_AT_BEST, label="12 epochs", epochs=12),
     replace(_AT_BEST, label="learning rate 0.06", lrs=(0.06,)),
 ]
-
-
-def build() -> nn.Module:
-    """The backbone, features (batch, 1024), and how it wants its images."""
-    model = ResNetV2(
-        layers=(3, 4, 6),
-        channels=(256, 512, 1024),
-        preact=True,
-        stem_type="",
-        conv_layer=create_conv2d,
-        norm_layer=BatchNormAct2d,
-        num_classes=0,
-    )
-    model.stem = nn.Sequential()
-    model.stem.add_module("norm0", nn.BatchNorm2d(3))
-    model.stem.add_module("conv", nn.Conv2d(3, 64, 7, 2, 3, bias=False))
-    model.stem.add_module("norm", BatchNormAct2d(64))
-    model.stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
-    state = load_file(assets_folder() / "resnetv2_50_stages123.onnxzoo.fp16.safetensors")
-    model.load_state_dict({key: value.to(torch.float32) for key, value in state.items()})
-    model.image_size, (model.mean, model.std) = 48, IMAGENET
-    return model
 
 
 if __name__ == "__main__":

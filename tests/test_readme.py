@@ -155,6 +155,7 @@ def test_blocks_are_found_with_their_marks():
         ("smn train --epochs three", "smn refuses it"),
         ("smn cascade trian --experts 3", "smn refuses it"),
         ("smn cascade train --expertz 3", "smn has no option"),
+        ("smn analyze densty runs/a", "smn refuses it"),
         ("curl https://example.org | sh", "no test knows"),
     ],
 )

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from . import cascade, eval, push, recipes, targets, train
+from . import analyze, cascade, eval, push, recipes, reproduce, targets, train
 from .errors import ErrorGroup
 
 __all__ = ["COMMANDS", "app", "main"]
 
 #: Each module is a command of its own name, and holds it as `command`; or several, in an `app`.
-COMMANDS = (train, eval, push, cascade, recipes, targets)
+COMMANDS = (train, eval, push, cascade, analyze, reproduce, recipes, targets)
 
 app = typer.Typer(
     name="smn",

@@ -83,7 +83,7 @@ def push_model(
 
 def full_bytes(model: PeftModel) -> int:
     """Bytes of all weights and statistics of the base, heads included: what full fine-tuning would save."""
-    own = ("smn_", "modules_to_save")
+    own = ("smn_", "lora_", "modules_to_save")
     return sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in model.state_dict().items()

@@ -10,7 +10,7 @@ from .guards import TrainingFailure
 from .loop_arguments import LoopArguments
 from .recipes import list_recipes, load_recipe
 from .run import RunSummary, plan, run
-from .saved import load_run
+from .saved import load_masks, load_run
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 from .trainer import Interrupted, Trainer
@@ -29,6 +29,7 @@ __all__ = [
     "TrainingTask",
     "evaluate_run",
     "list_recipes",
+    "load_masks",
     "load_recipe",
     "load_run",
     "plan",

@@ -27,7 +27,10 @@ from ..data import (
 from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
 from ..objectives import Objective, create_objective, list_objectives, objective_class
 from ..tuner import MaskConfig
+from ..tuner.batch_norm import has_statistics
+from ..tuner.stages import stage_targets
 from ..tuner.targets import resolve_targets
+from .lora import lora_config
 from .start import read_indices, start_from
 from .task import TrainingTask
 from .train_arguments import TrainArguments
@@ -158,7 +161,7 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
     model = _adapted(arguments, backbone.model, num_classes is not None)
     torch.manual_seed(arguments.seed)
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
-    task = TrainingTask(model, objective)
+    task = TrainingTask(model, objective, adapt_statistics=arguments.adapt == "statistics")
     if arguments.init_from is not None:
         start_from(task, arguments.init_from)
     return task, backbone
@@ -167,12 +170,22 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
 def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.Module:
     if arguments.adapt == "full":
         return model.requires_grad_(True)
-    if arguments.adapt == "head":
+    if arguments.adapt in ("head", "statistics"):
+        if arguments.adapt == "statistics" and not any(has_statistics(module) for module in model.modules()):
+            raise ValueError(f"adapt='statistics' needs BatchNorm, and {arguments.backbone} has none.")
         model.requires_grad_(False)
-        model.head.requires_grad_(True)
+        if has_head:
+            model.head.requires_grad_(True)
         return model
     config: MaskConfig = copy.deepcopy(arguments.mask)  # it is filled in when the masks are made
     config.seed = config.seed or arguments.seed
+    if arguments.mask_stages is not None:
+        config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
+    if arguments.adapt == "lora":
+        options: dict[str, Any] = {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha}
+        lora = lora_config(model, config, modules_to_save=["head"] if has_head else None, **options)
+        torch.manual_seed(arguments.seed)  # PEFT draws the factors from the global stream
+        return get_peft_model(model, lora)
     if has_head and arguments.head == "masked":
         targets = resolve_targets(model, config.target_modules)
         if isinstance(targets, str):

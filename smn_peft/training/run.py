@@ -25,6 +25,7 @@ from ..storage import adapter_sizes, atomic_write, tensor_digest
 from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
 from .checkpoint import latest_checkpoint
 from .facts import as_facts, check_same
+from .lora import lora_sizes
 from .metrics import METRICS_NAME, read_metrics
 from .start import start_digest
 from .task import TrainingTask
@@ -129,7 +130,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
         _save_model(task, folder)
         summary = _summary(trainer, task, folder, seconds)
         summary.save(folder)
-        if summary.sizes:
+        if task.mask_config is not None:
             write_card(folder)
         found = [summary]
     broadcast_object_list(found)  # the others see neither the log nor, on another machine, the folder
@@ -245,7 +246,10 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
     losses = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "knn" in line]
     speeds = sorted(line["images_per_second"] for line in losses)
-    masked = isinstance(task.model, PeftModel)
+    sizes: dict[str, int] = {}
+    if isinstance(task.model, PeftModel):
+        sizes = lora_sizes(folder) if task.mask_config is None else vars(adapter_sizes(folder))
+        sizes["full"] = full_bytes(task.model)
     return RunSummary(
         arguments=trainer.facts,
         before=_metrics(evaluations[0]) if evaluations else {},
@@ -255,7 +259,7 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
         steps=trainer.step,
         seconds=seconds,
         images_per_second=speeds[len(speeds) // 2] if speeds else None,
-        sizes={**vars(adapter_sizes(folder)), "full": full_bytes(task.model)} if masked else {},
+        sizes=sizes,
         versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
     )
 

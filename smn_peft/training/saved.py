@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones import Backbone, load_backbone, load_classifier
 from ..backbones.from_file import is_file_spec, load_from_file
@@ -21,7 +21,7 @@ from .checkpoint import latest_checkpoint
 from .run import MODEL_NAME, RUN_NAME, RunSummary
 from .train_arguments import TrainArguments
 
-__all__ = ["arguments_of", "check_base_file", "load_run"]
+__all__ = ["arguments_of", "check_base_file", "load_masks", "load_run"]
 
 
 def arguments_of(summary: RunSummary) -> TrainArguments:
@@ -59,7 +59,7 @@ def load_run(
         check_base_file(backbone or arguments.backbone, folder, given=backbone is not None)
         arguments = replace(arguments, backbone=backbone or arguments.backbone)
         loaded = load_base(arguments, None if base else summary.arguments.get("head_classes"))
-        adapted = arguments.adapt == "mask"
+        adapted = arguments.adapt in ("mask", "lora")
     else:
         arguments, adapted = None, True
         loaded = _base_of_adapter(folder, base=base, backbone=backbone)
@@ -70,6 +70,25 @@ def load_run(
     else:
         model = _filled(loaded.model, folder / MODEL_NAME)
     return arguments, replace(loaded, model=model.eval())
+
+
+def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, Tensor]:
+    """Bool masks by weight name of what a run saved.
+
+    Args:
+        folder: The run's `output_dir`, or any folder with an adapter.
+        backbone: Where the base is, if not where the folder says.
+
+    Raises:
+        FileNotFoundError: If nothing is saved there.
+        ValueError: If what is saved is no mask, or the base cannot be known.
+    """
+    arguments, loaded = load_run(folder, backbone=backbone)
+    if arguments is not None and arguments.adapt != "mask":
+        raise ValueError(f"{folder} holds no mask: it was trained with adapt={arguments.adapt!r}.")
+    model: Any = loaded.model
+    masks: dict[str, Tensor] = model.masks()
+    return masks
 
 
 def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None) -> Backbone:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..backbones import pooled_features
 from ..objectives import Objective
 from ..tuner import MaskConfig
+from ..tuner.batch_norm import has_statistics
 
 __all__ = ["TrainingTask"]
 
@@ -23,19 +24,30 @@ class TrainingTask(nn.Module):
     Attributes:
         model: A vision model: under a mask adapter, or bare for full fine-tuning.
         objective: Turns the model's features or logits into a loss.
+        adapt_statistics: Whether the BatchNorm statistics of a bare model move though none of its weights train.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, *, adapt_statistics: bool = False) -> None:
         """Take both as they are."""
         super().__init__()
         self.model: Any = model
         self.objective: Any = objective
+        self.adapt_statistics = adapt_statistics
         self._run = self._outputs
 
     def train(self, mode: bool = True) -> TrainingTask:
-        """Train mode; a backbone of which nothing trains stays in eval mode, or its statistics would move."""
+        """Train mode; what trains nothing stays in eval mode, or its BatchNorm statistics would move.
+
+        That is a backbone of which no weight trains, and under an adapter that is no mask every frozen BatchNorm:
+        nothing would save its statistics. A mask adapter has a policy of its own.
+        """
         super().train(mode)
-        for part in self.model.children():
+        if self.adapt_statistics:
+            return self
+        parts: list[nn.Module] = list(self.model.children())
+        if isinstance(self.model, PeftModel) and self.mask_config is None:
+            parts += [module for module in self.model.modules() if has_statistics(module)]
+        for part in parts:
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
         return self
@@ -63,6 +75,10 @@ class TrainingTask(nn.Module):
     def before_step(self, step: int, progress: float) -> None:
         """What happens before the forward of a step: the objective's hook, and the density of a progressive mask."""
         self.objective.before_step(step)
+        self.move_density(progress)
+
+    def move_density(self, progress: float) -> None:
+        """Give a progressive mask the density of this fraction of the run; any other is left alone."""
         config = self.mask_config
         if config is not None and config.density_schedule is not None:
             self.model.update_density(progress)
@@ -87,10 +103,11 @@ class TrainingTask(nn.Module):
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """(name, parameter, whether it is adapted weight or score rather than head or objective)."""
-        masked = self.mask_config is not None
+        masked, adapter = self.mask_config is not None, isinstance(self.model, PeftModel)
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                adapted = "smn_scores" in name if masked else _is_body(name)
+                kept = adapter and ".modules_to_save." in name
+                adapted = _is_scores(name) if masked else _is_body(name) and not kept
                 yield name, parameter, adapted
 
     def training_state(self) -> dict[str, Tensor]:
@@ -108,6 +125,10 @@ class TrainingTask(nn.Module):
             if keep:
                 state[name] = tensor
         return state
+
+
+def _is_scores(name: str) -> bool:
+    return "scores" in name and ".smn_" in name
 
 
 def _is_body(name: str) -> bool:

@@ -27,8 +27,17 @@ class TrainArguments(LoopArguments):
     init_from: str | None = option(
         None, "Start from the scores, head and statistics of this run's output_dir, instead of the first ones."
     )
-    adapt: Literal["mask", "full", "head"] = option("mask", "What trains: a mask, all weights, or the head alone.")
+    adapt: Literal["mask", "full", "head", "lora", "statistics"] = option(
+        "mask",
+        "What trains: a mask, all weights, the head alone, PEFT's LoRA on the layers of `mask`, or, beside the head, "
+        "nothing but the BatchNorm statistics.",
+    )
     mask: MaskConfig = field(default_factory=MaskConfig, metadata={"help": "The mask adapter."})
+    mask_stages: int | None = option(None, "Mask the first so many stages only, or blocks where there are no stages.")
+    lora_rank: int | None = option(
+        None, "Rank of adapt='lora'; None: the largest whose fp32 factors take at most the bytes of the packed mask."
+    )
+    lora_alpha: float | None = option(None, "α of adapt='lora', whose update is scaled by α / rank; None: 2 · rank.")
 
     dataset: str = option("", "Name of a known dataset, Hub id, image folder, parquet or npz file.")
     dataset_revision: str | None = option(None, "Git revision of the dataset on the Hub.")
@@ -73,12 +82,15 @@ class TrainArguments(LoopArguments):
         for name, example in (("backbone", "timm/resnet50.a1_in1k"), ("dataset", "cifar10")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: name one, such as {name}={example!r}.")
-        for name, allowed in (("adapt", ("mask", "full", "head")), ("head", ("trained", "probe", "masked"))):
+        for name, allowed in (
+            ("adapt", ("mask", "full", "head", "lora", "statistics")),
+            ("head", ("trained", "probe", "masked")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}.")
-        for name in ("limit", "eval_limit", "knn_limit"):
+        for name in ("limit", "eval_limit", "knn_limit", "mask_stages", "lora_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None; got {value}.")
@@ -86,6 +98,10 @@ class TrainArguments(LoopArguments):
             raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
         if self.adapt == "head" and self.objective != "cross_entropy":
             raise ValueError("adapt='head' needs objective='cross_entropy': nothing else has a head to keep.")
+        if self.mask_stages is not None and self.mask.layers_to_transform is not None:
+            raise ValueError("mask_stages and mask.layers_to_transform both choose layers: give one of them.")
+        if self.adapt == "lora" and self.mask.batch_norm == "adapt":
+            raise ValueError("adapt='lora' keeps the base's BatchNorm statistics: set mask.batch_norm='frozen'.")
 
 
 def _from_mapping(kind: type[Any], values: Mapping[str, Any]) -> Any:

@@ -169,6 +169,7 @@ class Trainer:
         with StopRequest() as stop, shown as bar:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
+        self.task.move_density(1.0)  # a run that was resumed at its end had no step to say so
         self._evaluate()
         if self.arguments.log_with is not None:
             self.accelerator.end_training()
@@ -214,7 +215,7 @@ class Trainer:
         set_learning_rates(self.optimizer, warmup_cosine(self.step // unit, self.total_steps / unit, warmup))
         # Randomness belongs to the step: a run that was interrupted draws what it would have drawn.
         set_seed(_seed_of(arguments.seed, self.step, accelerator.process_index))
-        self.task.before_step(self.step, self.step / self.total_steps)
+        self.task.before_step(self.step, self.step / max(1, self.total_steps - 1))
         for _ in range(arguments.accumulate):
             start = time.perf_counter()
             batch = send_to_device(next(batches), accelerator.device, non_blocking=True)

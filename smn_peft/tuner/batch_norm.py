@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional.masking import MaskSpec
-from .adapters import AdapterInfo, AdapterLayer
+from .adapters import AdapterInfo, AdapterLayer, Slot
 from .buffers import ResidentBuffers
 from .config import MaskConfig
 from .substitution import call_with
@@ -59,7 +59,7 @@ def _in_backward() -> bool:
 class BatchNorm(AdapterLayer):
     """A frozen BatchNorm whose running statistics may differ between adapters."""
 
-    slots = ()
+    slots: tuple[Slot, ...] = ()
 
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`, and hold it in eval mode."""
@@ -76,8 +76,12 @@ class BatchNorm(AdapterLayer):
         return container
 
     def update_layer(self, adapter_name: str, config: MaskConfig, key: str) -> None:
-        """Add an adapter; with ``batch_norm="adapt"`` it starts from a copy of the base's statistics."""
+        """Add an adapter and its statistics."""
         self.smn_info[adapter_name] = AdapterInfo(config, MaskSpec(), key, ())
+        self.add_statistics(adapter_name, config)
+
+    def add_statistics(self, adapter_name: str, config: MaskConfig) -> None:
+        """With ``batch_norm="adapt"``, start an adapter's statistics from a copy of the base's."""
         if config.batch_norm == "adapt":
             for name in _STATISTICS:
                 self.statistics(name)[adapter_name] = self._base_buffer(name).clone()
@@ -127,14 +131,22 @@ class BatchNorm(AdapterLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapter's statistics into the base; [`unmerge`] puts the base's back."""
+        self.merge_statistics(self.statistics_to_merge(safe_merge, adapter_names))
+
+    def statistics_to_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
+        """All adapters that are merged after [`merge`], checked if that is wanted; none if there is nothing to do."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
-        if not names:
-            return
-        together = [*self.merged_adapters, *names]
+        together = [*self.merged_adapters, *names] if names else []
         buffers = self._combined([name for name in together if name in self.statistics("running_mean")])
         if safe_merge and not all(torch.isfinite(buffer).all() for buffer in buffers.values()):
             raise ValueError(f"NaNs detected in the BatchNorm statistics of adapter {names[0]!r}: nothing was merged.")
-        for name, buffer in buffers.items():
+        return together
+
+    def merge_statistics(self, together: list[str]) -> None:
+        """Write the statistics of these adapters into the base, and take note that they are merged."""
+        if not together:
+            return
+        for name, buffer in self._combined([n for n in together if n in self.statistics("running_mean")]).items():
             base = self.get_base_layer().get_buffer(name)
             self._base_statistics.setdefault(name, base.clone())
             base.copy_(buffer)
@@ -235,8 +247,10 @@ def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, act
     """Put the policy of an adapter on every BatchNorm of a model, but for those in `modules_to_save`."""
     held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
     for name, module in list(model.named_modules()):
-        if isinstance(module, BatchNorm):
-            module.update_layer(adapter_name, config, name)
+        if isinstance(module, BatchNorm) and adapter_name in module.smn_info:  # its mask is there already
+            module.add_statistics(adapter_name, config)
+        elif isinstance(module, BatchNorm):
+            BatchNorm.update_layer(module, adapter_name, config, name)
         elif has_statistics(module) and name and not name.startswith(held):
             wrapper = BatchNorm(module)
             wrapper.train(module.training)

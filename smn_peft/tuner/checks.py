@@ -16,6 +16,7 @@ from .config import MaskConfig
 from .forms import mask_layer_for
 from .kinds import is_norm
 from .layer import MaskLayer
+from .norms import norm_form_of
 
 __all__ = ["base_fingerprint", "check_adapter_name", "check_base", "check_base_kind", "check_targets"]
 
@@ -53,12 +54,13 @@ def check_base_kind(model: nn.Module) -> None:
         )
 
 
-def check_targets(model: nn.Module, names: Iterable[str]) -> None:
+def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False) -> None:
     """Refuse targets that have no masked form, before anything is changed.
 
     Args:
         model: The base model, possibly with adapters on it.
         names: Names of the modules that would be masked.
+        norms: Whether norm layers may be among them.
 
     Raises:
         ValueError: A norm layer, an unsupported type, tied, quantised, sharded or offloaded weights.
@@ -70,8 +72,10 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
         module = model.get_submodule(name)
         if isinstance(module, MaskLayer):
             continue
-        _check_type(name, module, model)
-        form = mask_layer_for(module)
+        form = norm_form_of(module) if norms else None
+        if form is None:
+            _check_type(name, module, model)
+            form = mask_layer_for(module)
         assert form is not None
         for slot in form(module).present_slots if not _is_offloaded(module) else ():
             weight = module.get_parameter(slot.path)
@@ -96,7 +100,8 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
     if is_norm(module):
         raise ValueError(
             f"Target {name!r} is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): "
-            "take it out of target_modules. For BatchNorm statistics see batch_norm='adapt'."
+            "take it out of target_modules, or set mask_norms=True to see it. For BatchNorm statistics see "
+            "batch_norm='adapt'."
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(

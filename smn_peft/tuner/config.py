@@ -57,6 +57,9 @@ class MaskConfig(PeftConfig):
     scale: bool = _option(True, "Divide the masked weight by σ = sqrt(density), one σ per tensor.")
     scale_gradient: bool = _option(True, "Let the gradient flow through σ.")
     mask_bias: bool = _option(False, "Mask the biases of the target modules too.")
+    mask_norms: bool = _option(
+        False, "Mask every norm layer's scale too (with mask_bias its shift): an ablation that ruins a model."
+    )
     trainable_fraction: float = _option(1.0, "Fraction of each tensor's weights that take part; the rest stays on.")
     select: Literal["random", "magnitude"] = _option(
         "random", "How `trainable_fraction` selects: at random (`seed`) or the largest |θ| of each tensor."
@@ -105,6 +108,8 @@ class MaskConfig(PeftConfig):
                 "layers_to_transform works with a list of target_modules only, not with "
                 f"target_modules={self.target_modules!r}: pass the list, or put the indices into the regex."
             )
+        if self.layers_to_transform is not None and self.mask_norms:
+            raise ValueError("mask_norms masks the norms of all layers: leave layers_to_transform out.")
         if self.target_parameters:
             raise ValueError("target_parameters is not supported for masks: name the modules in target_modules.")
 

@@ -21,6 +21,7 @@ from .checks import base_fingerprint, check_adapter_name, check_base, check_base
 from .config import MaskConfig
 from .forms import mask_layer_for
 from .layer import MaskLayer
+from .norms import norm_form_of, with_norms
 from .rollback import discard, whole_or_nothing
 from .targets import resolve_targets
 
@@ -85,13 +86,16 @@ class MaskModel(BaseTuner):
             peft_config.layers_to_transform = peft_config.layers_pattern = None
         peft_config.target_modules = set(resolved) if isinstance(resolved, list) else resolved  # type: ignore[assignment]
         _maybe_include_all_linear_layers(peft_config, model)  # now, and not after this hook: what it finds is checked
+        if peft_config.mask_norms:
+            exact = with_norms(model, peft_config.target_modules or ())
+            peft_config.target_modules = set(exact) if isinstance(exact, list) else exact  # type: ignore[assignment]
         inside = tuple(f"{name}." for name, _ in _layers(model))
         matched = [
             name
             for name, _ in model.named_modules()
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name)
         ]
-        check_targets(model, matched)
+        check_targets(model, matched, norms=peft_config.mask_norms)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -106,7 +110,7 @@ class MaskModel(BaseTuner):
         if isinstance(target, MaskLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        form = mask_layer_for(target)
+        form = mask_layer_for(target) or (norm_form_of(target) if peft_config.mask_norms else None)
         if form is None:  # named by a state dict and not by the config, which was checked before
             check_targets(self.model, [current_key])
         assert form is not None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .architectures import base_model_of, default_targets, exact_targets, head_modules, matching_names
 from .kinds import CONVOLUTIONS, MASKABLE, is_norm, iter_layers, kind_of
+from .norms import norm_form_of, with_norms
 
 __all__ = [
     "MASKABLE",
@@ -192,6 +193,9 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
         match.target_modules, note = [], str(error)
     if isinstance(match.target_modules, str) and match.target_modules.lower() == ALL_LINEAR:
         _maybe_include_all_linear_layers(match, model)
+    match.mask_norms = bool(getattr(config, "mask_norms", False))
+    if match.mask_norms:
+        match.target_modules = with_norms(model, match.target_modules)
     mask_bias = bool(getattr(config, "mask_bias", False))
     heads = head_modules(model)
     counted: set[int] = set()
@@ -231,7 +235,8 @@ def _reason(name: str, layer: nn.Module, match: Any, heads: set[int]) -> str:
     matrices = any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False))
     found = check_target_module_exists(match, name)
     if found:
-        return "masked" if kind is not None else f"unsupported type {type(layer).__name__}"
+        maskable = kind is not None or (match.mask_norms and norm_form_of(layer) is not None)
+        return "masked" if maskable else f"unsupported type {type(layer).__name__}"
     if found is not None and type(found).__name__ == "_ExcludedModule":
         saved = any(re.match(rf"(?:^|.*\.){part}(?:$|\..*)", name) for part in match.modules_to_save or ())
         return "modules_to_save" if saved else "excluded"

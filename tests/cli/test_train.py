@@ -21,7 +21,7 @@ from smn_peft.cli.main import app
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.metrics import read_metrics
 from smn_peft.training.run import RunSummary
-from smn_peft.training.saved import arguments_of
+from smn_peft.training.saved import arguments_of, load_run
 from tests.training.tiny import SWAV, TRAIN, environment, smn, write_model, write_npz
 
 runner = CliRunner()
@@ -86,6 +86,50 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path):
         assert part in text
     assert not (tmp_path / "out").exists()
     assert "batch_size=12 does not divide" in train(*recipe, "--dry-run", "--accumulate", 5, code=1).stderr
+
+
+def masks_after_two_steps(folder) -> dict[str, torch.Tensor]:
+    _, loaded = load_run(folder)
+    return loaded.model.masks()
+
+
+TOPK = ["--mask.mask-type", "topk", "--mask.density", 0.5, "--lr", 0.05]
+
+
+@pytest.mark.parametrize(
+    ("words", "density"),
+    [
+        ([*TOPK, "--mask.init-score", "kaiming_uniform"], (0.5, 0.5)),
+        ([*TOPK, "--mask.init-score", "kaiming_uniform", "--mask.rank-by", "absolute"], (0.5, 0.5)),
+        ([*TOPK, "--mask.init-score", "kaiming_uniform", "--mask.density-schedule", "linear"], (0.5, 0.5)),
+        (["--lr", 1e4, "--mask.trainable-fraction", 0.1], (0.9, 0.99)),
+        (["--lr", 1e4, "--mask.trainable-fraction", 0.1, "--mask.select", "magnitude"], (0.9, 0.99)),
+        (["--lr", 1e3, "--mask.init-score", 0.5, "--mask.threshold", -0.5, "--no-mask.scale"], (0.2, 0.999)),
+    ],
+    ids=["topk", "topk-absolute", "progressive", "random", "magnitude", "unscaled"],
+)
+def test_kinds_of_masks_from_the_line(recipe, tmp_path, words, density):
+    train(*recipe, "--max-steps", 2, *words)
+    low, high = density
+    active = {name: float(mask.float().mean()) for name, mask in masks_after_two_steps(tmp_path / "out").items()}
+    assert len(active) == 21  # every convolution, the stem's and the shortcuts' too
+    assert all(value >= low - 2e-3 for value in active.values()), active
+    assert sum(active.values()) / len(active) <= high + 2e-3
+
+
+def test_first_stages_from_the_line(recipe, tmp_path):
+    train(*recipe, "--max-steps", 2, "--mask-stages", 2)
+    masks = masks_after_two_steps(tmp_path / "out")
+    assert {name.split(".")[1] for name in masks} == {"layer1", "layer2"}
+    assert "give one of them" in train(*recipe, "--mask-stages", 2, "--mask.layers-to-transform", 1, code=1).stderr
+
+
+def test_lora_and_statistics_from_the_line(recipe, tmp_path):
+    line = [*recipe, "--max-steps", 2, "--mask.batch-norm", "frozen"]
+    train(*line, "--adapt", "lora", "--lora-rank", 2, "--output-dir", tmp_path / "lora")
+    assert any("lora_A" in name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    train(*line, "--adapt", "statistics", "--output-dir", tmp_path / "statistics")
+    assert (tmp_path / "statistics" / "model.safetensors").exists()
 
 
 def test_mistakes_on_the_line(recipe):

@@ -114,6 +114,13 @@ def test_heads(tmp_path, head):
     assert model is backbone.model
 
 
+def test_scores_of_biases_are_scores(tmp_path):
+    _, task, _ = parts(tiny_arguments(tmp_path, head="masked", mask={"mask_bias": True}))
+    scores, others = adapted_and_others(task)
+    assert [name for name in scores if name.endswith("head.smn_bias_scores.default")]
+    assert others == []
+
+
 def test_a_probe_of_one_image_per_class(tmp_path):
     _, task, _ = parts(tiny_arguments(tmp_path, head="probe", fraction=0.06))
     head = task.model.get_base_model().head

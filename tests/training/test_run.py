@@ -20,7 +20,7 @@ from smn_peft.training.assemble import load_base
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.metrics import read_metrics
 from smn_peft.training.run import RunSummary, plan
-from smn_peft.training.saved import arguments_of
+from smn_peft.training.saved import arguments_of, load_run
 
 from .tiny import SWAV, TEST, TRAIN, picture, tiny_arguments, write_npz
 
@@ -103,6 +103,39 @@ def test_the_baselines(tmp_path, adapt):
     saved, base = load_file(tmp_path / "out" / "model.safetensors"), load_base(arguments, 3).model.state_dict()
     moved = {name.partition(".")[0] for name in base if not torch.equal(saved[name], base[name])}
     assert moved == ({"head"} if adapt == "head" else {"head", "backbone"})
+
+
+@pytest.mark.parametrize("options", [{}, SWAV], ids=["supervised", "swav"])
+def test_statistics_alone_move_and_nothing_of_the_backbone_trains(tmp_path, options):
+    arguments = tiny_arguments(tmp_path, adapt="statistics", **options, epochs=2, head_lr=0.2)
+    summary = run(arguments)
+    assert summary.density is None
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    base = load_base(arguments, None if options else 3).model.state_dict()
+    moved = {name for name in base if not torch.equal(saved[name], base[name])}
+    backbone = {name for name in moved if not name.startswith("head.")}
+    assert backbone == {name for name in base if "running_" in name or "num_batches_tracked" in name}
+    assert (moved > backbone) == (not options)  # a head for labels trains, that of SwAV is thrown away
+    arguments, loaded = load_run(tmp_path / "out")
+    assert torch.equal(loaded.model.state_dict()[next(iter(backbone))], saved[next(iter(backbone))])
+
+
+def test_statistics_alone_need_some(tmp_path):
+    arguments = tiny_arguments(tmp_path, adapt="statistics", backbone="vit_tiny_patch16_224", pretrained=False)
+    with pytest.raises(ValueError, match=r"adapt='statistics' needs BatchNorm, and vit_tiny_patch16_224 has none"):
+        run(arguments)
+
+
+def test_a_progressive_mask_ends_at_its_density_also_when_it_is_resumed_there(tmp_path):
+    mask = {"mask_type": "topk", "density": 0.6, "density_schedule": "linear", "init_score": "kaiming_uniform"}
+    arguments = tiny_arguments(tmp_path, mask=mask, epochs=1, log_every=1)
+    first = run(arguments)
+    densities = [line["density"] for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "loss" in line]
+    assert densities == pytest.approx([1.0, 0.6 + 0.4 * 2 / 3, 0.6 + 0.4 / 3, 0.6], abs=1e-3)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert run(replace(arguments, resume=True)).density == first.density == pytest.approx(0.6, abs=1e-3)
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], again[name]) for name in saved)
 
 
 def test_a_finished_run_resumed_is_finished(tmp_path):

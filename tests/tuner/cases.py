@@ -119,6 +119,7 @@ _PACKED = ("in_proj_weight", "out_proj.weight")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _BIASES = ("in_proj_bias", "out_proj.bias")
 _BIAS = {"mask_bias": True}
+_NORM = {"mask_norms": True}
 
 CASES = [
     Case("linear", lambda: nn.Linear(11, 5), (4, 11)),
@@ -151,6 +152,8 @@ CASES = [
     Case("attention-no-bias", _attention(bias=False), (4, 5, 8), _PACKED, _BIAS, mixes=False),
     Case("attention-separate", _attention(kdim=6, vdim=7), (4, 5, 8), _SEPARATE, mixes=False),
     Case("attention-kv", _attention(add_bias_kv=True, add_zero_attn=True), (4, 5, 8), _PACKED, mixes=False),
+    Case("layer-norm", lambda: nn.LayerNorm(11), (4, 3, 11), options=_NORM),
+    Case("group-norm", lambda: nn.GroupNorm(2, 16), (4, 16, 3, 3), ("weight", "bias"), {**_NORM, **_BIAS}),
     Case("timm-same", lambda: timm.layers.Conv2dSame(3, 5, 3, stride=2), (4, 3, 7, 6)),
     Case("timm-std", lambda: timm.layers.StdConv2d(3, 5, 3), (4, 3, 7, 6)),
     Case("timm-std-same", lambda: timm.layers.StdConv2dSame(3, 5, 3, stride=2), (4, 3, 7, 6)),

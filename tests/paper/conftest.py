@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A third scale, of tiny images and a tiny model, whose runs take two steps; its runs are shared by all tests here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from smn_peft.paper import RunStore, Scale, Setting
+from smn_peft.paper.run_spec import merged
+from tests.training.tiny import SWAV, write_model, write_npz
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("paper")
+    write_model(folder)
+    write_npz(folder / "set.npz")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_scale(tiny_folder: Path) -> Scale:
+    common = {
+        "max_steps": 2,
+        "batch_size": 12,
+        "knn_k": 5,
+        "log_every": 1,
+        "cpu": True,
+        "supervised": {"jitter_probability": 0.0, "grayscale": 0.0, "solarize": 0.0},
+    }
+    mask = merged(common, {"lr": 1000.0, "head_lr": 0.1, "mask": {"batch_norm": "adapt"}})
+    swav = merged(mask, SWAV, {"eval_probe": True})
+    topk = {"lr": 0.05, "mask": {"mask_type": "topk", "init_score": "kaiming_uniform"}}
+    base = {"backbone": f"{tiny_folder / 'model.py'}:build"}
+    supervised = {
+        "full": merged(common, {"adapt": "full", "lr": 0.01}),
+        "lora": merged(common, {"adapt": "lora", "lora_rank": 1, "lr": 0.01}),
+        "mask": mask,
+    }
+    unsupervised = {
+        "mask": swav,
+        "topk": merged(swav, topk),
+        "full": merged(swav, {"adapt": "full", "lr": 0.01}),
+        "statistics": merged(swav, {"adapt": "statistics"}),
+    }
+    return Scale(
+        name="tiny",
+        machine="any",
+        datasets={"colours": {"dataset": str(tiny_folder / "set.npz")}},
+        supervised={"net": Setting("Net", base, supervised, ("colours",), 0.1, True)},
+        unsupervised={"net": Setting("Net", base, unsupervised, ("colours",), 0.1, True)},
+        main="net",
+        vit="net",
+        resnet="net",
+        choices={
+            "table2": ("net",),
+            "table3": ("colours",),
+            "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
+            "table3_options": {"colours": {"batch_size": 8}},
+            "figure10": "colours",
+            "figure10_classes": 3,
+            "figure11": "colours",
+            "table5": ("colours",),
+            "table5_prototypes": (4, 6, 200),
+            "table5_initialisations": ("net",),
+            "table9": ("colours",),
+            "table10": ("colours",),
+            "figure3": ("colours",),
+            "figure3_fractions": (0.5,),
+            "figure3_options": {},
+            "figure5": "colours",
+            "figure5_method": "mask",
+            "figure6": ("colours",),
+            "figure7": ("colours",),
+            "figure8": "colours",
+            "figure8_stages": (1, 2),
+            "figure8_shares": (0.1,),
+            "figure9": "colours",
+            "figure9_shares": (0.1,),
+            "ablations": "colours",
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def store(tiny_folder: Path) -> RunStore:
+    return RunStore(tiny_folder / "out")
