@@ -64,7 +64,7 @@ def read_table(raw: bytes, count: int) -> list[LayerEntry]:
         CodecError: If the table does not hold what it should.
     """
     fixed = count * (1 + 8 * _COLUMNS)
-    if len(raw) < fixed:
+    if len(raw) < fixed or not (count or len(raw) == 0):
         raise _damaged()
     try:
         names = raw[fixed:].decode().split("\n") if count else []
