@@ -17,7 +17,9 @@ __all__ = ["command"]
 def command(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    codec: Annotated[str, typer.Option(help="How masks are coded.")] = "entropy",
+    codec: Annotated[
+        str, typer.Option(help="entropy, or archival: smaller, and tied to the base (implies --base).")
+    ] = "entropy",
     base: Annotated[
         bool, typer.Option("--base", help="Load the base: what selective masking leaves on then costs nothing.")
     ] = False,
@@ -27,7 +29,7 @@ def command(
 ) -> None:
     """Code an adapter's masks to about their entropy: smaller, exact, and read by PEFT as before."""
     before = adapter_sizes(folder)
-    if base or backbone:
+    if base or backbone or codec == "archival":
         after = save_run_as(folder, out, codec, backbone)
     else:
         after = pack_adapter(folder, out, codec)

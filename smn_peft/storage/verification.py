@@ -46,7 +46,7 @@ def verify_adapter_file(path: str | os.PathLike[str], limit: int = MAX_UNPACKED)
                 raise AdapterFileError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} and no packed mask.")
         facts.append(f"masks: {len(packed)}, bit-packed, without a checksum")
     for blob in blobs:
-        if any(entry.selected for entry in blob.entries):
+        if blob.needs_base:
             facts.append(f"masks: {len(blob.entries)}, coded ({blob.codec}); their checksum takes the base")
             continue
         unpack_tensors(tensors, limit)

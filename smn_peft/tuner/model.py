@@ -167,7 +167,7 @@ class MaskModel(BaseTuner):
                 loaded is then taken off the model again.
         """
         try:
-            entries = cls._entries_for(model, adapter_name, state_dict)
+            entries = cls._entries_for(model, adapter_name, state_dict, config.base_fingerprint)
         except Exception:
             if config.being_loaded:
                 discard(model, adapter_name)
@@ -176,9 +176,11 @@ class MaskModel(BaseTuner):
         return widened(model, entries)
 
     @classmethod
-    def _entries_for(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _entries_for(
+        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], fingerprint: str | None
+    ) -> dict[str, Tensor]:
         places = {key.removeprefix(BASE_PREFIX): place for key, place in places_of(model, adapter_name).items()}
-        rest = expand(state_dict, places, adapter_name)
+        rest = expand(state_dict, places, adapter_name, fingerprint)
         result: dict[str, Tensor] = {}
         missing: list[str] = []
         bits_only = False

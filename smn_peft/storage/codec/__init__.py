@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from .blob import BLOB_NAME, LayerEntry, MaskBlob, decode_masks, encode_masks
+from .blob import BLOB_NAME, Base, LayerEntry, MaskBlob, decode_masks, encode_masks
 from .errors import CodecError
-from .layer_codes import LayerCode, decode_layer, encode_layer
+from .layer_codes import LayerCode, decode_layer, encode_layer, needs_weight
 from .registry import CODECS, codec_id, codec_name
 
 __all__ = [
     "BLOB_NAME",
     "CODECS",
+    "Base",
     "CodecError",
     "LayerCode",
     "LayerEntry",
@@ -21,4 +22,5 @@ __all__ = [
     "decode_masks",
     "encode_layer",
     "encode_masks",
+    "needs_weight",
 ]

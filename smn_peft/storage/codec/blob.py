@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
 from .errors import CodecError
-from .layer_codes import decode_layer, encode_layer
+from .layer_codes import decode_layer, encode_layer, needs_weight
 from .registry import codec_id, codec_name
 from .table import LayerEntry, compress_table, decompress_table, read_table, write_table
 
@@ -35,7 +36,15 @@ LAYOUT_VERSION = 1
 _MAGIC = b"SMNM"
 _HEADER = struct.Struct("<4sBBHIIII")
 
-Selector = Callable[[str], NDArray[np.bool_]]
+
+class Base(Protocol):
+    """What the base model knows of the layers, by their names in a blob."""
+
+    def selected(self, name: str) -> NDArray[np.bool_] | None:
+        """The weights that selective masking trains, (weights,) in C order; None if it trains all."""
+
+    def weight(self, name: str) -> NDArray[np.floating]:
+        """The frozen weights θ, (weights,) in C order."""
 
 
 @dataclass(frozen=True)
@@ -96,40 +105,55 @@ class MaskBlob:
         start = self.offset + entry.start
         return self.data[start : start + entry.length]
 
-    def decode_entry(self, entry: LayerEntry, select: Selector | None = None) -> NDArray[np.uint8]:
+    @property
+    def needs_base(self) -> bool:
+        """Whether any layer can be decoded only by who has the base."""
+        return any(entry.selected or needs_weight(entry.code) for entry in self.entries)
+
+    def decode_entry(self, entry: LayerEntry, base: Base | None = None) -> NDArray[np.uint8]:
         """Packed bits (size,) of one layer, not compared with the checksum, which is of all layers.
 
         Args:
             entry: One of `entries`. Whoever calls this has checked that `entry.size` is what can be.
-            select: By name, the weights of a layer that selective masking trains, bool (weights,) in C order.
+            base: What the base knows; see `needs_base`.
 
         Raises:
             CodecError: If the payload is damaged.
-            ValueError: If only selected weights are coded and `select` is None.
+            ValueError: If decoding takes the base and `base` is None.
         """
         part = np.empty(entry.coded, np.uint8)
-        decode_layer(entry.code, entry.active, self.payload(entry), part)
-        return _spread(part, entry, select) if entry.selected else part
+        if base is None:
+            if entry.selected or needs_weight(entry.code):
+                raise ValueError(
+                    f"{entry.name}: its code builds on the base model's weights. Load the adapter over its base, or "
+                    "name the base: smn unpack --base."
+                )
+            decode_layer(entry.code, entry.active, self.payload(entry), part)
+            return part
+        chosen = _chosen(entry, base) if entry.selected else None
+        weight = _of(base.weight(entry.name), chosen) if needs_weight(entry.code) else None
+        decode_layer(entry.code, entry.active, self.payload(entry), part, weight)
+        return part if chosen is None else _spread(part, chosen)
 
 
-def decode_masks(blob: MaskBlob, limit: int, select: Selector | None = None) -> dict[str, NDArray[np.uint8]]:
+def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[str, NDArray[np.uint8]]:
     """Packed bits of all layers by name, compared with the checksum.
 
     Args:
         blob: From [`MaskBlob.parse`].
         limit: Bytes that all masks together may take; known from the base, or what the caller can spare.
-        select: See [`MaskBlob.decode_entry`].
+        base: See [`MaskBlob.decode_entry`].
 
     Raises:
         CodecError: If the masks would be larger than `limit`, a payload is damaged, or the checksum differs.
-        ValueError: If only selected weights are coded and `select` is None.
+        ValueError: If decoding takes the base and `base` is None.
     """
     if blob.size > limit:
         raise CodecError(f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible here.")
     masks: dict[str, NDArray[np.uint8]] = {}
     checksum = zlib.crc32(blob.table)
     for entry in blob.entries:
-        masks[entry.name] = blob.decode_entry(entry, select)
+        masks[entry.name] = blob.decode_entry(entry, base)
         checksum = zlib.crc32(masks[entry.name].data, checksum)
     if checksum != blob.checksum:
         raise CodecError(
@@ -143,18 +167,18 @@ def decode_masks(blob: MaskBlob, limit: int, select: Selector | None = None) -> 
 def encode_masks(
     masks: Mapping[str, NDArray[np.uint8]],
     codec: str = "entropy",
-    selected: Mapping[str, NDArray[np.bool_]] | None = None,
+    base: Base | None = None,
 ) -> bytes:
     """Masks as a blob; the same masks give the same bytes, in whatever order they come.
 
     Args:
         masks: Packed bits (size,) by name.
         codec: Name of a codec.
-        selected: By name, the weights of a layer that selective masking trains, bool (weights,) in C order. All
-            others have to be on to cost nothing; where one is off, the layer is coded in full.
+        base: What the base knows of these layers. The weights that selective masking leaves out then cost nothing if
+            they are on; where one is off, the layer is coded in full. Codec ``"archival"`` cannot do without.
 
     Raises:
-        ValueError: If there is no such codec, or a name is empty or has a line break.
+        ValueError: If there is no such codec, it lacks the base, or a name is empty or has a line break.
     """
     number, entries, payloads, start = codec_id(codec), [], [], 0
     checksums = []
@@ -163,11 +187,18 @@ def encode_masks(
             raise ValueError(f"{name!r} cannot name a layer in a coded file.")
         packed, is_part = masks[name], False
         checksums.append(packed)
-        if (chosen := (selected or {}).get(name)) is not None:
+        if base is not None and (chosen := base.selected(name)) is not None:
             bits = np.unpackbits(packed, count=len(chosen)).view(np.bool_)
             is_part = bool(bits[~chosen].all())
         part = np.packbits(bits[chosen]) if is_part else packed
-        code, active, payload = encode_layer(part)
+        weight = None
+        if codec == "archival":
+            if base is None:
+                raise ValueError(
+                    "codec='archival' builds on the base model's weights: save from the model, or --base."
+                )
+            weight = _of(base.weight(name), chosen if is_part else None)
+        code, active, payload = encode_layer(part, weight)
         inactive = 8 * len(part) - active
         entries.append(LayerEntry(name, len(packed), len(part), inactive, code, is_part, start, len(payload)))
         payloads.append(payload)
@@ -181,20 +212,28 @@ def encode_masks(
     return b"".join([header, deflated, *payloads])
 
 
-def _spread(part: NDArray[np.uint8], entry: LayerEntry, select: Selector | None) -> NDArray[np.uint8]:
-    """The layer's packed bits from those of its selected weights."""
-    if select is None:
-        raise ValueError(
-            f"{entry.name}: only the weights that selective masking trains are coded, and which they are follows from "
-            "the base model: load the adapter over its base."
+def _chosen(entry: LayerEntry, base: Base) -> NDArray[np.bool_]:
+    """The weights that a layer codes, checked against its sizes."""
+    chosen = base.selected(entry.name)
+    if chosen is None:
+        raise CodecError(
+            f"{entry.name} codes a part of its weights, and the adapter's config trains all: it is damaged."
         )
-    chosen = select(entry.name)
     count = int(np.count_nonzero(chosen))
     if packed_size(len(chosen)) != entry.size or packed_size(count) != entry.coded:
         raise CodecError(
             f"{entry.name} is coded for {entry.size} bytes of which {entry.coded} train, the base has "
             f"{packed_size(len(chosen))} and {packed_size(count)}: load the base that adapter_config.json names."
         )
+    return chosen
+
+
+def _spread(part: NDArray[np.uint8], chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The layer's packed bits from those of its selected weights; all others are on."""
     full = np.ones(len(chosen), np.bool_)
-    full[chosen] = np.unpackbits(part, count=count).view(np.bool_)
+    full[chosen] = np.unpackbits(part, count=int(np.count_nonzero(chosen))).view(np.bool_)
     return np.packbits(full)
+
+
+def _of(weight: NDArray[np.floating], chosen: NDArray[np.bool_] | None) -> NDArray[np.floating]:
+    return weight if chosen is None else weight[chosen]

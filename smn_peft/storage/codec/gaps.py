@@ -16,9 +16,9 @@ from ...functional.packing import packed_size
 from .deflate import PIECE, deflate, inflate
 from .errors import CodecError
 
-__all__ = ["decode_gaps", "encode_gaps", "low_bits"]
+__all__ = ["GO_ON", "decode_gaps", "encode_gaps", "high_symbols", "low_bits"]
 
-_GO_ON = 255
+GO_ON = 255
 _COUNTING = np.arange(PIECE, dtype=np.int64)
 _BIT = np.array([128, 64, 32, 16, 8, 4, 2, 1], np.uint8)
 
@@ -45,11 +45,15 @@ def encode_gaps(positions: NDArray[np.int64], total: int, shift: int = 0) -> byt
     k = low_bits(total, len(positions), shift)
     gaps = np.diff(positions, prepend=-1) - 1
     planes = [np.packbits((gaps >> bit & 1).astype(np.bool_)).tobytes() for bit in range(k)]
-    high = gaps >> k
-    lengths = high // _GO_ON + 1
-    symbols = np.full(int(lengths.sum()), _GO_ON, np.uint8)
-    symbols[np.cumsum(lengths) - 1] = high % _GO_ON
-    return b"".join([*planes, deflate(symbols.tobytes())])
+    return b"".join([*planes, deflate(high_symbols(gaps >> k).tobytes())])
+
+
+def high_symbols(high: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The bytes of high parts: 255 adds 255 and goes on, anything less ends a gap."""
+    lengths = high // GO_ON + 1
+    symbols = np.full(int(lengths.sum()), GO_ON, np.uint8)
+    symbols[np.cumsum(lengths) - 1] = high % GO_ON
+    return symbols
 
 
 def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: NDArray[np.uint8]) -> None:
@@ -70,12 +74,12 @@ def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: ND
     stream = payload[k * packed_size(count) :]
     at = 0  # where the gap that is being read starts: one after the last position
     found, is_open = 0, False
-    for symbols in inflate(stream, count + total // _GO_ON + 1):
+    for symbols in inflate(stream, count + total // GO_ON + 1):
         if not len(symbols):
             continue
         sums = np.cumsum(symbols, dtype=np.int64)
-        is_open, step = bool(symbols[-1] == _GO_ON), int(sums[-1]) << k
-        positions = sums if symbols.max() < _GO_ON else sums[symbols != _GO_ON]
+        is_open, step = bool(symbols[-1] == GO_ON), int(sums[-1]) << k
+        positions = sums if symbols.max() < GO_ON else sums[symbols != GO_ON]
         number = len(positions)
         if found + number > count:
             raise _damaged()

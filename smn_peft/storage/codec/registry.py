@@ -7,7 +7,7 @@ from .errors import CodecError
 
 __all__ = ["CODECS", "codec_id", "codec_name"]
 
-CODECS: dict[str, int] = {"bits": 0, "entropy": 1}
+CODECS: dict[str, int] = {"bits": 0, "entropy": 1, "archival": 2}
 """Codec numbers by name. A number is never given a second meaning; 0 is a file of plain `smn_mask` tensors."""
 
 

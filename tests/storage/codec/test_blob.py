@@ -33,6 +33,19 @@ def masks() -> dict[str, np.ndarray]:
     }
 
 
+class Base:
+    """The base of one layer: which of its weights train, and what they are."""
+
+    def __init__(self, chosen: np.ndarray | None = None, weight: np.ndarray | None = None) -> None:
+        self.chosen, self.theta = chosen, weight
+
+    def selected(self, name: str) -> np.ndarray | None:
+        return self.chosen
+
+    def weight(self, name: str) -> np.ndarray:
+        return self.theta
+
+
 def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -40,7 +53,7 @@ def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
 def test_masks_round_trip_by_every_code(masks):
     blob = MaskBlob.parse(encode_masks(masks))
     assert same(decode_masks(blob, LIMIT), masks)
-    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode)
+    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode) - {LayerCode.RANKED_OFF, LayerCode.RANKED_ON}
     assert {entry.name: entry.size for entry in blob.entries} == {name: len(m) for name, m in masks.items()}
     for entry in blob.entries:
         assert entry.active == int(np.unpackbits(masks[entry.name]).sum())
@@ -57,27 +70,72 @@ def test_what_selective_masking_leaves_on_costs_no_bits(share):
     chosen = bits(0.1, 20_001, seed=1)
     mask = bits(share, 20_001) | ~chosen
     packed = {"layer": np.packbits(mask)}
-    data = encode_masks(packed, selected={"layer": chosen})
+    data = encode_masks(packed, base=Base(chosen))
     alone = encode_masks({"layer": np.packbits(mask[chosen])})
     assert len(data) <= len(alone) + 8
     assert len(data) < 0.6 * len(encode_masks(packed))
     blob = MaskBlob.parse(data)
-    assert same(decode_masks(blob, LIMIT, lambda _: chosen), packed)
-    with pytest.raises(ValueError, match="load the adapter over its base"):
+    assert same(decode_masks(blob, LIMIT, Base(chosen)), packed)
+    with pytest.raises(ValueError, match="Load the adapter over its base"):
         decode_masks(blob, LIMIT)
     with pytest.raises(CodecError, match="load the base that"):
-        decode_masks(blob, LIMIT, lambda _: chosen[:19_000])
+        decode_masks(blob, LIMIT, Base(chosen[:19_000]))
     other = np.roll(chosen, 1)
     with pytest.raises(CodecError, match="checksum"):
-        decode_masks(blob, LIMIT, lambda _: other)
+        decode_masks(blob, LIMIT, Base(other))
 
 
 def test_a_mask_that_is_off_where_nothing_trains_is_coded_in_full():
     chosen = bits(0.1, 5000, seed=1)
     packed = {"layer": np.packbits(bits(0.5, 5000))}
-    blob = MaskBlob.parse(encode_masks(packed, selected={"layer": chosen}))
+    blob = MaskBlob.parse(encode_masks(packed, base=Base(chosen)))
     assert not blob.entries[0].selected
     assert same(decode_masks(blob, LIMIT), packed)
+
+
+@pytest.mark.parametrize("count", [20_001, 64])
+@pytest.mark.parametrize("selective", [False, True])
+@pytest.mark.parametrize("inverted", [False, True])
+def test_the_archival_code_uses_the_weights(count, selective, inverted):
+    rng = np.random.default_rng(0)
+    theta = rng.standard_normal(count).astype(np.float32)
+    theta[:20] = 0.5  # ties
+    chosen = bits(0.7, count, seed=1) if selective else None
+    mask = (rng.random(count) > 0.3 * np.abs(theta) ** 3) ^ inverted
+    if chosen is not None:
+        mask |= ~chosen
+    packed, base = {"layer": np.packbits(mask)}, Base(chosen, theta)
+    data = encode_masks(packed, "archival", base)
+    blob = MaskBlob.parse(data)
+    assert blob.codec == "archival"
+    assert same(decode_masks(blob, LIMIT, base), packed)
+    if count > 1000:
+        assert len(data) < 0.93 * len(encode_masks(packed, base=base))
+        assert blob.needs_base
+        with pytest.raises(ValueError, match="builds on the base"):
+            decode_masks(blob, LIMIT)
+        with pytest.raises(CodecError):
+            decode_masks(blob, LIMIT, Base(chosen, np.roll(theta, 1)))
+        with pytest.raises(CodecError):
+            decode_masks(blob, LIMIT, Base(chosen if chosen is None else chosen[:-9], theta[:-9]))
+        payload = blob.payload(blob.entries[0])
+        for place in range(0, 8 * len(payload), 37):
+            bent = bytearray(data)
+            bent[len(data) - len(payload) + (place >> 3)] ^= 1 << (place & 7)
+            try:
+                found = decode_masks(MaskBlob.parse(bytes(bent)), LIMIT, base)
+            except CodecError:
+                continue
+            assert same(found, packed)
+
+
+def test_the_archival_code_of_constant_masks():
+    theta = np.arange(13.0)
+    for mask in (np.ones(13, np.bool_), np.zeros(13, np.bool_)):
+        packed, base = {"layer": np.packbits(mask)}, Base(None, theta)
+        assert same(decode_masks(MaskBlob.parse(encode_masks(packed, "archival", base)), LIMIT, base), packed)
+    with pytest.raises(ValueError, match="save from the model"):
+        encode_masks(packed, "archival")
 
 
 def test_masks_beyond_the_limit_are_not_decoded(masks):
@@ -211,7 +269,7 @@ def test_names_that_the_table_cannot_hold(name):
 
 def test_only_codecs_that_make_a_blob():
     for codec in ("bits", "zip"):
-        with pytest.raises(ValueError, match="choose 'entropy'"):
+        with pytest.raises(ValueError, match="choose 'entropy', 'archival'"):
             encode_masks({}, codec)
 
 
