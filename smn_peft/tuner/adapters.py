@@ -195,7 +195,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     f"The masks of adapter {name!r} never arrived: its file holds them coded "
                     f"(codec={info.config.codec!r}), which transformers' own load_adapter does not read. Load it with "
                     "PeftModel.from_pretrained, or write it bit-packed with `smn unpack`. If you only want its "
-                    "configuration for a fresh adapter, pass dataclasses.replace(config)."
+                    "configuration for a fresh adapter, pass dataclasses.replace(config, base_fingerprint=None)."
                 )
         self._awaiting = False
         for slot in self.present_slots:

@@ -79,7 +79,7 @@ class MaskConfig(PeftConfig):
     save_scores: bool = _option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
     codec: str = _option(
         "bits",
-        "How masks are stored: 'bits', one per weight; 'entropy', coded to about their entropy; 'archival', smaller and "
+        "How masks are stored: 'bits', one per weight; 'entropy', coded to about their entropy; 'archival', smaller, "
         "readable only over the very weights that it was saved with.",
     )
     save_dtype: Literal["float32", "bfloat16", "float16"] = _option(
@@ -94,6 +94,8 @@ class MaskConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SMN
         self.being_loaded = False  # from the reading of the config until the masks are in the model
+        #: A saved adapter's coded masks, until they are decoded into the model
+        self.awaits_blob = self.codec != "bits" and self.base_fingerprint is not None
         check_format_version(self.format_version)
         for name, allowed in (
             ("mask_type", tuple(MASK_TYPES)),
@@ -113,11 +115,6 @@ class MaskConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check_layers()
         self._check_numbers()
-
-    @property
-    def awaits_blob(self) -> bool:
-        """Whether the adapter's masks are in a coded file and have not been decoded into the model."""
-        return self.being_loaded and self.codec != "bits"
 
     def _check_layers(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:

@@ -172,7 +172,7 @@ class MaskModel(BaseTuner):
             if config.being_loaded:
                 discard(model, adapter_name)
             raise
-        config.being_loaded = False
+        config.being_loaded = config.awaits_blob = False
         return widened(model, entries)
 
     @classmethod
