@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from ._push_to_hub import register
-from .tuner import MaskConfig, MaskModel, explain_targets
+from .tuner import MaskConfig, MaskModel, explain_targets, round_extras
 
-__all__ = ["MaskConfig", "MaskModel", "explain_targets"]
+__all__ = ["MaskConfig", "MaskModel", "explain_targets", "round_extras"]
 
 register()
 

@@ -8,13 +8,26 @@ from typing import Annotated
 
 import typer
 
-from . import analyze, cascade, eval, push, recipes, reproduce, targets, train
+from . import (
+    analyze,
+    cascade,
+    eval,
+    inspect,
+    pack,
+    push,
+    recipes,
+    reproduce,
+    targets,
+    train,
+    unpack,
+    verify,
+)
 from .errors import ErrorGroup
 
 __all__ = ["COMMANDS", "app", "main"]
 
 #: Each module is a command of its own name, and holds it as `command`; or several, in an `app`.
-COMMANDS = (train, eval, push, cascade, analyze, reproduce, recipes, targets)
+COMMANDS = (train, eval, push, pack, unpack, inspect, verify, cascade, analyze, reproduce, recipes, targets)
 
 app = typer.Typer(
     name="smn",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backbones import pooled_features
 from ..objectives import Objective
-from ..tuner import MaskConfig
+from ..tuner import MaskConfig, round_extras
 from ..tuner.batch_norm import has_statistics
 
 __all__ = ["TrainingTask"]
@@ -109,6 +109,11 @@ class TrainingTask(nn.Module):
                 kept = adapter and ".modules_to_save." in name
                 adapted = _is_scores(name) if masked else _is_body(name) and not kept
                 yield name, parameter, adapted
+
+    def round_extras(self) -> None:
+        """Round head and statistics as saving will, so that what is evaluated is what is saved."""
+        if self.mask_config is not None:
+            round_extras(self.model)
 
     def training_state(self) -> dict[str, Tensor]:
         """All that training moves, by name: scores, head, objective, statistics; never the frozen base."""

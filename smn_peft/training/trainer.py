@@ -170,6 +170,7 @@ class Trainer:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
         self.task.move_density(1.0)  # a run that was resumed at its end had no step to say so
+        self.task.round_extras()
         self._evaluate()
         if self.arguments.log_with is not None:
             self.accelerator.end_training()

@@ -17,24 +17,26 @@ from ..functional.masking import progressive_density
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms
-from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_targets
+from .checks import (
+    BASE_PREFIX,
+    base_fingerprint,
+    check_adapter_name,
+    check_base,
+    check_base_kind,
+    check_targets,
+    misfit,
+)
+from .coded import condense, expand
 from .config import MaskConfig
 from .forms import mask_layer_for
 from .layer import MaskLayer
 from .norms import norm_form_of, with_norms
 from .rollback import discard, whole_or_nothing
+from .rounding import widened
 from .targets import resolve_targets
+from .traversal import adapter_layers, places_of
 
 __all__ = ["MaskModel"]
-
-_BASE_PREFIX = "base_model.model."
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """Every layer that adapters live on, with its name in the (unsharded) state dict."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
-            yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, Any]:
@@ -62,7 +64,7 @@ class MaskModel(BaseTuner):
         config: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_adapter_name(adapter_name, model)
         check_base_kind(model)
-        if any(adapter_name in layer.smn_info for _, layer in _layers(model)):
+        if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
         with whole_or_nothing(model, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -89,7 +91,7 @@ class MaskModel(BaseTuner):
         if peft_config.mask_norms:
             exact = with_norms(model, peft_config.target_modules or ())
             peft_config.target_modules = set(exact) if isinstance(exact, list) else exact  # type: ignore[assignment]
-        inside = tuple(f"{name}." for name, _ in _layers(model))
+        inside = tuple(f"{name}." for name, _ in adapter_layers(model))
         matched = [
             name
             for name, _ in model.named_modules()
@@ -125,13 +127,13 @@ class MaskModel(BaseTuner):
 
     def _verify(self, model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         """Add the BatchNorm policy, and refuse a base that is not the adapter's."""
-        masked = [layer for _, layer in _layers(model) if isinstance(layer, MaskLayer)]
+        masked = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
         if not any(layer.merged for layer in masked) and config.base_fingerprint is not None:
             if warning := check_base(config, base_fingerprint(masked, adapter_name), model):
                 warnings.warn(warning, stacklevel=4)
         add_batch_norms(model, adapter_name, config, self.active_adapters)
         for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
-            for _, layer in _layers(encoder):
+            for _, layer in adapter_layers(encoder):
                 layer.forbid_fast_path()
 
     # --- State dicts -------------------------------------------------------------------------------------------------
@@ -146,14 +148,17 @@ class MaskModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Bits of the adapter, packed from the scores of the passed (gathered) state dict; statistics beside them."""
-        layers = dict(_layers(model))
+        layers = dict(adapter_layers(model))
         if not any(layer.merged for layer in layers.values()):
             masked = [layer for layer in layers.values() if isinstance(layer, MaskLayer)]
             config.base_fingerprint = base_fingerprint(masked, adapter_name) or config.base_fingerprint
         entries: dict[str, Tensor] = {}
         for name, layer in layers.items():
             entries.update(layer.to_checkpoint(adapter_name, f"{name}." if name else "", state_dict))
-        return entries
+        if config.codec == "bits":
+            return entries
+        places = {f"{key}.{adapter_name}": place for key, place in places_of(model, adapter_name).items()}
+        return condense(entries, places, adapter_name, config.codec)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
@@ -166,28 +171,31 @@ class MaskModel(BaseTuner):
                 loaded is then taken off the model again.
         """
         try:
-            entries = cls._entries_for(model, adapter_name, state_dict)
+            entries = cls._entries_for(model, adapter_name, state_dict, config.base_fingerprint)
         except Exception:
             if config.being_loaded:
                 discard(model, adapter_name)
             raise
-        config.being_loaded = False
-        return entries
+        config.being_loaded = config.awaits_blob = False
+        return widened(model, entries)
 
     @classmethod
-    def _entries_for(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        rest = dict(state_dict)
+    def _entries_for(
+        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], fingerprint: str | None
+    ) -> dict[str, Tensor]:
+        places = {key.removeprefix(BASE_PREFIX): place for key, place in places_of(model, adapter_name).items()}
+        rest = expand(state_dict, places, adapter_name, fingerprint)
         result: dict[str, Tensor] = {}
         missing: list[str] = []
         bits_only = False
-        for name, layer in _layers(model):
+        for name, layer in adapter_layers(model):
             prefix = f"{name}." if name else ""
-            bare = prefix.removeprefix(_BASE_PREFIX)
+            bare = prefix.removeprefix(BASE_PREFIX)
             attributes = {key for key in layer._modules if key.startswith(cls.prefix)}
             entries = {
                 attribute: rest.pop(key)
                 for attribute in attributes
-                for key in (f"{bare}{attribute}", f"{_BASE_PREFIX}{bare}{attribute}")
+                for key in (f"{bare}{attribute}", f"{BASE_PREFIX}{bare}{attribute}")
                 if key in rest
             }
             try:
@@ -199,12 +207,7 @@ class MaskModel(BaseTuner):
             result.update({f"{prefix}{key}": value for key, value in loaded.items()})
         strange = [key for key in rest if key.rpartition(".")[2].startswith(cls.prefix)]
         if missing or strange:
-            raise ValueError(
-                f"The adapter's masks do not fit this model: {len(missing)} missing ({', '.join(missing[:3])} …), "
-                f"{len(strange)} that no masked layer takes ({', '.join(strange[:3])} …). If the module paths differ "
-                "between versions of transformers, pass key_mapping to from_pretrained: "
-                "smn_peft.backbones.clip_key_mapping() gives CLIP's."
-            )
+            raise misfit(missing, strange)
         if bits_only:
             warnings.warn(
                 f"Adapter {adapter_name!r} was saved as bits: training goes on from its mask, with every score at the "
@@ -221,7 +224,7 @@ class MaskModel(BaseTuner):
         name = adapter_name or self.active_adapters[0]
         return {
             f"{path}.{slot.path}": layer.mask(name, slot)
-            for path, layer in _layers(self.model)
+            for path, layer in adapter_layers(self.model)
             if name in layer.smn_info
             for slot in layer.smn_info[name].slots
         }
@@ -243,7 +246,7 @@ class MaskModel(BaseTuner):
         if config.density_schedule is None or config.density is None:
             raise ValueError(f"Adapter {name!r} has no density_schedule: set density_schedule='linear' in its config.")
         density = progressive_density(progress, config.density)
-        for _, layer in _layers(self.model):
+        for _, layer in adapter_layers(self.model):
             if isinstance(layer, MaskLayer) and name in layer.smn_info:
                 layer.update_density(name, density)
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every truncation and every flipped bit of a small coded file: an error, or exactly the masks that were saved."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smn_peft.storage import check_adapter_file, read_adapter_file, verify_adapter_file
+from smn_peft.storage.codec import BLOB_NAME, encode_masks
+from smn_peft.storage.finish import write_adapter_file
+from smn_peft.storage.repack import unpack_tensors
+
+LIMIT = 1 << 16
+HEAD = "base_model.model.head.weight"
+
+
+def masks() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shares = {"0.smn_mask": (0.97, 640), "1.smn_mask": (0.5, 120), "2.smn_mask": (1.0, 64)}
+    return {name: np.packbits(rng.random(count) < share) for name, (share, count) in shares.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("coded") / "adapter.safetensors"
+    blob = torch.from_numpy(np.frombuffer(encode_masks(masks()), np.uint8).copy())
+    tensors = {f"base_model.model.{BLOB_NAME}": blob, HEAD: torch.arange(3.0)}
+    write_adapter_file(path, tensors, "float32:00")
+    return path.read_bytes()
+
+
+def read(path: Path) -> dict[str, torch.Tensor] | None:
+    """What a reader gets, or None where it is refused."""
+    try:
+        check_adapter_file(path)
+        return unpack_tensors(read_adapter_file(path), LIMIT)
+    except ValueError:  # an AdapterFileError, or a code that takes the base
+        return None
+
+
+def wrong(found: dict[str, torch.Tensor] | None) -> list[str]:
+    """Masks under a right name with wrong bits, or a wrong head; what has another name fits no model."""
+    if found is None:
+        return []
+    expected = {f"base_model.model.{name}": torch.from_numpy(mask) for name, mask in masks().items()}
+    expected[HEAD] = torch.arange(3.0)
+    return [name for name in found if name in expected and not torch.equal(found[name], expected[name])]
+
+
+def test_the_whole_file_is_read(data, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(data)
+    found = read(path)
+    assert found is not None
+    assert len(found) == 4
+    assert not wrong(found)
+
+
+def test_every_truncation_is_refused(data, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        assert read(path) is None, length
+
+
+def test_no_flipped_bit_gives_a_wrong_mask_or_head(data, tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    refused = 0
+    for place in range(8 * len(data)):
+        bent = bytearray(data)
+        bent[place >> 3] ^= 1 << (place & 7)
+        path.write_bytes(bent)
+        found = read(path)
+        assert not wrong(found), place
+        refused += found is None
+    # The rest are bits of names, of the metadata, and of what pads header and stream.
+    start = 8 * len(data) - 8 * (len(encode_masks(masks())) + 12)
+    assert refused > (8 * len(data) - start) * 0.95
+    assert len(data) < 1000
+
+
+def test_random_overwrites_cost_no_memory(data, tmp_path):
+    """Headers and tables that promise gigabytes are refused before anything of that size is made."""
+    path, rng = tmp_path / "adapter.safetensors", np.random.default_rng(0)
+    start = len(data) - len(encode_masks(masks())) - 12
+    tracemalloc.start()
+    for _ in range(300):
+        bent = np.frombuffer(data, np.uint8).copy()
+        first = int(rng.integers(start, len(data) - 1))
+        bent[first : first + int(rng.integers(1, 9))] = rng.choice([0, 1, 127, 128, 255])
+        path.write_bytes(bent.tobytes())
+        assert not wrong(read(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+def test_decoding_takes_little_more_than_the_masks():
+    from smn_peft.storage.codec import MaskBlob, decode_masks
+
+    rng = np.random.default_rng(0)
+    for share in (0.999, 0.95, 0.8, 0.6):
+        packed = {"layer": np.packbits(rng.random(16_000_000) < share)}  # one layer: the hardest case
+        blob = MaskBlob.parse(encode_masks(packed))
+        tracemalloc.start()
+        decode_masks(blob, blob.size)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2 * blob.size + 3_000_000, share
+
+
+@pytest.mark.parametrize("name", ["base_model.model.smn_masks", "smn_masks"])
+def test_a_file_can_be_verified_wherever_its_blob_is(tmp_path, name):
+    blob = torch.from_numpy(np.frombuffer(encode_masks(masks()), np.uint8).copy())
+    write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob}, None)
+    assert any("checksum" in fact for fact in verify_adapter_file(tmp_path))
