@@ -90,8 +90,8 @@ def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[st
         if all(layer.startswith(old) and new + layer[len(old) :] in modules for layer in layers):
             return lambda path: new + path.removeprefix(old)  # it returns at once
     raise ValueError(
-        f"Task {name!r} masks {first}, which the bank's base does not have: its adapter_config.json names the one that "
-        "it belongs to."
+        f"Task {name!r} masks {first}, which the bank's base does not have: the adapter's config names the base that it "
+        "belongs to."
     )
 
 
