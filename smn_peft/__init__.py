@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from .tuner import MaskConfig, MaskModel, explain_targets
+from .tuner import MaskConfig, MaskModel, explain_targets, round_extras
 
-__all__ = ["MaskConfig", "MaskModel", "explain_targets"]
+__all__ = ["MaskConfig", "MaskModel", "explain_targets", "round_extras"]
 
 __version__ = "0.1.0"

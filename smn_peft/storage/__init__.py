@@ -10,15 +10,22 @@ from .adapter_file import (
     AdapterSizes,
     adapter_sizes,
     check_adapter_file,
+    purpose_of,
     read_adapter_file,
+    read_metadata,
 )
 from .atomic import atomic_write
+from .codec import CODECS
 from .fingerprint import fingerprint, tensor_digest
+from .finish import finish_adapter_file
 from .formats import FORMAT_VERSION, check_format_version, check_packed
+from .rounding import SAVE_DTYPES, rounded
 
 __all__ = [
+    "CODECS",
     "CONFIG_NAME",
     "FORMAT_VERSION",
+    "SAVE_DTYPES",
     "WEIGHTS_NAME",
     "AdapterFileError",
     "AdapterSizes",
@@ -28,6 +35,10 @@ __all__ = [
     "check_format_version",
     "check_packed",
     "fingerprint",
+    "finish_adapter_file",
+    "purpose_of",
     "read_adapter_file",
+    "read_metadata",
+    "rounded",
     "tensor_digest",
 ]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,22 @@ from torch import Tensor
 
 __all__ = [
     "CONFIG_NAME",
+    "REST_CHECKSUM",
     "WEIGHTS_NAME",
     "AdapterFileError",
     "AdapterSizes",
     "adapter_sizes",
     "check_adapter_file",
+    "purpose_of",
     "read_adapter_file",
+    "read_metadata",
+    "rest_checksum",
 ]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+REST_CHECKSUM = "smn_rest_checksum"
+"""Metadata key of the checksum of all tensors that are not masks, see [`rest_checksum`]."""
 _MAX_HEADER = 25_000_000  # a ViT-g header has 60 kB
 
 
@@ -38,7 +46,7 @@ class AdapterSizes:
     """Bytes of an adapter file, split by purpose.
 
     Attributes:
-        mask: Packed masks.
+        mask: Masks, packed or coded.
         head: `modules_to_save`, in general the task head.
         statistics: BatchNorm running statistics.
         scores: Scores, with ``save_scores=True``.
@@ -57,7 +65,26 @@ def _weights_path(path: str | os.PathLike[str]) -> Path:
     return path / WEIGHTS_NAME if path.is_dir() else path
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def purpose_of(name: str) -> str:
+    """What a tensor of an adapter's file is for: ``"mask"``, ``"head"``, ``"statistics"`` or ``"scores"``."""
+    attribute = name.rpartition(".")[2]
+    if not attribute.startswith("smn_"):
+        return "head"
+    if attribute.endswith(("mask", "masks")):
+        return "mask"
+    return "scores" if attribute.endswith("scores") else "statistics"
+
+
+def rest_checksum(parts: Mapping[str, bytes]) -> str:
+    """CRC-32 of the names and bytes of tensors, by name; masks have a checksum of their own."""
+    checksum = 0
+    for name in sorted(parts):
+        checksum = zlib.crc32(parts[name], zlib.crc32(name.encode(), checksum))
+    return f"crc32:{checksum:08x}"
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Entries by tensor name, metadata, and where the tensors start."""
     advice = "The download or copy is incomplete or the file is damaged: fetch it again."
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -73,7 +100,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             raise AdapterFileError(f"{path} has an unreadable header. {advice}") from error
     if not isinstance(header, dict):
         raise AdapterFileError(f"{path} has an unreadable header. {advice}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     end = 0
     for name, entry in header.items():
         try:
@@ -86,20 +113,51 @@ def _read_header(path: Path) -> dict[str, Any]:
         end = max(end, last)
     if 8 + length + end != size:
         raise AdapterFileError(f"{path} has {size} bytes, its header promises {8 + length + end}. {advice}")
-    return header
+    return header, metadata if isinstance(metadata, dict) else {}, 8 + length
 
 
 def check_adapter_file(path: str | os.PathLike[str]) -> None:
-    """Check header and size of an adapter file without reading its tensors.
+    """Check header and size of an adapter file, and head and statistics against their checksum if it has one.
+
+    Masks are not read: a coded file has their checksum where they are decoded.
 
     Args:
         path: The file, or the folder that holds `adapter_model.safetensors`.
 
     Raises:
-        AdapterFileError: If the file is truncated, its header is unreadable, or it promises more bytes than it has.
+        AdapterFileError: If the file is truncated, its header is unreadable, it promises more bytes than it has, or
+            the checksum differs.
         FileNotFoundError: If there is no such file.
     """
-    _read_header(_weights_path(path))
+    path = _weights_path(path)
+    header, metadata, offset = _read_header(path)
+    if (expected := metadata.get(REST_CHECKSUM)) is None:
+        return
+    parts = {}
+    with path.open("rb") as file:
+        for name, entry in header.items():
+            if purpose_of(name) != "mask":
+                first, last = entry["data_offsets"]
+                file.seek(offset + first)
+                parts[name] = file.read(last - first)
+    if (found := rest_checksum(parts)) != expected:
+        raise AdapterFileError(
+            f"{path}: head and statistics have the checksum {found}, the file says {expected}: it is damaged. "
+            "Fetch it again."
+        )
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a file's header says of it (``__metadata__``), without reading its tensors.
+
+    Args:
+        path: The file, or the folder that holds `adapter_model.safetensors`.
+
+    Raises:
+        AdapterFileError: If the header is unreadable.
+        FileNotFoundError: If there is no such file.
+    """
+    return _read_header(_weights_path(path))[1]
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -130,14 +188,7 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
     """
     path = _weights_path(path)
     sums = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
-    for name, entry in _read_header(path).items():
+    for name, entry in _read_header(path)[0].items():
         first, last = entry["data_offsets"]
-        attribute = name.rpartition(".")[2]
-        if not attribute.startswith("smn_"):
-            purpose = "head"
-        elif attribute.endswith("mask"):
-            purpose = "mask"
-        else:
-            purpose = "scores" if attribute.endswith("scores") else "statistics"
-        sums[purpose] += last - first
+        sums[purpose_of(name)] += last - first
     return AdapterSizes(**sums, total=path.stat().st_size)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..backbones import pooled_features
 from ..objectives import Objective
-from ..tuner import MaskConfig
+from ..tuner import MaskConfig, round_extras
 
 __all__ = ["TrainingTask"]
 
@@ -92,6 +92,11 @@ class TrainingTask(nn.Module):
             if parameter.requires_grad:
                 adapted = "smn_scores" in name if masked else _is_body(name)
                 yield name, parameter, adapted
+
+    def round_extras(self) -> None:
+        """Round head and statistics as saving will, so that what is evaluated is what is saved."""
+        if isinstance(self.model, PeftModel):
+            round_extras(self.model)
 
     def training_state(self) -> dict[str, Tensor]:
         """All that training moves, by name: scores, head, objective, statistics; never the frozen base."""

@@ -175,6 +175,7 @@ class Trainer:
         with StopRequest() as stop, shown as bar:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
+        self.task.round_extras()
         self._evaluate()
         if self.arguments.log_with is not None:
             self.accelerator.end_training()

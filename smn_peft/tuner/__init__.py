@@ -10,9 +10,10 @@ from ._compat import SMN
 from .config import MaskConfig
 from .layer import MaskLayer
 from .model import MaskModel
+from .rounding import round_extras
 from .targets import explain_targets
 
-__all__ = ["MaskConfig", "MaskLayer", "MaskModel", "explain_targets"]
+__all__ = ["MaskConfig", "MaskLayer", "MaskModel", "explain_targets", "round_extras"]
 
 _registered = PEFT_TYPE_TO_TUNER_MAPPING.get(SMN)
 if _registered is None:

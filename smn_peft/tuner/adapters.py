@@ -174,6 +174,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 packed = pack_bits(initial_scores(config, f"{key}.{slot.path}", weight) > config.threshold)
             if config.inference_mode:
                 self.bits(slot)[adapter_name] = packed
+                self._awaiting |= config.awaits_blob
             else:
                 scores = initial_scores(config, f"{key}.{slot.path}", weight)
                 self.scores(slot)[adapter_name] = nn.Parameter(scores)
@@ -183,7 +184,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def receive(self) -> None:
-        """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use."""
+        """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use.
+
+        Raises:
+            RuntimeError: If an adapter's masks lie coded in a file that its loader could not read.
+        """
+        for name, info in self.smn_info.items():
+            if info.config.awaits_blob:
+                raise RuntimeError(
+                    f"The masks of adapter {name!r} never arrived: its file holds them coded "
+                    f"(codec={info.config.codec!r}), which transformers' own load_adapter does not read. Load it with "
+                    "PeftModel.from_pretrained, or write it bit-packed with `smn unpack`. If you only want its "
+                    "configuration for a fresh adapter, pass dataclasses.replace(config)."
+                )
         self._awaiting = False
         for slot in self.present_slots:
             for name, scores in self.scores(slot).items():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,18 @@ from .forms import mask_layer_for
 from .kinds import is_norm
 from .layer import MaskLayer
 
-__all__ = ["base_fingerprint", "check_adapter_name", "check_base", "check_base_kind", "check_targets"]
+__all__ = [
+    "BASE_PREFIX",
+    "base_fingerprint",
+    "check_adapter_name",
+    "check_base",
+    "check_base_kind",
+    "check_targets",
+    "misfit",
+]
+
+BASE_PREFIX = "base_model.model."
+"""What a `PeftModel` puts before the base model's paths."""
 
 _WRAPPED = ("base_layer", "modules_to_save", "original_module")  # what PEFT adds to paths
 _digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (version, place, digest)
@@ -178,4 +189,19 @@ def check_base(config: MaskConfig, present: str | None, model: nn.Module) -> str
     raise ValueError(
         f"The adapter does not belong to this base model: {names}. Load the base that it names; check_base=False "
         "in the config overrides the check."
+    )
+
+
+def misfit(missing: Sequence[str], strange: Sequence[str]) -> ValueError:
+    """The error for an adapter's file whose masks are not those of the model.
+
+    Args:
+        missing: Keys of masks that the model wants and the file does not have.
+        strange: Keys of masks that the file has and the model does not want.
+    """
+    return ValueError(
+        f"The adapter's masks do not fit this model: {len(missing)} missing ({', '.join(missing[:3])} …), "
+        f"{len(strange)} that no masked layer takes ({', '.join(strange[:3])} …). If the module paths differ "
+        "between versions of transformers, pass key_mapping to from_pretrained: "
+        "smn_peft.backbones.clip_key_mapping() gives CLIP's."
     )

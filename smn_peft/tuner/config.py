@@ -13,7 +13,17 @@ from peft.config import PeftConfig
 from typing_extensions import Self
 
 from ..functional.masking import MASK_TYPES, MaskSpec
-from ..storage import CONFIG_NAME, FORMAT_VERSION, WEIGHTS_NAME, atomic_write, check_adapter_file, check_format_version
+from ..storage import (
+    CODECS,
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    SAVE_DTYPES,
+    WEIGHTS_NAME,
+    atomic_write,
+    check_adapter_file,
+    check_format_version,
+    finish_adapter_file,
+)
 from ._compat import SMN
 
 __all__ = ["MaskConfig"]
@@ -67,7 +77,12 @@ class MaskConfig(PeftConfig):
         "'frozen': the base's statistics, held while training. 'adapt': each adapter has its own, saved with it.",
     )
     save_scores: bool = _option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
-    codec: str = _option("bits", "How masks are stored: 'bits' is one bit per weight.")
+    codec: str = _option(
+        "bits", "How masks are stored: 'bits', one bit per weight, or 'entropy', coded to about their entropy."
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = _option(
+        "float32", "Dtype that head and BatchNorm statistics are saved in; `round_extras(model)` rounds the live ones."
+    )
     check_base: bool = _option(True, "Refuse a base model whose masked weights are not those the mask was learned on.")
     format_version: int = _option(FORMAT_VERSION, "Version of the adapter format.")
     base_fingerprint: str | None = _option(None, "Fingerprint of the masked base weights; filled in on saving.")
@@ -84,7 +99,8 @@ class MaskConfig(PeftConfig):
             ("rank_by", ("score", "absolute")),
             ("select", ("random", "magnitude")),
             ("batch_norm", ("frozen", "adapt")),
-            ("codec", ("bits",)),
+            ("codec", tuple(CODECS)),
+            ("save_dtype", tuple(SAVE_DTYPES)),
         ):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(repr(choice) for choice in allowed)
@@ -95,6 +111,11 @@ class MaskConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check_layers()
         self._check_numbers()
+
+    @property
+    def awaits_blob(self) -> bool:
+        """Whether the adapter's masks are in a coded file and have not been decoded into the model."""
+        return self.being_loaded and self.codec != "bits"
 
     def _check_layers(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:
@@ -153,6 +174,9 @@ class MaskConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; the old file stays whole until the new one is.
 
+        A coded or rounded adapter's file, which PEFT writes before it calls this, is finished: see
+        [`finish_adapter_file`].
+
         Args:
             save_directory: Folder, created if it does not exist.
             kwargs: `auto_mapping_dict`, as PEFT passes it.
@@ -160,6 +184,12 @@ class MaskConfig(PeftConfig):
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; save_pretrained writes into a folder.")
         os.makedirs(save_directory, exist_ok=True)
+        finish_adapter_file(
+            os.path.join(save_directory, WEIGHTS_NAME),
+            codec=self.codec,
+            save_dtype=self.save_dtype,
+            base_fingerprint=self.base_fingerprint,
+        )
         values = self.to_dict()
         mapping: Mapping[str, Any] | None = kwargs.pop("auto_mapping_dict", None)
         if mapping is not None:

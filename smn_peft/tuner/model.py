@@ -17,23 +17,25 @@ from ..functional.masking import progressive_density
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms
-from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_targets
+from .checks import (
+    BASE_PREFIX,
+    base_fingerprint,
+    check_adapter_name,
+    check_base,
+    check_base_kind,
+    check_targets,
+    misfit,
+)
+from .coded import condense, expand
 from .config import MaskConfig
 from .forms import mask_layer_for
 from .layer import MaskLayer
 from .rollback import discard, whole_or_nothing
+from .rounding import widened
 from .targets import resolve_targets
+from .traversal import adapter_layers, places_of
 
 __all__ = ["MaskModel"]
-
-_BASE_PREFIX = "base_model.model."
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """Every layer that adapters live on, with its name in the (unsharded) state dict."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterLayer):
-            yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, Any]:
@@ -61,7 +63,7 @@ class MaskModel(BaseTuner):
         config: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_adapter_name(adapter_name, model)
         check_base_kind(model)
-        if any(adapter_name in layer.smn_info for _, layer in _layers(model)):
+        if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
         with whole_or_nothing(model, adapter_name):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -85,7 +87,7 @@ class MaskModel(BaseTuner):
             peft_config.layers_to_transform = peft_config.layers_pattern = None
         peft_config.target_modules = set(resolved) if isinstance(resolved, list) else resolved  # type: ignore[assignment]
         _maybe_include_all_linear_layers(peft_config, model)  # now, and not after this hook: what it finds is checked
-        inside = tuple(f"{name}." for name, _ in _layers(model))
+        inside = tuple(f"{name}." for name, _ in adapter_layers(model))
         matched = [
             name
             for name, _ in model.named_modules()
@@ -121,13 +123,13 @@ class MaskModel(BaseTuner):
 
     def _verify(self, model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         """Add the BatchNorm policy, and refuse a base that is not the adapter's."""
-        masked = [layer for _, layer in _layers(model) if isinstance(layer, MaskLayer)]
+        masked = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
         if not any(layer.merged for layer in masked) and config.base_fingerprint is not None:
             if warning := check_base(config, base_fingerprint(masked, adapter_name), model):
                 warnings.warn(warning, stacklevel=4)
         add_batch_norms(model, adapter_name, config, self.active_adapters)
         for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
-            for _, layer in _layers(encoder):
+            for _, layer in adapter_layers(encoder):
                 layer.forbid_fast_path()
 
     # --- State dicts -------------------------------------------------------------------------------------------------
@@ -142,14 +144,17 @@ class MaskModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Bits of the adapter, packed from the scores of the passed (gathered) state dict; statistics beside them."""
-        layers = dict(_layers(model))
+        layers = dict(adapter_layers(model))
         if not any(layer.merged for layer in layers.values()):
             masked = [layer for layer in layers.values() if isinstance(layer, MaskLayer)]
             config.base_fingerprint = base_fingerprint(masked, adapter_name) or config.base_fingerprint
         entries: dict[str, Tensor] = {}
         for name, layer in layers.items():
             entries.update(layer.to_checkpoint(adapter_name, f"{name}." if name else "", state_dict))
-        return entries
+        if config.codec == "bits":
+            return entries
+        places = {f"{key}.{adapter_name}": place for key, place in places_of(model, adapter_name).items()}
+        return condense(entries, places, adapter_name, config.codec)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
@@ -168,22 +173,23 @@ class MaskModel(BaseTuner):
                 discard(model, adapter_name)
             raise
         config.being_loaded = False
-        return entries
+        return widened(model, entries)
 
     @classmethod
     def _entries_for(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        rest = dict(state_dict)
+        places = {key.removeprefix(BASE_PREFIX): place for key, place in places_of(model, adapter_name).items()}
+        rest = expand(state_dict, places, adapter_name)
         result: dict[str, Tensor] = {}
         missing: list[str] = []
         bits_only = False
-        for name, layer in _layers(model):
+        for name, layer in adapter_layers(model):
             prefix = f"{name}." if name else ""
-            bare = prefix.removeprefix(_BASE_PREFIX)
+            bare = prefix.removeprefix(BASE_PREFIX)
             attributes = {key for key in layer._modules if key.startswith(cls.prefix)}
             entries = {
                 attribute: rest.pop(key)
                 for attribute in attributes
-                for key in (f"{bare}{attribute}", f"{_BASE_PREFIX}{bare}{attribute}")
+                for key in (f"{bare}{attribute}", f"{BASE_PREFIX}{bare}{attribute}")
                 if key in rest
             }
             try:
@@ -195,12 +201,7 @@ class MaskModel(BaseTuner):
             result.update({f"{prefix}{key}": value for key, value in loaded.items()})
         strange = [key for key in rest if key.rpartition(".")[2].startswith(cls.prefix)]
         if missing or strange:
-            raise ValueError(
-                f"The adapter's masks do not fit this model: {len(missing)} missing ({', '.join(missing[:3])} …), "
-                f"{len(strange)} that no masked layer takes ({', '.join(strange[:3])} …). If the module paths differ "
-                "between versions of transformers, pass key_mapping to from_pretrained: "
-                "smn_peft.backbones.clip_key_mapping() gives CLIP's."
-            )
+            raise misfit(missing, strange)
         if bits_only:
             warnings.warn(
                 f"Adapter {adapter_name!r} was saved as bits: training goes on from its mask, with every score at the "
@@ -217,7 +218,7 @@ class MaskModel(BaseTuner):
         name = adapter_name or self.active_adapters[0]
         return {
             f"{path}.{slot.path}": layer.mask(name, slot)
-            for path, layer in _layers(self.model)
+            for path, layer in adapter_layers(self.model)
             if name in layer.smn_info
             for slot in layer.smn_info[name].slots
         }
@@ -239,7 +240,7 @@ class MaskModel(BaseTuner):
         if config.density_schedule is None or config.density is None:
             raise ValueError(f"Adapter {name!r} has no density_schedule: set density_schedule='linear' in its config.")
         density = progressive_density(progress, config.density)
-        for _, layer in _layers(self.model):
+        for _, layer in adapter_layers(self.model):
             if isinstance(layer, MaskLayer) and name in layer.smn_info:
                 layer.update_density(name, density)
 

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks at about their entropy: the cheapest of five codes per layer, all layers in one blob of bytes."""
+
+from __future__ import annotations
+
+from .blob import BLOB_NAME, LayerEntry, MaskBlob, decode_masks, encode_masks
+from .layer_codes import LayerCode, decode_layer, encode_layer
+from .registry import CODECS, codec_id, codec_name
+
+__all__ = [
+    "BLOB_NAME",
+    "CODECS",
+    "LayerCode",
+    "LayerEntry",
+    "MaskBlob",
+    "codec_id",
+    "codec_name",
+    "decode_layer",
+    "decode_masks",
+    "encode_layer",
+    "encode_masks",
+]

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The codes of one layer's bits, and the choice of the cheapest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .deflate import deflate, inflate
+from .errors import CodecError
+from .gaps import decode_gaps, encode_gaps
+
+__all__ = ["LayerCode", "decode_layer", "encode_layer", "popcount_bytes"]
+
+_SPARSE = 0.32  # above this share of the minority packed bytes are always the smaller code
+_DENSE = 0.16  # and below this the gaps
+_FASTER = 1.006  # packed bytes are read twice as fast as gaps of such shares: worth so much in size
+
+_TABLE = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+_ONES: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = getattr(np, "bitwise_count", _TABLE.__getitem__)
+
+
+class LayerCode(IntEnum):
+    """How a layer's bits are coded; the numbers are those of the file."""
+
+    ALL_OFF = 0
+    ALL_ON = 1
+    GAPS_OF_OFF = 2
+    GAPS_OF_ON = 3
+    PACKED = 4
+
+
+def popcount_bytes(packed: NDArray[np.uint8]) -> int:
+    """Number of bits that are on."""
+    return int(_ONES(packed).sum(dtype=np.int64))
+
+
+def encode_layer(packed: NDArray[np.uint8]) -> tuple[LayerCode, int, bytes]:
+    """Code a layer's packed bits by the cheapest code, padding bits included.
+
+    Args:
+        packed: Packed bits, (size,).
+
+    Returns:
+        The code, the number of bits that are on, and the payload, empty if all bits are equal.
+    """
+    total, active = 8 * len(packed), popcount_bytes(packed)
+    if active in (0, total):
+        return (LayerCode.ALL_ON if active else LayerCode.ALL_OFF), active, b""
+    code = LayerCode.GAPS_OF_ON if 2 * active <= total else LayerCode.GAPS_OF_OFF
+    share = min(active, total - active) / total
+    candidates: list[tuple[LayerCode, bytes]] = []
+    if share < _SPARSE:
+        minority = packed if code is LayerCode.GAPS_OF_ON else ~packed
+        candidates.append((code, encode_gaps(np.flatnonzero(np.unpackbits(minority)), total)))
+    if share >= _DENSE or total < 1024:
+        candidates.append((LayerCode.PACKED, deflate(packed.tobytes())))
+    weight = {LayerCode.PACKED: 1.0}
+    code, payload = min(candidates, key=lambda found: len(found[1]) * weight.get(found[0], _FASTER))
+    return code, active, payload
+
+
+def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
+    """Decode a layer's packed bits.
+
+    Args:
+        code: A [`LayerCode`].
+        active: Number of bits that are on, as the file says.
+        payload: The layer's bytes in the file.
+        out: Filled in place, (size,) packed bytes.
+
+    Raises:
+        CodecError: If the payload is damaged or disagrees with `active`; `out` then holds anything.
+    """
+    decode = _DECODERS.get(code)
+    if decode is None:
+        raise CodecError(f"Coded masks use layer code {code}, which this smn_peft does not know: upgrade it.")
+    decode(active, payload, out)
+
+
+def _decode_constant(active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
+    if len(payload) or active not in (0, 8 * len(out)):
+        raise CodecError("Coded masks do not fit their layer: the file is damaged. Fetch it again.")
+    out[:] = 255 if active else 0
+
+
+def _decode_gaps(active: int, payload: memoryview, out: NDArray[np.uint8], majority: int) -> None:
+    total = 8 * len(out)
+    count = total - active if majority else active
+    if not 0 < count < total:
+        raise CodecError("Coded masks do not fit their layer: the file is damaged. Fetch it again.")
+    out[:] = majority
+    decode_gaps(payload, total, count, out)
+
+
+def _decode_packed(active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
+    done = found = 0
+    for piece in inflate(payload, len(out)):
+        out[done : done + len(piece)] = piece
+        done += len(piece)
+        found += popcount_bytes(piece)
+    if done != len(out) or found != active:
+        raise CodecError("Coded masks do not fit their layer: the file is damaged. Fetch it again.")
+
+
+_DECODERS: dict[int, Callable[[int, memoryview, NDArray[np.uint8]], None]] = {
+    LayerCode.ALL_OFF: _decode_constant,
+    LayerCode.ALL_ON: _decode_constant,
+    LayerCode.GAPS_OF_OFF: lambda active, payload, out: _decode_gaps(active, payload, out, 255),
+    LayerCode.GAPS_OF_ON: lambda active, payload, out: _decode_gaps(active, payload, out, 0),
+    LayerCode.PACKED: _decode_packed,
+}
