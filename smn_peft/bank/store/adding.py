@@ -89,11 +89,13 @@ def insert_all(
         if not replace and change.find(name) is not None:
             raise ValueError(f"The bank has a task {name!r} already: remove it, or pass replace=True (--replace).")
     batch: list[tuple[str, Record]] = []
-    for item in records:
-        batch.append(item)
-        if len(batch) == SHARD_TASKS or sum(record.size for _, record in batch) >= SHARD_BYTES:
+    size = 0
+    for name, record in records:
+        batch.append((name, record))
+        size += record.size
+        if len(batch) == SHARD_TASKS or size >= SHARD_BYTES:
             change.insert(batch)
-            batch = []
+            batch, size = [], 0
         if progress is not None:
             progress()
     if batch:

@@ -77,7 +77,8 @@ def compact(index: Index, shards: Shards, progress: Callable[[int, int], object]
 def _todo(index: Index) -> list[tuple[int, int, int]]:
     """Number, shard and bytes of the tasks that are to move."""
     found = index.rows(
-        "SELECT shard.id, shard.size, count(*), shard.size - header_size - total((task.size + 7) / 8 * 8) "
+        "SELECT shard.id, total(shard.size) / count(*), count(*), "
+        "total(shard.size - header_size) / count(*) - total((task.size + 7) / 8 * 8) "
         "FROM shard JOIN task ON task.shard = shard.id GROUP BY shard.id"
     )
     chosen = {
@@ -87,7 +88,7 @@ def _todo(index: Index) -> list[tuple[int, int, int]]:
     }
     if len(chosen) < 2 and not any(chosen.values()):
         return []
-    rows = index.bounded_rows("SELECT id, shard, size FROM task ORDER BY id")
+    rows = index.bounded_rows("SELECT id, shard, CAST(size AS INTEGER) FROM task ORDER BY id")
     return [(task, shard, size) for task, shard, size in rows if shard in chosen]
 
 

@@ -150,7 +150,8 @@ class Index:
                 raise (self._busy() if "locked" in str(error) else error) from error
             writer = self.path.parent / _WRITER_NAME
             try:
-                writer.write_text(str(os.getpid()))
+                with suppress(OSError):  # a note for others, nothing hangs on it
+                    writer.write_text(str(os.getpid()))
                 connection.execute(f"PRAGMA busy_timeout = {int(1000 * _PATIENCE)}")
                 yield connection
             finally:
