@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from . import eval, recipes, targets, train
+from . import bank, eval, recipes, targets, train
 from .errors import ErrorGroup
 
 __all__ = ["COMMANDS", "app", "main"]
 
-#: Each module is a command of its own name, and holds it as `command`.
-COMMANDS = (train, eval, recipes, targets)
+#: Each module is a command of its own name, and holds it as `command`; or several, in an `app`.
+COMMANDS = (train, eval, bank, recipes, targets)
 
 app = typer.Typer(
     name="smn",
@@ -45,7 +45,10 @@ def _common(
 
 for _module in COMMANDS:
     _name = _module.__name__.rpartition(".")[2]
-    app.command(_name, context_settings=getattr(_module, "SETTINGS", None))(_module.command)
+    if hasattr(_module, "app"):
+        app.add_typer(_module.app, name=_name, no_args_is_help=True)
+    else:
+        app.command(_name, context_settings=getattr(_module, "SETTINGS", None))(_module.command)
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def test_shards_are_ordinary_safetensors(store):
         for number in range(4):
             key = f"{store.version(f't{number}')}/{PREFIX}head.weight"
             assert torch.equal(shard.get_tensor(key), adapter(number, 15 + 3 * number).tensors[f"{PREFIX}head.weight"])
-            assert f"{store.version(f't{number}')}/{PREFIX}blocks.smn_masks" in shard.keys()  # noqa: SIM118
+            assert f"{store.version(f't{number}')}/{PREFIX}blocks.smn_masks" in shard.keys()
 
 
 def test_tensors_are_the_files_own_bytes_and_stay_whatever_happens(store):
@@ -205,7 +205,7 @@ def test_info(store):
 
 
 def test_opening(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no bank.*smn bank build"):
+    with pytest.raises(FileNotFoundError, match=r"holds no bank.*smn bank build"):
         DiskStore.open(tmp_path / "none", read_only=True)
     assert not (tmp_path / "none").exists()
     (tmp_path / "file").write_text("x")
@@ -267,4 +267,3 @@ def test_an_adapter_of_peft_goes_in_and_comes_out_unchanged(store, tmp_path, opt
     assert torch.equal(again(images), expected)
     with pytest.raises(FileExistsError, match="holds an adapter already"):
         store.export("a", tmp_path / "out")
-

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...storage import AdapterFileError
+from .locks import ForkLock
 from .schema import check_schema, create_schema, is_new
 
 __all__ = ["Index", "StoreBusyError"]
@@ -40,7 +40,7 @@ class StoreBusyError(RuntimeError):
 @dataclass
 class _Reader:
     connection: sqlite3.Connection
-    lock: threading.Lock
+    lock: ForkLock
     process: int
 
 
@@ -57,7 +57,7 @@ class Index:
         """
         self.path = folder / INDEX_NAME
         self.read_only = read_only
-        self._writing = threading.Lock()
+        self._writing = ForkLock()
         self._closed = False
         if not self.path.is_file() or not self.path.stat().st_size:
             self._create()
@@ -89,7 +89,7 @@ class Index:
             except BaseException:
                 connection.close()
                 raise
-        return _Reader(connection, threading.Lock(), os.getpid())
+        return _Reader(connection, ForkLock(), os.getpid())
 
     def _connect(self, mode: str, timeout: float) -> sqlite3.Connection:
         connection = sqlite3.connect(

@@ -8,7 +8,6 @@ import os
 import re
 import stat
 import struct
-import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...storage import AdapterFileError, atomic_write
+from .locks import ForkLock
 from .record import ALIGNMENT, Record
 
 __all__ = ["SHARD_BYTES", "SHARD_TASKS", "NewShard", "Shards", "is_shard_name", "sync_folder"]
@@ -74,7 +74,7 @@ class Shards:
     def __init__(self, folder: Path) -> None:
         """Bind a folder; it need not exist."""
         self.folder = folder
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._mapped: OrderedDict[str, Tensor] = OrderedDict()
 
     def write(self, records: Sequence[tuple[int, Record]]) -> NewShard:
