@@ -244,9 +244,9 @@ def test_a_store_on_a_disk_that_cannot_be_written(store, monkeypatch):
 def test_an_adapter_of_peft_goes_in_and_comes_out_unchanged(store, tmp_path, options):
     def build():
         torch.manual_seed(0)
-        return timm.create_model("resnet18", num_classes=3)
+        return timm.create_model("resnet10t", num_classes=3)
 
-    config = MaskConfig(modules_to_save=["fc"], target_modules=["conv1", "layer4.0.conv1"], **options)
+    config = MaskConfig(modules_to_save=["fc"], target_modules=["layer1.0.conv1", "layer4.0.conv1"], **options)
     model = get_peft_model(build(), config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

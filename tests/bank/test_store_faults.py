@@ -11,7 +11,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -184,6 +184,41 @@ def test_an_index_that_names_other_files(copy, file):
         with pytest.raises(AdapterFileError, match="its row in the index is wrong"):
             store.read("t0")
         store.add("fine", adapter(9))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE task SET name = x'ff41' WHERE id = 1",
+        "UPDATE task SET name = CAST(x'ff41' AS TEXT) WHERE id = 1",
+        "UPDATE task SET shard = 'x' WHERE id = 1",
+        "UPDATE task SET size = '9e999' WHERE id = 1",
+        "UPDATE task SET weights = x'00' WHERE id = 1",
+        "UPDATE task SET added = 1 << 49 WHERE id = 1",
+        "UPDATE shard SET size = '9e999'",
+        "UPDATE shard SET header_size = x'00', header = 'x'",
+        "UPDATE sqlite_sequence SET seq = 'x' WHERE name = 'task'",
+        "UPDATE sqlite_sequence SET seq = 9223372036854775807 WHERE name = 'task'",
+    ],
+)
+def test_values_of_other_kinds_are_errors_that_are_foreseen(copy, statement):
+    edit(copy, statement)
+    with DiskStore.open(copy) as store:
+        for work in (
+            store.names,
+            store.infos,
+            store.summary,
+            lambda: store.read("t0"),
+            lambda: list(store.verify()),
+            store.compact,
+            lambda: store.add("more", adapter(8)),
+            lambda: store.rename("t1", "t9"),
+            lambda: store.remove("t0"),
+        ):
+            with suppress(*EXPECTED):
+                work()
+        if "shard SET size" not in statement:
+            assert number_of(store.read("t2")) == 2
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,9 @@ class Change:
 
     def insert(self, records: Sequence[tuple[str, Record]]) -> None:
         """Write adapters into one shard, in place of those of the same names."""
-        last = self.connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'task'").fetchone()
+        last = self.connection.execute(
+            "SELECT CAST(seq AS INTEGER) FROM sqlite_sequence WHERE name = 'task'"
+        ).fetchone()
         first = last[0] + 1 if last else 1
         numbered = [(first + index, record) for index, (_, record) in enumerate(records)]
         new = self._write(numbered)

@@ -19,7 +19,7 @@ from .compaction import Compaction, compact
 from .export import write_adapter
 from .index import Index
 from .info import StoreInfo, TaskInfo
-from .listing import store_info, task_infos
+from .listing import store_info, task_infos, task_names
 from .located import Located, naming
 from .names import check_name
 from .record import Record
@@ -74,7 +74,7 @@ class DiskStore:
 
     def names(self) -> list[str]:
         """All names, sorted."""
-        return sorted(name for (name,) in self._index.bounded_rows("SELECT name FROM task"))
+        return task_names(self._index)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and bool(self._index.rows("SELECT 1 FROM task WHERE name = ?", name))

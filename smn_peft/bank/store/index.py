@@ -113,13 +113,13 @@ class Index:
             StoreBusyError: If a writer's commit does not end.
             ValueError: If the store was closed.
         """
-        if self._closed:
-            raise ValueError(f"The bank at {self.path.parent} is closed.")
         reader = self._reader
         if reader.process != os.getpid():
             _orphans.append(reader)
             reader = self._reader = self._open_reader()
         with self._translated(), reader.lock:
+            if self._closed:
+                raise ValueError(f"The bank at {self.path.parent} is closed.")
             end = time.monotonic() + _MAX_SECONDS
             reader.connection.set_progress_handler(lambda: time.monotonic() > end, _STEPS)
             return reader.connection.execute(query, values).fetchall()
@@ -193,7 +193,7 @@ class Index:
             if "full" in text or "disk I/O" in text:
                 raise OSError(f"Cannot write {self.path} ({text}): free some space. The bank is as it was.") from error
             raise self._damaged(text) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, OverflowError) as error:  # numbers beyond what a database can hold
             raise self._damaged(str(error)) from error
 
     def _damaged(self, text: str) -> AdapterFileError:
@@ -201,7 +201,7 @@ class Index:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._closed = True
-        if self._reader.process == os.getpid():
-            with self._reader.lock:
+        with self._reader.lock:
+            self._closed = True
+            if self._reader.process == os.getpid():
                 self._reader.connection.close()

@@ -11,13 +11,25 @@ from .index import Index
 from .info import StoreInfo, TaskInfo
 from .schema import LAYOUT
 
-__all__ = ["store_info", "task_infos"]
+__all__ = ["store_info", "task_infos", "task_names"]
 
 _QUERY = (
     "SELECT name, base, fingerprint, codec, weights, inactive, added, mask, head, statistics, scores, "
     "length(tensors) + length(config) FROM task"
 )
 _TEXTS, _NUMBERS = slice(0, 4), slice(4, None)
+
+
+def task_names(index: Index) -> list[str]:
+    """Names of all tasks, sorted.
+
+    Raises:
+        AdapterFileError: If the index is damaged.
+    """
+    names = [name for (name,) in index.bounded_rows("SELECT name FROM task")]
+    if not all(isinstance(name, str) for name in names):
+        raise AdapterFileError(f"{index.path} is damaged: a task's name is no text. Fetch the bank again.")
+    return sorted(names)
 
 
 def task_infos(index: Index, name: str | None = None) -> list[TaskInfo]:
@@ -48,8 +60,10 @@ def _info(index: Index, row: tuple[Any, ...]) -> TaskInfo:
 
 def store_info(index: Index) -> StoreInfo:
     """The store as a whole."""
-    ((tasks, live),) = index.rows("SELECT count(*), total((size + 7) / 8 * 8) FROM task")
-    ((shards, size, headers),) = index.rows("SELECT count(*), total(size), total(header_size) FROM shard")
+    ((tasks, live),) = index.rows("SELECT count(*), total((CAST(size AS INTEGER) + 7) / 8 * 8) FROM task")
+    ((shards, size, headers),) = index.rows(
+        "SELECT count(*), total(CAST(size AS INTEGER)), total(CAST(header_size AS INTEGER)) FROM shard"
+    )
     return StoreInfo(
         tasks=tasks,
         shards=shards,
