@@ -10,6 +10,7 @@ import typer
 
 from . import (
     analyze,
+    bank,
     cascade,
     eval,
     inspect,
@@ -27,7 +28,7 @@ from .errors import ErrorGroup
 __all__ = ["COMMANDS", "app", "main"]
 
 #: Each module is a command of its own name, and holds it as `command`; or several, in an `app`.
-COMMANDS = (train, eval, push, pack, unpack, inspect, verify, cascade, analyze, reproduce, recipes, targets)
+COMMANDS = (train, eval, push, pack, unpack, inspect, verify, bank, cascade, analyze, reproduce, recipes, targets)
 
 app = typer.Typer(
     name="smn",

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One weight of the base while tasks take turns in its memory: written, and restored bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .task import TaskMask
+
+__all__ = ["LiveTensor", "write_masked"]
+
+_CHUNK = 1 << 13  # bytes of bits: 64 Ki weights, so that a chunk's values stay in the cache between two passes
+_BITS = torch.tensor([[byte >> shift & 1 for shift in range(7, -1, -1)] for byte in range(256)])
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float = 1.0) -> None:
+    """``out = weight · mask · scale``, reading and writing memory once.
+
+    Args:
+        out: (N,), contiguous, of the weight's dtype and device; overwritten.
+        weight: (N,), contiguous.
+        packed: uint8 (⌈N/8⌉,) on the same device.
+        scale: Multiplier of the kept weights.
+    """
+    write = _write_cpu if out.device.type == "cpu" else _write_device
+    for start in range(0, packed.numel(), _CHUNK):
+        part = slice(8 * start, min(8 * (start + _CHUNK), out.numel()))
+        write(out[part], weight[part], packed[start : start + _CHUNK])
+        if scale != 1.0:
+            out[part].mul_(scale)
+
+
+def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor) -> None:
+    bits = np.unpackbits(packed.numpy(), count=out.numel())
+    if out.dtype in (torch.float32, torch.float64):
+        np.multiply(weight.numpy(), bits, out=out.numpy())
+    else:  # numpy has no bfloat16 and is slow with halves: their bits, times one or zero
+        integer = _INTEGERS[out.dtype.itemsize]
+        np.multiply(weight.view(integer).numpy(), bits.view(np.int8), out=out.view(integer).numpy())
+
+
+def _write_device(out: Tensor, weight: Tensor, packed: Tensor) -> None:
+    table = _BITS.to(out.device, out.dtype)
+    torch.mul(weight, table[packed.int()].view(-1)[: out.numel()], out=out)
+
+
+class LiveTensor:
+    """A parameter of the base, whose storage stays where it is.
+
+    A sparse task is undone by the values that it removed; a dense one needs a copy of the base's tensor, which is made
+    when the first such task comes.
+
+    With `scales_outside` the tensor never holds 1/σ: its layer multiplies by `outside`, so that a sparse task touches
+    only what it removes.
+    """
+
+    def __init__(self, parameter: Tensor, *, scales_outside: bool) -> None:
+        """Bind a contiguous parameter; nothing is written."""
+        self.scales_outside = scales_outside
+        self.outside = 1.0
+        self._flat = parameter.detach().view(-1)
+        self._undo: tuple[Tensor, Tensor] | None = None
+        self._original: Tensor | None = None
+        self._dirty = False
+
+    @torch.no_grad()
+    def apply(self, mask: TaskMask) -> None:
+        """Make the tensor the task's; what was there before is gone, whichever task's it was."""
+        if mask.packed is not None:
+            self._write(mask.packed, 1.0 if self.scales_outside else mask.scale)
+        else:
+            assert mask.removed is not None
+            assert self.scales_outside
+            self.restore()
+            removed = mask.removed.to(self._flat.device, non_blocking=True).long()
+            self._undo = removed, self._flat.index_select(0, removed)
+            self._flat.index_fill_(0, removed, 0)
+        self.outside = mask.scale if self.scales_outside else 1.0
+
+    def _write(self, packed: Tensor, scale: float) -> None:
+        if self._original is None:
+            self.restore()
+            self._original = self._flat.clone()
+        self._undo, self._dirty = None, True
+        write_masked(self._flat, self._original, packed.to(self._flat.device, non_blocking=True), scale)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the base's values back, bit for bit; nothing happens where they are."""
+        self.outside = 1.0
+        if self._dirty:
+            assert self._original is not None
+            self._flat.copy_(self._original)
+            self._dirty = False
+        if self._undo is not None:
+            self._flat.index_copy_(0, *self._undo)
+            self._undo = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held to undo."""
+        held = [self._original, *(self._undo or ())]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an adapter's tensors to a task over a given base: names matched, sizes checked, the head made plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tuner.forms import mask_layer_for
+from .task import SPARSE_BELOW, Task, TaskMask
+
+__all__ = ["task_from_tensors"]
+
+_PREFIX = "base_model.model."
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def task_from_tensors(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    base: nn.Module,
+    *,
+    scaled: bool = True,
+    may_be_sparse: Callable[[str], bool] = lambda _: False,
+    info: Mapping[str, Any] | None = None,
+) -> Task:
+    """Lay an adapter's tensors over a base.
+
+    Args:
+        name: Of the task.
+        tensors: By key of the adapter file, masks bit-packed.
+        base: A plain timm or transformers model, or a `Classifier` around one; the adapter may have been made on
+            either, as long as the layers are the same.
+        scaled: The adapter's `scale`.
+        may_be_sparse: Whether a mask may be held as indices, by parameter name.
+        info: Kept with the task.
+
+    Raises:
+        TypeError: If a mask is not uint8.
+        ValueError: If there is no mask, a layer is not found in the base, or a size does not fit.
+    """
+    bare = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    layers = {path for path, leaf in map(_split, bare) if leaf.startswith("smn_") and leaf.endswith("mask")}
+    if not layers:
+        raise ValueError(f"Task {name!r}: the adapter holds no mask. A bank takes adapters of MaskConfig.")
+    rename = _renaming(name, layers, base)
+    masks: dict[str, TaskMask] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in bare.items():
+        path, leaf = _split(key)
+        kind = leaf.removeprefix("smn_")
+        if not leaf.startswith("smn_"):
+            rest[key] = tensor
+        elif kind in _STATISTICS:
+            rest[f"{rename(path)}.{kind}"] = tensor
+        elif kind.endswith("mask"):
+            parameter = _parameter(base, rename(path), leaf)
+            below = SPARSE_BELOW if may_be_sparse(parameter) else 0.0
+            numel = base.get_parameter(parameter).numel()
+            masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
+    return Task(name, masks, _checked(name, _plain_heads(rest, base), base), dict(info or {}))
+
+
+def _split(key: str) -> tuple[str, str]:
+    path, _, leaf = key.rpartition(".")
+    return path, leaf
+
+
+def _parameter(base: nn.Module, path: str, leaf: str) -> str:
+    """Name of the parameter that a mask belongs to."""
+    form = mask_layer_for(base.get_submodule(path))
+    slots = {slot.mask_name: slot.path for slot in form.slots} if form is not None else {}
+    if leaf not in slots:
+        raise ValueError(f"The base's {path} ({type(base.get_submodule(path)).__name__}) has nothing for a {leaf}.")
+    return f"{path}.{slots[leaf]}"
+
+
+def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[str], str]:
+    """How the adapter's module paths read in the base: with a prefix taken off, or put before."""
+    modules = dict(base.named_modules())
+    layers = sorted(layers)
+    first = layers[0]
+    parts = first.split(".")
+    taken = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+    put = sorted({path.removesuffix(first) for path in modules if path.endswith(f".{first}")})
+    for old, new in [("", ""), *((prefix, "") for prefix in taken), *(("", prefix) for prefix in put)]:
+        if all(layer.startswith(old) and new + layer[len(old) :] in modules for layer in layers):
+            return lambda path: new + path.removeprefix(old)  # it returns at once
+    raise ValueError(
+        f"Task {name!r} masks {first}, which the bank's base does not have: the adapter's config names the base that it "
+        "belongs to."
+    )
+
+
+def _plain_heads(rest: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    """Fold a head's standardisation into its weight and bias, where the base's own head has no place for it."""
+    result = dict(rest)
+    for key in [key for key in rest if key.endswith(".feature_mean")]:
+        path = key.removesuffix(".feature_mean")
+        module = _module(base, path)
+        if module is None or hasattr(module, "feature_mean"):
+            continue
+        mean, std = (result.pop(f"{path}.{which}").double() for which in ("feature_mean", "feature_std"))
+        weight, bias = (result[f"{path}.{which}"] for which in ("weight", "bias"))
+        folded = weight.double() / std
+        result[f"{path}.weight"] = folded.to(weight.dtype)
+        result[f"{path}.bias"] = (bias.double() - folded @ mean).to(bias.dtype)
+    return result
+
+
+def _module(base: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return base.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _checked(name: str, tensors: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+    for key, tensor in tensors.items():
+        path, leaf = _split(key)
+        own = getattr(_module(base, path), leaf, None)
+        if not isinstance(own, Tensor):
+            raise ValueError(
+                f"Task {name!r} brings {key}, for which the base has no place. For a head, make the base with one: "
+                f"timm.create_model(…, num_classes=1), or load_classifier(…)."
+            )
+        grows = isinstance(_module(base, path), nn.Linear)
+        if own.dim() != tensor.dim() or own.shape[1:] != tensor.shape[1:] or (not grows and own.shape != tensor.shape):
+            raise ValueError(f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own.shape)}.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"Task {name!r}: {key} holds values that are not finite: the adapter is damaged.")
+    return tensors

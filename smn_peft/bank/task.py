@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A task as it is held in memory: per masked tensor either its bits or the few weights that it switches off."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..functional.packing import popcount
+from ..storage import check_packed
+
+__all__ = ["SPARSE_BELOW", "Task", "TaskMask"]
+
+SPARSE_BELOW = 1 / 40
+"""Up to this inactive fraction a task is held as indices: zeroing them beats writing the whole tensor."""
+
+
+@dataclass(frozen=True)
+class TaskMask:
+    """What a task does to one tensor of the base.
+
+    Attributes:
+        numel: Number of weights.
+        active: How many of them stay on.
+        scale: What the kept weights are multiplied with, ``sqrt(numel / active)``, or 1 without scaling.
+        packed: uint8 (⌈numel/8⌉,), bits in numpy's `packbits` order; None where `removed` says the same.
+        removed: int32 indices of the weights that are off, ascending, in C order; None where `packed` is held.
+    """
+
+    numel: int
+    active: int
+    scale: float
+    packed: Tensor | None
+    removed: Tensor | None
+
+    @classmethod
+    def from_packed(
+        cls, name: str, packed: Tensor, numel: int, *, scaled: bool, sparse_below: float = SPARSE_BELOW
+    ) -> TaskMask:
+        """Choose the form that switches faster.
+
+        Args:
+            name: Of the tensor, for messages.
+            packed: uint8 bits of the mask, as in an adapter file.
+            numel: Number of weights that the base has there.
+            scaled: Whether kept weights are divided by σ.
+            sparse_below: Inactive fraction up to which indices are held; 0 for a tensor that must be written whole.
+
+        Raises:
+            TypeError: If the bits are not uint8.
+            ValueError: If their number does not fit, or padding bits are set.
+        """
+        check_packed(name, packed, numel)
+        active = popcount(packed)
+        scale = math.sqrt(numel / active) if scaled and active else 1.0
+        if numel - active > sparse_below * numel:
+            return cls(numel, active, scale, packed, None)
+        off = np.flatnonzero(np.unpackbits(packed.numpy(), count=numel) == 0)
+        return cls(numel, active, scale, None, torch.from_numpy(off.astype(np.int32)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(part.nbytes for part in (self.packed, self.removed) if part is not None)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that can be switched to.
+
+    Attributes:
+        name: Its name in the bank.
+        masks: By parameter name of the base.
+        tensors: Parameters and buffers that the task brings along whole, by their name in the base: the head,
+            BatchNorm statistics.
+        info: The adapter's config, and what else is known of it.
+    """
+
+    name: str
+    masks: Mapping[str, TaskMask]
+    tensors: Mapping[str, Tensor]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(mask.nbytes for mask in self.masks.values()) + sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the masked weights that are active."""
+        return sum(mask.active for mask in self.masks.values()) / sum(mask.numel for mask in self.masks.values())

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Switching tasks in a plain model's memory: the same logits as PEFT's adapter, and the base back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+
+from smn_peft import MaskConfig
+from smn_peft.bank.live import LiveModel
+from smn_peft.bank.live_tensor import write_masked
+from smn_peft.bank.reading import task_from_tensors
+from smn_peft.functional.packing import pack_bits
+
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}),
+    "resnet": ("resnet18", {}),
+}
+IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def build(name, num_classes=4):
+    torch.manual_seed(0)
+    architecture, options = MODELS[name]
+    return timm.create_model(architecture, num_classes=num_classes, **options).eval()
+
+
+def adapter(name, density, seed, **options):
+    """An adapter's tensors, random bits of a density, and the model that PEFT makes of it."""
+    head = "head" if name == "vit" else "fc"
+    model = get_peft_model(build(name), MaskConfig(modules_to_save=[head], seed=seed, **options)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "smn_" in key:
+                parameter.copy_(density - torch.rand(parameter.shape, generator=generator))
+            elif "modules_to_save" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for key, buffer in model.named_buffers():
+            if "smn_running" in key:
+                buffer.add_(torch.rand(buffer.shape, generator=generator))
+    return get_peft_model_state_dict(model), model
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_norm", ["frozen", "adapt"])
+def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_norm):
+    base = build(name)
+    before, addresses = state_of(base), {k: p.data_ptr() for k, p in base.named_parameters()}
+    live = LiveModel(base)
+    made = [adapter(name, density, i, batch_norm=batch_norm) for i, density in enumerate((0.999, 0.6, 0.99, 0.9))]
+    tasks = [
+        task_from_tensors(f"t{i}", tensors, base, may_be_sparse=live.may_be_sparse)
+        for i, (tensors, _) in enumerate(made)
+    ]
+    with torch.no_grad():
+        own = base(IMAGES)
+        expected = [model(IMAGES) for _, model in made]
+        assert min(float((logits - own).abs().max()) for logits in expected) > 0.01
+        for i in (0, 1, 2, 0, 3, 1, None, 2, 3, 0):
+            live.switch(None if i is None else tasks[i])
+            torch.testing.assert_close(base(IMAGES), own if i is None else expected[i], rtol=1e-4, atol=1e-4)
+    live.switch(None)
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    masked = {key for task in tasks for key in task.masks}
+    assert all(base.get_parameter(key).data_ptr() == addresses[key] for key in masked)
+    live.close()
+    assert torch.equal(base(IMAGES), own)
+
+
+def test_a_switch_that_fails_leaves_the_base(monkeypatch):
+    base = build("vit")
+    before, live = state_of(base), LiveModel(base)
+    tasks = [task_from_tensors(str(d), adapter("vit", d, 1)[0], base, may_be_sparse=live.may_be_sparse)
+             for d in (0.995, 0.5)]  # fmt: skip
+    live.switch(tasks[0])
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("no memory left")
+        return write_masked(*args)
+
+    monkeypatch.setattr("smn_peft.bank.live_tensor.write_masked", fail)
+    generation = live.generation
+    with pytest.raises(torch.OutOfMemoryError):
+        live.switch(tasks[1])
+    assert live.current is None
+    assert live.generation > generation
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+
+
+def test_a_head_of_other_classes_and_back():
+    base = build("vit", num_classes=7)
+    missing = base.load_state_dict({k: v for k, v in build("vit").state_dict().items() if "head" not in k}, False)
+    assert {key.partition(".")[0] for key in missing.missing_keys} == {"head"}
+    live = LiveModel(base)
+    tensors, model = adapter("vit", 0.99, 3)
+    task = task_from_tensors("four", tensors, base, may_be_sparse=live.may_be_sparse)
+    with torch.no_grad():
+        own = base(IMAGES)
+        live.switch(task)
+        torch.testing.assert_close(base(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+        live.switch(None)
+        assert torch.equal(base(IMAGES), own)
+    assert base.head.out_features == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
+def test_dense_write_is_the_product(dtype, numel):
+    weight = torch.randn(numel).to(dtype)
+    mask = torch.rand(numel) > 0.3
+    out = torch.full_like(weight, float("nan"))
+    write_masked(out, weight, pack_bits(mask))
+    assert torch.equal(out, torch.where(mask, weight, 0))
+    write_masked(out, weight, pack_bits(mask), 1.25)
+    assert torch.equal(out, torch.where(mask, weight, 0) * 1.25)
+
+
+def test_compiled_graph_stays_valid():
+    base = build("vit")
+    live = LiveModel(base)
+    made = [adapter("vit", density, i) for i, density in enumerate((0.999, 0.7, 0.99))]
+    tasks = [task_from_tensors(str(i), t, base, may_be_sparse=live.may_be_sparse) for i, (t, _) in enumerate(made)]
+    live.switch(tasks[0])
+    compiled = torch.compile(base, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for task, (_, model) in zip(tasks, made, strict=True):
+            live.switch(task)
+            torch.testing.assert_close(compiled(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrapped_model_is_refused():
+    with pytest.raises(ValueError, match=r"plain base model.*unload"):
+        LiveModel(get_peft_model(build("vit"), MaskConfig()))
+    assert isinstance(LiveModel(copy.deepcopy(build("vit"))), LiveModel)

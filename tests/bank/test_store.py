@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store's contract: what goes in comes out, names, versions, shards, compaction, and PEFT at both ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+
+from smn_peft import MaskConfig
+from smn_peft.bank.source import StoredAdapter
+from smn_peft.bank.store import DiskStore, TaskInfo, shards
+from smn_peft.storage import WEIGHTS_NAME
+from tests.bank.stores import PREFIX, adapter, assert_is, number_of
+
+
+@pytest.fixture
+def store(tmp_path):
+    with DiskStore.open(tmp_path / "bank") as store:
+        yield store
+
+
+def shard_files(store: DiskStore) -> list[Path]:
+    return sorted((store.path / "shards").iterdir())
+
+
+def test_what_goes_in_comes_out_and_another_process_sees_it(store):
+    for number in range(3):
+        store.add(f"task {number}", adapter(number))
+    assert store.names() == ["task 0", "task 1", "task 2"]
+    assert len(store) == 3
+    assert "task 1" in store
+    assert "task" not in store
+    assert 1 not in store
+    with DiskStore.open(store.path, read_only=True) as other:
+        for number in range(3):
+            assert_is(other.read(f"task {number}"), adapter(number))
+    assert sorted(path.name for path in store.path.iterdir()) == ["index.sqlite", "shards"]
+
+
+def test_replacing_renaming_and_removing(store):
+    store.add_many([("a", adapter(0)), ("b", adapter(1)), ("c", adapter(2))])
+    first = {name: store.version(name) for name in "abc"}
+    assert len(set(first.values())) == 3
+    with pytest.raises(ValueError, match=r"has a task 'a' already.*--replace"):
+        store.add("a", adapter(3))
+    assert number_of(store.read("a")) == 0
+    store.add("a", adapter(3), replace=True)
+    assert number_of(store.read("a")) == 3
+    assert store.version("a") not in first.values()
+    store.remove("b")
+    for call in (store.read, store.version, store.remove, store.info):
+        with pytest.raises(KeyError, match="no task 'b'; it has 2"):
+            call("b")
+    store.rename("c", "b")
+    assert number_of(store.read("b")) == 2
+    assert store.version("b") == first["c"]
+    with pytest.raises(ValueError, match="has a task 'a' already"):
+        store.rename("b", "a")
+    with pytest.raises(KeyError, match="no task 'c'"):
+        store.rename("c", "d")
+    store.add("c", adapter(4))
+    assert store.version("c") > max(first.values())
+    assert store.names() == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["", "x" * 201, "__base__", "a\nb", "a\0", "\ud800", "a\u2028b"])
+def test_names_that_are_refused(store, name):
+    with pytest.raises(ValueError, match="name"):
+        store.add(name, adapter(0))
+    store.add("a", adapter(0))
+    with pytest.raises(ValueError, match="name"):
+        store.rename("a", name)
+    assert store.names() == ["a"]
+
+
+def test_names_that_are_odd_and_fine(store):
+    odd = sorted(["../x", "a b", "Ünïcode 鳥 👩‍🔬", "%s", "'; DROP TABLE task; --", "x" * 200])
+    store.add_many((name, adapter(number)) for number, name in enumerate(odd))
+    assert store.names() == odd
+    assert [number_of(store.read(name)) for name in odd] == list(range(len(odd)))
+
+
+def test_many_are_added_at_once_or_not_at_all(store, monkeypatch):
+    store.add("old", adapter(0))
+    damaged = StoredAdapter({}, {f"{PREFIX}fc.smn_mask": torch.zeros(3)})
+    no_mask = StoredAdapter({}, {f"{PREFIX}fc.weight": torch.zeros(3)})
+    later = StoredAdapter({"format_version": 99}, adapter(1).tensors)
+    monkeypatch.setattr("smn_peft.bank.store.adding.SHARD_BYTES", 1)
+    for bad, message in ((damaged, "'bad' is damaged"), (no_mask, "holds no mask"), (later, "format version 99")):
+        with pytest.raises(ValueError, match=message):
+            store.add_many([("a", adapter(1)), ("old", adapter(1)), ("bad", bad)], replace=True)
+        assert store.names() == ["old"]
+        assert number_of(store.read("old")) == 0
+        assert len(shard_files(store)) == 1
+    with pytest.raises(ValueError, match="Two adapters are to be the task 'a'"):
+        store.add_many([("a", adapter(1)), ("a", adapter(2))])
+    seen = []
+    store.add_many([(f"a{n}", adapter(n)) for n in range(5)], progress=lambda: seen.append(len(store)))
+    assert seen == [1] * 5  # nothing is seen before all is
+    assert len(shard_files(store)) == 6
+
+
+def test_shards_are_ordinary_safetensors(store):
+    store.add_many((f"t{number}", adapter(number, head=15 + 3 * number)) for number in range(4))
+    (file,) = shard_files(store)
+    with safe_open(file, "pt") as shard:
+        for number in range(4):
+            key = f"{store.version(f't{number}')}/{PREFIX}head.weight"
+            assert torch.equal(shard.get_tensor(key), adapter(number, 15 + 3 * number).tensors[f"{PREFIX}head.weight"])
+            assert f"{store.version(f't{number}')}/{PREFIX}blocks.smn_masks" in shard.keys()
+
+
+def test_tensors_are_the_files_own_bytes_and_stay_whatever_happens(store):
+    store.add("a", adapter(0, head=30_000))
+    key = f"{PREFIX}head.weight"
+    held = store.read("a")
+    assert held.tensors[key].untyped_storage().nbytes() == shard_files(store)[0].stat().st_size
+    with DiskStore.open(store.path) as other:
+        other.read("a").tensors[key].zero_()  # memory of this process, copied on write: not the file's
+    assert number_of(store.read("a")) == 0
+    store.add("b", adapter(1))
+    store.remove("a")
+    store.compact()
+    store.close()
+    shutil.rmtree(store.path)
+    assert_is(held, adapter(0, head=30_000))
+
+
+def test_compaction_merges_and_drops_and_keeps_versions(store, monkeypatch):
+    for number in range(12):
+        store.add(f"t{number}", adapter(number, head=300))
+    store.add_many((f"m{number}", adapter(100 + number, head=300)) for number in range(12))
+    store.remove_many([f"m{number}" for number in range(0, 12, 2)])
+    versions = {name: store.version(name) for name in store.names()}
+    before = store.summary()
+    assert before.shards == 13
+    assert before.dead > 6 * 1200
+    monkeypatch.setattr("smn_peft.bank.store.compaction.SHARD_BYTES", 8000)
+    calls = []
+    with DiskStore.open(store.path) as reader:
+        held = reader.read("t3")
+        found = store.compact(lambda done, total: calls.append((done, total)))
+        assert number_of(held) == 3
+        assert all(number_of(reader.read(f"t{number}")) == number for number in range(12))
+    after = store.summary()
+    assert found.moved == 18
+    assert found.damaged == ()
+    assert calls[-1] == (18, 18)
+    assert after.dead == 0
+    assert 2 <= after.shards <= 6
+    assert found.before == before.bytes > found.after == after.bytes
+    assert sorted(file.name for file in shard_files(store)) == sorted({c.shard for c in store.verify()})
+    assert {name: store.version(name) for name in store.names()} == versions
+    assert all(number_of(store.read(f"m{number}")) == 100 + number for number in range(1, 12, 2))
+    files = shard_files(store)
+    monkeypatch.undo()
+    store.compact()
+    store.compact()
+    assert len(shard_files(store)) == 1 < len(files)
+    assert store.compact().moved == 0
+
+
+def test_a_shard_that_vanishes_between_index_and_file_is_looked_up_again(store, monkeypatch):
+    store.add("a", adapter(0))
+    store.add("b", adapter(1))
+    original = shards.Shards.map
+    with DiskStore.open(store.path) as reader:
+
+        def late(self, file, size):
+            monkeypatch.setattr(shards.Shards, "map", original)
+            store.compact()
+            return original(self, file, size)
+
+        monkeypatch.setattr(shards.Shards, "map", late)
+        assert number_of(reader.read("b")) == 1
+
+
+def test_info(store):
+    before = int(time.time())
+    store.add("a", adapter(7))
+    info = store.info("a")
+    assert isinstance(info, TaskInfo)
+    assert store.infos() == [info]
+    assert (info.base, info.codec, info.fingerprint) == ("tiny", "bits", None)
+    masks = [t for key, t in adapter(7).tensors.items() if key.endswith("mask")]
+    bits = torch.cat(masks).numpy()
+    assert info.weights == 8 * bits.size
+    assert info.density == pytest.approx(int(sum(bin(byte).count("1") for byte in bits)) / info.weights)
+    assert (info.sizes.head, info.sizes.statistics, info.sizes.scores) == (66, 8, 0)
+    assert 0 < info.sizes.mask < bits.size
+    assert info.sizes.total > info.sizes.mask + 66 + 8
+    assert before <= time.mktime(time.strptime(info.added[:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone + 2
+    assert store.summary().bytes == sum(f.stat().st_size for f in [store.path / "index.sqlite", *shard_files(store)])
+
+
+def test_opening(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no bank.*smn bank build"):
+        DiskStore.open(tmp_path / "none", read_only=True)
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"is no bank and holds other files \(file\)"):
+        DiskStore.open(tmp_path)
+    with DiskStore.open(tmp_path / "deep" / "bank") as store:
+        store.add("a", adapter(0))
+    with pytest.raises(ValueError, match="is closed"):
+        store.read("a")
+    with DiskStore.open(tmp_path / "deep" / "bank", read_only=True) as store:
+        assert number_of(store.read("a")) == 0
+        with pytest.raises(PermissionError, match="read-only"):
+            store.remove("a")
+
+
+def test_a_store_on_a_disk_that_cannot_be_written(store, monkeypatch):
+    store.add("a", adapter(0))
+    store.close()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with DiskStore.open(store.path) as reader:
+        assert number_of(reader.read("a")) == 0
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader._index._reader.connection.execute("PRAGMA user_version = 2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_norm": "adapt"},
+        {"codec": "entropy", "save_dtype": "bfloat16"},
+        {"codec": "entropy", "trainable_fraction": 0.5},
+        {"save_scores": True},
+    ],
+    ids=["bits", "coded", "selected", "scores"],
+)
+def test_an_adapter_of_peft_goes_in_and_comes_out_unchanged(store, tmp_path, options):
+    def build():
+        torch.manual_seed(0)
+        return timm.create_model("resnet10t", num_classes=3)
+
+    config = MaskConfig(modules_to_save=["fc"], target_modules=["layer1.0.conv1", "layer4.0.conv1"], **options)
+    model = get_peft_model(build(), config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "smn_" in key:
+                parameter.uniform_(-0.1, 0.9)
+    with pytest.warns(UserWarning, match="rounded") if "save_dtype" in options else nullcontext():
+        model.save_pretrained(tmp_path / "in")
+    config_file = tmp_path / "in" / "adapter_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text())))  # not as PEFT writes it
+    store.add("a", tmp_path / "in")
+    assert [check.error for check in store.verify()] == [None]
+    store.export("a", tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == config_file.read_bytes()
+    assert (tmp_path / "out" / WEIGHTS_NAME).read_bytes() == (tmp_path / "in" / WEIGHTS_NAME).read_bytes()
+    again = PeftModel.from_pretrained(build(), tmp_path / "out").eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = PeftModel.from_pretrained(build(), tmp_path / "in").eval()(images)
+    assert torch.equal(again(images), expected)
+    with pytest.raises(FileExistsError, match="holds an adapter already"):
+        store.export("a", tmp_path / "out")
