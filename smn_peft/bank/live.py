@@ -56,7 +56,7 @@ class LiveModel:
         Raises:
             RuntimeError: What the device raised, such as running out of memory.
         """
-        if task is self.current and task is not None:
+        if task is self.current and (task is not None or not (self._touched or self._own)):
             return
         self.generation += 1
         self.current = None

@@ -11,10 +11,11 @@ from peft import PeftModel, get_peft_model
 
 from smn_peft.bank.bank import MaskBank
 from smn_peft.storage import AdapterFileError
+from smn_peft.storage.codec import BLOB_NAME
 from smn_peft.storage.repack import pack_adapter
 from tests.bank.tiny import IMAGES, adapter, build, state_of
 
-DENSITIES = {"sparse": 0.999, "dense": 0.7, "mixed": 0.98}
+DENSITIES = {"sparse": 0.999, "dense": 0.7, "mixed": 0.995}
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_tasks_come_and_go(bank, saved, tmp_path):
         assert torch.equal(bank.model(IMAGES), logits["__base__"])
     with pytest.raises(KeyError):
         bank.info("strong")
-    assert bank.info("mixed")["density"] == pytest.approx(0.98, abs=0.01)
+    assert bank.info("mixed")["density"] == pytest.approx(0.995, abs=0.005)
     with pytest.raises(ValueError, match="names the base"):
         bank.add("__base__", root / "sparse")
     with pytest.raises(FileNotFoundError):
@@ -118,7 +119,7 @@ def test_an_adapter_of_another_base_is_refused(saved):
 def test_a_damaged_task_errs_and_the_rest_serve(bank, saved):
     _, logits = saved
     stored = bank._source.read("sparse")
-    blob = next(key for key in stored.tensors if key.endswith("smn_coded"))
+    blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
     stored.tensors[blob][-3] ^= 0x10
     bank._cache.clear()
     with pytest.raises(AdapterFileError):
@@ -128,11 +129,11 @@ def test_a_damaged_task_errs_and_the_rest_serve(bank, saved):
     close(bank(IMAGES, "sparse"), logits["sparse"])
 
 
-@pytest.mark.parametrize("budget", [0, 40_000, 1 << 30])
+@pytest.mark.parametrize("budget", [0, 3_000, 1 << 30])
 def test_memory_stays_within_its_budget(saved, budget):
     root, logits = saved
     with MaskBank.open([root / name for name in DENSITIES], build("vit"), ram_budget=budget) as bank:
-        for name in [*DENSITIES, *DENSITIES]:
+        for name in [name for name in DENSITIES for _ in range(2)]:
             close(bank(IMAGES, name), logits[name])
             assert bank.stats.resident_bytes <= budget
         assert (bank.stats.evictions > 0) == (budget < 1 << 30)
