@@ -7,7 +7,8 @@ the shared product is nearly all of the work.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from .task import Task, TaskMask
 
 __all__ = ["NotPerSample", "Rows", "can_complement", "complemented"]
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
 class NotPerSample(Exception):
@@ -52,7 +55,7 @@ def _of(task: Task, owner: str) -> set[str]:
 
 
 @contextmanager
-def complemented(model: nn.Module, rows: Sequence[Rows], count: int) -> Any:
+def complemented(model: nn.Module, rows: Sequence[Rows], count: int) -> Iterator[None]:
     """While this lasts, the model (the base's own weights live) treats each run of samples as its task says."""
     names = {name.rpartition(".")[0] for run in rows if run.task for name in (*run.task.masks, *run.task.tensors)}
     with ExitStack() as stack:
