@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+from .bank import MaskBank
 from .tuner import MaskConfig, MaskModel, explain_targets, round_extras
 
-__all__ = ["MaskConfig", "MaskModel", "explain_targets", "round_extras"]
+__all__ = ["MaskBank", "MaskConfig", "MaskModel", "explain_targets", "round_extras"]
 
 __version__ = "0.1.0"

@@ -17,6 +17,7 @@ from .cache import BankStats, TaskCache
 from .check import BaseCheck
 from .live import LiveModel
 from .mixed import MixedForward
+from .named_forward import NamedForward
 from .reading import task_from_tensors
 from .source import MemorySource, TaskSource, read_adapter, unknown_task
 from .task import Task
@@ -57,6 +58,7 @@ class MaskBank:
         self._lock = threading.RLock()
         self._pool = ThreadPoolExecutor(1, "smn-bank")
         self._mixed = MixedForward(self._live)
+        self._named = NamedForward(base, self.forward)
 
     @classmethod
     def open(
@@ -272,6 +274,7 @@ class MaskBank:
         """Put the base back as it was, and let go of the store."""
         with self._lock:
             self._pool.shutdown()
+            self._named.remove()
             self._live.close()
             self._cache.clear()
             self._source.close()

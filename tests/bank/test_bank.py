@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from smn_peft.bank.bank import MaskBank
+from smn_peft import MaskBank
 from smn_peft.storage import AdapterFileError
 from smn_peft.storage.codec import BLOB_NAME
 from smn_peft.storage.repack import pack_adapter
@@ -75,6 +75,7 @@ def test_mixed_batches_by_switching_and_over_a_shared_product(bank, saved, monke
     monkeypatch.setattr("smn_peft.bank.mixed.COMPLEMENT_BELOW", 0)
     close(bank(IMAGES, names), torch.stack([logits[name or "__base__"][i] for i, name in enumerate(names)]))
     assert bank.stats.switches > before
+    close(bank.model(IMAGES, adapter_names=["mixed"] * 3), logits["mixed"])
     with pytest.raises(ValueError, match="3 samples and 2 tasks"):
         bank(IMAGES, ["sparse", "mixed"])
     with pytest.raises(KeyError, match="no task 'other'"):
@@ -184,6 +185,7 @@ def test_exclusive_banks_leave_the_last_task_live(saved):
         close(bank(IMAGES, "sparse"), logits["sparse"])
         assert bank.stats.switches == switches
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    assert "forward" not in base.__dict__
 
 
 def test_selected_weights_and_a_classifier(tmp_path):
