@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from ._push_to_hub import register
+from .bank import MaskBank
 from .tuner import MaskConfig, MaskModel, explain_targets, round_extras
 
-__all__ = ["MaskConfig", "MaskModel", "explain_targets", "round_extras"]
+__all__ = ["MaskBank", "MaskConfig", "MaskModel", "explain_targets", "round_extras"]
 
 register()
 

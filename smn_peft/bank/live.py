@@ -20,6 +20,7 @@ class LiveModel:
     Attributes:
         model: The base, in eval mode.
         current: The task that the weights are of; None: the base's own.
+        scalable: Names of the weights whose layer takes 1/σ on itself.
         generation: Counts switches; a result belongs to a task only if the counter did not move meanwhile.
     """
 
@@ -37,7 +38,7 @@ class LiveModel:
         self.model = model.eval()
         self.current: Task | None = None
         self.generation = 0
-        self._scalable = scalable_weights(model)
+        self.scalable = scalable_weights(model)
         self._live: dict[str, LiveTensor] = {}
         self._linears: dict[str, ScaledLinear] = {}
         self._own: dict[str, Tensor] = {}
@@ -45,7 +46,7 @@ class LiveModel:
 
     def may_be_sparse(self, name: str) -> bool:
         """Whether a task may be held as indices at this parameter."""
-        return name in self._scalable
+        return name in self.scalable
 
     def switch(self, task: Task | None) -> None:
         """Make the model the task's, or the base's own again.
@@ -55,7 +56,7 @@ class LiveModel:
         Raises:
             RuntimeError: What the device raised, such as running out of memory.
         """
-        if task is self.current and task is not None:
+        if task is self.current and (task is not None or not (self._touched or self._own)):
             return
         self.generation += 1
         self.current = None
@@ -92,7 +93,7 @@ class LiveModel:
 
     def _bound(self, name: str) -> LiveTensor:
         if name not in self._live:
-            scalable = name in self._scalable
+            scalable = name in self.scalable
             live = self._live[name] = LiveTensor(self.model.get_parameter(name), scales_outside=scalable)
             if scalable:
                 layer: Any = self.model.get_submodule(name.rpartition(".")[0])

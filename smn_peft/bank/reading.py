@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..storage.codec import BLOB_NAME
 from ..tuner.forms import mask_layer_for
 from .task import SPARSE_BELOW, Task, TaskMask
+from .unpacking import blob_in, decode_blob
 
 __all__ = ["task_from_tensors"]
 
@@ -22,46 +24,60 @@ def task_from_tensors(
     name: str,
     tensors: Mapping[str, Tensor],
     base: nn.Module,
+    config: Mapping[str, Any] | None = None,
     *,
-    scaled: bool = True,
     may_be_sparse: Callable[[str], bool] = lambda _: False,
-    info: Mapping[str, Any] | None = None,
 ) -> Task:
     """Lay an adapter's tensors over a base.
 
     Args:
         name: Of the task.
-        tensors: By key of the adapter file, masks bit-packed.
+        tensors: By key of the adapter file, masks bit-packed or coded.
         base: A plain timm or transformers model, or a `Classifier` around one; the adapter may have been made on
-            either, as long as the layers are the same.
-        scaled: The adapter's `scale`.
+            either, as long as the layers are the same. Its own weights are live if the adapter masks a selection.
+        config: The adapter's; kept with the task.
         may_be_sparse: Whether a mask may be held as indices, by parameter name.
-        info: Kept with the task.
 
     Raises:
+        AdapterFileError: If a mask is damaged.
         TypeError: If a mask is not uint8.
         ValueError: If there is no mask, a layer is not found in the base, or a size does not fit.
     """
+    config = dict(config or {})
     bare = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    layers = {path for path, leaf in map(_split, bare) if leaf.startswith("smn_") and leaf.endswith("mask")}
+    coded = blob_in(bare)
+    prefix, names = ("", []) if coded is None else (coded[0], [entry.name for entry in coded[1].entries])
+    layers = {path for path, leaf in map(_split, [*bare, *(prefix + name for name in names)]) if _is_mask(leaf)}
     if not layers:
         raise ValueError(f"Task {name!r}: the adapter holds no mask. A bank takes adapters of MaskConfig.")
     rename = _renaming(name, layers, base)
+
+    def locate(key: str) -> tuple[str, str]:
+        path, leaf = _split(key)
+        return _parameter(base, rename(path), leaf)
+
+    if coded is not None:
+        bare = {key: tensor for key, tensor in bare.items() if _split(key)[1] != BLOB_NAME}
+        bare |= decode_blob(*coded, base, locate, config)
     masks: dict[str, TaskMask] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in bare.items():
         path, leaf = _split(key)
-        kind = leaf.removeprefix("smn_")
         if not leaf.startswith("smn_"):
             rest[key] = tensor
-        elif kind in _STATISTICS:
-            rest[f"{rename(path)}.{kind}"] = tensor
-        elif kind.endswith("mask"):
-            parameter = _parameter(base, rename(path), leaf)
+        elif leaf.removeprefix("smn_") in _STATISTICS:
+            rest[f"{rename(path)}.{leaf.removeprefix('smn_')}"] = tensor
+        elif _is_mask(leaf):
+            parameter = locate(key)[0]
             below = SPARSE_BELOW if may_be_sparse(parameter) else 0.0
             numel = base.get_parameter(parameter).numel()
+            scaled = bool(config.get("scale", True))
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
-    return Task(name, masks, _checked(name, _plain_heads(rest, base), base), dict(info or {}))
+    return Task(name, masks, _checked(name, _plain_heads(rest, base), base), config)
+
+
+def _is_mask(leaf: str) -> bool:
+    return leaf.startswith("smn_") and leaf.endswith("mask")
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -69,13 +85,13 @@ def _split(key: str) -> tuple[str, str]:
     return path, leaf
 
 
-def _parameter(base: nn.Module, path: str, leaf: str) -> str:
-    """Name of the parameter that a mask belongs to."""
+def _parameter(base: nn.Module, path: str, leaf: str) -> tuple[str, str]:
+    """Name of the parameter that a mask belongs to, and its path from the layer."""
     form = mask_layer_for(base.get_submodule(path))
     slots = {slot.mask_name: slot.path for slot in form.slots} if form is not None else {}
     if leaf not in slots:
         raise ValueError(f"The base's {path} ({type(base.get_submodule(path)).__name__}) has nothing for a {leaf}.")
-    return f"{path}.{slots[leaf]}"
+    return f"{path}.{slots[leaf]}", slots[leaf]
 
 
 def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[str], str]:
@@ -90,8 +106,8 @@ def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[st
         if all(layer.startswith(old) and new + layer[len(old) :] in modules for layer in layers):
             return lambda path: new + path.removeprefix(old)  # it returns at once
     raise ValueError(
-        f"Task {name!r} masks {first}, which the bank's base does not have: the adapter's config names the base that it "
-        "belongs to."
+        f"Task {name!r} masks {first}, which the bank's base does not have: its config names the base that it belongs "
+        "to."
     )
 
 

@@ -93,7 +93,7 @@ class MemorySource:
         self._adapters: dict[str, StoredAdapter] = {}
 
     def names(self) -> list[str]:
-        """See [`TaskSource`], for this and what follows."""
+        """All names, sorted."""
         return sorted(self._adapters)
 
     def __contains__(self, name: object) -> bool:
@@ -103,25 +103,31 @@ class MemorySource:
         return len(self._adapters)
 
     def version(self, name: str) -> object:
+        """Identity of the adapter."""
         return id(self.read(name))
 
     def read(self, name: str) -> StoredAdapter:
+        """The adapter itself."""
         if name not in self._adapters:
             raise unknown_task(name, len(self))
         return self._adapters[name]
 
     def add(self, name: str, adapter: StoredAdapter, *, replace: bool = False) -> None:
+        """Keep a reference."""
         if name in self._adapters and not replace:
             raise ValueError(f"The bank has a task {name!r} already: remove it, or pass replace=True.")
         self._adapters[name] = adapter
 
     def remove(self, name: str) -> None:
+        """Drop the reference."""
         self.read(name)
         del self._adapters[name]
 
     def rename(self, old: str, new: str) -> None:
+        """Keep it under another name."""
         self.add(new, self.read(old))
         del self._adapters[old]
 
     def close(self) -> None:
+        """Drop all."""
         self._adapters.clear()

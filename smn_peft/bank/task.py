@@ -21,7 +21,7 @@ SPARSE_BELOW = 1 / 40
 """Up to this inactive fraction a task is held as indices: zeroing them beats writing the whole tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TaskMask:
     """What a task does to one tensor of the base.
 
@@ -70,7 +70,7 @@ class TaskMask:
         return sum(part.nbytes for part in (self.packed, self.removed) if part is not None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A task that can be switched to.
 

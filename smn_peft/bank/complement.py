@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed batches without switching: one product with the base's weight, less what each task removed.
+
+``y = s·(W x − C x) + b`` with C the few weights that the task switches off, sparse: for many tasks of few samples each
+the shared product is nearly all of the work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .task import Task, TaskMask
+
+__all__ = ["NotPerSample", "Rows", "can_complement", "complemented"]
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+
+
+class NotPerSample(Exception):
+    """A layer got an input whose first dimension is not the batch: only switching serves this model."""
+
+
+class Rows(NamedTuple):
+    """Samples `start` to `stop` of a sorted batch, all of one task; None: the base's."""
+
+    task: Task | None
+    start: int
+    stop: int
+
+
+def can_complement(tasks: Sequence[Task | None], scalable: set[str], model: nn.Module) -> bool:
+    """Whether all that the tasks do are sparse masks of plain Linear layers, and heads."""
+    for task in tasks:
+        if task is None:
+            continue
+        if any(name not in scalable or mask.removed is None for name, mask in task.masks.items()):
+            return False
+        owners = {name.rpartition(".")[0] for name in task.tensors}
+        if any(type(model.get_submodule(owner)) is not nn.Linear for owner in owners):
+            return False
+        if any(not {f"{owner}.weight", f"{owner}.bias"} >= _of(task, owner) for owner in owners):
+            return False
+    return True
+
+
+def _of(task: Task, owner: str) -> set[str]:
+    return {name for name in task.tensors if name.rpartition(".")[0] == owner}
+
+
+@contextmanager
+def complemented(model: nn.Module, rows: Sequence[Rows], count: int) -> Iterator[None]:
+    """While this lasts, the model (the base's own weights live) treats each run of samples as its task says."""
+    names = {name.rpartition(".")[0] for run in rows if run.task for name in (*run.task.masks, *run.task.tensors)}
+    with ExitStack() as stack:
+        for name in sorted(names):
+            layer: Any = model.get_submodule(name)
+            own = layer.__dict__.get("forward")
+            layer.forward = _Complemented(layer, name, rows, count)
+            stack.callback(_restore, layer, own)
+        yield
+
+
+def _restore(layer: Any, own: Any) -> None:
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own
+
+
+class _Complemented:
+    """Forward of one Linear over a sorted batch."""
+
+    def __init__(self, layer: nn.Linear, name: str, rows: Sequence[Rows], count: int) -> None:
+        self._layer, self._rows, self._count = layer, rows, count
+        self._weight, self._bias = f"{name}.weight", f"{name}.bias"
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if len(input) != self._count:
+            raise NotPerSample
+        if any(run.task is not None and self._weight in run.task.tensors for run in self._rows):
+            return self._heads(input)
+        product = F.linear(input, self._layer.weight)
+        for task, start, stop in self._rows:
+            mask = None if task is None else task.masks.get(self._weight)
+            if mask is not None:
+                part = product[start:stop].flatten(0, -2)
+                part.sub_(self._removed(mask, input[start:stop].flatten(0, -2))).mul_(mask.scale)
+        return product if self._layer.bias is None else product.add_(self._layer.bias)
+
+    def _removed(self, mask: TaskMask, x: Tensor) -> Tensor:
+        """(rows, out_features): what the removed weights would have contributed."""
+        weight = self._layer.weight
+        assert mask.removed is not None
+        removed = mask.removed.to(weight.device).long()
+        columns = weight.shape[1]
+        starts = torch.arange(0, weight.numel() + 1, columns, device=weight.device)
+        sparse = torch.sparse_csr_tensor(
+            torch.searchsorted(removed, starts),
+            removed % columns,
+            weight.detach().view(-1)[removed],
+            tuple(weight.shape),
+            check_invariants=False,
+        )
+        return (sparse @ x.t()).t()
+
+    def _heads(self, input: Tensor) -> Tensor:
+        """A head per task; the logits that a task with fewer classes lacks are zeros, cut off afterwards."""
+        outputs = []
+        for task, start, stop in self._rows:
+            own: Mapping[str, Tensor] = {} if task is None else task.tensors
+            weight = own.get(self._weight, self._layer.weight).to(input.device, input.dtype)
+            bias = own.get(self._bias, self._layer.bias)
+            outputs.append(F.linear(input[start:stop], weight, None if bias is None else bias.to(input)))
+        width = max(output.shape[-1] for output in outputs)
+        return torch.cat([F.pad(output, (0, width - output.shape[-1])) for output in outputs])

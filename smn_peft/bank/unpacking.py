@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Coded masks to bits, with every size known from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..functional.packing import packed_size
+from ..functional.selection import seeded_generator, select_trainable
+from ..storage import AdapterFileError
+from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks
+
+__all__ = ["blob_in", "decode_blob"]
+
+
+def blob_in(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
+    """The coded masks among an adapter's tensors, with the prefix of their names; None if they are bit-packed.
+
+    Raises:
+        AdapterFileError: If they are damaged.
+    """
+    key = next((key for key in tensors if key.rpartition(".")[2] == BLOB_NAME), None)
+    if key is None:
+        return None
+    if tensors[key].dtype != torch.uint8:
+        raise AdapterFileError(f"{key} is {tensors[key].dtype}, coded masks are uint8: the adapter is damaged.")
+    return key.removesuffix(BLOB_NAME), MaskBlob.parse(tensors[key].numpy().data)
+
+
+def decode_blob(
+    prefix: str,
+    blob: MaskBlob,
+    base: nn.Module,
+    locate: Callable[[str], tuple[str, str]],
+    config: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Bit-packed masks by key.
+
+    Args:
+        prefix: What the keys have before the names in the blob.
+        blob: The coded masks.
+        base: The base model, with its own weights live if the adapter masks a selection of them.
+        locate: From a key to the name of the base's parameter and its path from the masked layer.
+        config: The adapter's.
+
+    Raises:
+        AdapterFileError: If a mask is damaged.
+        ValueError: If a size is not that of the base.
+    """
+    for entry in blob.entries:
+        numel = base.get_parameter(locate(prefix + entry.name)[0]).numel()
+        if entry.size != packed_size(numel):
+            raise ValueError(
+                f"{prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights there: "
+                "open the bank over the base that adapter_config.json names."
+            )
+
+    def select(name: str) -> NDArray[np.bool_]:
+        parameter, path = locate(prefix + name)
+        layer = (prefix + name).rpartition(".")[0]
+        generator = seeded_generator(config.get("seed", 0), f"{layer}.{path}.select")
+        chosen = select_trainable(
+            base.get_parameter(parameter).detach(), config["trainable_fraction"], config["select"], generator
+        )
+        return chosen.reshape(-1).cpu().numpy()
+
+    masks = decode_masks(blob, blob.size, select)
+    return {prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}

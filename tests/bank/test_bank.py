@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`MaskBank`: every answer is the task's own, whatever was live before and whoever asks at the same time."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from smn_peft import MaskBank
+from smn_peft.storage import AdapterFileError
+from smn_peft.storage.codec import BLOB_NAME
+from smn_peft.storage.repack import pack_adapter
+from tests.bank.tiny import IMAGES, adapter, build, state_of
+
+DENSITIES = {"sparse": 0.999, "dense": 0.7, "mixed": 0.995}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of adapters of the small ViT, and the logits of each."""
+    root = tmp_path_factory.mktemp("adapters")
+    logits = {}
+    for seed, (name, density) in enumerate(DENSITIES.items()):
+        _, model = adapter("vit", density, seed)
+        model.save_pretrained(root / name)
+        with torch.no_grad():
+            logits[name] = model(IMAGES)
+    pack_adapter(root / "sparse", root / "sparse")
+    with torch.no_grad():
+        logits["__base__"] = build("vit")(IMAGES)
+    return root, logits
+
+
+@pytest.fixture
+def bank(saved):
+    with MaskBank.open([saved[0] / name for name in DENSITIES], build("vit")) as bank:
+        yield bank
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_use_activate_and_the_base(bank, saved):
+    _, logits = saved
+    assert bank.names == sorted(DENSITIES)
+    with torch.no_grad():
+        for name in ("dense", "sparse", "mixed", "__base__", "sparse"):
+            with bank.use(name) as model:
+                close(model(IMAGES), logits[name])
+                with bank.use("dense"):
+                    close(model(IMAGES), logits["dense"])
+                close(model(IMAGES), logits[name])
+            assert torch.equal(bank.model(IMAGES), logits["__base__"])
+        bank.activate("mixed")
+        with bank.use("sparse") as model:
+            close(model(IMAGES), logits["sparse"])
+        close(bank.model(IMAGES), logits["mixed"])
+        bank.activate(None)
+        assert torch.equal(bank.model(IMAGES), logits["__base__"])
+
+
+def test_mixed_batches_by_switching_and_over_a_shared_product(bank, saved, monkeypatch):
+    _, logits = saved
+    names = ["dense", "__base__", "sparse"]
+    rows = bank.forward(IMAGES, names)
+    close(rows, torch.stack([logits[name][i] for i, name in enumerate(names)]))
+    before = bank.stats.switches
+    names = ["sparse", None, "mixed"]
+    close(bank(IMAGES, names), torch.stack([logits[name or "__base__"][i] for i, name in enumerate(names)]))
+    assert bank.stats.switches == before  # the base's weights served all three
+    monkeypatch.setattr("smn_peft.bank.mixed.COMPLEMENT_BELOW", 0)
+    close(bank(IMAGES, names), torch.stack([logits[name or "__base__"][i] for i, name in enumerate(names)]))
+    assert bank.stats.switches > before
+    close(bank.model(IMAGES, adapter_names=["mixed"] * 3), logits["mixed"])
+    with pytest.raises(ValueError, match="3 samples and 2 tasks"):
+        bank(IMAGES, ["sparse", "mixed"])
+    with pytest.raises(KeyError, match="no task 'other'"):
+        bank(IMAGES, "other")
+
+
+def test_tasks_come_and_go(bank, saved, tmp_path):
+    root, logits = saved
+    bank.rename("dense", "strong")
+    assert "dense" not in bank
+    close(bank(IMAGES, "strong"), logits["dense"])
+    with pytest.raises(ValueError, match="already"):
+        bank.add("strong", root / "sparse")
+    bank.add("strong", root / "sparse", replace=True)
+    close(bank(IMAGES, "strong"), logits["sparse"])
+    bank.activate("strong")
+    bank.remove("strong")
+    with torch.no_grad():
+        assert torch.equal(bank.model(IMAGES), logits["__base__"])
+    with pytest.raises(KeyError):
+        bank.info("strong")
+    assert bank.info("mixed")["density"] == pytest.approx(0.995, abs=0.005)
+    with pytest.raises(ValueError, match="names the base"):
+        bank.add("__base__", root / "sparse")
+    with pytest.raises(FileNotFoundError):
+        bank.add("none", tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(saved):
+    root, _ = saved
+    other = build("vit")
+    with torch.no_grad():
+        other.blocks[0].mlp.fc1.weight[0, 0] += 1
+    with MaskBank.open([], other) as bank:
+        with pytest.raises(
+            ValueError, match=r"'x' does not belong to this base model: made for timm/vit_tiny.*float32:"
+        ):
+            bank.add("x", root / "sparse")
+        assert "x" not in bank
+
+
+def test_a_damaged_task_errs_and_the_rest_serve(bank, saved):
+    _, logits = saved
+    stored = bank._source.read("sparse")
+    blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
+    stored.tensors[blob][-3] ^= 0x10
+    bank._cache.clear()
+    with pytest.raises(AdapterFileError):
+        bank(IMAGES, "sparse")
+    close(bank(IMAGES, "dense"), logits["dense"])
+    stored.tensors[blob][-3] ^= 0x10
+    close(bank(IMAGES, "sparse"), logits["sparse"])
+
+
+@pytest.mark.parametrize("budget", [0, 3_000, 1 << 30])
+def test_memory_stays_within_its_budget(saved, budget):
+    root, logits = saved
+    with MaskBank.open([root / name for name in DENSITIES], build("vit"), ram_budget=budget) as bank:
+        for name in [name for name in DENSITIES for _ in range(2)]:
+            close(bank(IMAGES, name), logits[name])
+            assert bank.stats.resident_bytes <= budget
+        assert (bank.stats.evictions > 0) == (budget < 1 << 30)
+        assert (bank.stats.hits > 0) == (budget > 0)
+        bank.pin("dense")
+        misses = bank.stats.misses
+        for name in DENSITIES:
+            bank(IMAGES, name)
+        close(bank(IMAGES, "dense"), logits["dense"])
+        assert bank.stats.resident >= 1
+        assert bank.stats.misses <= misses + 2
+        bank.prefetch(["mixed"]).result(30)
+
+
+def test_threads_that_switch_at_random_get_their_own_answers(bank, saved):
+    _, logits = saved
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        names = [*DENSITIES, "__base__"]
+        for _ in range(6):
+            name = names[int(torch.randint(4, (), generator=generator))]
+            with torch.no_grad():
+                if seed % 2:
+                    answer = bank(IMAGES, name)
+                else:
+                    with bank.use(name) as model:
+                        answer = model(IMAGES)
+            if not torch.allclose(answer, logits[name], rtol=1e-4, atol=1e-4):
+                wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_exclusive_banks_leave_the_last_task_live(saved):
+    root, logits = saved
+    base = build("vit")
+    before = state_of(base)
+    with MaskBank.open([root / name for name in DENSITIES], base, exclusive=True) as bank:
+        bank(IMAGES, "sparse")
+        switches = bank.stats.switches
+        close(bank(IMAGES, "sparse"), logits["sparse"])
+        assert bank.stats.switches == switches
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    assert "forward" not in base.__dict__
+
+
+def test_selected_weights_and_a_classifier(tmp_path):
+    from smn_peft import MaskConfig
+    from smn_peft.backbones import Classifier
+
+    def classifier():
+        return Classifier(build("vit", 0), 32, 3).eval()
+
+    config = MaskConfig(modules_to_save=["head"], trainable_fraction=0.3, select="magnitude", codec="entropy")
+    model = get_peft_model(classifier(), config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "smn_" in key:
+                parameter.copy_(0.9 - torch.rand_like(parameter))
+        model.base_model.model.head.modules_to_save["default"].feature_mean.fill_(0.3)
+        model.base_model.model.head.modules_to_save["default"].feature_std.fill_(2.0)
+        model.save_pretrained(tmp_path)
+        expected = PeftModel.from_pretrained(classifier(), tmp_path).eval()(IMAGES)
+        with MaskBank.open([tmp_path], classifier()) as bank:
+            close(bank(IMAGES, bank.names[0]), expected)
+        plain = build("vit", 1)
+        plain.load_state_dict({k: v for k, v in build("vit", 0).state_dict().items()}, strict=False)
+        with MaskBank.open([tmp_path], plain) as bank:
+            close(bank(IMAGES, bank.names[0]), expected)
