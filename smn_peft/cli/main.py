@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from . import eval, recipes, targets, train
+from . import eval, inspect, pack, recipes, targets, train, unpack, verify
 from .errors import ErrorGroup
 
 __all__ = ["COMMANDS", "app", "main"]
 
 #: Each module is a command of its own name, and holds it as `command`.
-COMMANDS = (train, eval, recipes, targets)
+COMMANDS = (train, eval, recipes, targets, pack, unpack, inspect, verify)
 
 app = typer.Typer(
     name="smn",

@@ -19,16 +19,23 @@ from .codec import CODECS
 from .fingerprint import fingerprint, tensor_digest
 from .finish import finish_adapter_file
 from .formats import FORMAT_VERSION, check_format_version, check_packed
+from .inspection import AdapterReport, LayerReport, inspect_adapter
+from .locate import locate_adapter
+from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
 from .rounding import SAVE_DTYPES, rounded
+from .verification import verify_adapter_file
 
 __all__ = [
     "CODECS",
     "CONFIG_NAME",
     "FORMAT_VERSION",
+    "MAX_UNPACKED",
     "SAVE_DTYPES",
     "WEIGHTS_NAME",
     "AdapterFileError",
+    "AdapterReport",
     "AdapterSizes",
+    "LayerReport",
     "adapter_sizes",
     "atomic_write",
     "check_adapter_file",
@@ -36,9 +43,16 @@ __all__ = [
     "check_packed",
     "fingerprint",
     "finish_adapter_file",
+    "inspect_adapter",
+    "locate_adapter",
+    "pack_adapter",
     "purpose_of",
     "read_adapter_file",
+    "read_config",
     "read_metadata",
     "rounded",
+    "size_change",
     "tensor_digest",
+    "unpack_adapter",
+    "verify_adapter_file",
 ]

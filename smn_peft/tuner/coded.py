@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..functional.packing import packed_size
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
+from ..storage.repack import shared_prefix
 from .checks import BASE_PREFIX, misfit
 from .traversal import Place
 
@@ -40,7 +41,7 @@ def condense(
     masks = {key.removesuffix(suffix): value for key, value in entries.items() if key in places}
     if not masks:
         return dict(entries)
-    shared = _shared_prefix(masks)
+    shared = shared_prefix(masks)
     selected: dict[str, NDArray[np.bool_]] = {}
     for key, (layer, slot) in places.items():
         chosen = layer.trainable(adapter_name, slot)
@@ -100,16 +101,6 @@ def _check_size(key: str, size: int, place: Place) -> None:
             f"{key} codes {size} bytes, but the base weight has {numel} entries and takes {packed_size(numel)}. The "
             "adapter was made for another architecture: load the base model that its adapter_config.json names."
         )
-
-
-def _shared_prefix(keys: Mapping[str, Tensor]) -> str:
-    """The longest run of leading path components that all keys share, with its dot."""
-    paths = [key.split(".")[:-1] for key in keys]
-    first, last = min(paths), max(paths)
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return "".join(f"{part}." for part in first[:length])
 
 
 def _to_numpy(tensor: Tensor) -> NDArray[Any]:

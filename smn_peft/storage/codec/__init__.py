@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from .blob import BLOB_NAME, LayerEntry, MaskBlob, decode_masks, encode_masks
+from .errors import CodecError
 from .layer_codes import LayerCode, decode_layer, encode_layer
 from .registry import CODECS, codec_id, codec_name
 
 __all__ = [
     "BLOB_NAME",
     "CODECS",
+    "CodecError",
     "LayerCode",
     "LayerEntry",
     "MaskBlob",

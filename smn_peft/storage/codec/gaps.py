@@ -3,7 +3,8 @@
 
 A gap is split into its low k bits, stored raw as k bit planes, and its high part, a string of bytes that DEFLATE
 codes: 255 adds 255 and goes on. k leaves the high part a mean of about 16 to 32, where an alphabet of bytes costs
-nothing against the entropy and is cheap to read.
+nothing against the entropy and is cheap to read. A layer of few gaps may take a larger k (`shift`): fewer symbols make
+a smaller table of Huffman codes.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ _COUNTING = np.arange(PIECE, dtype=np.int64)
 _BIT = np.array([128, 64, 32, 16, 8, 4, 2, 1], np.uint8)
 
 
-def low_bits(total: int, count: int) -> int:
-    """Raw low bits k of the gaps between `count` of `total` bits: ``max(0, floor(log2(ln 2 / p)) − 4)``.
+def low_bits(total: int, count: int, shift: int = 0) -> int:
+    """Raw low bits k of the gaps between `count` of `total` bits: ``max(0, floor(log2(ln 2 / p)) − 4 + shift)``.
 
     In whole numbers (ln 2 ≈ 45426/65536), so that every machine says the same.
     """
-    return max(0, (total * 45426 // (count * 65536)).bit_length() - 5)
+    return max(0, (total * 45426 // (count * 65536)).bit_length() - 5 + shift)
 
 
-def encode_gaps(positions: NDArray[np.int64], total: int) -> bytes:
+def encode_gaps(positions: NDArray[np.int64], total: int, shift: int = 0) -> bytes:
     """Code the positions of the minority.
 
     Args:
         positions: Sorted positions, at least one, below `total`.
         total: Number of bits of the layer.
+        shift: Low bits beyond the usual k.
 
     Returns:
         k bit planes of ⌈count / 8⌉ bytes, then one DEFLATE stream.
     """
-    k = low_bits(total, len(positions))
+    k = low_bits(total, len(positions), shift)
     gaps = np.diff(positions, prepend=-1) - 1
     planes = [np.packbits((gaps >> bit & 1).astype(np.bool_)).tobytes() for bit in range(k)]
     high = gaps >> k
@@ -50,19 +52,20 @@ def encode_gaps(positions: NDArray[np.int64], total: int) -> bytes:
     return b"".join([*planes, deflate(symbols.tobytes())])
 
 
-def decode_gaps(payload: memoryview, total: int, count: int, out: NDArray[np.uint8]) -> None:
+def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: NDArray[np.uint8]) -> None:
     """Flip the coded bits of a packed layer in place.
 
     Args:
         payload: What [`encode_gaps`] gave.
         total: Number of bits of the layer.
         count: Number of coded positions, at least one.
+        shift: As it was coded with.
         out: The layer as packed bytes; it holds the majority everywhere.
 
     Raises:
         CodecError: If the payload is not the code of `count` positions below `total`.
     """
-    k = low_bits(total, count)
+    k = low_bits(total, count, shift)
     low = _read_planes(payload, k, count)
     stream = payload[k * packed_size(count) :]
     at = 0  # where the gap that is being read starts: one after the last position

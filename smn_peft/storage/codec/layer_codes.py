@@ -17,6 +17,8 @@ __all__ = ["LayerCode", "decode_layer", "encode_layer", "popcount_bytes"]
 
 _SPARSE = 0.32  # above this share of the minority packed bytes are always the smaller code
 _DENSE = 0.16  # and below this the gaps
+_FEW = 1 << 15  # up to so many gaps other numbers of low bits are tried
+_SHIFTS = 4
 _FASTER = 1.006  # packed bytes are read twice as fast as gaps of such shares: worth so much in size
 
 _TABLE = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
@@ -24,7 +26,7 @@ _ONES: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = getattr(np, "bitwise_c
 
 
 class LayerCode(IntEnum):
-    """How a layer's bits are coded; the numbers are those of the file."""
+    """How a layer's bits are coded: the low three bits of the number in the file; above them is the gaps' shift."""
 
     ALL_OFF = 0
     ALL_ON = 1
@@ -33,41 +35,46 @@ class LayerCode(IntEnum):
     PACKED = 4
 
 
+_GAPS = {LayerCode.GAPS_OF_OFF: 255, LayerCode.GAPS_OF_ON: 0}
+"""Codes by gaps, and the bytes of their majority."""
+
+
 def popcount_bytes(packed: NDArray[np.uint8]) -> int:
     """Number of bits that are on."""
     return int(_ONES(packed).sum(dtype=np.int64))
 
 
-def encode_layer(packed: NDArray[np.uint8]) -> tuple[LayerCode, int, bytes]:
+def encode_layer(packed: NDArray[np.uint8]) -> tuple[int, int, bytes]:
     """Code a layer's packed bits by the cheapest code, padding bits included.
 
     Args:
         packed: Packed bits, (size,).
 
     Returns:
-        The code, the number of bits that are on, and the payload, empty if all bits are equal.
+        The code as the file has it, the number of bits that are on, and the payload, empty if all bits are equal.
     """
     total, active = 8 * len(packed), popcount_bytes(packed)
     if active in (0, total):
         return (LayerCode.ALL_ON if active else LayerCode.ALL_OFF), active, b""
     code = LayerCode.GAPS_OF_ON if 2 * active <= total else LayerCode.GAPS_OF_OFF
     share = min(active, total - active) / total
-    candidates: list[tuple[LayerCode, bytes]] = []
+    candidates: list[tuple[int, bytes]] = []
     if share < _SPARSE:
         minority = packed if code is LayerCode.GAPS_OF_ON else ~packed
-        candidates.append((code, encode_gaps(np.flatnonzero(np.unpackbits(minority)), total)))
+        positions = np.flatnonzero(np.unpackbits(minority))
+        for shift in range(_SHIFTS if len(positions) <= _FEW else 1):
+            candidates.append((code | shift << 3, encode_gaps(positions, total, shift)))
     if share >= _DENSE or total < 1024:
         candidates.append((LayerCode.PACKED, deflate(packed.tobytes())))
-    weight = {LayerCode.PACKED: 1.0}
-    code, payload = min(candidates, key=lambda found: len(found[1]) * weight.get(found[0], _FASTER))
-    return code, active, payload
+    best, payload = min(candidates, key=lambda made: len(made[1]) * (1.0 if made[0] == LayerCode.PACKED else _FASTER))
+    return best, active, payload
 
 
 def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
     """Decode a layer's packed bits.
 
     Args:
-        code: A [`LayerCode`].
+        code: A [`LayerCode`], with the shift above its three bits.
         active: Number of bits that are on, as the file says.
         payload: The layer's bytes in the file.
         out: Filled in place, (size,) packed bytes.
@@ -75,10 +82,15 @@ def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.ui
     Raises:
         CodecError: If the payload is damaged or disagrees with `active`; `out` then holds anything.
     """
-    decode = _DECODERS.get(code)
-    if decode is None:
+    kind, shift = code & 7, code >> 3
+    if kind not in set(LayerCode) or shift >= (_SHIFTS if kind in _GAPS else 1):
         raise CodecError(f"Coded masks use layer code {code}, which this smn_peft does not know: upgrade it.")
-    decode(active, payload, out)
+    if kind in _GAPS:
+        _decode_gaps(active, payload, out, _GAPS[LayerCode(kind)], shift)
+    elif kind == LayerCode.PACKED:
+        _decode_packed(active, payload, out)
+    else:
+        _decode_constant(active, payload, out)
 
 
 def _decode_constant(active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
@@ -87,13 +99,13 @@ def _decode_constant(active: int, payload: memoryview, out: NDArray[np.uint8]) -
     out[:] = 255 if active else 0
 
 
-def _decode_gaps(active: int, payload: memoryview, out: NDArray[np.uint8], majority: int) -> None:
+def _decode_gaps(active: int, payload: memoryview, out: NDArray[np.uint8], majority: int, shift: int) -> None:
     total = 8 * len(out)
     count = total - active if majority else active
     if not 0 < count < total:
         raise CodecError("Coded masks do not fit their layer: the file is damaged. Fetch it again.")
     out[:] = majority
-    decode_gaps(payload, total, count, out)
+    decode_gaps(payload, total, count, shift, out)
 
 
 def _decode_packed(active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
@@ -104,12 +116,3 @@ def _decode_packed(active: int, payload: memoryview, out: NDArray[np.uint8]) -> 
         found += popcount_bytes(piece)
     if done != len(out) or found != active:
         raise CodecError("Coded masks do not fit their layer: the file is damaged. Fetch it again.")
-
-
-_DECODERS: dict[int, Callable[[int, memoryview, NDArray[np.uint8]], None]] = {
-    LayerCode.ALL_OFF: _decode_constant,
-    LayerCode.ALL_ON: _decode_constant,
-    LayerCode.GAPS_OF_OFF: lambda active, payload, out: _decode_gaps(active, payload, out, 255),
-    LayerCode.GAPS_OF_ON: lambda active, payload, out: _decode_gaps(active, payload, out, 0),
-    LayerCode.PACKED: _decode_packed,
-}
