@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from . import eval, inspect, pack, recipes, targets, train, unpack, verify
+from . import eval, inspect, pack, recipes, serve, targets, train, unpack, verify
 from .errors import ErrorGroup
 
 __all__ = ["COMMANDS", "app", "main"]
 
 #: Each module is a command of its own name, and holds it as `command`.
-COMMANDS = (train, eval, recipes, targets, pack, unpack, inspect, verify)
+COMMANDS = (train, eval, recipes, targets, pack, unpack, inspect, verify, serve)
 
 app = typer.Typer(
     name="smn",
