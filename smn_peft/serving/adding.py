@@ -22,7 +22,7 @@ from .labels import CONFIG_KEY, class_names, names_of_run
 
 __all__ = ["adapter_folders", "add_folder", "add_from_hub", "add_uploaded", "adding_refused", "load_folders"]
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def add_folder(

@@ -120,9 +120,8 @@ async def _values(request: Request, limit: int) -> Mapping[str, Any]:
     if kind == "multipart/form-data":
         return await _form(request, limit)
     if kind != "application/json":
-        raise ServingError(
-            415, f"The body is {kind or 'of no kind'}.", "Send multipart/form-data or application/json."
-        )
+        what = f"The body is {kind}." if kind else "The body's type is not said."
+        raise ServingError(415, what, "Send multipart/form-data or application/json.")
     values = _json(await request.body(), "The body")
     if not isinstance(values, dict):
         raise _wrong("The body is no JSON object.", "Send an object with the fields.")

@@ -56,7 +56,7 @@ def test_what_waits_goes_together_up_to_the_bound(bank):
     bank.go.set()
     assert answers(first + rest) == [11, 12, 13, 12, 14]
     batcher.close()
-    assert sum(bank.batches, []) == ["1", "2", "3", "2", "4"]
+    assert [task for batch in bank.batches for task in batch] == ["1", "2", "3", "2", "4"]
     assert max(map(len, bank.batches)) == 3
     assert [(fact.samples, fact.tasks) for fact in facts if fact.samples == 3] == [(3, 2)]
     assert rest[0].result().waited > 0
@@ -91,7 +91,7 @@ def test_what_is_cancelled_is_not_computed_and_closing_finishes_the_rest(bank):
     bank.go.set()
     batcher.close()
     assert answers(first + waiting[1:]) == [11, 13, 14]
-    assert "2" not in sum(bank.batches, [])
+    assert "2" not in [task for batch in bank.batches for task in batch]
 
 
 def test_numbers_out_of_range():
