@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ["datasets", "timm", "sklearn", "matplotlib", "typer"]
+HEAVY = ["datasets", "timm", "sklearn", "matplotlib", "typer", "fastapi", "uvicorn", "prometheus_client"]
 
 # What PEFT loads by itself is not ours to avoid, so its import comes first and is left out.
 PROBE = """

@@ -7,7 +7,7 @@ import http.client
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import uvicorn
 
@@ -42,10 +42,13 @@ def form(data, tasks, **fields):
     return body + b"--xyz--\r\n", {"Content-Type": "multipart/form-data; boundary=xyz"}
 
 
-def post(connection, path, data, *tasks, **fields):
-    """(status, headers, JSON) of an answer."""
-    connection.request("POST", path, *form(data, tasks, **fields))
-    response = connection.getresponse()
+def post(where, path, data, *tasks, **fields):
+    """(status, headers, JSON) of an answer; over a connection, or over one of its own to a port."""
+    if isinstance(where, int):
+        with closing(connect(where)) as connection:
+            return post(connection, path, data, *tasks, **fields)
+    where.request("POST", path, *form(data, tasks, **fields))
+    response = where.getresponse()
     return response.status, response.headers, json.loads(response.read())
 
 

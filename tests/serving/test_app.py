@@ -7,7 +7,10 @@ import base64
 import json
 import logging
 import pickle
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from smn_peft.storage.codec import BLOB_NAME
 from smn_peft.storage.repack import pack_adapter
 from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, image, service
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(body_bytes=200_000, pixels=1_000_000, tasks=3, timeout=20)
 BEARER = {"Authorization": f"Bearer {KEY}".encode()}
 
@@ -273,3 +277,20 @@ def test_draining_refuses_what_is_new(saved):
         refused(response, 503, "stopping", "another server")
         assert response.headers["connection"] == "close"
         assert (client.get("/healthz").status_code, client.get("/metrics").status_code) == (503, 200)
+
+
+def test_the_readme_s_requests_work(saved, tmp_path):
+    lines = re.findall(r"^\$ curl (.*)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert len(lines) == 5
+    with TestClient(build_app(service(saved[0]), api_key="k")) as client:
+        for line in lines:
+            words = shlex.split(line.replace("$SMN_KEY", "k").replace("runs/mine", str(saved[0] / "birds")))
+            fields = [word.partition("=") for flag, word in zip(words, words[1:], strict=False) if flag == "-F"]
+            parts = [
+                (key, ("x.png", IMAGES[0]) if value.startswith("@") else (None, value)) for key, _, value in fields
+            ]
+            headers = {"Authorization": "Bearer k"} if "-H" in words else {}
+            method = "DELETE" if "DELETE" in words else "POST" if parts else "GET"
+            path = words[-1].removeprefix("http://127.0.0.1:8000")
+            response = client.request(method, path, files=parts or None, headers=headers)
+            assert response.status_code in (200, 201), (line, response.text)
