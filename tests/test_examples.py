@@ -32,6 +32,14 @@ ALONE: dict[str, tuple[list[str], list[str]]] = {
             r"in a fresh process, gave outputs identical to the bit\.",
         ],
     ),
+    "serve_load.py": (
+        ["--seconds=2", "--clients=4"],
+        [
+            r"20 tasks, 4 clients, \d+ requests in .* requests/s, p50 .* ms, p99 .* ms, 0 errors",
+            r"resident memory \d+ MiB at the start, \d+ half-way, \d+ at the end",
+            r"Finished server process",
+        ],
+    ),
     "transformers_trainer.py": (
         [],
         [

@@ -29,6 +29,7 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "analysis": {"storage", "evaluation"},
     "hub": {"storage", "evaluation"},
     "paper": {"training", "cascade", "analysis"},
+    "serving": {"bank", "backbones", "data"},
 }
 DIRECTLY_BELOW["_push_to_hub"] = {"hub"}
 DIRECTLY_BELOW["cli"] = set(DIRECTLY_BELOW)
@@ -40,6 +41,10 @@ ONLY_IN: dict[str, set[str]] = {
     "peft": set(DIRECTLY_BELOW) - {"functional", "objectives"},
     "accelerate.commands": {"training", "cli"},
     "accelerate.launchers": {"training", "cli"},
+    "fastapi": {"serving"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
+    "prometheus_client": {"serving"},
 }
 
 
@@ -177,6 +182,8 @@ def test_the_checker_accepts_a_clean_tree(tmp_path):
         ("backbones.py", "from .cli import main"),
         ("data/a.py", "from smn_peft.evaluation import knn"),
         ("evaluation/a.py", "from accelerate import launchers"),
+        ("cli/a.py", "import uvicorn"),
+        ("bank/a.py", "from ..serving import service"),
         ("__init__.py", "from .cli import main"),
         ("unheard_of/a.py", "import torch"),
     ],

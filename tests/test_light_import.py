@@ -10,6 +10,7 @@ import sys
 from .processes import ROOT
 
 HEAVY = ["datasets", "timm", "torchvision", "sklearn", "matplotlib", "typer"]
+HEAVY += ["fastapi", "uvicorn", "prometheus_client"]
 
 # What PEFT loads by itself is not ours to avoid, so its import comes first and is left out. In a process of its own,
 # where nothing else is imported; the second line shows that the check can fail.

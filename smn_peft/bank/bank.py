@@ -89,7 +89,7 @@ class MaskBank:
         """
         source: TaskSource
         if isinstance(where, (str, os.PathLike)):
-            from .disk_store import DiskStore
+            from .store import DiskStore
 
             source = DiskStore.open(where, read_only=read_only)
         else:

@@ -18,6 +18,7 @@ from . import (
     push,
     recipes,
     reproduce,
+    serve,
     targets,
     train,
     unpack,
@@ -28,7 +29,10 @@ from .errors import ErrorGroup
 __all__ = ["COMMANDS", "app", "main"]
 
 #: Each module is a command of its own name, and holds it as `command`; or several, in an `app`.
-COMMANDS = (train, eval, push, pack, unpack, inspect, verify, bank, cascade, analyze, reproduce, recipes, targets)
+COMMANDS = (
+    *(train, eval, push, pack, unpack, inspect, verify, bank, serve),
+    *(cascade, analyze, reproduce, recipes, targets),
+)
 
 app = typer.Typer(
     name="smn",

@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+# SPDX-License-Identifier: Apache-2.0
+"""Load on `smn serve`: clients ask for random tasks, and every answer is compared with the task's own logits.
+
+Without arguments it makes 20 adapters with random masks over a small random ViT. Over a bank of yours:
+``serve_load.py BANK --base NAME --seconds 300 --clients 16``. It measures a server, and nothing of the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from serve_parts import logits_of_all, pictures, small_bank
+
+
+def ask(connection: http.client.HTTPConnection, image: bytes, task: str) -> torch.Tensor:
+    """The logits that the server gives."""
+    body = {"image": base64.b64encode(image).decode(), "task": task, "logits": True}
+    connection.request("POST", "/v1/predict", json.dumps(body), {"Content-Type": "application/json"})
+    answer = json.loads(connection.getresponse().read())
+    return torch.tensor(answer["results"][0]["logits"])
+
+
+def resident(connection: http.client.HTTPConnection) -> float:
+    """MiB that the server has in memory."""
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    return float(re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)[1]) / (1 << 20)
+
+
+def load(port: int, files: list[bytes], expected: dict[str, torch.Tensor], args: argparse.Namespace) -> int:
+    """Let the clients ask, print what came of it, and return the number of errors."""
+    times, problems, memory, names = [], [], [], sorted(expected)
+    started = time.monotonic()
+
+    def client(seed: int) -> None:
+        pick, connection = random.Random(seed), http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        while time.monotonic() < started + args.seconds:
+            task, index, before = pick.choice(names), pick.randrange(len(files)), time.perf_counter()
+            try:
+                logits = ask(connection, files[index], task)
+                times.append(time.perf_counter() - before)
+                torch.testing.assert_close(logits, expected[task][index], rtol=1e-3, atol=1e-3)
+            except Exception as error:
+                problems.append(f"{task}: {error!r}")
+                connection.close()
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(args.clients)]
+    for thread in threads:
+        thread.start()
+    while threads[0].is_alive():
+        memory.append(resident(http.client.HTTPConnection("127.0.0.1", port)))
+        threads[0].join(args.seconds / 20)
+    for thread in threads:
+        thread.join()
+    seconds, (p50, p99) = time.monotonic() - started, 1000 * np.quantile(times or [np.nan], [0.5, 0.99])
+    print(f"{len(names)} tasks, {args.clients} clients, {len(times)} requests in {seconds:.1f} s: ", end="")
+    print(f"{len(times) / seconds:.1f} requests/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms, {len(problems)} errors")
+    first, middle, last = (memory[int(part * (len(memory) - 1))] for part in (0, 0.5, 1))
+    print(f"resident memory {first:.0f} MiB at the start, {middle:.0f} half-way, {last:.0f} at the end")
+    print("".join(f"{problem}\n" for problem in problems[:5]), end="")
+    return len(problems)
+
+
+def main() -> None:
+    """Make a bank if none is named, start a server over it, and load it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("bank", nargs="?", help="folder of a bank, or of adapters")
+    for option, kind in [("base", str), ("weights", str), ("image-size", int)]:
+        parser.add_argument(f"--{option}", type=kind, help="as in smn serve")
+    parser.add_argument("--head", default="head", help="as in smn serve")
+    for option, kind, default in [("seconds", float, 5), ("clients", int, 8), ("images", int, 4)]:
+        parser.add_argument(f"--{option}", type=kind, default=default)
+    with tempfile.TemporaryDirectory() as folder:
+        args = parser.parse_args()
+        if args.bank is None:
+            args = parser.parse_args(small_bank(Path(folder)), args)
+        files = pictures(args.images)
+        options = {"weights": args.weights, "image_size": args.image_size}
+        expected = logits_of_all(files, args.bank, args.base, head_name=args.head, **options)
+        command = [sys.executable, "-m", "smn_peft.cli", "serve", args.bank, "--port=0"]
+        options |= {"base": args.base, "head": args.head}
+        command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not None]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+            said = iter(server.stderr.readline, "")
+            port = next(int(found[1]) for line in said if (found := re.search(r"running on http://.*:(\d+)", line)))
+            errors = load(port, files, expected, args)
+            server.terminate()
+            print("the server's last words:", *(line.strip() for line in said), sep="\n  ")
+    sys.exit(bool(errors or server.returncode))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The routes: every answer is the task's own, and every refusal has its status, a reason and a remedy."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import pickle
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from smn_peft.serving.app import build_app
+from smn_peft.serving.limits import Limits
+from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+from smn_peft.storage.codec import BLOB_NAME
+from smn_peft.storage.repack import pack_adapter
+from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, image, service
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = Limits(body_bytes=200_000, pixels=1_000_000, tasks=3, timeout=20)
+BEARER = {"Authorization": f"Bearer {KEY}".encode()}
+
+
+@pytest.fixture
+def client(saved):
+    with TestClient(build_app(service(saved[0], limits=LIMITS), api_key=KEY)) as client:
+        yield client
+
+
+def files(data, *tasks, **fields):
+    parts = [("image", ("x.png", data))] + [("task", (None, task)) for task in tasks]
+    return {"files": parts + [(key, (None, str(value))) for key, value in fields.items()]}
+
+
+def refused(response, status, error, fix=""):
+    body = response.json()
+    assert (response.status_code, sorted(body)) == (status, ["error", "fix"]), response.text
+    assert error in body["error"], body
+    assert body["fix"]
+    assert fix in body["fix"], body
+
+
+def close(actual, expected):
+    torch.testing.assert_close(torch.tensor(actual), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_predict_gives_each_task_its_own_logits_and_names(client, saved):
+    _, logits, _ = saved
+    for index, data in enumerate(IMAGES):
+        answer = client.post("/v1/predict", **files(data, *DENSITIES, logits="true", top=3)).json()
+        assert [result["task"] for result in answer["results"]] == list(DENSITIES)
+        for result in answer["results"]:
+            expected = logits[result["task"]][index]
+            close(result["logits"], expected)
+            best = expected.softmax(0).topk(3)
+            assert [entry["index"] for entry in result["top"]] == best.indices.tolist()
+            close([entry["probability"] for entry in result["top"]], best.values)
+            names = NAMES[result["task"]] or ["0", "1", "2", "3"]
+            assert [entry["label"] for entry in result["top"]] == [names[i] for i in best.indices]
+            assert result["latency_ms"]["model"] > 0
+    for text in (base64.b64encode(data).decode(), "data:image/png;base64," + base64.b64encode(data).decode()):
+        for tasks in ({"task": "ships"}, {"tasks": ["ships"]}):
+            (result,) = client.post("/v1/predict", json={"image": text, "logits": True, **tasks}).json()["results"]
+            close(result["logits"], logits["ships"][3])
+
+
+def test_embed_gives_the_features_of_a_task_and_of_the_base(client, saved):
+    _, _, features = saved
+    answer = client.post("/v1/embed", **files(IMAGES[1], "ships", "__base__", "birds"))
+    for result in answer.json()["results"]:
+        close(result["embedding"], features[result["task"]][1])
+
+
+def test_predicting_without_a_head_names_embed(client):
+    refused(client.post("/v1/predict", **files(IMAGES[0], "__base__")), 422, "no classes", "/v1/embed")
+    mixed = client.post("/v1/predict", **files(IMAGES[0], "__base__", "ships")).json()["results"]
+    assert mixed[0]["status"] == 422
+    assert "top" in mixed[1]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP"])
+def test_other_formats_are_read(client, kind):
+    assert client.post("/v1/embed", **files(image(0, kind=kind), "ships")).status_code == 200
+
+
+def test_questions_that_cannot_be_answered(client):
+    refused(client.post("/v1/predict", **files(IMAGES[0], "bird")), 404, "no task 'bird'", "birds")
+    refused(client.post("/v1/predict", **files(b"GIF89a, or not", "birds")), 415, "not an image", "Send one")
+    refused(client.post("/v1/predict", **files(image(0, kind="TIFF"), "birds")), 415, "not an image")
+    refused(client.post("/v1/predict", **files(IMAGES[0][:-2000], "birds")), 422, "cannot be read")
+    refused(client.post("/v1/predict", **files(IMAGES[0])), 422, "No task")
+    refused(client.post("/v1/predict", files={"task": (None, "birds")}), 422, "no image")
+    refused(client.post("/v1/predict", **files(IMAGES[0], "a", "b", "c", "d")), 422, "4 tasks", "3 at a time")
+    refused(client.post("/v1/predict", **files(IMAGES[0], "birds", top="many")), 422, "'top'")
+    refused(client.post("/v1/predict", json={"image": "???", "task": "birds"}), 422, "base64")
+    refused(client.post("/v1/predict", json=[]), 422, "object")
+    broken = {"content": "[" * 100_000, "headers": {"Content-Type": "application/json"}}
+    refused(client.post("/v1/predict", **broken), 400, "no JSON")
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    refused(client.post("/v1/predict", content="no boundary", headers=form), 400, "broken")
+    form = {"Content-Type": "multipart/form-data"}
+    refused(client.post("/v1/predict", content="no boundary", headers=form), 400, "broken")
+    refused(client.post("/v1/predict", content=IMAGES[0]), 415, "not said")
+    refused(client.get("/v1/predict"), 405, "Not Allowed")
+    refused(client.get("/v2"), 404, "Not Found")
+    refused(client.get("/v1/tasks?limit=x"), 422, "limit")
+
+
+def test_what_is_too_large_is_refused_before_it_is_read_or_decoded(client):
+    noise = image(0, (500, 400))
+    assert len(noise) > LIMITS.body_bytes
+    refused(client.post("/v1/predict", **files(noise, "birds")), 413, "larger than 200000")
+    chunks = (noise[start : start + 1000] for start in range(0, len(noise), 1000))  # without a length
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    refused(client.post("/v1/predict", content=chunks, headers=form), 413, "larger than 200000")
+    refused(client.post("/v1/predict", **files(_bomb(40_000, 40_000), "birds")), 413, "pixels", "1000000")
+    refused(client.post("/v1/predict", **files(_bomb(1200, 900), "birds")), 413, "1200 × 900", "1000000")
+    refused(client.post("/v1/predict", **files(_bomb(100_000, 4), "birds")), 422, "strip of 100000 × 4")
+
+
+def _bomb(width, height):
+    """A PNG of a few hundred bytes that says it is large; decoding it would fail."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def test_tasks_are_listed_searched_and_described(client, saved):
+    answer = client.get("/v1/tasks").json()
+    assert answer == {
+        "total": 3, "matched": 3, "tasks": sorted(DENSITIES), "base": "tiny ViT", "image_size": 32
+    }  # fmt: skip
+    assert client.get("/v1/tasks?q=HIP").json()["tasks"] == ["ships"]
+    answer = client.get("/v1/tasks?offset=1&limit=1").json()
+    assert (answer["tasks"], answer["matched"]) == (["ships"], 3)
+    facts = client.get("/v1/tasks/birds").json()
+    assert facts["labels"] == NAMES["birds"]
+    assert facts["classes"] == 4
+    assert facts["density"] == pytest.approx(0.999, abs=0.002)
+    refused(client.get("/v1/tasks/shops"), 404, "no task 'shops'", "ships")
+
+
+def test_writing_takes_the_key(client, saved):
+    folder = {"name": "new", "folder": str(saved[0] / "ships")}
+    refused(client.post("/v1/tasks", json=folder), 401, "No API key")
+    refused(client.post("/v1/tasks", json=folder, headers={"X-API-Key": "sesame"}), 401, "another")
+    wrong = client.delete("/v1/tasks/ships", headers={"Authorization": "Bearer open"})
+    refused(wrong, 401, "another", "Bearer")
+    assert wrong.headers["www-authenticate"] == "Bearer"
+    refused(client.delete("/v1/tasks/ships", headers={"Authorization": f"Basic {KEY}".encode()}), 401, "No API key")
+    with TestClient(build_app(service(saved[0]), api_key=None)) as closed:
+        refused(closed.post("/v1/tasks", json=folder, headers=BEARER), 403, "takes no changes", "--api-key-env")
+        refused(closed.delete("/v1/tasks/ships", headers=BEARER), 403, "takes no changes")
+    assert client.get("/v1/tasks").json()["total"] == 3
+
+
+def test_tasks_come_from_a_folder_and_go(client, saved):
+    root, logits, _ = saved
+    new = {"name": "a/b c", "folder": str(root / "birds")}
+    added = client.post("/v1/tasks", json=new, headers={"X-API-Key": KEY.encode()})
+    assert (added.status_code, added.json()) == (201, {"name": "a/b c", "replaced": False, "total": 4})
+    (result,) = client.post("/v1/predict", **files(IMAGES[0], "a/b c", logits="1")).json()["results"]
+    close(result["logits"], logits["birds"][0])
+    assert result["top"][0]["label"] in NAMES["birds"]
+    refused(client.post("/v1/tasks", json=new, headers=BEARER), 409, "already", "replace=true")
+    ships = {**new, "folder": str(root / "ships"), "replace": True, "classes": ["a", "b", "c", "d"]}
+    assert client.post("/v1/tasks", json=ships, headers=BEARER).json()["replaced"] is True
+    (result,) = client.post("/v1/predict", **files(IMAGES[0], "a/b c", logits="1")).json()["results"]
+    close(result["logits"], logits["ships"][0])
+    assert result["top"][0]["label"] in "abcd"
+    assert client.delete("/v1/tasks/a/b c", headers=BEARER).json() == {"name": "a/b c", "total": 3}
+    refused(client.delete("/v1/tasks/a/b c", headers=BEARER), 404, "no task")
+    refused(client.post("/v1/predict", **files(IMAGES[0], "a/b c")), 404, "no task")
+
+
+def upload(client, config, weights, **fields):
+    parts = {"config": ("c", config), "weights": ("w", weights), "name": (None, "sent")}
+    parts |= {key: (None, value) for key, value in fields.items()}
+    return client.post("/v1/tasks", files=parts, headers=BEARER)
+
+
+def test_an_uploaded_adapter_is_served(client, saved):
+    root, logits, _ = saved
+    config, weights = ((root / "weather" / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    assert upload(client, config, weights, classes=json.dumps(["sun", "rain"])).status_code == 201
+    (result,) = client.post("/v1/predict", **files(IMAGES[2], "sent", logits="true")).json()["results"]
+    close(result["logits"], logits["weather"][2])
+    names = {entry["index"]: entry["label"] for entry in result["top"]}
+    assert names == {0: "sun", 1: "rain", 2: "2", 3: "3"}
+
+
+class _Trap:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was loaded",))
+
+
+def test_adapters_that_are_not_added(client, saved, tmp_path):
+    root, _, _ = saved
+    config, weights = ((root / "weather" / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME))
+    refused(upload(client, config, pickle.dumps(_Trap())), 422, "not added")
+    refused(upload(client, config, weights[:-100]), 422, "not added")
+    refused(upload(client, b"{", weights), 422, "damaged")
+    other = {**json.loads(config), "base_fingerprint": "float32:00000000"}
+    refused(upload(client, json.dumps(other).encode(), weights), 422, "not added")
+    refused(upload(client, config, weights, folder="/tmp"), 422, "not said where")
+    refused(upload(client, config, weights, classes="["), 400, "no JSON")
+    for body, error in [
+        ({"name": "x"}, "not said where"),
+        ({"folder": str(root / "ships")}, "no name"),
+        ({"name": "__base__", "folder": str(root / "ships")}, "names the base"),
+        ({"name": "x", "folder": str(tmp_path)}, "no adapter"),
+        ({"name": "x", "hub_id": "../etc"}, "not an id on the Hub"),
+        ({"name": "x", "folder": str(root / "ships"), "replace": "maybe"}, "'replace'"),
+    ]:
+        refused(client.post("/v1/tasks", json=body, headers=BEARER), 422, error)
+    offline = client.post("/v1/tasks", json={"name": "x", "hub_id": "no/such"}, headers=BEARER)
+    assert offline.status_code in (422, 502, 503)
+    assert client.get("/v1/tasks").json()["total"] == 3
+
+
+def test_a_damaged_task_is_named_and_the_others_are_served(saved, tmp_path, caplog):
+    root, logits, _ = saved
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    pack_adapter(tmp_path / "birds", tmp_path / "birds")
+    served = service(tmp_path)
+    stored = served.bank._source.read("birds")
+    blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
+    stored.tensors[blob][-3] ^= 0x10
+    served.bank._cache.clear()
+    with TestClient(build_app(served)) as client, caplog.at_level(logging.CRITICAL):
+        for _ in range(2):
+            refused(client.post("/v1/predict", **files(IMAGES[0], "birds")), 500, "Task 'birds' is damaged", "bank")
+        results = client.post("/v1/predict", **files(IMAGES[0], "birds", "ships", logits="true")).json()["results"]
+        assert (results[0]["status"], "damaged" in results[0]["error"]) == (500, True)
+        close(results[1]["logits"], logits["ships"][0])
+        assert client.get("/healthz").status_code == 200
+
+
+def test_metrics_count_requests_batches_and_the_bank(client):
+    for _ in range(2):
+        client.post("/v1/predict", **files(IMAGES[0], "ships", "birds"))
+    client.post("/v1/predict", **files(IMAGES[0], "shops"))
+    client.get("/nowhere/else")
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    figures = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+    assert figures['smn_requests_total{method="POST",route="/v1/predict",status="200"}'] == "2.0"
+    assert figures['smn_requests_total{method="POST",route="/v1/predict",status="404"}'] == "1.0"
+    assert figures['smn_requests_total{method="GET",route="other",status="404"}'] == "1.0"
+    assert figures['smn_request_seconds_count{route="/v1/predict"}'] == "3.0"
+    assert figures["smn_batch_samples_sum"] == "4.0"
+    assert figures["smn_bank_tasks"] == "3.0"
+    assert figures["smn_bank_resident_tasks"] == "2.0"
+    assert float(figures["smn_bank_misses_total"]) == 2
+    assert figures["smn_places_taken"] == "0.0"
+    assert float(figures["process_resident_memory_bytes"]) > 1e6
+
+
+def test_draining_refuses_what_is_new(saved):
+    served = service(saved[0])
+    with TestClient(build_app(served)) as client:
+        assert client.get("/healthz").json() == {"status": "ok", "tasks": 3}
+        served.draining = True
+        response = client.post("/v1/predict", **files(IMAGES[0], "ships"))
+        refused(response, 503, "stopping", "another server")
+        assert response.headers["connection"] == "close"
+        assert (client.get("/healthz").status_code, client.get("/metrics").status_code) == (503, 200)
+
+
+def test_the_readme_s_requests_work(saved, tmp_path):
+    lines = re.findall(r"^\$ curl (.*)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert len(lines) == 5
+    with TestClient(build_app(service(saved[0]), api_key="k")) as client:
+        for line in lines:
+            words = shlex.split(line.replace("$SMN_KEY", "k").replace("runs/mine", str(saved[0] / "birds")))
+            fields = [word.partition("=") for flag, word in zip(words, words[1:], strict=False) if flag == "-F"]
+            parts = [
+                (key, ("x.png", IMAGES[0]) if value.startswith("@") else (None, value)) for key, _, value in fields
+            ]
+            headers = {"Authorization": "Bearer k"} if "-H" in words else {}
+            method = "DELETE" if "DELETE" in words else "POST" if parts else "GET"
+            path = words[-1].removeprefix("http://127.0.0.1:8000")
+            response = client.request(method, path, files=parts or None, headers=headers)
+            assert response.status_code in (200, 201), (line, response.text)
