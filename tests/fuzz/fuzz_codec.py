@@ -3,7 +3,7 @@
 
 With atheris installed (`--engine atheris`) the inputs follow coverage; without, they are mutations of real blobs. Half
 of the inputs are whole blobs, the others layers whose payload is valid DEFLATE of hostile symbols, which plain
-mutation would hardly ever reach. A finding is any exception but the readers' own, or masks that differ without an error.
+mutation would hardly ever reach. A finding is any exception but the readers' own, or a wrong mask without an error.
 """
 
 from __future__ import annotations

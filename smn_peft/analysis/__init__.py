@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What trained masks look like: compression, density, similarity."""
