@@ -180,8 +180,9 @@ class MaskBank:
         return self._cache.get(name, self._source.version(name), decode)
 
     def _decode(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
-        with self._lock if config.get("trainable_fraction", 1.0) < 1.0 else nullcontext():
-            if config.get("trainable_fraction", 1.0) < 1.0:  # the selection follows from the base's own weights
+        needs_base = config.get("trainable_fraction", 1.0) < 1.0 or config.get("codec") == "archival"
+        with self._lock if needs_base else nullcontext():
+            if needs_base:  # what is selected, or how it is coded, follows from the base's own weights
                 self._live.switch(None)
             task = task_from_tensors(name, tensors, self.model, config, may_be_sparse=self._live.may_be_sparse)
         with self._lock:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def decode_blob(
     Args:
         prefix: What the keys have before the names in the blob.
         blob: The coded masks.
-        base: The base model, with its own weights live if the adapter masks a selection of them.
+        base: The base model, with its own weights live if the adapter masks a selection of them or its codec builds on them.
         locate: From a key to the name of the base's parameter and its path from the masked layer.
         config: The adapter's.
 
@@ -61,14 +62,30 @@ def decode_blob(
                 "open the bank over the base that adapter_config.json names."
             )
 
-    def select(name: str) -> NDArray[np.bool_]:
-        parameter, path = locate(prefix + name)
-        layer = (prefix + name).rpartition(".")[0]
-        generator = seeded_generator(config.get("seed", 0), f"{layer}.{path}.select")
-        chosen = select_trainable(
-            base.get_parameter(parameter).detach(), config["trainable_fraction"], config["select"], generator
-        )
-        return chosen.reshape(-1).cpu().numpy()
-
-    masks = decode_masks(blob, blob.size, select)
+    masks = decode_masks(blob, blob.size, _Base(base, prefix, locate, config))
     return {prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the codec asks of the base."""
+
+    model: nn.Module
+    prefix: str
+    locate: Callable[[str], tuple[str, str]]
+    config: Mapping[str, Any]
+
+    def selected(self, name: str) -> NDArray[np.bool_] | None:
+        fraction = self.config.get("trainable_fraction", 1.0)
+        if fraction == 1.0:
+            return None
+        parameter, path = self.locate(self.prefix + name)
+        layer = (self.prefix + name).rpartition(".")[0]
+        generator = seeded_generator(self.config.get("seed", 0), f"{layer}.{path}.select")
+        weight = self.model.get_parameter(parameter).detach()
+        return select_trainable(weight, fraction, self.config["select"], generator).reshape(-1).cpu().numpy()
+
+    def weight(self, name: str) -> NDArray[np.floating]:
+        weight = self.model.get_parameter(self.locate(self.prefix + name)[0]).detach()
+        wide = weight.double() if weight.dtype == torch.float64 else weight.float()  # exact: the order stays
+        return wide.reshape(-1).cpu().numpy()
