@@ -46,7 +46,7 @@ def decode_blob(
     Args:
         prefix: What the keys have before the names in the blob.
         blob: The coded masks.
-        base: The base model, with its own weights live if the adapter masks a selection of them or its codec builds on them.
+        base: The base model, its own weights live where a selection or the codec builds on them.
         locate: From a key to the name of the base's parameter and its path from the masked layer.
         config: The adapter's.
 
