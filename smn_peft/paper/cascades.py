@@ -20,7 +20,7 @@ from .scale import Scale
 __all__ = ["RESULT_NAME", "cascade_of", "clusters_of", "maps_of", "read_result", "train_cascade"]
 
 RESULT_NAME = "cascade_result.json"
-#: Reports by the names of `evaluate_cascade`, in the order of the table.
+#: What Figure 10 shows side by side.
 _LABELS = ("base", "dispatcher", "cascade")
 
 
@@ -73,7 +73,8 @@ def maps_of(folder: Path, classes: int, images: int) -> list[dict[str, Any]]:
     assert test is not None
     assert test.labels is not None
     shown = test.subset((test.labels < classes).nonzero().squeeze(1)[:images].tolist())
-    base, options = load_base(arguments), {"batch_size": arguments.batch_size}
+    base = load_base(arguments)
+    options: dict[str, Any] = {"batch_size": arguments.batch_size}
     features: list[Features] = [
         extract_features(base.model, shown, evaluation_of(base), **options),
         cascade.embed(shown, "dispatcher", **options),
