@@ -20,7 +20,7 @@ from .scale import Scale
 __all__ = ["RESULT_NAME", "cascade_of", "clusters_of", "maps_of", "read_result", "train_cascade"]
 
 RESULT_NAME = "cascade_result.json"
-#: Reports by the names of `evaluate_cascade`, in the order of the table.
+#: What Figure 10 shows side by side.
 _LABELS = ("base", "dispatcher", "cascade")
 
 

@@ -22,9 +22,7 @@ def _cells(scale: Scale) -> list[Cell]:
         for fraction in scale.choices["figure3_fractions"]:
             column = f"{100 * fraction:g} %"
             few = {**options, "fraction": fraction, "eval_probe": False}
-            runs = {
-                method: scale.run(supervised, method, dataset, **{**options, **few}) for method in ("full", "mask")
-            }
+            runs = {method: scale.run(supervised, method, dataset, **few) for method in ("full", "mask")}
             cells += [
                 Cell(dataset, "linear probe, frozen base", column, mask, f"frozen_low_shot@{fraction:g}"),
                 Cell(dataset, "full fine-tuning", column, runs["full"], "accuracy"),

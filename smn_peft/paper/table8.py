@@ -32,7 +32,7 @@ def _cells(scale: Scale) -> list[Cell]:
         for setting in settings
         for method, name in names.items()
         if method in setting.methods
-        for dataset in (*setting.datasets, *scale.choices.get("table8_more", ()))
+        for dataset in setting.datasets
     ]
 
 
