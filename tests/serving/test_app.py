@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import logging
 import pickle
@@ -285,7 +286,7 @@ def test_the_readme_s_requests_work(saved, tmp_path):
     with TestClient(build_app(service(saved[0]), api_key="k")) as client:
         for line in lines:
             words = shlex.split(line.replace("$SMN_KEY", "k").replace("runs/mine", str(saved[0] / "birds")))
-            fields = [word.partition("=") for flag, word in zip(words, words[1:], strict=False) if flag == "-F"]
+            fields = [word.partition("=") for flag, word in itertools.pairwise(words) if flag == "-F"]
             parts = [
                 (key, ("x.png", IMAGES[0]) if value.startswith("@") else (None, value)) for key, _, value in fields
             ]
