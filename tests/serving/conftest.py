@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters on disk, shared by all tests of serving, which are skipped without the extra ``serve``."""
+"""Adapters on disk, shared by all tests of serving."""
 
 from __future__ import annotations
 
 import pytest
 
-for needed in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
-    pytest.importorskip(needed, reason="needs the extra serve")
+from tests.serving.tiny import save_adapters
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """A folder of adapters' folders, and logits and features by task."""
-    from tests.serving.tiny import save_adapters
-
     root = tmp_path_factory.mktemp("served")
     return root, *save_adapters(root)

@@ -87,6 +87,10 @@ def test_the_page_predicts_in_a_browser(saved, browser, tmp_path):
             browser.screenshot(shots / f"page-{theme}.png")
             assert (shots / f"page-{theme}.png").stat().st_size > 10_000
         assert colours[0] != colours[1]
+        narrow = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        browser.send("Emulation.setDeviceMetricsOverride", **narrow)
+        assert browser.run("document.documentElement.scrollWidth") <= 390
+        browser.screenshot(shots / "page-narrow.png")
         for index in (1, 2):
             browser.run(tick.replace("[0]", f"[{index}]"))
         browser.wait("document.querySelector('[role=alert]')")
