@@ -18,7 +18,7 @@ from .options import with_options
 
 __all__ = ["SETTINGS", "command"]
 
-# accelerate's own way in; of a process that fails it tells nothing that this has not said, so its traceback is left out.
+# accelerate's way in, without its traceback: a process that fails has said why.
 _LAUNCHER = """
 import subprocess, sys
 from accelerate.commands.launch import main

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from ..objectives import list_objectives
 from .assemble import Images, build_images, build_objective, evaluation_of
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
+from .suggestion import did_you_mean
 from .train_arguments import TrainArguments
 
 __all__ = ["METRICS", "evaluate_run"]
@@ -112,9 +112,7 @@ def evaluate_run(
 def _check(metrics: Sequence[str], low_shot: Sequence[float], seeds: int, limit: int | None) -> None:
     for name in metrics:
         if name not in METRICS:
-            close = difflib.get_close_matches(name, METRICS, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(METRICS)}.{hint}")
+            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(METRICS)}.{did_you_mean(name, METRICS)}")
     if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
         raise ValueError(f"A low-shot fraction must lie in (0, 1]; got {wrong[0]}: 10 % of the labels is 0.1.")
     for what, value in (("seeds", seeds), ("limit", limit)):
