@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,44 +24,13 @@ from typing import Any
 import quickstart_report
 import torch
 from common import digits
-from peft import PeftModel
-from quickstart_methods import METHODS, NEW, PLAIN, adapt, load, measure, pretrain
-from safetensors.torch import load_file, save_file
-from torch import nn
+from quickstart_methods import METHODS
+from quickstart_saved import stored_bytes, verify
+from quickstart_sweep import sweep
+from quickstart_training import NEW, adapt, load, measure, pretrain
 from transformers.utils import logging
 
-from smn_peft.evaluation import extract_features, library_versions
-from smn_peft.storage import adapter_sizes
-
-
-def sweep(folder: Path, epochs: int, seeds: int) -> None:
-    """Print what each learning rate gives on 100 of the training images, held out; test images take no part."""
-    full = digits(NEW)[0]
-    for label, method in METHODS.items():
-        for lr in method.swept:
-            found = []
-            for seed in range(seeds):
-                order = torch.randperm(len(full), generator=torch.Generator().manual_seed(seed))
-                part, held = full.subset(order[100:]), full.subset(order[:100])
-                model, _ = adapt(method.at(lr), folder, part, epochs, seed)
-                found.append(next(iter(measure(model, method.labels, part, held).values())))
-            words = f"{statistics.mean(found):.3f} ({', '.join(f'{value:.2f}' for value in found)})"
-            print(f"{label}, lr {lr:g}: {words} on the validation part", flush=True)
-
-
-def stored_bytes(model: nn.Module, folder: Path, head: bool) -> dict[str, int]:
-    """Bytes to keep beside the base, or in its place; a mask is saved in `folder` with what it computes."""
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder)
-        outputs = extract_features(model, digits(NEW)[1], PLAIN, function=model if head else None)
-        save_file({"logits" if head else "features": outputs.features}, folder / "outputs.safetensors")
-        return vars(adapter_sizes(folder))
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
-    if all(parameter.requires_grad for parameter in model.parameters()):
-        return {"total": sum(sizes.values())}
-    head_size = sum(size for name, size in sizes.items() if name.startswith("head."))
-    buffers = sum(sizes[name] for name, _ in model.named_buffers() if not name.startswith("head."))
-    return {"head": head_size, "statistics": buffers, "total": head_size + buffers}
+from smn_peft.evaluation import library_versions
 
 
 def run(label: str, folder: Path, epochs: int, seeds: int) -> dict[str, Any]:
@@ -107,20 +75,6 @@ def compare(folder: Path, epochs: int, seeds: int) -> dict[str, Any]:
         "cpu_seconds": _cpu_seconds() - start,
         "versions": library_versions(),
     }
-
-
-def verify(folder: Path) -> bool:
-    """Rebuild base and adapters from their files, and compare their outputs with those of the process that trained."""
-    same = []
-    for saved in sorted(folder.glob("mask-*/outputs.safetensors")):
-        ((kind, expected),) = load_file(saved).items()
-        model = PeftModel.from_pretrained(load(folder / "base", head=kind == "logits"), saved.parent)
-        function = model if kind == "logits" else None
-        outputs = extract_features(model, digits(NEW)[1], PLAIN, function=function).features
-        same.append(torch.equal(outputs, expected))
-        words = "identical to the bit" if same[-1] else "NOT identical"
-        print(f"Reloaded {saved.parent.name} in a fresh process: {outputs.numel()} {kind} {words}.", flush=True)
-    return bool(same) and all(same)
 
 
 def main() -> None:

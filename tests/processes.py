@@ -9,12 +9,14 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 
-__all__ = ["CONTEXT", "FORKS", "ROOT", "leave_the_test", "run_python"]
+__all__ = ["CONTEXT", "FORKS", "ROOT", "leave_the_test", "run_python", "sent"]
 
 ROOT = Path(__file__).resolve().parents[1]
 # Autograd's threads, which a parent has where there is a GPU, do not survive a fork.
@@ -27,6 +29,11 @@ def leave_the_test() -> None:
     sys.settrace(None)
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sent(value: Any) -> Any:
+    """What a worker process is given when it is started with `value`."""
+    return ForkingPickler.loads(ForkingPickler.dumps(value))
 
 
 def run_python(*line: object, cwd: Path, timeout: float = 280) -> subprocess.CompletedProcess[str]:

@@ -41,7 +41,7 @@ def example() -> Iterator[Callable[[str], ModuleType]]:
 def pretrained(example, tmp_path_factory) -> Path:
     """A folder with the base after one epoch."""
     folder = tmp_path_factory.mktemp("pretrained")
-    example("quickstart_methods").pretrain(folder, epochs=1)
+    example("quickstart_training").pretrain(folder, epochs=1)
     return folder
 
 
@@ -143,9 +143,9 @@ def test_a_loss_is_said_as_a_loss(report, record):
 )
 def test_the_check_of_the_reloaded_masks_can_fail(example, label, name, words, capsys, folder, monkeypatch):
     quickstart = example("quickstart")
-    methods = example("quickstart_methods")
+    training = example("quickstart_training")
     # What the probe finds is not looked at here, and after one epoch it takes longest.
-    monkeypatch.setattr(methods, "linear_probe", functools.partial(methods.linear_probe, max_iterations=10))
+    monkeypatch.setattr(training, "linear_probe", functools.partial(training.linear_probe, max_iterations=10))
     row = quickstart.run(label, folder, epochs=1, seeds=1)
     assert row["bytes"]["mask"] > 0
     assert quickstart.verify(folder)
@@ -162,10 +162,10 @@ def test_verifying_nothing_is_no_success(example, tmp_path):
 
 
 def test_the_control_has_all_but_the_mask(example, folder):
-    methods = example("quickstart_methods")
-    train = methods.digits(methods.NEW)[0].subset(range(128))
-    before = methods.load(folder / "base", head=False).state_dict()
-    model, log = methods.adapt(methods.METHODS["SwAV, statistics adapt"], folder, train, epochs=1, seed=0)
+    training, methods = example("quickstart_training"), example("quickstart_methods").METHODS
+    train = training.digits(training.NEW)[0].subset(range(128))
+    before = training.load(folder / "base", head=False).state_dict()
+    model, log = training.adapt(methods["SwAV, statistics adapt"], folder, train, epochs=1, seed=0)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert log["density"] is None
     assert moved
@@ -173,10 +173,10 @@ def test_the_control_has_all_but_the_mask(example, folder):
 
 
 def test_swav_learns_the_same_mask_where_there_are_no_labels(example, folder):
-    methods = example("quickstart_methods")
-    train = methods.digits(methods.NEW)[0].subset(range(128))
+    training, methods = example("quickstart_training"), example("quickstart_methods").METHODS
+    train = training.digits(training.NEW)[0].subset(range(128))
     parts = (train, train.without_labels())
-    models = [methods.adapt(methods.METHODS["SwAV, mask"], folder, part, epochs=1, seed=0)[0] for part in parts]
+    models = [training.adapt(methods["SwAV, mask"], folder, part, epochs=1, seed=0)[0] for part in parts]
     states = [model.state_dict() for model in models]
     assert models[0].density() < 1
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

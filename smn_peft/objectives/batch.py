@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,10 @@ from .base import Batch, Model
 __all__ = ["check_features", "crops_of", "features_of_crops", "images_of", "labels_of"]
 
 
-def _entry(batch: Batch, key: str, name: str, fix: str) -> Tensor | Sequence[Tensor]:
+def _entry(batch: Batch, key: str, name: str, fix: str) -> Any:
     if key not in batch:
         raise ValueError(f"{name} needs batch[{key!r}], and the batch has {sorted(batch)}: {fix}")
-    value: Tensor | Sequence[Tensor] = batch[key]
-    return value
+    return batch[key]
 
 
 def images_of(batch: Batch, name: str) -> Tensor:
@@ -26,8 +26,8 @@ def images_of(batch: Batch, name: str) -> Tensor:
     Raises:
         ValueError: If it is not there.
     """
-    images = _entry(batch, "pixel_values", name, "use a transform that gives one view, such as supervised_transform.")
-    assert isinstance(images, Tensor)
+    fix = "use a transform that gives one view, such as supervised_transform."
+    images: Tensor = _entry(batch, "pixel_values", name, fix)
     return images
 
 
@@ -37,8 +37,8 @@ def labels_of(batch: Batch, name: str) -> Tensor:
     Raises:
         ValueError: If it is not there.
     """
-    labels = _entry(batch, "labels", name, "use a data set with labels (label_column), or an objective without.")
-    assert isinstance(labels, Tensor)
+    fix = "use a data set with labels (label_column), or an objective without."
+    labels: Tensor = _entry(batch, "labels", name, fix)
     return labels
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from ..objectives import list_objectives
 from .assemble import Images, build_images, build_objective, evaluation_of
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
+from .suggestion import did_you_mean
 from .train_arguments import TrainArguments
 
 __all__ = ["METRICS", "check_metrics", "evaluate_run", "evaluation_arguments"]
@@ -118,9 +118,7 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str] = METRICS) -> Non
     """
     for name in metrics:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(known)}.{hint}")
+            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def _check(low_shot: Sequence[float], seeds: int, limit: int | None) -> None:

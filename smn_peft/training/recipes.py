@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from .suggestion import did_you_mean
 from .train_arguments import TrainArguments
 
 __all__ = ["Recipe", "check_keys", "list_recipes", "load_recipe", "read_recipe"]
@@ -45,8 +45,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     path: Any = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         if str(name) not in list_recipes():
-            close = difflib.get_close_matches(str(name), list_recipes(), n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(str(name), list_recipes())
             raise ValueError(f"Unknown recipe {name!r}; there are {', '.join(list_recipes())}, or a .yaml file.{hint}")
         path = resources.files(__package__).joinpath(f"recipes/{name}.yaml")
     try:
@@ -81,9 +80,7 @@ def check_keys(kind: Any, values: Mapping[str, Any], where: str) -> None:
     known = {field.name: field for field in fields(kind)}
     for key, value in values.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{where}: unknown argument {key!r}.{hint}")
+            raise ValueError(f"{where}: unknown argument {key!r}.{did_you_mean(key, known)}")
         nested = known[key].default_factory
         if is_dataclass(nested) and isinstance(value, Mapping):
             check_keys(nested, value, f"{where}, {key}")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_origin, get_type_hints
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 from ..data import MultiCropOptions, SupervisedOptions
 from ..tuner import MaskConfig
 from .loop_arguments import LoopArguments, option
+from .suggestion import did_you_mean
 
 __all__ = ["TrainArguments"]
 
@@ -109,7 +109,5 @@ def _from_mapping(kind: type[Any], values: Mapping[str, Any]) -> Any:
     hints = get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], hints, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}.{hint}")
+        raise ValueError(f"{kind.__name__} has no option {unknown[0]!r}.{did_you_mean(unknown[0], hints)}")
     return kind(**{key: tuple(v) if get_origin(hints[key]) is tuple else v for key, v in values.items()})

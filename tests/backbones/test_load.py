@@ -18,16 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from smn_peft.backbones import Backbone, base_name, load_backbone, pooled_features
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-VIT = {"depth": 1, "embed_dim": 32, "num_heads": 2}
-
+from .tiny import TINY, VIT
 
 # --- transformers ----------------------------------------------------------------------------------------------------
 

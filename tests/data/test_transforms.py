@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 
 import numpy as np
@@ -20,6 +19,7 @@ from smn_peft.data import (
     multi_crop_transform,
     supervised_transform,
 )
+from tests.processes import sent
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -92,7 +92,7 @@ def test_without_a_generator_the_global_one_draws(image):
 
 def test_transforms_travel_to_workers(image):
     for transform in (supervised_transform(16, MEAN, STD), evaluation_transform(16, MEAN, STD)):
-        again = pickle.loads(pickle.dumps(transform))
+        again = sent(transform)
         assert torch.equal(again(image, seeded()), transform(image, seeded()))
 
 

@@ -16,32 +16,14 @@ from torch import nn
 from smn_peft.tuner.kinds import MASKABLE, is_norm, iter_layers, kind_of
 from smn_peft.tuner.targets import TargetReport, explain_targets, resolve_targets
 
+from .nets import Net, Padded
+
 
 @pytest.fixture(autouse=True)
 def _meta():
     """Architectures without weights: nothing here computes."""
     with torch.device("meta"):
         yield
-
-
-class Net(nn.Module):
-    """A stem whose name is the ending of a convolution that is no target."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.stage = nn.Module()
-        self.stage.conv = Padded(4, 4, 3)
-        self.up = nn.ConvTranspose2d(4, 4, 2)
-        self.fc = nn.Conv2d(4, 5, 1)
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-
-class Padded(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
 
 # --- Kinds -----------------------------------------------------------------------------------------------------------

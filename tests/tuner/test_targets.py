@@ -16,6 +16,8 @@ from torch import nn
 from smn_peft.tuner.architectures import exact_targets, matching_names
 from smn_peft.tuner.targets import default_targets, explain_targets, resolve_targets
 
+from .nets import Net
+
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY_TEXT = {**TINY, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
 
@@ -236,26 +238,6 @@ def test_nothing_maskable():
     )
     with pytest.raises(ValueError, match="BitModel has no layer in its blocks that can be masked"):
         default_targets(model)
-
-
-class Net(nn.Module):
-    """A stem whose name is the ending of a convolution that is no target."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.stage = nn.Module()
-        self.stage.conv = Padded(4, 4, 3)
-        self.up = nn.ConvTranspose2d(4, 4, 2)
-        self.fc = nn.Conv2d(4, 5, 1)
-
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-
-class Padded(nn.Conv2d):
-    def forward(self, x):
-        return super().forward(nn.functional.pad(x, (1, 1, 1, 1)))
 
 
 def test_all_conv_takes_supported_convolutions_and_not_the_classifier():
