@@ -202,7 +202,7 @@ class Service:
                 self.bank.remove(name)
             except KeyError:
                 raise self._unknown(name) from None
-            except OSError as error:
+            except Exception as error:
                 raise adding_refused(error, name) or explained(error) from error
             return {"name": name, "total": len(self.bank)}
 
