@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -75,6 +76,7 @@ def fit_linear_probe(
     decays: Sequence[float] = DECAYS,
     validation: float | Features = 0.2,
     standardise: bool = False,
+    cautious: bool = False,
     seed: int = 0,
     max_iterations: int = 5000,
     tolerance: float = 1e-6,
@@ -90,6 +92,8 @@ def fit_linear_probe(
         decays: λ · n to choose from; one leaves nothing to choose.
         validation: Fraction of each class to choose on, or other labelled features, which the fit never sees.
         standardise: Fit on features of mean 0 and standard deviation 1, measured on `train`.
+        cautious: Take the strongest decay whose accuracy is within one standard error of the best (the rule of
+            Breiman et al., CART, 1984): on a hundred validation samples the best itself is largely chance.
         seed: Of the validation part.
         max_iterations: Steps of L-BFGS; a warning says if they do not suffice.
         tolerance: L-BFGS stops once no entry of the gradient of the mean loss is larger. At scikit-learn's 1e-4 it can
@@ -116,6 +120,9 @@ def fit_linear_probe(
         for decay in decays:
             scores[decay] = fit(part, decay).accuracy(held)
     best = max(decays, key=lambda decay: scores.get(decay, 0.0))  # the first among equals
+    if cautious and scores:
+        margin = math.sqrt(scores[best] * (1 - scores[best]) / len(held.features))
+        best = max(decay for decay in decays if scores[decay] >= scores[best] - margin)
     return replace(fit(train, best), validation=scores)
 
 

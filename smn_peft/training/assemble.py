@@ -208,7 +208,7 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
         )
     options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none is left to choose on
     features = extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=arguments.batch_size)
-    probe = fit_linear_probe(features, standardise=True, seed=arguments.subset_seed, **options)
+    probe = fit_linear_probe(features, standardise=True, cautious=True, seed=arguments.subset_seed, **options)
     model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
 
 

@@ -166,3 +166,21 @@ def test_test_features_are_checked_before_the_fit(blobs):
     train, _ = blobs()
     with pytest.raises(ValueError, match=r"dim 6 and is tested on dim 2"):
         linear_probe(train, Features(torch.ones(3, 2), torch.ones(3)))
+
+
+def test_a_cautious_choice_is_the_strongest_decay_within_a_standard_error():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    features = torch.randn(200, 16, generator=generator) + 0.8 * torch.eye(4)[labels].repeat(1, 4)
+    train = Features(features, labels)
+    probe = fit_linear_probe(train, decays=(100.0, 1.0, 0.01), cautious=True)
+    assert probe.validation is not None
+    best = max(probe.validation.values())
+    margin = (best * (1 - best) / 40) ** 0.5
+    assert probe.decay == max(decay for decay, found in probe.validation.items() if found >= best - margin)
+    held = Features(features[:40], labels[:40])
+    choices = {
+        cautious: fit_linear_probe(train, decays=(1e4, 1.0, 0.01), cautious=cautious, validation=held).decay
+        for cautious in (False, True)
+    }
+    assert choices[True] >= choices[False]
