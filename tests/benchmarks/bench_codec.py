@@ -177,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("Sizes are whole files, header included; speeds are Mbit of mask per second of one core's CPU time")
     print(
-        "| masks | codec | weights | density | bits/weight | × entropy | × lzma | × zstd | container | encode | decode |"
+        "| masks | codec | weights | density | bits/weight | × entropy | × lzma | × zstd | table | encode | decode |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for label, architecture, density in SETS:
