@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smn_peft.evaluation import format_fraction, markdown_table
+from smn_peft.analysis import low_shot_table
+from smn_peft.evaluation import EvalReport, format_fraction, markdown_table
 
 __all__ = ["render", "render_readme"]
 
@@ -56,8 +56,10 @@ def _without_labels(rows: list[dict[str, Any]]) -> str:
     return markdown_table(table)
 
 
-def render(record: Mapping[str, Any]) -> str:
-    """Markdown table of a record of `experiment.py` or `without_labels.py`."""
+def render(record: Any) -> str:
+    """Markdown table of a record of `experiment.py`, `without_labels.py` or `low_shot.py`."""
+    if isinstance(record, list):
+        return low_shot_table([EvalReport.from_json(json.dumps(row)) for row in record])
     if "without_labels" in record:
         return _without_labels(record["without_labels"])
     runs = record["runs"]

@@ -35,7 +35,7 @@ def adapter(codec: str = "entropy", **options) -> PeftModel:
     options = {"batch_norm": "adapt", "init_weights": False, "modules_to_save": ["4"], **options}
     model = get_peft_model(base(), MaskConfig(target_modules=["0", "3"], codec=codec, **options))
     with torch.no_grad():  # statistics and a head that no half-precision float can hold
-        run(model)
+        run(model.train())
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.rand_like(parameter) / 999)
