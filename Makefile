@@ -17,7 +17,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.smn_peft-installed
 
 BENCH    ?= $(sort $(wildcard tests/benchmarks/bench_*.py))
-PARALLEL ?= -n auto --maxprocesses=4
+PARALLEL ?= -n auto --maxprocesses=4 --dist worksteal
 COVERAGE ?= --cov=smn_peft --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 PIP_INSTALL = "$(PY)" -m pip install -e ".[dev]"
