@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from smn_peft.data.decoding import ImageError
-from smn_peft.training import run
+from smn_peft.storage import read_metadata
+from smn_peft.training import evaluate_run, run
 from smn_peft.training.assemble import load_base
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.metrics import read_metrics
@@ -46,6 +47,18 @@ def test_a_run_learns_and_says_what_it_did(tmp_path):
     assert summary.sizes["total"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     assert f"{summary.steps} steps in" in summary.text()
     assert f"accuracy: {summary.before['accuracy']:.4f} -> {summary.after['accuracy']:.4f}" in summary.text()
+
+
+@pytest.mark.filterwarnings("error:.*rounded to bfloat16")
+def test_a_run_saves_coded_and_what_it_evaluates_is_what_it_saves(tmp_path):
+    mask = {"batch_norm": "adapt", "codec": "entropy", "save_dtype": "bfloat16"}
+    summary = run(tiny_arguments(tmp_path, epochs=2, head_lr=0.5, mask=mask))
+    folder = tmp_path / "out"
+    assert read_metadata(folder)["smn_codec"] == "entropy"
+    saved = {key: tensor for key, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    assert {tensor.dtype for tensor in saved.values()} == {torch.uint8, torch.bfloat16, torch.int64}
+    reports = {report.metric: report.value for report in evaluate_run(folder, metrics=["accuracy"])}
+    assert reports["accuracy"] == summary.after["accuracy"]
 
 
 @pytest.mark.parametrize("head", ["trained", "probe", "masked"])
