@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 
-from .processes import CONTEXT, leave_the_test
+from .processes import context, leave_the_test
 
 Result = dict[str, torch.Tensor]
 
@@ -37,6 +37,6 @@ def join_group() -> None:
 
 def run_processes(function: Callable[..., Result], processes: int, folder: Path, *arguments: Any) -> list[Result]:
     """What `function(*arguments)`, a function of a module, returns on each rank: tensors by name."""
-    method = CONTEXT.get_start_method()
+    method = context().get_start_method()
     mp.start_processes(_work, (function, processes, str(folder), arguments), nprocs=processes, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]

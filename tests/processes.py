@@ -16,12 +16,28 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-__all__ = ["CONTEXT", "FORKS", "ROOT", "leave_the_test", "run_python", "sent"]
+__all__ = ["ROOT", "can_fork", "context", "leave_the_test", "run_python", "sent"]
 
 ROOT = Path(__file__).resolve().parents[1]
-# Autograd's threads, which a parent has where there is a GPU, do not survive a fork.
-FORKS = sys.platform == "linux" and not torch.cuda.is_available()
-CONTEXT = multiprocessing.get_context("fork" if FORKS else "spawn")
+
+
+def can_fork() -> bool:
+    """Whether a forked process could train: autograd's threads, once this process has any, do not survive a fork."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return False
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def context() -> Any:
+    """How processes are started."""
+    return multiprocessing.get_context("fork" if can_fork() else "spawn")
 
 
 def leave_the_test() -> None:
@@ -42,13 +58,13 @@ def run_python(*line: object, cwd: Path, timeout: float = 280) -> subprocess.Com
     A forked process imports PEFT, this package and the script's neighbours anew, as a fresh one would.
     """
     words = [str(word) for word in line]
-    if not FORKS:
+    if not can_fork():
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *words]
         return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout)
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = CONTEXT.Process(target=_run, args=(words, cwd, outputs))
+        process = multiprocessing.get_context("fork").Process(target=_run, args=(words, cwd, outputs))
         process.start()
         process.join(timeout)
         process.kill()

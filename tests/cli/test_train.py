@@ -112,7 +112,7 @@ def test_kinds_of_masks_from_the_line(recipe, tmp_path, words, density):
     train(*recipe, "--max-steps", 2, *words)
     low, high = density
     active = {name: float(mask.float().mean()) for name, mask in masks_after_two_steps(tmp_path / "out").items()}
-    assert len(active) == 21  # every convolution, the stem's and the shortcuts' too
+    assert len(active) == 13  # every convolution, the stem's and the shortcuts' too
     assert all(value >= low - 2e-3 for value in active.values()), active
     assert sum(active.values()) / len(active) <= high + 2e-3
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from smn_peft.training import Interrupted, Trainer, TrainingFailure, TrainingTask
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.metrics import read_metrics
-from tests.processes import CONTEXT, leave_the_test
+from tests.processes import context, leave_the_test
 
 from .helpers import Batches, loop, resnet, supervised_task, swav_task
 
@@ -233,7 +233,7 @@ def train_and_resume(folder) -> None:
 
 
 def start(folder):
-    process = CONTEXT.Process(target=train_and_resume, args=(folder,))
+    process = context().Process(target=train_and_resume, args=(folder,))
     process.start()
     return process
 
