@@ -140,7 +140,7 @@ def test_other_settings_are_refused(fitted, arguments, tmp_path):
         train_experts(moved, OPTIONS, [0])
     shutil.rmtree(checkpoint)  # to save space: what is done needs it no more
     train_experts(moved, OPTIONS, [0, 1])
-    options = replace(OPTIONS, router="kmeans", router_dim=1, ensemble=False)
+    options = replace(OPTIONS, router="kmeans", experts=3, ensemble=False)
     prepare(moved, options)
     assert not (tmp_path / "moved" / "cascade.json").exists()  # it would be of another router
     before, after = (np.load(root / "clusters" / "expert-0.npy") for root in (fitted, tmp_path / "moved"))
