@@ -58,7 +58,8 @@ def run_python(*line: object, cwd: Path, timeout: float = 280) -> subprocess.Com
     A forked process imports PEFT, this package and the script's neighbours anew, as a fresh one would.
     """
     words = [str(word) for word in line]
-    if not can_fork():
+    # transformers' trainer, once it is imported, knows the classes of a PEFT that the forked process has no more.
+    if "transformers.trainer" in sys.modules or not can_fork():
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, *words]
         return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=timeout)
