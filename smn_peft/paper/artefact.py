@@ -47,7 +47,8 @@ class Artefact:
         cells: Its numbers at a scale; every run that it needs is the run of a cell.
         paper: The paper's numbers, where it prints some.
         note: What to know when reading it: how it differs from the paper's.
-        details: What else is drawn, from finished runs: (store, scale, seeds) -> what JSON can hold.
+        details: What else is shown, from finished runs: (store, scale, seeds) -> what JSON can hold; its
+            "markdown", if it has any, stands below the table.
         draw: Makes pictures: (record, folder, stem of the files' names) -> their paths.
         seeds: Seeds that it takes if none are asked for.
         each_seed: Show every seed's value beside their mean.

@@ -21,6 +21,8 @@ from . import (
     table2,
     table3,
     table5,
+    table6,
+    table7,
     table8,
     table9,
     table10,
@@ -33,7 +35,7 @@ from .small_scale import SMALL
 
 __all__ = ["ARTEFACTS", "SCALES", "artefact_named", "listing", "scale_named"]
 
-_TABLES = (table1, table2, table3, table5, table8, table9, table10)
+_TABLES = (table1, table2, table3, table5, table6, table7, table8, table9, table10)
 _FIGURES = (figure3, figure5, figure6, figure7, figure8, figure9, figure10, figure11)
 ARTEFACTS: dict[str, Artefact] = {module.ARTEFACT.name: module.ARTEFACT for module in (*_TABLES, *_FIGURES, ablations)}
 SCALES: dict[str, Scale] = {scale.name: scale for scale in (SMALL, PAPER)}

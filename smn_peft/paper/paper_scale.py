@@ -92,6 +92,8 @@ PAPER = Scale(
         "table5": ("cifar10", "dtd", "sun397"),
         "table5_prototypes": (50, 500, 5000),
         "table5_initialisations": ("dino", "swav", "timm"),
+        "table6": ("swav", "cifar100"),
+        "table7": ("swav", "sun397"),
         "table9": ("dtd", "eurosat", "flowers102", "ucf101"),
         "table10": ("dtd", "ucf101"),
         "figure3": ("cifar10", "cifar100", "eurosat"),

@@ -70,6 +70,8 @@ def render(record: Mapping[str, Any]) -> str:
         mine = [cell for cell in record["cells"] if cell["section"] == section]
         parts += [f"### {section}"] if section else []
         parts.append(_each_seed(mine) if record["each_seed"] else _table(mine))
+    if isinstance(record["details"], Mapping) and "markdown" in record["details"]:
+        parts.append(record["details"]["markdown"])
     for identity, reason in record["failures"].items():
         parts.append(f"Run {identity} failed: {' '.join(reason.split())}")
     if record["paper"]:

@@ -81,6 +81,8 @@ SMALL = Scale(
         "table5": ("cifar10",),
         "table5_prototypes": (10, 50, 120),
         "table5_initialisations": ("vit", "resnet"),
+        "table6": ("resnet", "cifar10"),
+        "table7": ("vit", "cifar10"),
         "table9": ("cifar10",),
         "table10": ("cifar10",),
         "figure3": ("cifar10",),

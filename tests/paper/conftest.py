@@ -72,6 +72,8 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "table5": ("colours",),
             "table5_prototypes": (4, 6, 200),
             "table5_initialisations": ("net",),
+            "table6": ("net", "colours"),
+            "table7": ("net", "colours"),
             "table9": ("colours",),
             "table10": ("colours",),
             "figure3": ("colours",),
