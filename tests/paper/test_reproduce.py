@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from smn_peft.paper import ARTEFACTS, reproduce
+from smn_peft.paper import ARTEFACTS, RunStore, reproduce
 from smn_peft.paper.metrics import measure
 from smn_peft.paper.record import render
 from smn_peft.training import RunSummary
@@ -25,7 +25,8 @@ def cells(record, row):
     }
 
 
-def test_table2_and_what_other_tables_share_with_it(tiny_scale, store):
+def test_table2_and_what_other_tables_share_with_it(tiny_scale, tmp_path):
+    store = RunStore(tmp_path)  # of its own: what is counted here must not be done already
     result, said = made("table2", tiny_scale, store)
     assert len(said) == 7
     threshold, found = cells(result.record, "threshold"), cells(result.record, "topk, found density")
