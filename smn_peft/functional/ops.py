@@ -10,15 +10,15 @@ weight and the scores, which are there anyway (one pass over the weight), and wr
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .masking import MaskSpec, compute_mask, scale_of
+from .workspace import Workspace, is_plain
 
 __all__ = ["ConvGeometry", "masked_conv", "masked_linear"]
 
@@ -42,36 +42,9 @@ class _Masked(NamedTuple):
     scale: Any
 
 
-class _Workspace(threading.local):
-    """Memory on the CPU that the nodes of one thread share; fresh pages would cost more than writing to them."""
-
-    def __init__(self) -> None:
-        self.blocks: dict[torch.dtype, Tensor] = {}
-        self.zeros: dict[torch.dtype, Tensor] = {}
-
-    def room(self, like: Tensor) -> Tensor:
-        """Uninitialised tensor of the shape and dtype of `like`, valid until the next call with this dtype."""
-        block = self.blocks.get(like.dtype)
-        if block is None or block.numel() < like.numel():
-            with torch.inference_mode(False):
-                block = self.blocks[like.dtype] = torch.empty(like.numel(), dtype=like.dtype, device="cpu")
-        return block[: like.numel()].view(like.shape)
-
-    def zero(self, dtype: torch.dtype) -> Tensor:
-        """A 0-dim zero."""
-        if dtype not in self.zeros:
-            with torch.inference_mode(False):
-                self.zeros[dtype] = torch.zeros((), dtype=dtype, device="cpu")
-        return self.zeros[dtype]
-
-
-_workspace = _Workspace()
+_workspace = Workspace()
 _EXACT = 2**24  # up to here fp32 counts by ones
-
-
-def _plain(*tensors: Tensor) -> bool:
-    """Whether the tensors lie in the CPU's memory in C order, and are what they seem (not a tracer's stand-ins)."""
-    return all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+_CACHED = 2**19  # elements of which the mask is still in a core's cache when it is multiplied
 
 
 def _indicator(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor:
@@ -85,18 +58,24 @@ def _indicator(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor
 def _count(indicator: Tensor) -> float:
     """Number of ones, exactly."""
     wide = torch.float64 if indicator.dtype == torch.float64 else torch.float32
+    if indicator.numel() <= _EXACT:
+        return float(indicator.sum(dtype=wide))
     return float(sum(part.sum(dtype=wide).item() for part in indicator.view(-1).split(_EXACT)))
+
+
+def _scale(active: float, size: int) -> float:
+    return math.sqrt(size / max(active, 1))
 
 
 def _build(
     weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None, known: tuple[Any, Any] | None = None
 ) -> _Masked:
     """The effective weight; `known` are the count and the scale that the node's forward found, for its backward."""
-    if _plain(weight, scores):
+    if is_plain(weight, scores):
         kept = _indicator(weight, scores, spec, trainable)
         if known is None:
             active = _count(kept)
-            known = active, math.sqrt(kept.numel() / max(active, 1)) if spec.scale else None
+            known = active, _scale(active, kept.numel()) if spec.scale else None
         scale = 1.0 if known[1] is None else known[1]
         return _Masked(torch.addcmul(_workspace.zero(kept.dtype), weight, kept, value=scale, out=kept), *known)
     mask = None
@@ -111,11 +90,24 @@ def _build(
     return _Masked(kept if known[1] is None else kept.mul_(known[1]), *known)
 
 
-def _unscaled(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor | None:
-    """θ·1[S > μ] in one pass and in the workspace, where the mask is a plain threshold; else None."""
+def _is_plain_threshold(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> bool:
+    """Whether θ·1[S > μ] is one pass on the CPU."""
     plain = spec.mask_type == "threshold" and trainable is None and weight.dtype == scores.dtype
-    if not (plain and _plain(weight, scores)):
-        return None
+    return plain and is_plain(weight, scores)
+
+
+def _counted(weight: Tensor, scores: Tensor, spec: MaskSpec) -> _Masked:
+    """θ·1[S > μ] in the workspace, not scaled, with count and scale: one pass over memory, part by part."""
+    room = _workspace.room(weight)
+    active = 0.0
+    for kept, of, by in zip(*(t.view(-1).split(_CACHED) for t in (room, weight, scores)), strict=True):
+        active += float(torch.gt(by, spec.threshold, out=kept).sum())
+        torch.mul(of, kept, out=kept)
+    return _Masked(room, active, _scale(active, room.numel()) if spec.scale else None)
+
+
+def _unscaled(weight: Tensor, scores: Tensor, spec: MaskSpec) -> Tensor:
+    """θ·1[S > μ] in the workspace."""
     keep: Any = torch.ops.aten.threshold_backward.grad_input
     return keep(weight, scores, spec.threshold, grad_input=_workspace.room(weight))  # type: ignore[no-any-return]
 
@@ -200,28 +192,31 @@ class _MaskedConv(torch.autograd.Function):
         trainable: Tensor | None,
         geometry: ConvGeometry,
     ) -> Tensor:
-        masked = _build(weight, scores, spec, trainable)
+        # With few pixels the weight is the larger side: what can be done on inputs and outputs is done there.
+        few_pixels = x.numel() < weight.numel() and x.dtype == weight.dtype
+        ctx.few_pixels = few_pixels and _is_plain_threshold(weight, scores, spec, trainable)
+        scaled_after = ctx.few_pixels and bias is None
+        masked = _counted(weight, scores, spec) if scaled_after else _build(weight, scores, spec, trainable)
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec, ctx.known = spec, (masked.active, masked.scale)
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
-        return torch.convolution(x, masked.weight.to(x.dtype), bias, *geometry)
+        out = torch.convolution(x, masked.weight.to(x.dtype), bias, *geometry)
+        return out.mul_(masked.scale) if scaled_after and masked.scale is not None else out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
-        # With few pixels the weight is the larger side: what can be done on the input's gradient is done there.
-        few_pixels = needed[0] and x.numel() < weight.numel() and x.dtype == weight.dtype
-        unscaled = _unscaled(weight, scores, ctx.spec, trainable) if few_pixels else None
-        if unscaled is None:
-            masked = _build(weight, scores, ctx.spec, trainable, ctx.known)
+        few_pixels = needed[0] and ctx.few_pixels
+        if few_pixels:
+            masked = _Masked(_unscaled(weight, scores, ctx.spec), *ctx.known)
         else:
-            masked = _Masked(unscaled, *ctx.known)
+            masked = _build(weight, scores, ctx.spec, trainable, ctx.known)
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad, x, masked.weight.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
         )
-        if unscaled is not None and masked.scale is not None:
+        if few_pixels and masked.scale is not None:
             grad_x.mul_(masked.scale)
         grad_scores = None
         if needed[1]:

@@ -25,6 +25,7 @@ from smn_peft.functional import (
 )
 from smn_peft.functional import straight_through as through
 from smn_peft.functional.ops import ConvGeometry
+from smn_peft.functional.workspace import Workspace
 
 SPECS = {
     "threshold": MaskSpec(),
@@ -148,18 +149,22 @@ def test_the_output_is_the_effective_weight_s(name, dtype):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_small_output_is_scaled_and_not_the_weight(bias):
+@pytest.mark.parametrize("spec", [MaskSpec(), MaskSpec(threshold=1e9), SPECS["unscaled"], SPECS["no-scale-gradient"]])
+@pytest.mark.parametrize("part", [ops._CACHED, 1000])
+def test_a_small_output_is_scaled_and_not_the_weight(bias, spec, part, monkeypatch):
     """The paths for few pixels and many channels: the scale on the output, σ's term from the input's gradient."""
+    monkeypatch.setattr(ops, "_CACHED", part)
     torch.manual_seed(0)
     x = torch.randn(1, 16, 2, 2, dtype=torch.float64)
     weight, scores = torch.randn(2, 32, 16, 3, 3, dtype=torch.float64)
     offset = torch.randn(32, dtype=torch.float64) if bias else None
-    geometry, spec = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1), MaskSpec()
+    geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
 
     def run(function):
         inputs = [x.clone().requires_grad_(), scores.clone().requires_grad_()]
-        function(*inputs).square().sum().backward()
-        return [tensor.grad for tensor in inputs]
+        out = function(*inputs)
+        out.square().sum().backward()
+        return [out.detach(), *(tensor.grad for tensor in inputs)]
 
     mine = run(lambda a, s: masked_conv(a, weight, s, offset, geometry, spec))
     plain = run(
@@ -348,7 +353,7 @@ def test_inputs_without_a_batch_dimension_or_of_size_zero(name):
 def test_a_default_device_elsewhere_does_not_matter(name, monkeypatch):
     operation, _, (x, weight, scores), bias = problem(name, torch.float64)
     expected = gradients(lambda x, s, b: operation(x, weight, s, b, MaskSpec(), None), x, scores, bias)
-    monkeypatch.setattr(ops, "_workspace", ops._Workspace())
+    monkeypatch.setattr(ops, "_workspace", Workspace())
     leaves = [tensor.clone().requires_grad_() for tensor in (x, scores, bias)]
     with torch.device("meta"):
         out = operation(leaves[0], weight, leaves[1], leaves[2], MaskSpec(), None)
