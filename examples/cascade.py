@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar import assets_folder
-from without_labels import backbones
+from small_recipes import backbones
 
 from smn_peft.cascade import Cascade, CascadeArguments, cascade_sizes, evaluate_cascade
 from smn_peft.evaluation import EvalReport, merge_reports, report_table

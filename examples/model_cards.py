@@ -55,9 +55,9 @@ def with_labels(name: str, recipe: Recipe, base: Mapping[str, Any]) -> AdapterFa
 
 
 def without_labels(backbone: str, base: Mapping[str, Any]) -> AdapterFacts:
-    """The mask of `without_labels.py`; its record has the file's size but not how it is split."""
+    """The mask of `small_recipes.py`; its record has the file's size but not how it is split."""
     record = json.loads((HERE / "records" / "swav_small.json").read_text("utf-8"))
-    rows = [row for row in record["without_labels"] if row["backbone"] == backbone]
+    rows = [row for row in record["rows"] if row["backbone"] == backbone]
     recipe = load_recipe("swav-small")
     options = {
         key: recipe[key]
@@ -74,7 +74,7 @@ def without_labels(backbone: str, base: Mapping[str, Any]) -> AdapterFacts:
         recipe=shown({**options, "image_size": rows[0]["image_size"], "steps": rows[0]["steps"], "seeds": len(rows)}),
         reports=[report("this adapter", "knn", [row["after"] for row in rows], k=200)],
         baselines=[report("frozen base", "knn", [rows[0]["before"]], k=200)],
-        code="\nbase = ...  # the backbone that examples/without_labels.py names",
+        code="\nbase = ...  # the backbone that examples/small_recipes.py names",
         notes=[IMAGES, base["note"], "k-NN votes with the labels of the training images, on 2,000 test images."],
     )
 

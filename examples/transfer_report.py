@@ -36,9 +36,10 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, str]:
     return cells
 
 
-def _without_labels(rows: list[dict[str, Any]]) -> str:
-    """A backbone per row: k-NN before and after, over its seeds."""
-    table = []
+def _small_recipe(record: dict[str, Any]) -> str:
+    """A backbone per row: before and after, over its seeds."""
+    names = {"knn": ("k-NN before %", "k-NN after %"), "accuracy": ("linear probe %", "mask %")}
+    table, rows, (before, reached) = [], record["rows"], names[record["metric"]]
     for name in dict.fromkeys(row["backbone"] for row in rows):
         mine = [row for row in rows if row["backbone"] == name]
         after = [row["after"] for row in mine]
@@ -46,8 +47,8 @@ def _without_labels(rows: list[dict[str, Any]]) -> str:
         table.append(
             {
                 "backbone": f"{name}, {mine[0]['image_size']} px",
-                "k-NN before %": format_fraction(mine[0]["before"], None),
-                "k-NN after %": f"{format_fraction(mean, spread)} ({len(after)} seeds)",
+                before: format_fraction(mine[0]["before"], None),
+                reached: f"{format_fraction(mean, spread)} ({len(after)} seeds)",
                 "density": f"{statistics.mean(row['density'] for row in mine):.4f}",
                 "bytes": f"{mine[0]['bytes']:,}",
                 "steps": f"{mine[0]['steps']}",
@@ -57,11 +58,11 @@ def _without_labels(rows: list[dict[str, Any]]) -> str:
 
 
 def render(record: Any) -> str:
-    """Markdown table of a record of `experiment.py`, `without_labels.py` or `low_shot.py`."""
+    """Markdown table of a record of `experiment.py`, `small_recipes.py` or `low_shot.py`."""
     if isinstance(record, list):
         return low_shot_table([EvalReport.from_json(json.dumps(row)) for row in record])
-    if "without_labels" in record:
-        return _without_labels(record["without_labels"])
+    if "recipe" in record:
+        return _small_recipe(record)
     runs = record["runs"]
     rows = [
         {"method": "frozen, k-NN", "test accuracy %": f"{100 * record['knn']:.1f}"},

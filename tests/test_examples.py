@@ -55,7 +55,7 @@ ON_ASSETS = {
     "low_shot.py": [r"\| frozen, linear probe +\|", r"\| mask without labels"],
     "real_resnet.py": [r"\| frozen, k-NN +\|", r"\| mask"],
     "real_vit.py": [r"\| frozen, k-NN +\|", r"\| mask"],
-    "without_labels.py": [r"backbone vit, .* after 0\.\d+", r"backbone resnet, .* after 0\.\d+"],
+    "small_recipes.py": [r"backbone vit, .* after 0\.\d+", r"backbone resnet, .* after 0\.\d+"],
 }
 
 

@@ -52,6 +52,6 @@ def test_the_hub_s_client_reads_them(path):
 
 def test_a_number_of_the_record_is_on_the_card():
     record = json.loads((ROOT / "examples/records/swav_small.json").read_text("utf-8"))
-    values = [row["after"] for row in record["without_labels"] if row["backbone"] == "vit"]
+    values = [row["after"] for row in record["rows"] if row["backbone"] == "vit"]
     card = ModelCard.load(CARDS / "vit-tiny-cifar10-swav.md")
     assert card.data.eval_results[0].metric_value == round(100 * sum(values) / 3, 2)

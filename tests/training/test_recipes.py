@@ -35,7 +35,7 @@ def test_every_recipe_is_whole(name):
 
 
 def test_what_swav_small_expects_was_measured():
-    rows = json.loads((EXAMPLES / "records" / "swav_small.json").read_text())["without_labels"]
+    rows = json.loads((EXAMPLES / "records" / "swav_small.json").read_text())["rows"]
     for name, expected in load_recipe("swav-small").notes["expected"].items():
         runs = [row for row in rows if row["backbone"] == name]
         assert len(runs) >= 3
