@@ -20,7 +20,7 @@ from .fingerprint import fingerprint, tensor_digest
 from .finish import finish_adapter_file
 from .formats import FORMAT_VERSION, check_format_version, check_packed
 from .inspection import AdapterReport, LayerReport, inspect_adapter
-from .locate import locate_adapter
+from .locate import check_folder_weights, check_hub_weights, locate_adapter
 from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
 from .rounding import SAVE_DTYPES, rounded
 from .verification import verify_adapter_file
@@ -39,7 +39,9 @@ __all__ = [
     "adapter_sizes",
     "atomic_write",
     "check_adapter_file",
+    "check_folder_weights",
     "check_format_version",
+    "check_hub_weights",
     "check_packed",
     "fingerprint",
     "finish_adapter_file",
