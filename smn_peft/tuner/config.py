@@ -169,7 +169,7 @@ class MaskConfig(PeftConfig):
         check_folder_weights(folder)
         config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not os.path.isdir(folder):
-            check_hub_weights(pretrained_model_name_or_path, subfolder, **cls._split_kwargs(kwargs)[0])
+            check_hub_weights(pretrained_model_name_or_path, subfolder, **PeftConfig._split_kwargs(kwargs)[0])
         config.being_loaded = True
         return config
 
