@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run recipes on a real backbone and print the table: k-NN, linear probe, then each recipe's best over three seeds.
 
-Used by `real_vit.py` and `real_resnet.py`; not an example by itself.
+Used by `real_vit.py`, `real_vit_bytes.py` and `real_resnet.py`; not an example by itself.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ from smn_peft.storage import AdapterSizes, adapter_sizes
 
 __all__ = ["main"]
 
+More = Callable[[nn.Module, Task], dict]
+"""What else to measure of an adapted model: fields for the record."""
 
-def run(start: Callable[[int], Classifier], task: Task, recipe: Recipe, lr: float, seed: int, targets: str) -> dict:
-    """One run: validation and test accuracy, density and sizes."""
+
+def run(
+    start: Callable[[int], Classifier], task: Task, recipe: Recipe, lr: float, seed: int, targets: str, more: More
+) -> dict:
+    """One run: validation and test accuracy, density and sizes, and `more`."""
     began, model = time.perf_counter(), start(seed)
     if not recipe.probe_head:
         model.head.reset_parameters()
@@ -43,6 +48,7 @@ def run(start: Callable[[int], Classifier], task: Task, recipe: Recipe, lr: floa
         row |= {"head_bytes": sizes.head, "statistics_bytes": sizes.statistics}
     else:
         row["bytes"] = sum(t.numel() * t.element_size() for t in adapted.state_dict().values())
+    row |= more(adapted, task)
     row["seconds"] = time.perf_counter() - began
     print(
         ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
@@ -58,6 +64,7 @@ def main(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     targets: str,
+    more: More = lambda adapted, task: {},
 ) -> None:
     """Parse the command line, run, print, and write a record if asked."""
     parser = argparse.ArgumentParser()
@@ -84,11 +91,10 @@ def main(
     for recipe in effects if options.effects else recipes:
         if options.smoke:
             recipe = replace(recipe, lrs=recipe.lrs[:1], epochs=1)
-        mine = [run(start, task, recipe, lr, 0, targets) for lr in recipe.lrs]
+        mine = [run(start, task, recipe, lr, 0, targets, more) for lr in recipe.lrs]
         best = max(mine, key=lambda row: row["validation"])["lr"]
-        mine += [
-            run(start, task, recipe, best, seed, targets) for seed in range(1, 1 if options.smoke else options.seeds)
-        ]
+        seeds = range(1, 1 if options.smoke else options.seeds)
+        mine += [run(start, task, recipe, best, seed, targets, more) for seed in seeds]
         rows += mine
     measured = {"knn": evaluate_knn(seen, test), "probe": probe.accuracy(test)}
     record = {**measured, "device": device, "runs": rows}

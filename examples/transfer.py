@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from cifar import Split, Task
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from smn_peft import MaskConfig
 from smn_peft.evaluation import Features, evaluate_accuracy
 
-__all__ = ["Classifier", "Recipe", "accuracy", "features", "train"]
+__all__ = ["Classifier", "LoraRecipe", "Recipe", "accuracy", "features", "train"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Recipe:
 
     Attributes:
         label: Row of the table.
-        mask: Train scores; False: all weights.
+        mask: Train scores; False: all weights, or LoRA.
         lrs: Learning rates of the scores or weights to sweep.
         adam: Adam for scores or weights and not SGD with momentum 0.9; the head has SGD always.
         probe_head: Start the head from the linear probe, at learning rate 0.001 (a random one: 0.01).
@@ -49,6 +49,13 @@ class Recipe:
     warmup: float = 0.3
     epochs: int = 6
     smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class LoraRecipe(Recipe):
+    """Without a mask: train LoRA's factors of a rank on the layers of a mask, scaled by 2."""
+
+    rank: int = 8
 
 
 class Classifier(nn.Module):
@@ -88,6 +95,9 @@ def train(
         batch_norm = "adapt" if recipe.adapt_statistics else "frozen"
         config = MaskConfig(target_modules=targets, modules_to_save=["head"], batch_norm=batch_norm)
         adapted = get_peft_model(model, config)
+    elif isinstance(recipe, LoraRecipe):
+        lora = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=targets, modules_to_save=["head"])
+        adapted = get_peft_model(model, lora)
     trainable = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
     head = [p for name, p in trainable if ".head." in f".{name}"]
     body = [p for name, p in trainable if ".head." not in f".{name}"]

@@ -54,6 +54,11 @@ ON_ASSETS = {
     "cascade.py": [r"clusters \(\d+, \d+, \d+\)", r"\| cascade, conditional +\|", r"\| dispatchers of 4 seeds +\|"],
     "low_shot.py": [r"\| frozen, linear probe +\|", r"\| mask without labels"],
     "real_resnet.py": [r"\| frozen, k-NN +\|", r"\| mask"],
+    "real_vit_bytes.py": [
+        r"\| full fine-tuning, Adam +\| +float32 \|",
+        r"\| LoRA, rank 8 +\| +bfloat16 \|",
+        r"\| mask.* \| +coded \| .* mask \d+ / head 7,720 / statistics 0 \|",
+    ],
     "real_vit.py": [r"\| frozen, k-NN +\|", r"\| mask"],
     "small_recipes.py": [r"backbone vit, .* after 0\.\d+", r"backbone resnet, .* after 0\.\d+"],
 }

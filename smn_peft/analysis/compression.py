@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ..evaluation import markdown_table
 from ..storage import MAX_UNPACKED, purpose_of, read_adapter_file
@@ -39,12 +40,14 @@ class CompressionRow:
 
     Attributes:
         method: Its name.
-        mask_bytes: Bytes of all masks; None if it is not installed.
+        mask_bytes: Bytes of all masks.
+        bits_per_weight: The same in bits for each masked weight.
         weight_bytes: Bytes of the fp32 weights; None if there are none, or it does not apply.
     """
 
     method: str
-    mask_bytes: int | None
+    mask_bytes: int
+    bits_per_weight: float
     weight_bytes: int | None = None
 
 
@@ -102,15 +105,16 @@ def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | N
         raise ValueError("There is no mask to compress: name the folder of an adapter.")
     packed = b"".join(masks[name].tobytes() for name in sorted(masks))
     counts = {name: (int(np.unpackbits(mask).sum()), 8 * len(mask)) for name, mask in masks.items()}
-    rows = [CompressionRow("uncompressed", len(packed), None if weights is None else len(weights))]
-    missing = []
+    total, missing = 8 * len(packed), []
+    rows = [CompressionRow("uncompressed", len(packed), 1.0, None if weights is None else len(weights))]
     for method, size in _methods().items():
         if size is None:
             missing.append(method)
             continue
-        rows.append(CompressionRow(method, size(packed), None if weights is None else size(weights)))
-    rows.append(CompressionRow("smn_peft", len(encode_masks(masks))))
-    total = 8 * len(packed)
+        found = size(packed)
+        rows.append(CompressionRow(method, found, 8 * found / total, None if weights is None else size(weights)))
+    coded = len(encode_masks(masks))
+    rows.append(CompressionRow("smn_peft", coded, 8 * coded / total))
     return CompressionTable(
         rows=tuple(rows),
         mask_weights=total,
@@ -134,7 +138,7 @@ def adapter_compression(
     Raises:
         AdapterFileError: If the adapter's file is damaged.
         FileNotFoundError: If there is no such file.
-        ValueError: If the adapter's masks take its base to decode, or there is none.
+        ValueError: If the adapter's masks take its base to decode, or there is none, or the weights cannot be read.
     """
     tensors = unpack_tensors(read_adapter_file(folder), MAX_UNPACKED)
     masks = {name: tensor.numpy() for name, tensor in tensors.items() if purpose_of(name) == "mask"}
@@ -142,20 +146,23 @@ def adapter_compression(
         return compression_table(masks)
     if not Path(weights).is_file():
         raise FileNotFoundError(f"{weights} does not exist: name a safetensors file of weights.")
-    floats = [array for _, array in sorted(load_file(weights).items()) if np.issubdtype(array.dtype, np.floating)]
-    return compression_table(masks, b"".join(array.astype("<f4").tobytes() for array in floats))
+    try:
+        floats = [tensor for _, tensor in sorted(load_file(weights).items()) if tensor.is_floating_point()]
+    except SafetensorError as error:
+        raise ValueError(f"{weights} cannot be read: {error}. Name a safetensors file of weights.") from error
+    if not floats:
+        raise ValueError(f"{weights} holds no floats: name a safetensors file of weights.")
+    return compression_table(masks, b"".join(tensor.float().numpy().astype("<f4").tobytes() for tensor in floats))
 
 
 def format_compression(table: CompressionTable) -> str:
     """A Markdown table, and a line on what it means and what is missing."""
     rows = []
     for row in table.rows:
-        cells = {"compressor": row.method, "mask bytes": "–", "bits per weight": "–", "× entropy": "–"}
-        if row.mask_bytes is not None:
-            bits = 8 * row.mask_bytes / table.mask_weights
-            cells |= {"mask bytes": f"{row.mask_bytes:,}", "bits per weight": f"{bits:.4f}"}
-            cells |= {"× entropy": f"{bits / table.entropy:.3f}" if table.entropy else "–"}
-            cells |= {"less than packed %": f"{100 * (1 - bits):.1f}", "of fp32 %": f"{100 * bits / 32:.3f}"}
+        bits = row.bits_per_weight
+        cells = {"compressor": row.method, "mask bytes": f"{row.mask_bytes:,}", "bits per weight": f"{bits:.4f}"}
+        cells |= {"× entropy": f"{bits / table.entropy:.3f}" if table.entropy else "–"}
+        cells |= {"less than packed %": f"{100 * (1 - bits):.1f}", "of fp32 %": f"{100 * bits / 32:.3f}"}
         if table.weight_count:
             size = row.weight_bytes
             cells |= {"fp32 weights": "–" if size is None else f"{size:,}"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn analyze density|similarity|loss|low-shot|embedding`: what masks look like, as a table, a plot and JSON."""
+"""`smn analyze density|similarity|loss|low-shot|embedding|compression`: what masks look like, as table, plot, JSON."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from .. import analysis
+from ..analysis.compression import adapter_compression, format_compression
 from ..evaluation import EvalReport, extract_features, format_fraction, markdown_table
-from ..storage import atomic_write
+from ..storage import atomic_write, locate_adapter
 from ..training import load_masks, load_run
 from ..training.assemble import build_images, evaluation_of
 from ..training.metrics import METRICS_NAME, read_metrics
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Look at what runs learned: densities, similarity, losses, few labels, embeddings.")
+app = typer.Typer(help="Look at what runs learned: densities, similarity, losses, few labels, embeddings, bytes.")
 
 Runs = Annotated[list[Path], typer.Argument(help="Output folders of `smn train`.")]
 Backbone = Annotated[str | None, typer.Option(help="Where the base is now, if not where the folders say.")]
@@ -28,10 +29,12 @@ Plot = Annotated[Path | None, typer.Option(help="Draw into this .png, .svg or .p
 Json = Annotated[Path | None, typer.Option("--json", help="Write the data into this file.")]
 
 
-def _write(path: Path | None, rows: Sequence[Any]) -> None:
+def _write(path: Path | None, data: Any) -> None:
+    """Write a dataclass, or a list of them."""
     if path is not None:
+        content = [asdict(row) for row in data] if isinstance(data, Sequence) else asdict(data)
         with atomic_write(path) as file:
-            file.write((json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
+            file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
@@ -167,3 +170,19 @@ def embedding(
         names = images.classes
     analysis.plot_embedding_maps(maps, plot, names=names)
     typer.echo(f"{plot}: {len(maps[0].points):,} images of {len(maps[0].labels.unique())} classes")
+
+
+@app.command()
+def compression(
+    adapter: Annotated[str, typer.Argument(help="Adapter: folder, safetensors file, or user/name on the Hub.")],
+    weights: Annotated[
+        Path | None, typer.Option(help="Compress these weights too: a safetensors file, such as of full fine-tuning.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Folder of the adapter inside.")] = None,
+    json_file: Json = None,
+) -> None:
+    """What compressors make of an adapter's masks, and of weights, beside their entropy (the paper's Tables 6, 7)."""
+    table = adapter_compression(locate_adapter(adapter, revision, subfolder), weights)
+    typer.echo(format_compression(table))
+    _write(json_file, table)

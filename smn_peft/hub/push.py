@@ -90,11 +90,12 @@ def plan_push(
 
     Raises:
         FileNotFoundError: The folder lacks the adapter.
-        ValueError: A name is not valid, or a file is damaged or no mask adapter.
+        ValueError: A name is not valid, or a file is damaged, no mask adapter, or a link out of the folder.
     """
     check_repo_id(repo_id)
     check_subfolder(subfolder)
     folder = Path(folder)
+    _refuse_links(folder)
     if facts is None:
         facts = facts_of_folder(folder, reports=reports, seeds=seeds)
     check_adapter_file(folder)
@@ -233,6 +234,17 @@ def _root_card(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | No
             return None, sha
         raise
     return Path(path).read_text("utf-8"), sha
+
+
+def _refuse_links(folder: Path) -> None:
+    """A folder from elsewhere may link to a private file of this disk, which a push would publish."""
+    allowed = [folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()]
+    for path in (folder / name for name in (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME)):
+        target = path.resolve()
+        if path.is_symlink() and not any(place in target.parents for place in allowed):
+            raise ValueError(
+                f"{path} is a link to {target}, outside its folder: put the file itself there to push it."
+            )
 
 
 def _check_mask(folder: Path) -> None:

@@ -15,12 +15,12 @@ from .adapter_file import (
     read_metadata,
 )
 from .atomic import atomic_write
-from .codec import CODECS
+from .codec import CODECS, accelerate
 from .fingerprint import fingerprint, tensor_digest
 from .finish import finish_adapter_file
 from .formats import FORMAT_VERSION, check_format_version, check_packed
 from .inspection import AdapterReport, LayerReport, inspect_adapter
-from .locate import locate_adapter
+from .locate import check_folder_weights, check_hub_weights, locate_adapter
 from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
 from .rounding import SAVE_DTYPES, rounded
 from .verification import verify_adapter_file
@@ -36,10 +36,13 @@ __all__ = [
     "AdapterReport",
     "AdapterSizes",
     "LayerReport",
+    "accelerate",
     "adapter_sizes",
     "atomic_write",
     "check_adapter_file",
+    "check_folder_weights",
     "check_format_version",
+    "check_hub_weights",
     "check_packed",
     "fingerprint",
     "finish_adapter_file",

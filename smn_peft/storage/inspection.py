@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..functional.packing import popcount
 from .adapter_file import CONFIG_NAME, AdapterSizes, adapter_sizes, purpose_of, read_adapter_file, read_metadata
-from .codec import BLOB_NAME, LayerCode, LayerEntry, MaskBlob
-from .repack import read_config
+from .codec import BLOB_NAME, LayerCode, LayerEntry
+from .repack import check_bits, coded_masks, read_config
 
 __all__ = ["AdapterReport", "LayerReport", "binary_entropy", "inspect_adapter"]
 
@@ -158,10 +158,11 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
     codec, checksum = "bits", None
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] == BLOB_NAME:
-            blob = MaskBlob.parse(tensor.numpy().tobytes())
+            blob = coded_masks(name, tensor)
             codec, checksum = blob.codec, f"crc32:{blob.checksum:08x}"
             layers += [_coded(name.removesuffix(BLOB_NAME), entry) for entry in blob.entries]
         elif purpose_of(name) == "mask":
+            check_bits(name, tensor)
             layers.append(_packed(name, tensor))
     extras = {name: t for name, t in tensors.items() if purpose_of(name) in ("head", "statistics")}
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in extras.values() if t.is_floating_point()})

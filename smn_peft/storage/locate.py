@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .adapter_file import CONFIG_NAME, WEIGHTS_NAME
+from .adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
 
-__all__ = ["locate_adapter"]
+__all__ = ["check_folder_weights", "check_hub_weights", "locate_adapter"]
+
+_PICKLE = "adapter_model.bin"
 
 
 def locate_adapter(name: str, revision: str | None = None, subfolder: str | None = None) -> Path:
@@ -25,7 +29,10 @@ def locate_adapter(name: str, revision: str | None = None, subfolder: str | None
 
     Raises:
         FileNotFoundError: If there is no such adapter.
+        ValueError: If the subfolder leads out of what `name` holds.
     """
+    if subfolder and (".." in PurePosixPath(subfolder).parts or os.path.isabs(subfolder)):
+        raise ValueError(f"subfolder={subfolder!r} leads out of {name}: name a folder inside it.")
     path = Path(name) / subfolder if subfolder else Path(name)
     if path.exists():
         return path
@@ -39,3 +46,49 @@ def locate_adapter(name: str, revision: str | None = None, subfolder: str | None
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name} is neither a file, a folder nor an adapter on the Hub: {reason}") from error
     return Path(files[0]).parent
+
+
+def check_folder_weights(folder: str | os.PathLike[str]) -> None:
+    """Check an adapter's file in a folder before PEFT reads it; PEFT would take a pickle where there is no other.
+
+    Raises:
+        AdapterFileError: If the file is damaged.
+        ValueError: If there is only a pickle.
+    """
+    if (Path(folder) / WEIGHTS_NAME).exists():
+        check_adapter_file(folder)
+    elif (Path(folder) / _PICKLE).exists():
+        raise _pickled(str(folder))
+
+
+def check_hub_weights(repo_id: str, subfolder: str | None = None, **options: Any) -> None:
+    """As [`check_folder_weights`], of a repository on the Hub; the file is then in the Hub's cache.
+
+    What cannot be fetched is left for PEFT to fetch and to report.
+
+    Args:
+        repo_id: ``user/name``.
+        subfolder: Folder of the adapter inside.
+        options: Of `hf_hub_download`: revision, token and so on.
+    """
+    revision, pickle = options.get("revision"), f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE
+    try:
+        path = hf_hub_download(repo_id, WEIGHTS_NAME, subfolder=subfolder, **options)
+    except LocalEntryNotFoundError:  # offline
+        found = try_to_load_from_cache(repo_id, pickle, cache_dir=options.get("cache_dir"), revision=revision)
+        if isinstance(found, str):
+            raise _pickled(repo_id) from None
+    except EntryNotFoundError:
+        if file_exists(repo_id, pickle, revision=revision, token=options.get("token")):
+            raise _pickled(repo_id) from None
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return
+    else:
+        check_adapter_file(path)
+
+
+def _pickled(where: str) -> ValueError:
+    return ValueError(
+        f"{where} has its masks in a pickle ({_PICKLE}), which can run code, and no {WEIGHTS_NAME}. Ask its author to "
+        "save it with save_pretrained, which writes safetensors."
+    )

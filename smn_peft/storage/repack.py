@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapter_file import CONFIG_NAME, WEIGHTS_NAME, AdapterFileError, AdapterSizes, adapter_sizes, read_adapter_file
+from .adapter_file import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterFileError,
+    AdapterSizes,
+    adapter_sizes,
+    purpose_of,
+    read_adapter_file,
+)
 from .atomic import atomic_write
 from .codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
 from .finish import write_adapter_file
@@ -21,6 +29,8 @@ from .formats import check_format_version
 
 __all__ = [
     "MAX_UNPACKED",
+    "check_bits",
+    "coded_masks",
     "pack_adapter",
     "read_config",
     "shared_prefix",
@@ -88,14 +98,26 @@ def unpack_tensors(tensors: dict[str, Tensor], limit: int) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.rpartition(".")[2] != BLOB_NAME:
+            check_bits(name, tensor)
             result[name] = tensor
             continue
-        if tensor.dtype != torch.uint8:
-            raise AdapterFileError(f"{name} is {tensor.dtype}, coded masks are uint8: the file is damaged.")
         shared = name.removesuffix(BLOB_NAME)
-        for key, bits in decode_masks(MaskBlob.parse(tensor.numpy().data), limit).items():
+        for key, bits in decode_masks(coded_masks(name, tensor), limit).items():
             result[f"{shared}{key}"] = torch.from_numpy(bits)
     return result
+
+
+def coded_masks(name: str, tensor: Tensor) -> MaskBlob:
+    """The blob in a tensor of an adapter's file; AdapterFileError if it is none."""
+    if tensor.dtype != torch.uint8:
+        raise AdapterFileError(f"{name} is {tensor.dtype}, coded masks are uint8: the file is damaged.")
+    return MaskBlob.parse(tensor.numpy().data)
+
+
+def check_bits(name: str, tensor: Tensor) -> None:
+    """AdapterFileError if a tensor has the name of a bit-packed mask and is none."""
+    if purpose_of(name) == "mask" and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
+        raise AdapterFileError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} and no packed mask.")
 
 
 def shared_prefix(keys: dict[str, Tensor]) -> str:

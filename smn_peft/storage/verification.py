@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from .adapter_file import (
     REST_CHECKSUM,
-    AdapterFileError,
     check_adapter_file,
     purpose_of,
     read_adapter_file,
     read_metadata,
 )
-from .codec import BLOB_NAME, MaskBlob
-from .repack import MAX_UNPACKED, unpack_tensors
+from .codec import BLOB_NAME
+from .repack import MAX_UNPACKED, check_bits, coded_masks, unpack_tensors
 
 __all__ = ["verify_adapter_file"]
 
@@ -38,12 +35,11 @@ def verify_adapter_file(path: str | os.PathLike[str], limit: int = MAX_UNPACKED)
     check_adapter_file(path)
     tensors = read_adapter_file(path)
     facts = [f"file: whole, {len(tensors)} tensors"]
-    blobs = [MaskBlob.parse(t.numpy().tobytes()) for name, t in tensors.items() if name.endswith(BLOB_NAME)]
+    blobs = [coded_masks(name, t) for name, t in tensors.items() if name.rpartition(".")[2] == BLOB_NAME]
     if not blobs:
-        packed = {name: tensor for name, tensor in tensors.items() if purpose_of(name) == "mask"}
-        for name, tensor in packed.items():
-            if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-                raise AdapterFileError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} and no packed mask.")
+        packed = [name for name in tensors if purpose_of(name) == "mask"]
+        for name in packed:
+            check_bits(name, tensors[name])
         facts.append(f"masks: {len(packed)}, bit-packed, without a checksum")
     for blob in blobs:
         if blob.needs_base:

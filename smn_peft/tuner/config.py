@@ -20,8 +20,9 @@ from ..storage import (
     SAVE_DTYPES,
     WEIGHTS_NAME,
     atomic_write,
-    check_adapter_file,
+    check_folder_weights,
     check_format_version,
+    check_hub_weights,
     finish_adapter_file,
 )
 from ._compat import SMN
@@ -163,11 +164,12 @@ class MaskConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
-        """As PEFT's; in a local folder the adapter's file is checked first, before any model is touched."""
-        path = os.path.join(pretrained_model_name_or_path, subfolder or "", WEIGHTS_NAME)
-        if os.path.exists(path):
-            check_adapter_file(path)
+        """As PEFT's; the adapter's file is checked before any model is touched, and a pickle is refused."""
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        check_folder_weights(folder)
         config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not os.path.isdir(folder):
+            check_hub_weights(pretrained_model_name_or_path, subfolder, **PeftConfig._split_kwargs(kwargs)[0])
         config.being_loaded = True
         return config
 

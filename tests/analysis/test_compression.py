@@ -60,7 +60,8 @@ def test_what_is_not_installed_is_left_out_and_said(monkeypatch):
 def test_the_table_of_an_adapter(tmp_path):
     tensors = {f"{name}.smn_mask": torch.from_numpy(mask) for name, mask in masks().items()}
     save_file(tensors, tmp_path / WEIGHTS_NAME)
-    save_file({"w": torch.randn(100).half(), "n": torch.arange(3)}, tmp_path / "model.safetensors")
+    tensors = {"w": torch.randn(90).half(), "b": torch.randn(10).bfloat16(), "n": torch.arange(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
     table = adapter_compression(tmp_path, tmp_path / "model.safetensors")
     assert table.weight_count == 100
     assert table.mask_weights == 80_000
@@ -71,3 +72,9 @@ def test_the_table_of_an_adapter(tmp_path):
         compression_table({})
     with pytest.raises(FileNotFoundError, match="name a safetensors file"):
         adapter_compression(tmp_path, tmp_path / "none")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(ValueError, match="cannot be read"):
+        adapter_compression(tmp_path, tmp_path / "text.safetensors")
+    save_file({"n": torch.arange(3)}, tmp_path / "whole.safetensors")
+    with pytest.raises(ValueError, match="holds no floats"):
+        adapter_compression(tmp_path, tmp_path / "whole.safetensors")

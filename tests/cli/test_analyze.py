@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from smn_peft.cli.main import app
 from smn_peft.evaluation import EvalReport
+from smn_peft.storage import adapter_sizes
 from smn_peft.training import load_masks, run
 from tests.training.tiny import TEST, tiny_arguments
 
@@ -63,3 +64,31 @@ def test_low_shot(tmp_path):
     assert "10 % of labels" in analyze("low-shot", tmp_path / "r.json", "--plot", tmp_path / "f.png")
     (tmp_path / "bad.json").write_text("[1]")
     assert "holds no reports of `smn eval`" in analyze("low-shot", tmp_path / "bad.json", code=1)
+
+
+def test_compression(runs, tmp_path):
+    text = analyze("compression", runs[1], "--json", tmp_path / "c.json")
+    table = json.loads((tmp_path / "c.json").read_text())
+    bits = sum(8 * ((mask.numel() + 7) // 8) for mask in load_masks(runs[1]).values())
+    assert table["mask_weights"] == bits == 8 * adapter_sizes(runs[1]).mask
+    rows = {row["method"]: row for row in table["rows"]}
+    assert rows["uncompressed"]["bits_per_weight"] == 1.0
+    assert {"gzip", "bz2", "lzma", "smn_peft"} <= {*rows, *table["missing"]}
+    for method, row in rows.items():
+        assert row["bits_per_weight"] == 8 * row["mask_bytes"] / bits
+        (line,) = (line for line in text.splitlines() if line.split("|")[1:2] == [f" {method:<12} "])
+        assert f"{row['mask_bytes']:,}" in line
+        assert f"{row['bits_per_weight']:.4f}" in line
+    assert 0 < table["entropy"] < 1
+    assert f"{bits:,} masked weights" in text
+    assert "fp32 weights" not in text
+    # a coded file holds the same masks, and a file of weights is compressed beside them
+    result = CliRunner().invoke(app, ["pack", runs[1], "-o", str(tmp_path / "coded")])
+    assert result.exit_code == 0, result.output
+    again = analyze("compression", tmp_path / "coded", "--weights", tmp_path / "coded" / "adapter_model.safetensors")
+    assert "fp32 weights" in again
+    assert [line.split("|")[2] for line in again.splitlines()[2:-2]] == [
+        line.split("|")[2] for line in text.splitlines()[2:-2]
+    ]
+    assert "does not exist" in analyze("compression", tmp_path / "none", code=1)
+    assert "name a safetensors file of weights" in analyze("compression", runs[1], "--weights", "none", code=1)

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzz the readers of coded masks: `python tests/fuzz/fuzz_codec.py --seconds 60 --log fuzz.json`.
+"""Fuzz the readers of adapters: `python tests/fuzz/fuzz_codec.py --seconds 60 --log fuzz.json`.
 
-With atheris installed (`--engine atheris`) the inputs follow coverage; without, they are mutations of real blobs. Half
-of the inputs are whole blobs, the others layers whose payload is valid DEFLATE of hostile symbols, which plain
-mutation would hardly ever reach. A finding is any exception but the readers' own, or other masks without an error.
+With atheris installed (`--engine atheris`) the inputs follow coverage; without, they are mutations of real blobs and
+files. Inputs are of three kinds: whole blobs; layers whose payload is valid DEFLATE of hostile symbols, which plain
+mutation would hardly ever reach; and safetensors files of a hostile header whose lengths are right. A finding is any
+exception but the readers' own, or other masks without an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import resource
 import struct
 import sys
+import tempfile
 import time
 import traceback
 import zlib
@@ -94,6 +97,48 @@ def check_layer(data: bytes, base: Base) -> None:
         assert int(np.unpackbits(out).sum()) == active or code & 7 in (0, 1)
 
 
+def files() -> list[bytes]:
+    """Headers of real files, a zero byte, and what follows: coded and bit-packed, with head and statistics."""
+    import torch
+
+    from smn_peft.storage.codec import BLOB_NAME, encode_masks
+    from smn_peft.storage.finish import write_adapter_file
+
+    masks = {name: np.packbits(np.random.default_rng(0).random(80) < 0.9) for name in "ab"}
+    blob = torch.from_numpy(np.frombuffer(encode_masks(masks), np.uint8).copy())
+    rest = {"base_model.model.head.weight": torch.ones(2, 3), "base_model.model.n.smn_running_mean": torch.ones(2)}
+    packed = {f"base_model.model.{name}.smn_mask": torch.from_numpy(mask) for name, mask in masks.items()}
+    found = []
+    for tensors in ({f"base_model.model.{BLOB_NAME}": blob, **rest}, {**packed, **rest}, {f"x.{BLOB_NAME}": blob}):
+        with tempfile.TemporaryDirectory() as folder:
+            write_adapter_file(Path(folder) / "file", tensors, "float32:00")
+            data = (Path(folder) / "file").read_bytes()
+        end = 8 + struct.unpack_from("<Q", data)[0]
+        found.append(data[8:end].rstrip() + b"\0" + data[end:])
+    odd = [{"dtype": kind, "shape": [8], "data_offsets": [0, 16]} for kind in ("BF16", "F8_E4M3", "C64")]
+    return found + [json.dumps({"x.smn_masks": entry}).encode() + bytes(17) for entry in odd]
+
+
+def check_file(data: bytes, path: Path) -> None:
+    """Read, verify and inspect a file that has this header, all lengths made right."""
+    from smn_peft.storage import inspect_adapter, read_adapter_file, verify_adapter_file
+    from smn_peft.storage.repack import unpack_tensors
+
+    header, _, body = data.partition(b"\0")
+    ends = [int(end) for end in re.findall(rb'"data_offsets":\s*\[\s*\d+\s*,\s*(\d{1,9})\s*\]', header)]
+    body = body.ljust(min(max(ends, default=0), LIMIT), b"\0")[: max(ends, default=0)]
+    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
+    for read in (
+        lambda: unpack_tensors(read_adapter_file(path), LIMIT),
+        lambda: verify_adapter_file(path, LIMIT),
+        lambda: (str(inspect_adapter(path)), inspect_adapter(path).to_json()),
+    ):
+        try:
+            read()
+        except ValueError:
+            continue
+
+
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
     """A few random edits: bits, bytes, numbers at the borders, cuts, copies."""
     bent = bytearray(data)
@@ -118,14 +163,18 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 def fuzz(seconds: float, seed: int = 0) -> dict[str, object]:
     """Mutate and decode for a while; the log."""
     base, rng, known = Base(), np.random.default_rng(seed), {}
-    corpus, findings = seeds(base), []
+    corpus, headers, findings = seeds(base), files(), []
+    path = Path(tempfile.mkdtemp()) / "file"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     executions, slowest, began = 0, 0.0, time.monotonic()
     while time.monotonic() - began < seconds:
-        data = mutated(corpus[int(rng.integers(0, len(corpus)))], rng)
+        real = headers if executions % 3 == 0 else corpus
+        data = mutated(real[int(rng.integers(0, len(real)))], rng)
         started = time.monotonic()
         try:
-            if executions % 2:
+            if executions % 3 == 0:
+                check_file(data, path)
+            elif executions % 3 == 1:
                 check_blob(data, base, known)
             else:
                 check_layer(rng.integers(0, 32, 6, dtype=np.uint8).tobytes() + data, base)
@@ -139,23 +188,30 @@ def fuzz(seconds: float, seed: int = 0) -> dict[str, object]:
     return {"executions": executions, "findings": findings, "slowest_s": slowest, "grown_kb": peak, "seconds": seconds}
 
 
-def fuzz_by_coverage(seconds: float) -> None:
-    """The same checks under atheris, which prints executions and coverage and ends the process itself."""
-    import tempfile
+def fuzz_by_coverage(seconds: float, corpus: Path | None = None) -> None:
+    """The same checks under atheris, which prints executions and coverage and ends the process itself.
 
+    Inputs that reach something new stay in the folder `corpus`, for the next run to start from.
+    """
     import atheris
 
     with atheris.instrument_imports(include=["smn_peft.storage"]):
-        import smn_peft.storage.codec  # noqa: F401
+        import smn_peft.storage  # noqa: F401
     base, known = Base(), {}
-    corpus = Path(tempfile.mkdtemp())
+    corpus = corpus or Path(tempfile.mkdtemp())
+    corpus.mkdir(parents=True, exist_ok=True)
     for index, data in enumerate(seeds(base)):
         (corpus / f"seed{index}").write_bytes(b"\1" + data)
         (corpus / f"layer{index}").write_bytes(b"\0" + data)
+    for index, data in enumerate(files()):
+        (corpus / f"file{index}").write_bytes(b"\2" + data)
+    path = Path(tempfile.mkdtemp()) / "file"
 
     def one(data: bytes) -> None:
         if data[:1] == b"\1":
             check_blob(data[1:], base, known)
+        elif data[:1] == b"\2":
+            check_file(data[1:], path)
         else:
             check_layer(data[1:], base)
         if len(known) > 1000:
@@ -173,10 +229,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("mutate", "atheris"), default="mutate")
+    parser.add_argument("--corpus", type=Path, help="with atheris: a folder that keeps what was reached")
     parser.add_argument("--log", type=Path)
     options = parser.parse_args()
     if options.engine == "atheris":
-        fuzz_by_coverage(options.seconds)
+        fuzz_by_coverage(options.seconds, options.corpus)
         return
     log = fuzz(options.seconds, options.seed)
     print(json.dumps({**log, "findings": len(log["findings"])}))

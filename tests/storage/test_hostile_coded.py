@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from smn_peft.storage import check_adapter_file, read_adapter_file, verify_adapter_file
+from smn_peft.storage import (
+    AdapterFileError,
+    check_adapter_file,
+    inspect_adapter,
+    read_adapter_file,
+    verify_adapter_file,
+)
 from smn_peft.storage.codec import BLOB_NAME, encode_masks
 from smn_peft.storage.finish import write_adapter_file
 from smn_peft.storage.repack import unpack_tensors
@@ -119,3 +127,17 @@ def test_a_file_can_be_verified_wherever_its_blob_is(tmp_path, name):
     blob = torch.from_numpy(np.frombuffer(encode_masks(masks()), np.uint8).copy())
     write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob}, None)
     assert any("checksum" in fact for fact in verify_adapter_file(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.smn_masks", "smn_masks", "a.smn_mask"])
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("BF16", [4]), ("F8_E4M3", [8]), ("F4", [16]), ("F32", [2]), ("U8", [2, 4])]
+)
+def test_masks_of_another_kind_are_refused_by_every_reader(tmp_path, name, dtype, shape):
+    """What the fuzzer's files led to: `inspect` and `verify` passed them to numpy, which raises a TypeError."""
+    header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}}).encode()
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    for read in (verify_adapter_file, inspect_adapter, lambda path: unpack_tensors(read_adapter_file(path), LIMIT)):
+        with pytest.raises(AdapterFileError):
+            read(path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .accelerated import accelerate
 from .blob import BLOB_NAME, Base, LayerEntry, MaskBlob, decode_masks, encode_masks
 from .errors import CodecError
 from .layer_codes import LayerCode, decode_layer, encode_layer, needs_weight
@@ -16,6 +17,7 @@ __all__ = [
     "LayerCode",
     "LayerEntry",
     "MaskBlob",
+    "accelerate",
     "codec_id",
     "codec_name",
     "decode_layer",

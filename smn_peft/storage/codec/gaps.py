@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
+from .accelerated import compiled
 from .deflate import PIECE, deflate, inflate
 from .errors import CodecError
 
@@ -72,6 +73,15 @@ def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: ND
     k = low_bits(total, count, shift)
     low = _read_planes(payload, k, count)
     stream = payload[k * packed_size(count) :]
+    if (flip := compiled()) is not None:
+        state = np.zeros(3, np.int64)
+        parts = np.zeros(0, np.uint32) if low is None else low
+        for symbols in inflate(stream, count + total // GO_ON + 1):
+            if not flip(symbols, parts, k, state, out, total, count):
+                raise _damaged()
+        if state[1] != count or state[2]:
+            raise _damaged()
+        return
     at = 0  # where the gap that is being read starts: one after the last position
     found, is_open = 0, False
     for symbols in inflate(stream, count + total // GO_ON + 1):
@@ -84,7 +94,8 @@ def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: ND
         if found + number > count:
             raise _damaged()
         if number:
-            positions <<= k
+            if low is not None:
+                positions <<= k
             positions += _COUNTING[:number]
             if low is not None:
                 lows = np.cumsum(low[found : found + number], dtype=np.int64)
