@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from smn_peft import MaskConfig
 from smn_peft.bank.live import LiveModel
-from smn_peft.bank.live_tensor import write_masked
+from smn_peft.bank.live_tensor import _write_device, write_masked
 from smn_peft.bank.reading import task_from_tensors
 from smn_peft.functional.packing import pack_bits
 from tests.bank.tiny import IMAGES, MODELS, adapter, build, state_of
@@ -86,12 +86,23 @@ def test_a_head_of_other_classes_and_back():
 @pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
 def test_dense_write_is_the_product(dtype, numel):
     weight = torch.randn(numel).to(dtype)
+    weight[0] = float("inf")  # a product would make NaN of it
     mask = torch.rand(numel) > 0.3
+    mask[0] = numel % 2
     out = torch.full_like(weight, float("nan"))
     write_masked(out, weight, pack_bits(mask))
     assert torch.equal(out, torch.where(mask, weight, 0))
     write_masked(out, weight, pack_bits(mask), 1.25)
     assert torch.equal(out, torch.where(mask, weight, 0) * 1.25)
+
+
+def test_devices_write_the_same(monkeypatch):
+    monkeypatch.setattr("smn_peft.bank.live_tensor._CHUNK_ON_DEVICE", 100)
+    weight, mask = torch.randn(1803), torch.rand(1803) > 0.3
+    out, expected = torch.full_like(weight, float("nan")), torch.empty_like(weight)
+    _write_device(out, weight, pack_bits(mask), 1.25)
+    write_masked(expected, weight, pack_bits(mask), 1.25)
+    assert torch.equal(out, expected)
 
 
 def test_compiled_graph_stays_valid():
