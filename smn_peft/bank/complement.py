@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 def can_complement(tasks: Sequence[Task | None], scalable: set[str], model: nn.Module) -> bool:
-    """Whether all that the tasks do are sparse masks of plain Linear layers, and heads, in a dtype with sparse products."""
+    """Whether the tasks are sparse masks of plain Linear layers, and heads, in a dtype that has sparse products."""
     parameter = next(model.parameters())
     if parameter.dtype not in _PRODUCTS or torch.is_autocast_enabled(parameter.device.type):
         return False
