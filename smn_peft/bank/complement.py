@@ -20,7 +20,7 @@ from .task import Task, TaskMask
 
 __all__ = ["NotPerSample", "Rows", "can_complement", "complemented"]
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse CS. tensor support is in beta")
 
 _PRODUCTS = (torch.float32, torch.float64)
 
@@ -98,7 +98,7 @@ class _Complemented:
             part = product[start:stop].flatten(0, -2)
             mask = None if task is None else task.masks.get(self._weight)
             if mask is not None:
-                part.sub_(self._removed(mask, input[start:stop].flatten(0, -2)))
+                torch.addmm(part, input[start:stop].flatten(0, -2), self._removed(mask), alpha=-1, out=part)
             scale = 1.0 if mask is None else mask.scale
             if bias is not None:  # here, while the rows are in the cache
                 torch.add(bias, part, alpha=scale, out=part)
@@ -106,8 +106,8 @@ class _Complemented:
                 part.mul_(scale)
         return product
 
-    def _removed(self, mask: TaskMask, x: Tensor) -> Tensor:
-        """(rows, out_features): what the removed weights would have contributed."""
+    def _removed(self, mask: TaskMask) -> Tensor:
+        """Sparse (in_features, out_features): the weights that the task removed, transposed."""
         weight = self._layer.weight
         assert mask.removed is not None
         removed = mask.removed.to(weight.device)
@@ -116,8 +116,7 @@ class _Complemented:
         torch.cumsum(torch.bincount(rows, minlength=len(weight)), 0, out=starts[1:])
         columns = removed.sub(rows, alpha=weight.shape[1])
         values = weight.detach().view(-1).index_select(0, removed)
-        sparse = torch.sparse_csr_tensor(starts, columns, values, tuple(weight.shape), check_invariants=False)
-        return (sparse @ x.t().contiguous()).t()
+        return torch.sparse_csc_tensor(starts, columns, values, tuple(weight.shape[::-1]), check_invariants=False)
 
     def _heads(self, input: Tensor) -> Tensor:
         """A head per task; the logits that a task with fewer classes lacks are zeros, cut off afterwards."""

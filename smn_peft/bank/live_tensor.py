@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .accelerated import fast_write
 from .task import TaskMask
 
 __all__ = ["LiveTensor", "write_masked"]
@@ -43,17 +44,24 @@ def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float = 1.0
 
 
 def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
-    """In numpy, whose calls cost less than torch's on chunks."""
+    """In numpy, whose calls cost less than torch's on chunks, or compiled."""
     integer, bits = _INTEGERS[out.dtype.itemsize], packed.numpy()
-    table = _all_or_none(out.dtype)
     source, target = weight.view(integer).numpy(), out.view(integer).numpy()
+    if compiled := fast_write():
+        compiled(target, source, bits)
+        return _scale(out, scale)
+    table = _all_or_none(out.dtype)
     masks = np.empty((min(_CHUNK, len(bits)), 8), table.dtype)
     for start in range(0, len(bits), _CHUNK):
         part, chunk = slice(8 * start, 8 * (start + _CHUNK)), bits[start : start + _CHUNK]
         np.take(table, chunk, axis=0, out=masks[: len(chunk)], mode="clip")  # another mode would copy
         np.bitwise_and(source[part], masks.reshape(-1)[: len(source[part])], out=target[part])
-        if scale != 1.0:
-            out[part].mul_(scale)
+        _scale(out[part], scale)
+
+
+def _scale(out: Tensor, scale: float) -> None:
+    if scale != 1.0:
+        out.mul_(scale)
 
 
 def _write_device(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
@@ -62,8 +70,7 @@ def _write_device(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> 
         part = slice(8 * start, 8 * (start + _CHUNK_ON_DEVICE))
         masks = table[packed[start : start + _CHUNK_ON_DEVICE].int()].view(-1)[: out[part].numel()]
         torch.mul(weight[part], masks, out=out[part])
-        if scale != 1.0:
-            out[part].mul_(scale)
+        _scale(out[part], scale)
 
 
 class LiveTensor:

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 
 from smn_peft import MaskConfig
+from smn_peft.bank.accelerated import fast_write
 from smn_peft.bank.live import LiveModel
 from smn_peft.bank.live_tensor import _write_device, write_masked
 from smn_peft.bank.reading import task_from_tensors
@@ -94,6 +95,21 @@ def test_dense_write_is_the_product(dtype, numel):
     assert torch.equal(out, torch.where(mask, weight, 0))
     write_masked(out, weight, pack_bits(mask), 1.25)
     assert torch.equal(out, torch.where(mask, weight, 0) * 1.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
+def test_what_numba_compiles_writes_the_same_bits(dtype, numel, monkeypatch):
+    pytest.importorskip("numba")
+    weight, packed = torch.randn(numel).to(dtype), pack_bits(torch.rand(numel) > 0.3)
+    outs = [torch.full_like(weight, float("nan")) for _ in range(2)]
+    assert fast_write() is not None
+    for scale in (1.0, 1.25):
+        write_masked(outs[0], weight, packed, scale)
+        with monkeypatch.context() as without:
+            without.setattr("smn_peft.bank.live_tensor.fast_write", lambda: None)
+            write_masked(outs[1], weight, packed, scale)
+        assert outs[0].view(torch.uint8).equal(outs[1].view(torch.uint8))
 
 
 def test_devices_write_the_same(monkeypatch):
