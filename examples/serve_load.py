@@ -3,7 +3,8 @@
 """Load on `smn serve`: clients ask for random tasks, and every answer is compared with the task's own logits.
 
 Without arguments it makes 20 adapters with random masks over a small random ViT. Over a bank of yours:
-``serve_load.py BANK --base NAME --seconds 300 --clients 16``. It measures a server, and nothing of the paper.
+``serve_load.py BANK --base NAME --seconds 300 --clients 16``. Over 1,000 tasks of a real ViT-Tiny, see
+`serve_tasks.py`: ``serve_load.py --real --seconds 300``. It measures a server, and nothing of the paper.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from serve_parts import logits_of_all, pictures, small_bank
+from serve_tasks import real_bank
 
 
 def ask(connection: http.client.HTTPConnection, image: bytes, task: str) -> torch.Tensor:
@@ -82,17 +84,22 @@ def main() -> None:
     for option, kind in [("base", str), ("weights", str), ("image-size", int)]:
         parser.add_argument(f"--{option}", type=kind, help="as in smn serve")
     parser.add_argument("--head", default="head", help="as in smn serve")
-    for option, kind, default in [("seconds", float, 5), ("clients", int, 8), ("images", int, 4)]:
-        parser.add_argument(f"--{option}", type=kind, default=default)
+    parser.add_argument("--real", action="store_true", help="train --masks masks and fill up to --tasks tasks")
+    counts = {"clients": 8, "images": 4, "tasks": 1000, "masks": 20, "steps": 15, "ram-budget": 1024}
+    for option, default in {"seconds": 5.0, **counts}.items():
+        parser.add_argument(f"--{option}", type=type(default), default=default)
     with tempfile.TemporaryDirectory() as folder:
         args = parser.parse_args()
         if args.bank is None:
-            args = parser.parse_args(small_bank(Path(folder)), args)
+            made = (
+                real_bank(Path(folder), args.tasks, args.masks, args.steps) if args.real else small_bank(Path(folder))
+            )
+            args = parser.parse_args(made, args)
         files = pictures(args.images)
         options = {"weights": args.weights, "image_size": args.image_size}
         expected = logits_of_all(files, args.bank, args.base, head_name=args.head, **options)
         command = [sys.executable, "-m", "smn_peft.cli", "serve", args.bank, "--port=0"]
-        options |= {"base": args.base, "head": args.head}
+        options |= {"base": args.base, "head": args.head, "ram_budget": args.ram_budget}
         command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not None]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             said = iter(server.stderr.readline, "")
