@@ -99,7 +99,7 @@ class LiveTensor:
             self._write(mask.packed, 1.0 if self.scales_outside else mask.scale)
         else:
             assert mask.removed is not None
-            assert self.scales_outside
+            assert self.scales_outside or mask.active == mask.numel
             self.restore()
             removed = mask.removed.to(self._flat.device, non_blocking=True).long()
             self._undo = removed, self._flat.index_select(0, removed)
