@@ -71,7 +71,7 @@ def perturbed(adapter: StoredAdapter, seed: int) -> StoredAdapter:
 
 def real_bank(folder: Path, count: int, masks: int, steps: int) -> list[str]:
     """Train masks, fill a bank up to `count` tasks, and return the arguments that name it."""
-    task = load_task(64, HALF, HALF, (2000, 0, 0), "cpu")
+    task = load_task(64, HALF, HALF, (2000, 1, 1), "cpu")  # only the first are used
     for seed in tqdm(range(min(masks, count)), desc="training masks", unit="mask", disable=None):
         train_mask(task, seed, steps, folder / f"mask-{seed:02}")
     real = [read_adapter(folder / f"mask-{seed:02}") for seed in range(min(masks, count))]
