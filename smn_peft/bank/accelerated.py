@@ -22,10 +22,10 @@ def fast_write() -> Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], None] |
     `out` and `weight` are (N,) signed integers, the weights' bits; `packed` is uint8 (⌈N/8⌉,).
     """
     try:
-        import numba
+        from numba import njit
     except ImportError:
         return None
-    compiled: Callable[..., None] = numba.njit(nogil=True)(_write)
+    compiled: Callable[..., None] = njit(nogil=True)(_write)
     return compiled
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -111,6 +113,11 @@ def test_what_numba_compiles_writes_the_same_bits(dtype, numel, monkeypatch):
             without.setattr("smn_peft.bank.live_tensor.fast_write", lambda: None)
             write_masked(outs[1], weight, packed, scale)
         assert outs[0].view(torch.uint8).equal(outs[1].view(torch.uint8))
+
+
+def test_a_folder_called_numba_is_no_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
+    assert fast_write.__wrapped__() is None
 
 
 def test_devices_write_the_same(monkeypatch):
