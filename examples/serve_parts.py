@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small bank, pictures, and what each task says of them: for `serve_load.py`, not an example by itself."""
+"""Parts of `serve_load.py`: a small bank, pictures, what each task says of them; not an example by itself."""
 
 from __future__ import annotations
 
+import http.client
 import io
+import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +59,13 @@ def logits_of_all(files: list[bytes], bank: str, base: str, **options: Any) -> d
             with opened.use(name) as model:
                 found[name] = model(images)["logits"]
     return found
+
+
+def figures(port: int) -> tuple[float, float]:
+    """MiB that the server has in memory, and MiB of them that decoded tasks take."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    names = ("process_resident_memory_bytes", "smn_bank_resident_bytes")
+    memory, tasks = (float(re.search(rf"^{name} (\S+)", text, re.MULTILINE)[1]) / (1 << 20) for name in names)
+    return memory, tasks

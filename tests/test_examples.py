@@ -89,6 +89,13 @@ def test_example_on_real_weights_runs(name, tmp_path, assets):
     assert [pattern for pattern in ON_ASSETS[name] if not re.search(pattern, output)] == [], output
 
 
+def test_a_server_of_real_tasks_is_loaded(tmp_path, assets):
+    few = ["--real", "--tasks=6", "--masks=2", "--steps=12", "--seconds=2", "--clients=2"]
+    output = run("serve_load.py", few, tmp_path)
+    promised = [r"2 real masks of density 0\.9\d+ to 0\.9\d+ and 4 perturbed", r"6 tasks, 2 clients, .* 0 errors"]
+    assert [pattern for pattern in promised if not re.search(pattern, output)] == [], output
+
+
 def test_every_example_is_run_by_a_test():
     examples = [path.name for path in EXAMPLES if NO_EXAMPLE not in docstring(path)]
     assert examples == sorted([*ALONE, *ON_ASSETS])

@@ -179,6 +179,11 @@ class MaskBank:
 
         return self._cache.get(name, self._source.version(name), decode)
 
+    def _looked_up(self, task: str | Task | None) -> Task | None:
+        if task is None or task == BASE:
+            return None
+        return self.task(task) if isinstance(task, str) else task
+
     def _decode(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
         needs_base = config.get("trainable_fraction", 1.0) < 1.0 or config.get("codec") == "archival"
         with self._lock if needs_base else nullcontext():
@@ -230,7 +235,7 @@ class MaskBank:
                 self._put_back()
 
     def _switch(self, name: str | None) -> None:
-        task = None if name is None or name == BASE else self.task(name)
+        task = self._looked_up(name)
         if task is not self._live.current:
             self.stats.switches += 1
             self._live.switch(task)
@@ -239,12 +244,13 @@ class MaskBank:
         if not self._exclusive or self._active is not None:
             self._switch(self._active)
 
-    def forward(self, inputs: Tensor, tasks: Sequence[str | None] | str | None = None, **kwargs: Any) -> Any:
+    def forward(self, inputs: Tensor, tasks: Sequence[str | Task | None] | str | None = None, **kwargs: Any) -> Any:
         """A batch whose samples may be of different tasks.
 
         Args:
             inputs: (batch, …), such as pixel values (batch, 3, height, width).
-            tasks: A name per sample, or one for all; "__base__" or None for the base.
+            tasks: A name per sample, or one for all; "__base__" or None for the base; or what [`task`] gave, which
+                is not looked up again.
             kwargs: Of the model.
 
         Returns:
@@ -259,9 +265,7 @@ class MaskBank:
         if len(names) != len(inputs):
             raise ValueError(f"There are {len(inputs)} samples and {len(names)} tasks: name one task per sample.")
         with self._lock, torch.no_grad():
-            decoded = {
-                name: None if name is None or name == BASE else self.task(name) for name in dict.fromkeys(names)
-            }
+            decoded = {name: self._looked_up(name) for name in dict.fromkeys(names)}
             try:
                 generation = self._live.generation
                 return self._mixed([decoded[name] for name in names], inputs, **kwargs)

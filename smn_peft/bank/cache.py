@@ -18,8 +18,8 @@ class BankStats:
     """What a bank has done since it was opened.
 
     Attributes:
-        hits: Switches whose task was decoded already.
-        misses: Switches that had to decode.
+        hits: Lookups whose task was decoded already.
+        misses: Lookups that had to decode.
         evictions: Decoded tasks that made room, or were too large to be kept.
         switches: Times that the model's weights were rewritten.
         resident_bytes: Bytes of decoded tasks that are held now.

@@ -20,7 +20,9 @@ from .task import Task, TaskMask
 
 __all__ = ["NotPerSample", "Rows", "can_complement", "complemented"]
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+warnings.filterwarnings("ignore", message="Sparse CS. tensor support is in beta")
+
+_PRODUCTS = (torch.float32, torch.float64)
 
 
 class NotPerSample(Exception):
@@ -36,10 +38,15 @@ class Rows(NamedTuple):
 
 
 def can_complement(tasks: Sequence[Task | None], scalable: set[str], model: nn.Module) -> bool:
-    """Whether all that the tasks do are sparse masks of plain Linear layers, and heads."""
+    """Whether the tasks are sparse masks of plain Linear layers, and heads, in a dtype that has sparse products."""
+    parameter = next(model.parameters())
+    if parameter.dtype not in _PRODUCTS or torch.is_autocast_enabled(parameter.device.type):
+        return False
     for task in tasks:
         if task is None:
             continue
+        if any(model.get_parameter(name).dtype != parameter.dtype for name in task.masks):
+            return False
         if any(name not in scalable or mask.removed is None for name, mask in task.masks.items()):
             return False
         owners = {name.rpartition(".")[0] for name in task.tensors}
@@ -86,29 +93,30 @@ class _Complemented:
             raise NotPerSample
         if any(run.task is not None and self._weight in run.task.tensors for run in self._rows):
             return self._heads(input)
-        product = F.linear(input, self._layer.weight)
+        product, bias = F.linear(input, self._layer.weight), self._layer.bias
         for task, start, stop in self._rows:
+            part = product[start:stop].flatten(0, -2)
             mask = None if task is None else task.masks.get(self._weight)
             if mask is not None:
-                part = product[start:stop].flatten(0, -2)
-                part.sub_(self._removed(mask, input[start:stop].flatten(0, -2))).mul_(mask.scale)
-        return product if self._layer.bias is None else product.add_(self._layer.bias)
+                torch.addmm(part, input[start:stop].flatten(0, -2), self._removed(mask), alpha=-1, out=part)
+            scale = 1.0 if mask is None else mask.scale
+            if bias is not None:  # here, while the rows are in the cache
+                torch.add(bias, part, alpha=scale, out=part)
+            elif scale != 1.0:
+                part.mul_(scale)
+        return product
 
-    def _removed(self, mask: TaskMask, x: Tensor) -> Tensor:
-        """(rows, out_features): what the removed weights would have contributed."""
+    def _removed(self, mask: TaskMask) -> Tensor:
+        """Sparse (in_features, out_features): the weights that the task removed, transposed."""
         weight = self._layer.weight
         assert mask.removed is not None
-        removed = mask.removed.to(weight.device).long()
-        columns = weight.shape[1]
-        starts = torch.arange(0, weight.numel() + 1, columns, device=weight.device)
-        sparse = torch.sparse_csr_tensor(
-            torch.searchsorted(removed, starts),
-            removed % columns,
-            weight.detach().view(-1)[removed],
-            tuple(weight.shape),
-            check_invariants=False,
-        )
-        return (sparse @ x.t()).t()
+        removed = mask.removed.to(weight.device)
+        rows = torch.div(removed, weight.shape[1], rounding_mode="floor")
+        starts = removed.new_zeros(len(weight) + 1)
+        torch.cumsum(torch.bincount(rows, minlength=len(weight)), 0, out=starts[1:])
+        columns = removed.sub(rows, alpha=weight.shape[1])
+        values = weight.detach().view(-1).index_select(0, removed)
+        return torch.sparse_csc_tensor(starts, columns, values, tuple(weight.shape[::-1]), check_invariants=False)
 
     def _heads(self, input: Tensor) -> Tensor:
         """A head per task; the logits that a task with fewer classes lacks are zeros, cut off afterwards."""

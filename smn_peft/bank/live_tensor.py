@@ -3,17 +3,29 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from .accelerated import fast_write
 from .task import TaskMask
 
 __all__ = ["LiveTensor", "write_masked"]
 
-_CHUNK = 1 << 13  # bytes of bits: 64 Ki weights, so that a chunk's values stay in the cache between two passes
+_CHUNK = 1 << 13  # bytes of bits: 64 Ki weights, so that a chunk's masks stay in the cache between two passes
+_CHUNK_ON_DEVICE = 1 << 20  # there every call costs a launch, and masks take four bytes per weight
 _BITS = torch.tensor([[byte >> shift & 1 for shift in range(7, -1, -1)] for byte in range(256)])
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@functools.cache
+def _all_or_none(dtype: torch.dtype) -> NDArray[np.signedinteger[Any]]:
+    """(256, 8) integers by byte of bits, all their bits set where a weight stays."""
+    return (-_BITS.to(_INTEGERS[dtype.itemsize])).numpy()
 
 
 def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float = 1.0) -> None:
@@ -25,26 +37,40 @@ def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float = 1.0
         packed: uint8 (⌈N/8⌉,) on the same device.
         scale: Multiplier of the kept weights.
     """
-    write = _write_cpu if out.device.type == "cpu" else _write_device
-    for start in range(0, packed.numel(), _CHUNK):
-        part = slice(8 * start, min(8 * (start + _CHUNK), out.numel()))
-        write(out[part], weight[part], packed[start : start + _CHUNK])
-        if scale != 1.0:
-            out[part].mul_(scale)
+    if out.device.type == "cpu":
+        _write_cpu(out, weight, packed, scale)
+    else:
+        _write_device(out, weight, packed, scale)
 
 
-def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor) -> None:
-    bits = np.unpackbits(packed.numpy(), count=out.numel())
-    if out.dtype in (torch.float32, torch.float64):
-        np.multiply(weight.numpy(), bits, out=out.numpy())
-    else:  # numpy has no bfloat16 and is slow with halves: their bits, times one or zero
-        integer = _INTEGERS[out.dtype.itemsize]
-        np.multiply(weight.view(integer).numpy(), bits.view(np.int8), out=out.view(integer).numpy())
+def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
+    """In numpy, whose calls cost less than torch's on chunks, or compiled."""
+    integer, bits = _INTEGERS[out.dtype.itemsize], packed.numpy()
+    source, target = weight.view(integer).numpy(), out.view(integer).numpy()
+    if compiled := fast_write():
+        compiled(target, source, bits)
+        return _scale(out, scale)
+    table = _all_or_none(out.dtype)
+    masks = np.empty((min(_CHUNK, len(bits)), 8), table.dtype)
+    for start in range(0, len(bits), _CHUNK):
+        part, chunk = slice(8 * start, 8 * (start + _CHUNK)), bits[start : start + _CHUNK]
+        np.take(table, chunk, axis=0, out=masks[: len(chunk)], mode="clip")  # another mode would copy
+        np.bitwise_and(source[part], masks.reshape(-1)[: len(source[part])], out=target[part])
+        _scale(out[part], scale)
 
 
-def _write_device(out: Tensor, weight: Tensor, packed: Tensor) -> None:
+def _scale(out: Tensor, scale: float) -> None:
+    if scale != 1.0:
+        out.mul_(scale)
+
+
+def _write_device(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
     table = _BITS.to(out.device, out.dtype)
-    torch.mul(weight, table[packed.int()].view(-1)[: out.numel()], out=out)
+    for start in range(0, packed.numel(), _CHUNK_ON_DEVICE):
+        part = slice(8 * start, 8 * (start + _CHUNK_ON_DEVICE))
+        masks = table[packed[start : start + _CHUNK_ON_DEVICE].int()].view(-1)[: out[part].numel()]
+        torch.mul(weight[part], masks, out=out[part])
+        _scale(out[part], scale)
 
 
 class LiveTensor:
@@ -73,7 +99,7 @@ class LiveTensor:
             self._write(mask.packed, 1.0 if self.scales_outside else mask.scale)
         else:
             assert mask.removed is not None
-            assert self.scales_outside
+            assert self.scales_outside or mask.active == mask.numel
             self.restore()
             removed = mask.removed.to(self._flat.device, non_blocking=True).long()
             self._undo = removed, self._flat.index_select(0, removed)

@@ -15,7 +15,7 @@ from .task import Task
 
 __all__ = ["COMPLEMENT_BELOW", "MixedForward"]
 
-COMPLEMENT_BELOW = 8
+COMPLEMENT_BELOW = 6
 """Samples per task from which on a switch for each task is cheaper than what its removed weights cost."""
 
 

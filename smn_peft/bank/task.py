@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional.packing import popcount
@@ -57,12 +58,12 @@ class TaskMask:
             ValueError: If their number does not fit, or padding bits are set.
         """
         check_packed(name, packed, numel)
-        active = popcount(packed)
+        removed = _zeros(packed.numpy(), numel, int(sparse_below * numel))
+        active = popcount(packed) if removed is None else numel - len(removed)
         scale = math.sqrt(numel / active) if scaled and active else 1.0
-        if numel - active > sparse_below * numel:
+        if removed is None:
             return cls(numel, active, scale, packed, None)
-        off = np.flatnonzero(np.unpackbits(packed.numpy(), count=numel) == 0)
-        return cls(numel, active, scale, None, torch.from_numpy(off.astype(np.int32)))
+        return cls(numel, active, scale, None, torch.from_numpy(removed))
 
     @property
     def nbytes(self) -> int:
@@ -96,3 +97,14 @@ class Task:
     def density(self) -> float:
         """Fraction of the masked weights that are active."""
         return sum(mask.active for mask in self.masks.values()) / sum(mask.numel for mask in self.masks.values())
+
+
+def _zeros(packed: NDArray[np.uint8], numel: int, limit: int) -> NDArray[np.int32] | None:
+    """Where the bits are zero, ascending; None if more than `limit` are. Only bytes that hold one are looked into."""
+    holed = np.flatnonzero(packed != 255).astype(np.int32)
+    if len(holed) > limit + 1:  # the last byte may hold nothing but padding
+        return None
+    row, bit = np.nonzero(np.unpackbits(packed[holed][:, None], axis=1) == 0)
+    found = 8 * holed[row] + bit.astype(np.int32)
+    found = found[found < numel]
+    return found if len(found) <= limit else None

@@ -165,7 +165,7 @@ class Batcher:
 
     def _forward(self, batch: Sequence[_Sample], tasks: dict[str, Task | None], started: float) -> list[Output]:
         images = torch.stack([sample.image for sample in batch]).to(self._device)
-        output = self._bank.forward(images, [sample.task for sample in batch])
+        output = self._bank.forward(images, [tasks[sample.task] for sample in batch])  # found: no second lookup
         # Rows are copies: one that is kept must not keep the batch.
         logits = [row.float().cpu().clone() for row in output["logits"]]
         features = [row.float().cpu().clone().flatten() for row in output["features"]]

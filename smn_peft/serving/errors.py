@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..bank.store import StoreBusyError
 from ..storage import AdapterFileError
 
 __all__ = ["ServingError", "explained", "explained_for_task"]
@@ -42,6 +43,10 @@ def explained(error: BaseException) -> ServingError:
         return error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return ServingError(503, "The server is out of memory.", "Try again later.", {"Retry-After": "5"})
+    if isinstance(error, StoreBusyError):
+        logger.warning("the store is busy: %s", error)
+        fix = "Nothing was changed: try again when it is done."
+        return ServingError(503, "Another process is writing to the bank.", fix, {"Retry-After": "5"})
     logger.error("a request failed", exc_info=error)
     return ServingError(
         500, f"The server failed ({type(error).__name__}).", "Try again; the server's log has the details."

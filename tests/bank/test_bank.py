@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -82,6 +83,17 @@ def test_mixed_batches_by_switching_and_over_a_shared_product(bank, saved, monke
         bank(IMAGES, ["sparse", "mixed"])
     with pytest.raises(KeyError, match="no task 'other'"):
         bank(IMAGES, "other")
+
+
+def test_mixed_batches_in_half_precision(saved):
+    root, _ = saved
+    names = ["sparse", "__base__", "sparse"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the fingerprint is of fp32
+        with MaskBank.open([root / "sparse"], build("vit").bfloat16()) as bank:
+            rows, images = bank(IMAGES.bfloat16(), names), IMAGES.bfloat16()
+            expected = torch.cat([bank(images[i : i + 1], name) for i, name in enumerate(names)])
+    torch.testing.assert_close(rows, expected, rtol=0.05, atol=0.05)
 
 
 def test_tasks_come_and_go(bank, saved, tmp_path):

@@ -1,37 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
 """Switching tasks and mixed batches on a model of ViT-B/32's size, beside PEFT's LoRA in the same run.
 
-Floors: a dense write reads 4.125 bytes per weight and writes 4, a copy reads and writes 4; a mixed batch costs at
-least one shared forward.
+What is compared takes turns, and a ratio is the median of the rounds' ratios. On a CPU everything, the copies too,
+runs on one thread and times are that thread's CPU time, which other processes disturb little. Floors: a dense write
+reads 4.125 bytes per weight and writes 4, a copy reads and writes 4; a mixed batch costs at least one shared forward.
+Mixed batches run through two of the twelve blocks, all of which are alike, without the patches' embedding.
+
+``bench_bank.py PART …`` runs some of dense_write, switch, registered, mixed, lora.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import statistics
+import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
+from pathlib import Path
 
 import timm
 import torch
-from common import DEVICE
+from common import DEVICE, synchronise
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from smn_peft.bank.bank import MaskBank
 from smn_peft.bank.live_tensor import write_masked
-from smn_peft.bank.source import MemorySource, StoredAdapter
+from smn_peft.bank.source import MemorySource, StoredAdapter, TaskSource
+from smn_peft.bank.store import DiskStore
 from smn_peft.functional.packing import pack_bits
 
-TARGETS = ("qkv", "proj", "fc1", "fc2")
-BATCH = 64
+TARGETS = ["qkv", "proj", "fc1", "fc2"]
+BATCH, TOKENS = 64, 49
 
 
-def build() -> nn.Module:
-    """ViT-B/32 at 224 px, random weights."""
+def build(depth: int = 12) -> nn.Module:
+    """ViT-B/32 at 224 px without its patches' embedding, random weights: takes (batch, 49, 768)."""
     torch.manual_seed(0)
-    return timm.create_model("vit_base_patch32_224", num_classes=100).to(DEVICE).eval()
+    model = timm.create_model("vit_base_patch32_224", num_classes=100, depth=depth).to(DEVICE).eval()
+    model.patch_embed = nn.Identity()
+    return model
+
+
+def tokens() -> torch.Tensor:
+    """A batch."""
+    return torch.randn(BATCH, TOKENS, 768, device=DEVICE)
+
+
+def random_bits(density: float) -> torch.Tensor:
+    """A long row of random bits."""
+    return pack_bits(torch.rand(1 << 23) < density)
 
 
 def stored(model: nn.Module, bits: torch.Tensor, seed: int) -> StoredAdapter:
@@ -39,39 +62,56 @@ def stored(model: nn.Module, bits: torch.Tensor, seed: int) -> StoredAdapter:
     tensors = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.startswith("blocks."):
-            count = module.weight.numel() // 8
-            start = (977 * seed + len(tensors) * 7919) % (len(bits) - count)
-            tensors[f"base_model.model.{name}.smn_mask"] = bits[start : start + count].clone()
-    return StoredAdapter({"scale": True}, tensors)
+            size = module.weight.numel() // 8
+            start = (977 * seed + len(tensors) * 7919) % (len(bits) - size)
+            tensors[f"base_model.model.{name}.smn_mask"] = bits[start : start + size].clone()
+    return StoredAdapter({"scale": True, "peft_type": "SMN"}, tensors)
 
 
-def taking_turns(*functions: Callable[[], object], rounds: int = 9) -> list[float]:
-    """Median milliseconds of functions that run in turn, after a first call each that does not count."""
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(rounds + 1):
-        for function, mine in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            mine.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(mine[1:]) for mine in times]
-
-
-def bank_of(model: nn.Module, density: float, count: int) -> MaskBank:
-    """A bank of `count` tasks over a model; all decoded."""
-    bank = MaskBank(MemorySource(), model, exclusive=True)
-    bits = pack_bits(torch.rand(1 << 23) < density)
-    for seed in range(count):
+def bank_of(model: nn.Module, density: float, number: int, source: TaskSource | None = None) -> MaskBank:
+    """A bank with tasks "t0", "t1", … over a model, all decoded."""
+    bank, bits = MaskBank(MemorySource() if source is None else source, model, exclusive=True), random_bits(density)
+    for seed in range(number):
         bank._source.add(f"t{seed}", stored(model, bits, seed))
         bank.pin(f"t{seed}")
     return bank
 
 
+def taking_turns(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    """Median milliseconds of both, and the median ratio first / second; a first round does not count."""
+    clock = time.process_time if DEVICE == "cpu" else time.perf_counter
+    times: list[list[float]] = [[], []]
+    for index in range(rounds + 1):
+        for which in (0, 1) if index % 2 else (1, 0):
+            synchronise()
+            start = clock()
+            (first, second)[which]()
+            synchronise()
+            times[which].append(1e3 * (clock() - start))
+    pairs = list(zip(times[0][1:], times[1][1:], strict=True))
+    return (*(statistics.median(mine[1:]) for mine in times), statistics.median(a / b for a, b in pairs))
+
+
+def row(what: str, measured: tuple[float, float, float], target: float | None = None, calls: int = 1) -> None:
+    """Print one comparison, of times that `calls` calls took each."""
+    (first, second), ratio = (
+        (f"{value / calls:.{4 if value < calls else 1}f} ms" for value in measured[:2]),
+        measured[2],
+    )
+    print(f"| {what} | {first} / {second} | {ratio:.3f} | {'' if target is None else f'≤ {target}'} |", flush=True)
+
+
+def turning(bank: MaskBank) -> None:
+    """Two switches."""
+    bank.activate("t0")
+    bank.activate("t1")
+
+
 def dense_write() -> None:
     """A dense write of all weights against a copy of the same bytes."""
-    model = build()
-    weights = [m.weight.detach().view(-1) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    weights = [m.weight.detach().view(-1) for n, m in build().named_modules() if isinstance(m, nn.Linear)]
     outs = [torch.empty_like(weight) for weight in weights]
-    bits = [pack_bits(torch.rand(weight.numel()) < 0.9) for weight in weights]
+    bits = [pack_bits(torch.rand(weight.numel()) < 0.9).to(DEVICE) for weight in weights]
 
     def copy() -> None:
         for out, weight in zip(outs, weights, strict=True):
@@ -81,82 +121,110 @@ def dense_write() -> None:
         for out, weight, packed in zip(outs, weights, bits, strict=True):
             write_masked(out, weight, packed)
 
-    copied, written = taking_turns(copy, write)
-    print(f"| dense write / copy | {written:.1f} ms / {copied:.1f} ms | {written / copied:.2f} | ≤ 2.5 |")
+    row("dense write / copy of the same bytes", taking_turns(write, copy, 15), 2.5)
 
 
 def switch() -> None:
-    """Switching between decoded sparse and dense tasks."""
+    """Switching between decoded sparse and dense tasks, and from stored bytes."""
     sparse, dense = bank_of(build(), 0.999, 2), bank_of(build(), 0.9, 2)
+    row(
+        "switch at 99.9 % / at 90 %, decoded",
+        taking_turns(partial(turning, sparse), partial(turning, dense), 9),
+        0.125,
+        2,
+    )
+    del dense
+    with tempfile.TemporaryDirectory() as folder, DiskStore.open(Path(folder) / "store") as store:
+        fresh = bank_of(build(), 0.999, 2, store)
 
-    def turn(bank: MaskBank) -> None:
-        for name in ("t0", "t1"):
-            bank.activate(name)
+        def first() -> None:
+            for name in ("t0", "t1"):
+                fresh._cache.drop(name)
+                fresh.activate(name)
 
-    fast, slow = taking_turns(lambda: turn(sparse), lambda: turn(dense))
-    print(f"| switch at 99.9 % / dense write | {fast / 2:.2f} ms / {slow / 2:.1f} ms | {fast / slow:.3f} | ≤ 0.125 |")
+        measured = taking_turns(first, partial(turning, sparse), 9)
+        row("switch to a stored task, read and decoded / decoded before, 99.9 %", measured, calls=2)
 
 
 def registered() -> None:
-    """Lookup and switch with 10 and with 10,000 registered tasks."""
-    model = build()
-    bank = bank_of(model, 0.999, 2)
-    adapter = bank._source.read("t0")
-
-    def turn() -> None:
-        for name in ("t0", "t1"):
-            bank.activate(name)
-
-    (few,) = taking_turns(turn, rounds=25)
-    for index in range(10_000):
-        bank._source.add(f"other{index}", adapter)
-    (many,) = taking_turns(turn, rounds=25)
-    print(f"| switch with 10,000 tasks / with 2 | {many / 2:.2f} ms / {few / 2:.2f} ms | {many / few:.2f} | ≤ 1.2 |")
+    """Lookup and switch in stores of 10 and of 10,000 tasks."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        banks = []
+        for number in (10_000, 10):
+            store = stack.enter_context(DiskStore.open(Path(folder) / f"of_{number}"))
+            model = build()
+            banks.append(bank_of(model, 0.999, 2, store))
+            store.add("t2", StoredAdapter({"peft_type": "SMN"}, {"fc.smn_mask": pack_bits(torch.rand(999) < 0.9)}))
+            small = store.read("t2")
+            store.add_many((f"other{index}", small) for index in range(3, number))
+        names: Iterator[str] = (f"t{index % 2}" for index in count())
+        many, few = (partial(lambda bank: [bank.task(next(names)) for _ in range(200)], bank) for bank in banks)
+        row("lookup with 10,000 tasks / with 10", taking_turns(many, few, 25), 1.2, calls=200)
+        many, few = (partial(turning, bank) for bank in banks)
+        row("switch with 10,000 tasks / with 10", taking_turns(many, few, 25), 1.2, calls=2)
 
 
 def mixed() -> None:
     """Mixed batches against one forward of the bare model."""
-    images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
-    for count, limit in ((8, 1.15), (64, 1.25)):
-        model = build()
-        bare, bank = build(), bank_of(model, 0.995, count)
-        names = [f"t{index % count}" for index in range(BATCH)]
+    images, bare = tokens(), build(depth=2)
+    for number, density, limit in ((8, 0.995, 1.15), (8, 0.9, None), (64, 0.999, 1.25), (64, 0.995, 1.25)):
+        bank = bank_of(build(depth=2), density, number)
+        names = [f"t{index % number}" for index in range(BATCH)]
         with torch.no_grad():
-            one, many = taking_turns(partial(bare, images), partial(bank, images, names), rounds=3)
-        print(f"| mixed batch of {BATCH}, {count} tasks / one forward | {many:.0f} ms / {one:.0f} ms "
-              f"| {many / one:.2f} | ≤ {limit} |")  # fmt: skip
+            measured = taking_turns(partial(bank, images, names), partial(bare, images), 4)
+        row(f"mixed batch of {BATCH}, {number} tasks at {100 * density:g} % / one forward", measured, limit)
 
 
 def lora() -> None:
-    """PEFT's LoRA: set_adapter with 2 and with 34 adapters, and a mixed batch of 8."""
-    model = get_peft_model(build(), LoraConfig(r=8, target_modules=list(TARGETS))).eval()
-    model.add_adapter("t1", LoraConfig(r=8, target_modules=list(TARGETS)))
+    """PEFT's LoRA with 2 and with 34 adapters, and a mixed batch of 8."""
+    config = LoraConfig(r=8, target_modules=TARGETS)
+    models = [get_peft_model(build(), config).eval() for _ in range(2)]
+    for model, number in zip(models, (34, 2), strict=True):
+        for index in range(1, number):
+            model.add_adapter(f"t{index}", config)
 
-    def turn() -> None:
+    def turn(model: nn.Module) -> None:
         for name in ("default", "t1"):
             model.set_adapter(name)
 
-    (few,) = taking_turns(turn)
-    for index in range(2, 34):
-        model.add_adapter(f"t{index}", LoraConfig(r=8, target_modules=list(TARGETS)))
-    (many,) = taking_turns(turn)
-    images, bare = torch.randn(BATCH, 3, 224, 224, device=DEVICE), build()
-    names = [f"t{1 + index % 8}" for index in range(BATCH)]
+    row("LoRA: set_adapter with 34 / with 2", taking_turns(*(partial(turn, m) for m in models), 9), calls=2)
+    with tempfile.TemporaryDirectory() as folder:
+        models[1].save_pretrained(folder, selected_adapters=["default"])
+
+        def load(model: nn.Module) -> None:
+            model.load_adapter(folder, "loaded")
+            model.delete_adapter("loaded")
+
+        row("LoRA: load_adapter with 34 / with 2", taking_turns(*(partial(load, m) for m in models), 3))
+    images, bare, served = tokens(), build(depth=2), get_peft_model(build(depth=2), config).eval()
+    for index in range(1, 8):
+        served.add_adapter(f"t{index}", config)
+    names = ["default" if index % 8 == 0 else f"t{index % 8}" for index in range(BATCH)]
     with torch.no_grad():
-        one, served = taking_turns(lambda: bare(images), lambda: model(images, adapter_names=names), rounds=3)
-    print(f"| LoRA: set_adapter with 34 / with 2 | {many / 2:.1f} ms / {few / 2:.1f} ms | {many / few:.2f} | |")
-    print(f"| LoRA: mixed batch of {BATCH}, 8 adapters / one forward | {served:.0f} ms / {one:.0f} ms "
-          f"| {served / one:.2f} | |")  # fmt: skip
+        measured = taking_turns(lambda: served(images, adapter_names=names), lambda: bare(images), 4)
+    row(f"LoRA: mixed batch of {BATCH}, 8 adapters / one forward", measured)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: else each forward's activations are mapped anew, which is timed at random."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
     """Print the table."""
     warnings.filterwarnings("ignore")
+    keep_freed_memory()
+    if DEVICE == "cpu":
+        torch.set_num_threads(1)
     print(f"ViT-B/32, {DEVICE}, {torch.get_num_threads()} threads")
     print("| what | times | ratio | target |")
     print("|---|---|---|---|")
-    for part in (dense_write, switch, registered, mixed, lora):
-        part()
+    parts = {part.__name__: part for part in (dense_write, switch, registered, mixed, lora)}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
 
 
 if __name__ == "__main__":
