@@ -17,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _THREADS = max(1, min(4, (os.cpu_count() or 1) // _WORKERS))
 os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+if os.environ.get("SMN_ASSETS"):  # examples run from other folders
+    os.environ["SMN_ASSETS"] = os.path.abspath(os.path.expanduser(os.environ["SMN_ASSETS"]))
 
 import jinja2
 import numpy as np
@@ -63,7 +65,7 @@ def assets() -> Path:
     name = os.environ.get("SMN_ASSETS")
     if not name:
         pytest.skip("SMN_ASSETS is unset: it names the folder of real weights and images that this test reads")
-    folder = Path(name).expanduser().resolve()
+    folder = Path(name)
     if not folder.is_dir():
         pytest.fail(f"SMN_ASSETS names {folder}, which is not a folder")
     return folder
