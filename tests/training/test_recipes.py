@@ -34,13 +34,18 @@ def test_every_recipe_is_whole(name):
     assert all(0 < value < 1 for numbers in expected.values() for value in numbers.values())
 
 
-def test_what_swav_small_expects_was_measured():
-    rows = json.loads((EXAMPLES / "records" / "swav_small.json").read_text())["rows"]
-    for name, expected in load_recipe("swav-small").notes["expected"].items():
-        runs = [row for row in rows if row["backbone"] == name]
+@pytest.mark.parametrize(
+    ("recipe", "before", "after"),
+    [("swav-small", "frozen_knn", "mask_knn"), ("supervised-small", "frozen_probe", "mask")],
+)
+def test_what_small_recipes_expect_was_measured(recipe, before, after):
+    record = json.loads((EXAMPLES / "records" / f"{recipe.replace('-', '_')}.json").read_text())
+    assert record["recipe"] == recipe
+    for name, expected in load_recipe(recipe).notes["expected"].items():
+        runs = [row for row in record["rows"] if row["backbone"] == name]
         assert len(runs) >= 3
-        assert expected["frozen_knn"] == pytest.approx(fmean(row["before"] for row in runs), abs=5e-5)
-        assert expected["mask_knn"] == pytest.approx(fmean(row["after"] for row in runs), abs=5e-5)
+        assert expected[before] == pytest.approx(fmean(row["before"] for row in runs), abs=5e-5)
+        assert expected[after] == pytest.approx(fmean(row["after"] for row in runs), abs=5e-5)
 
 
 def test_the_papers_numbers_arrive():
