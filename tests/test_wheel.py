@@ -28,7 +28,8 @@ def content_problems(installed: list[str], package_files: list[str]) -> list[str
     metadata = {name for name in packed if PurePosixPath(name).parts[0].endswith(".dist-info")}
     problems = [f"missing: {name}" for name in sorted(set(package_files) - own)]
     problems += [f"not in the source tree: {name}" for name in sorted(own - set(package_files))]
-    problems += [f"outside the package: {name}" for name in sorted(packed - own - metadata)]
+    scripts = {name for name in packed if PurePosixPath(name).parts[-2:] in (("bin", "smn"), ("Scripts", "smn.exe"))}
+    problems += [f"outside the package: {name}" for name in sorted(packed - own - metadata - scripts)]
     if f"{PACKAGE}/py.typed" not in own:
         problems.append("no py.typed: type checkers would ignore the annotations")
     if not any("LICENSE" in name for name in metadata):

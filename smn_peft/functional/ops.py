@@ -9,7 +9,6 @@ weight and the scores, which are there anyway (one pass over the weight), and wr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,8 +62,9 @@ def _count(indicator: Tensor) -> float:
     return float(sum(part.sum(dtype=wide).item() for part in indicator.view(-1).split(_EXACT)))
 
 
-def _scale(active: float, size: int) -> float:
-    return math.sqrt(size / max(active, 1))
+def _scale(active: float, size: int, dtype: torch.dtype) -> float:
+    """As evaluation computes it, to the last bit; torch's square root is not always the nearest number."""
+    return float(scale_of(torch.tensor(int(active), device="cpu"), size, dtype))
 
 
 def _build(
@@ -75,7 +75,7 @@ def _build(
         kept = _indicator(weight, scores, spec, trainable)
         if known is None:
             active = _count(kept)
-            known = active, _scale(active, kept.numel()) if spec.scale else None
+            known = active, _scale(active, kept.numel(), kept.dtype) if spec.scale else None
         scale = 1.0 if known[1] is None else known[1]
         return _Masked(torch.addcmul(_workspace.zero(kept.dtype), weight, kept, value=scale, out=kept), *known)
     mask = None
@@ -103,7 +103,7 @@ def _counted(weight: Tensor, scores: Tensor, spec: MaskSpec) -> _Masked:
     for kept, of, by in zip(*(t.view(-1).split(_CACHED) for t in (room, weight, scores)), strict=True):
         active += float(torch.gt(by, spec.threshold, out=kept).sum())
         torch.mul(of, kept, out=kept)
-    return _Masked(room, active, _scale(active, room.numel()) if spec.scale else None)
+    return _Masked(room, active, _scale(active, room.numel(), room.dtype) if spec.scale else None)
 
 
 def _unscaled(weight: Tensor, scores: Tensor, spec: MaskSpec) -> Tensor:
