@@ -31,7 +31,7 @@ _PROVENANCE = (
 
 def binary_entropy(share: float) -> float:
     """Entropy in bits of a coin that shows heads with this probability."""
-    return -sum(p * log2(p) for p in (share, 1 - share) if p > 0)
+    return sum(p * -log2(p) for p in (share, 1 - share) if p > 0) + 0.0  # a coin with one side has 0, not -0
 
 
 @dataclass(frozen=True)
