@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from cifar import Task, load_task
 from torch import nn
-from transfer import Classifier, Recipe, accuracy, features, train
+from transfer import Classifier, accuracy, features, train
+from transfer_recipe import Recipe
 from transfer_report import render
 
 from smn_peft.evaluation import Features, evaluate_knn, fit_linear_probe

@@ -16,8 +16,9 @@ from typing import Any
 import quickstart_methods
 import real_resnet
 import real_vit
-from model_cards_parts import IMAGES, RESNET, VIT, best, report, shown
-from transfer import Recipe
+from model_cards_parts import IMAGES, RESNET, VIT, report, shown
+from transfer_recipe import Recipe
+from transfer_rows import chosen_runs
 
 from smn_peft.hub import AdapterFacts, render_card
 from smn_peft.storage import AdapterSizes
@@ -30,7 +31,10 @@ CARDS = HERE.parent / "model_cards"
 def with_labels(name: str, recipe: Recipe, base: Mapping[str, Any]) -> AdapterFacts:
     """The mask of `real_vit.py` or `real_resnet.py`."""
     record = json.loads((HERE / "records" / f"{name}.json").read_text("utf-8"))
-    runs, full = best(record["runs"], recipe.label), best(record["runs"], "full fine-tuning, Adam")
+    runs, full = (
+        chosen_runs([run for run in record["runs"] if run["recipe"] == label])
+        for label in (recipe.label, "full fine-tuning, Adam")
+    )
     first, options = runs[0], {k: v for k, v in asdict(recipe).items() if k not in ("label", "mask", "lrs")}
     parts = [first[f"{part}_bytes"] for part in ("mask", "head", "statistics")]
     return AdapterFacts(

@@ -11,7 +11,7 @@ from typing import Any
 
 from smn_peft.evaluation import EvalReport
 
-__all__ = ["IMAGES", "RESNET", "VIT", "best", "report", "shown"]
+__all__ = ["IMAGES", "RESNET", "VIT", "report", "shown"]
 
 LOSSY = "CIFAR-10 (lossy JPEG)"
 IMAGES = (
@@ -41,10 +41,3 @@ def report(label: str, metric: str, values: Sequence[float], dataset: str = LOSS
 def shown(options: Mapping[str, Any]) -> dict[str, str]:
     """Settings as text."""
     return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in options.items()}
-
-
-def best(runs: list[dict[str, Any]], label: str) -> list[dict[str, Any]]:
-    """The seeds of a recipe at the learning rate that was best on validation with the first."""
-    mine = [run for run in runs if run["recipe"] == label]
-    lr = max((run for run in mine if run["seed"] == 0), key=lambda run: run["validation"])["lr"]
-    return [run for run in mine if run["lr"] == lr]

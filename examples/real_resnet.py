@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from experiment import main
-from transfer import Recipe
+from transfer_recipe import Recipe
 
 from smn_peft.paper.small_resnet import build
 

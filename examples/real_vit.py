@@ -10,7 +10,7 @@ from __future__ import annotations
 from cifar import assets_folder
 from experiment import main
 from torch import nn
-from transfer import Recipe
+from transfer_recipe import Recipe
 
 from smn_peft.backbones import load_backbone
 

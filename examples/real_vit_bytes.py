@@ -17,7 +17,8 @@ from experiment import main
 from real_vit import FULL_ADAM, MASK, TARGETS, build
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transfer import LoraRecipe, accuracy
+from transfer import accuracy
+from transfer_recipe import LoraRecipe
 
 from smn_peft.storage import WEIGHTS_NAME, adapter_sizes
 from smn_peft.training.lora import lora_sizes

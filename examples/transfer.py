@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from cifar import Split, Task
@@ -17,45 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
+from transfer_recipe import LoraRecipe, Recipe
 
 from smn_peft import MaskConfig
 from smn_peft.evaluation import Features, evaluate_accuracy
 
-__all__ = ["Classifier", "LoraRecipe", "Recipe", "accuracy", "features", "train"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to adapt: what trains, from which head, by which optimizer.
-
-    Attributes:
-        label: Row of the table.
-        mask: Train scores; False: all weights, or LoRA.
-        lrs: Learning rates of the scores or weights to sweep.
-        adam: Adam for scores or weights and not SGD with momentum 0.9; the head has SGD always.
-        probe_head: Start the head from the linear probe, at learning rate 0.001 (a random one: 0.01).
-        adapt_statistics: BatchNorm in train mode, re-estimating its statistics; False: the base's, frozen.
-        warmup: Fraction of the steps with a rising learning rate, before the cosine.
-        epochs: Passes over the training images, in batches of 64.
-        smoothing: Label smoothing.
-    """
-
-    label: str
-    mask: bool
-    lrs: tuple[float, ...]
-    adam: bool = True
-    probe_head: bool = True
-    adapt_statistics: bool = False
-    warmup: float = 0.3
-    epochs: int = 6
-    smoothing: float = 0.0
-
-
-@dataclass(frozen=True)
-class LoraRecipe(Recipe):
-    """Without a mask: train LoRA's factors of a rank on the layers of a mask, scaled by 2."""
-
-    rank: int = 8
+__all__ = ["Classifier", "accuracy", "features", "train"]
 
 
 class Classifier(nn.Module):

@@ -11,7 +11,9 @@ import pytest
 
 from smn_peft.data import list_datasets
 from smn_peft.objectives.base import objective_class
-from smn_peft.training import TrainArguments, list_recipes, load_recipe
+from smn_peft.training import TrainArguments, list_recipes, load_recipe, run
+
+from .tiny import write_clip, write_npz
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -87,3 +89,14 @@ def test_unknown_names(tmp_path):
         load_recipe(tmp_path / "absent.yaml")
     with pytest.raises(ValueError, match=r"MultiCropOptions has no option 'local_crop'\. Did you mean local_crops\?"):
         TrainArguments(backbone="a", dataset="b", multi_crop={"local_crop": 2})
+
+
+def test_the_small_clip_recipe_runs_at_its_own_size(tmp_path):
+    """No weights of CLIP were at hand to expect results of; the path is the real one, on a tiny CLIP of other size."""
+    own = {"backbone": write_clip(tmp_path / "clip"), "dataset": str(write_npz(tmp_path / "set.npz"))}
+    recipe = {**load_recipe("supervised-clip-small"), **own, "templates": ["a photo of a {}."]}
+    short = {"lr": 1.0, "batch_size": 16, "max_steps": 3, "cpu": True, "output_dir": str(tmp_path / "out")}
+    summary = run(TrainArguments(**{**recipe, **short}))
+    assert summary.steps == 3
+    assert summary.density < 1
+    assert "accuracy" in summary.after
