@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .removal import remove
 from .task import Task, TaskMask
 
 __all__ = ["NotPerSample", "Rows", "can_complement", "complemented"]
@@ -94,6 +95,8 @@ class _Complemented:
         if any(run.task is not None and self._weight in run.task.tensors for run in self._rows):
             return self._heads(input)
         product, bias = F.linear(input, self._layer.weight), self._layer.bias
+        if self._removed_at_once(input, product):
+            return product
         for task, start, stop in self._rows:
             part = product[start:stop].flatten(0, -2)
             mask = None if task is None else task.masks.get(self._weight)
@@ -105,6 +108,14 @@ class _Complemented:
             elif scale != 1.0:
                 part.mul_(scale)
         return product
+
+    def _removed_at_once(self, input: Tensor, product: Tensor) -> bool:
+        if input.device.type != "cpu" or torch.is_grad_enabled():
+            return False
+        tokens = input[0].numel() // input.shape[-1]
+        masks = [None if run.task is None else run.task.masks.get(self._weight) for run in self._rows]
+        runs = [(mask, (run.stop - run.start) * tokens) for mask, run in zip(masks, self._rows, strict=True)]
+        return remove(product.flatten(0, -2), input.flatten(0, -2), self._layer.weight, self._layer.bias, runs)
 
     def _removed(self, mask: TaskMask) -> Tensor:
         """Sparse (in_features, out_features): the weights that the task removed, transposed."""

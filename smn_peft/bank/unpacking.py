@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +17,16 @@ from torch import Tensor, nn
 from ..functional.packing import packed_size
 from ..functional.selection import seeded_generator, select_trainable
 from ..storage import AdapterFileError
-from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks
+from ..storage.codec import BLOB_NAME, MaskBlob, accelerate, decode_masks
 
 __all__ = ["blob_in", "decode_blob"]
+
+
+@functools.cache
+def _accelerate_once() -> None:
+    """Read by compiled code where numba is installed: a bank reads many masks."""
+    with contextlib.suppress(ImportError):
+        accelerate()
 
 
 def blob_in(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
@@ -54,6 +63,7 @@ def decode_blob(
         AdapterFileError: If a mask is damaged.
         ValueError: If a size is not that of the base.
     """
+    _accelerate_once()
     for entry in blob.entries:
         numel = base.get_parameter(locate(prefix + entry.name)[0]).numel()
         if entry.size != packed_size(numel):

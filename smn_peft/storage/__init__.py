@@ -15,7 +15,7 @@ from .adapter_file import (
     read_metadata,
 )
 from .atomic import atomic_write
-from .codec import CODECS, accelerate
+from .codec import CODECS
 from .fingerprint import fingerprint, tensor_digest
 from .finish import finish_adapter_file
 from .formats import FORMAT_VERSION, check_format_version, check_packed
@@ -36,7 +36,6 @@ __all__ = [
     "AdapterReport",
     "AdapterSizes",
     "LayerReport",
-    "accelerate",
     "adapter_sizes",
     "atomic_write",
     "check_adapter_file",

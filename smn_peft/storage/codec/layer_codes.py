@@ -17,7 +17,7 @@ from .ranked import decode_ranked, encode_ranked
 __all__ = ["LayerCode", "decode_layer", "encode_layer", "needs_weight", "popcount_bytes"]
 
 _SPARSE = 0.32  # above this share of the minority packed bytes are always the smaller code
-_DENSE = 0.16  # and below this the gaps
+_DENSE = 0.125  # and below this the gaps
 _FEW = 1 << 15  # up to so many gaps other numbers of low bits are tried
 _SHIFTS = 4
 _FASTER = 1.006  # packed bytes are read twice as fast as gaps of such shares: worth so much in size

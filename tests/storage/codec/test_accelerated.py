@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from smn_peft.storage import accelerate
-from smn_peft.storage.codec import CodecError, LayerCode, accelerated, decode_layer, encode_layer
+from smn_peft.storage.codec import CodecError, LayerCode, accelerate, accelerated, decode_layer, encode_layer
 from smn_peft.storage.codec.gaps import encode_gaps
 
 
