@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ __all__ = ["LiveTensor", "write_masked"]
 _CHUNK = 1 << 13  # bytes of bits: 64 Ki weights, so that a chunk's masks stay in the cache between two passes
 _CHUNK_ON_DEVICE = 1 << 20  # there every call costs a launch, and masks take four bytes per weight
 _BITS = torch.tensor([[byte >> shift & 1 for shift in range(7, -1, -1)] for byte in range(256)])
+_FUSED = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -65,12 +68,30 @@ def _scale(out: Tensor, scale: float) -> None:
 
 
 def _write_device(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
+    if out.device.type == "cuda" and out.dtype in _FUSED and out.numel() and (fused := _fused_write()):
+        return fused(out, weight, packed, scale)
     table = _BITS.to(out.device, out.dtype)
     for start in range(0, packed.numel(), _CHUNK_ON_DEVICE):
         part = slice(8 * start, 8 * (start + _CHUNK_ON_DEVICE))
         masks = table[packed[start : start + _CHUNK_ON_DEVICE].int()].view(-1)[: out[part].numel()]
         torch.mul(weight[part], masks, out=out[part])
         _scale(out[part], scale)
+
+
+@functools.cache
+def _fused_write() -> Callable[[Tensor, Tensor, Tensor, float], None] | None:
+    """The kernel, if Triton is there and can compile it (it needs a C compiler); tried on eight weights."""
+    try:
+        from .fused_write import fused_write
+
+        some = torch.zeros(8, device="cuda")
+        fused_write(some, some.clone(), some.to(torch.uint8), 1.0)
+    except ImportError:
+        return None
+    except Exception as error:
+        warnings.warn(f"Triton cannot compile the write of masks, torch's is slower: {error}", stacklevel=2)
+        return None
+    return fused_write
 
 
 class LiveTensor:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 import warnings
 
 import pytest
@@ -163,30 +165,41 @@ def test_memory_stays_within_its_budget(saved, budget):
         bank.prefetch(["mixed"]).result(30)
 
 
-def test_threads_that_switch_at_random_get_their_own_answers(bank, saved):
+@pytest.mark.parametrize(
+    ("count", "seconds"), [(16, 2), pytest.param(64, 120, marks=pytest.mark.slow)], ids=["short", "minutes"]
+)
+def test_threads_that_switch_at_random_get_their_own_answers(bank, saved, count, seconds):
     _, logits = saved
-    wrong = []
+    answers, wrong, names = [], [], [*DENSITIES, "__base__"]
+    end = time.monotonic() + seconds
 
     def work(seed):
-        generator = torch.Generator().manual_seed(seed)
-        names = [*DENSITIES, "__base__"]
-        for _ in range(6):
-            name = names[int(torch.randint(4, (), generator=generator))]
+        generator = random.Random(seed)
+        while time.monotonic() < end:
+            name, way = generator.choice(names), generator.randrange(3)
+            expected = logits[name]
             with torch.no_grad():
-                if seed % 2:
+                if way == 0:
                     answer = bank(IMAGES, name)
-                else:
+                elif way == 1:
                     with bank.use(name) as model:
                         answer = model(IMAGES)
-            if not torch.allclose(answer, logits[name], rtol=1e-4, atol=1e-4):
+                else:
+                    chosen = generator.choices(names, k=len(IMAGES))
+                    answer = bank.forward(IMAGES, tasks=chosen)
+                    expected = torch.stack([logits[task][row] for row, task in enumerate(chosen)])
+            answers.append(name)
+            if not torch.allclose(answer, expected, rtol=1e-4, atol=1e-4):
                 wrong.append(name)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    print(f"{len(answers)} answers of {count} threads in {seconds} s, {len(wrong)} wrong")
     assert not wrong
+    assert len(answers) > count
 
 
 def test_exclusive_banks_leave_the_last_task_live(saved):
