@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .evaluate_run import evaluate_run
 from .guards import TrainingFailure
 from .loop_arguments import LoopArguments
+from .many import run_many
 from .recipes import list_recipes, load_recipe
 from .run import RunSummary, plan, run
 from .saved import load_masks, load_run
@@ -34,6 +35,7 @@ __all__ = [
     "load_run",
     "plan",
     "run",
+    "run_many",
 ]
 
 

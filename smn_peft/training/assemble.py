@@ -30,6 +30,7 @@ from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from ..tuner.stages import stage_targets
 from ..tuner.targets import resolve_targets
+from .decoded import decoded
 from .lora import lora_config
 from .start import read_indices, start_from
 from .task import TrainingTask
@@ -87,12 +88,13 @@ def build_images(arguments: TrainArguments) -> Images:
         "revision": arguments.dataset_revision,
     }
     labelled = needs_labels or arguments.eval_split is not None
+    key = (arguments.dataset, *where.values(), labelled, arguments.subset_seed)
     full = load_images(arguments.dataset, arguments.train_split, labelled=labelled, **where)
     train = full
     if arguments.limit is not None and arguments.limit < len(train):
         train = train.subset(_choose(len(train), arguments.limit, arguments.subset_seed))
     if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
-        train = train.cached()
+        train = decoded(train, "train", (*key, arguments.train_split, arguments.limit))
     bank = train
     if arguments.fraction < 1.0:
         labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
@@ -114,7 +116,7 @@ def build_images(arguments: TrainArguments) -> Images:
     if arguments.eval_limit is not None and arguments.eval_limit < len(test):
         test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
     if arguments.cache_images:
-        test = test.cached()
+        test = decoded(test, "test", (*key, arguments.eval_split, arguments.eval_limit))
     if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
         bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
     return Images(train, bank, test, full.num_classes)

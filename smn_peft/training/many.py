@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`run_many`: one run per task in a process, each as it would be alone; what is done is not done again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from .decoded import share_decoded
+from .guards import TrainingFailure
+from .run import RunSummary, finished_run, run
+from .train_arguments import TrainArguments
+
+__all__ = ["run_many"]
+
+
+def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSummary | TrainingFailure]]:
+    """Train the tasks in turn and give what came of each, as soon as it is there.
+
+    A task that is finished is not trained again, one that was interrupted goes on from its checkpoint, and one that
+    fails does not keep the others from their turn. Importing, and decoding images that tasks share, are paid once.
+
+    Args:
+        tasks: Arguments by name, each with an `output_dir` of its own. Precision and device must be those of the
+            first, since accelerate keeps them for the whole process.
+
+    Yields:
+        The name, and the summary of the run or why it could not go on usefully.
+
+    Raises:
+        ValueError: If two tasks share a folder, or differ in precision or device: nothing is trained then. Later, if
+            a folder holds a run of other settings, or arguments and data do not go together.
+        Interrupted: After Ctrl-C, once a checkpoint is written.
+    """
+    check_tasks(tasks)
+    with share_decoded():
+        for name, arguments in tasks.items():
+            going_on = replace(arguments, resume=True)
+            try:
+                yield name, finished_run(going_on) or run(going_on)
+            except TrainingFailure as failure:
+                yield name, failure
+
+
+def check_tasks(tasks: Mapping[str, TrainArguments]) -> None:
+    """Refuse tasks that cannot be trained by one process, one after the other.
+
+    Raises:
+        ValueError: As [`run_many`].
+    """
+    folders: dict[str, str] = {}
+    first = next(iter(tasks.values()), None)
+    for name, arguments in tasks.items():
+        if (other := folders.setdefault(str(arguments.output_dir), name)) != name:
+            raise ValueError(f"Tasks {other!r} and {name!r} have the same output_dir: {arguments.output_dir}.")
+        for field in ("mixed_precision", "cpu"):
+            if getattr(arguments, field) != getattr(first, field):
+                raise ValueError(
+                    f"Task {name!r} has another {field} than the first task: accelerate keeps one for the whole "
+                    "process. Put such tasks into a file of their own."
+                )

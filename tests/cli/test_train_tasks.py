@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`smn train --tasks`: runs in turn are the runs alone, are done once, go on, and do not stop each other."""
+
+from __future__ import annotations
+
+import pytest
+from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
+
+from smn_peft.cli.main import app
+from smn_peft.cli.tasks import part_of, read_tasks
+from smn_peft.data import ImageDataset
+from smn_peft.training import RunSummary, TrainArguments
+from tests.training.tiny import write_model, write_npz
+
+runner = CliRunner()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def line(tmp_path) -> list[str]:
+    """The options that all tasks share."""
+    return [
+        "train",
+        f"--backbone={write_model(tmp_path)}",
+        f"--dataset={write_npz(tmp_path / 'set.npz')}",
+        f"--output-dir={tmp_path / 'out'}",
+        "--batch-size=12",
+        "--max-steps=3",
+        "--lr=5",
+        "--knn-k=5",
+        "--log-every=1",
+        "--cpu",
+        "--cache-images",
+    ]
+
+
+def tasks_file(tmp_path, text):
+    (tmp_path / "tasks.yaml").write_text(text)
+    return f"--tasks={tmp_path / 'tasks.yaml'}"
+
+
+def adapter(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_each_task_is_the_run_that_it_would_be_alone(line, tmp_path):
+    file = tasks_file(tmp_path, "one: {seed: 1}\ntwo: {seed: 2, mask: {batch_norm: adapt}}\n")
+    result = runner.invoke(app, [*line, file])
+    assert result.exit_code == 0, result.output
+    assert "one: 3 steps" in result.output
+    alone = [*line, f"--output-dir={tmp_path / 'alone'}", "--seed=2", "--mask.batch-norm=adapt"]
+    assert runner.invoke(app, alone).exit_code == 0
+    assert adapter(tmp_path / "out/two") == adapter(tmp_path / "alone")
+    assert adapter(tmp_path / "out/one") != adapter(tmp_path / "alone")
+    two, same = (RunSummary.load(tmp_path / folder) for folder in ("out/two", "alone"))
+    assert (two.before, two.after) == (same.before, same.after)
+
+
+def test_images_are_decoded_once_for_tasks_that_share_them(line, tmp_path, monkeypatch):
+    decoded, cached = [], ImageDataset.cached
+    monkeypatch.setattr(ImageDataset, "cached", lambda images: decoded.append(len(images)) or cached(images))
+    text = "one: {seed: 1}\ntwo: {seed: 2}\nfew: {limit: 24}\n"
+    assert runner.invoke(app, [*line, tasks_file(tmp_path, text)]).exit_code == 0
+    assert len(decoded) == 3  # training images, test images, the few
+    assert decoded[2] == 24
+
+
+def test_what_is_done_is_not_done_again(line, tmp_path):
+    assert runner.invoke(app, [*line, tasks_file(tmp_path, "one: {seed: 1}\n")]).exit_code == 0
+    before = (tmp_path / "out/one/run.json").stat().st_mtime_ns
+    file = tasks_file(tmp_path, "one: {seed: 1}\ntwo: {seed: 2}\n")
+    assert runner.invoke(app, [*line, file, "--part=2/2"]).exit_code == 0
+    assert runner.invoke(app, [*line, file]).exit_code == 0
+    assert (tmp_path / "out/one/run.json").stat().st_mtime_ns == before
+    assert (tmp_path / "out/two/run.json").is_file()
+    changed = runner.invoke(app, [*line, tasks_file(tmp_path, "one: {seed: 3}\n")])
+    assert changed.exit_code == 1
+    assert "seed" in changed.output
+
+
+def test_a_task_that_fails_does_not_stop_the_others(line, tmp_path):
+    file = tasks_file(tmp_path, "bad: {mask: {init_score: -1.0}}\ngood: {seed: 2}\n")
+    result = runner.invoke(app, [*line, file])
+    assert result.exit_code == 1
+    assert "bad: " in result.output
+    assert (tmp_path / "out/good/run.json").is_file()
+    assert not (tmp_path / "out/bad/run.json").exists()
+
+
+def test_a_dry_run_shows_every_plan(line, tmp_path):
+    result = runner.invoke(app, [*line, tasks_file(tmp_path, "one: {lr: 7}\ntwo:\n"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "one\nbackbone" in result.output
+    assert "learning rates 7 and" in result.output
+    assert not (tmp_path / "out/one/run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("../up: {seed: 1}", "a name is a folder's"),
+        ("one: {sede: 1}", "did you mean"),
+        ("one: 3", "must hold a mapping"),
+        ("one: {output_dir: x}", "leave it out"),
+        ("{}", "holds no task"),
+        ("- one", "must hold a mapping"),
+        ("one: {seed: 1}\ntwo: {mixed_precision: bf16}", "another mixed_precision"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained(line, tmp_path, text, says):
+    result = runner.invoke(app, [*line, tasks_file(tmp_path, text)])
+    assert result.exit_code != 0
+    assert says in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_share_the_tasks(tmp_path):
+    arguments = TrainArguments(backbone="b", dataset="d", output_dir="o")
+    path = tmp_path / "tasks.yaml"
+    path.write_text("".join(f"t{index}: {{seed: {index}}}\n" for index in range(7)))
+    tasks = read_tasks(path, arguments)
+    parts = [list(part_of(tasks, f"{index}/3")) for index in (1, 2, 3)]
+    assert sorted(sum(parts, [])) == sorted(tasks)
+    assert len({*parts[0], *parts[1], *parts[2]}) == 7
+    for wrong in ("0/3", "4/3", "2", "a/b"):
+        with pytest.raises(ValueError, match="I/N"):
+            part_of(tasks, wrong)
