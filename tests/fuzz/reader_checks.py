@@ -124,6 +124,10 @@ def check_ranked(data: bytes, base: Base) -> None:
     width = sum(c * k for c, k in zip(counts, ks, strict=True))
     rest = data[36:].ljust((width + 7) // 8, b"\0")
     planes, symbols = rest[: (width + 7) // 8], rest[(width + 7) // 8 :]
+    if ties & 2:  # as many gaps as there should be
+        symbols += bytes(sum(counts))
+        ends = [place + 1 for place, symbol in enumerate(symbols) if symbol != 255]
+        symbols = symbols[: ends[sum(counts) - 1] if any(counts) else 0]
     payload = bytes([exponent | shift << 4, *counts]) + planes + deflate(symbols)
     try:
         found = np.flatnonzero(decode_ranked(memoryview(payload), sum(counts), theta)).tolist()

@@ -30,8 +30,8 @@ def encode_ranked(is_minority: NDArray[np.bool_], weight: NDArray[np.floating]) 
 
     Args:
         is_minority: (weights,), True at least once.
-        weight: Frozen weights θ, (weights,). Working memory is 4 to 8 bytes for each fp32 weight, the more the larger
-            the minority, and one core of a server codes some 10 million weights a second.
+        weight: Frozen weights θ, (weights,). Working memory is 8 bytes for each fp32 weight where 15 % are in the
+            minority, and 4 where 1 % are; one core codes 9 and 16 million weights a second.
 
     Returns:
         One byte with the power of 2 of the bins (low half) and the shift of k (high half); the count of each bin
@@ -73,8 +73,8 @@ def decode_ranked(payload: memoryview, count: int, weight: NDArray[np.floating])
     Args:
         payload: What [`encode_ranked`] gave.
         count: Number of weights in the minority.
-        weight: The weights that it was coded with. Working memory is 5 bytes for each fp32 weight, and one core of a
-            server decodes some 50 million weights a second.
+        weight: The weights that it was coded with. Working memory is 5 bytes for each fp32 weight; one core decodes 47
+            million weights a second where 15 % are in the minority, and 63 where 1 % are.
 
     Raises:
         CodecError: If the payload is damaged, or was coded with other weights and shows it.
