@@ -2,46 +2,31 @@
 """Fuzz the readers of adapters: `python tests/fuzz/fuzz_codec.py --seconds 60 --log fuzz.json`.
 
 With atheris installed (`--engine atheris`) the inputs follow coverage; without, they are mutations of real blobs and
-files. Inputs are of three kinds: whole blobs; layers whose payload is valid DEFLATE of hostile symbols, which plain
-mutation would hardly ever reach; and safetensors files of a hostile header whose lengths are right. A finding is any
-exception but the readers' own, or other masks without an error.
+files. Inputs are of four kinds: whole blobs; layers whose payload is valid DEFLATE of hostile symbols, which plain
+mutation would hardly ever reach; ranked layers whose counts are right; and safetensors files of a hostile header whose
+lengths are right. A finding is any exception but the readers' own, other masks without an error, or a difference:
+between the accelerated reader (interpreted, so that coverage sees it) and numpy's, or between the ranked code's reader
+and a plain one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import resource
 import struct
 import sys
 import tempfile
 import time
 import traceback
-import zlib
 from pathlib import Path
 
 import numpy as np
+from reader_checks import Base, check_blob, check_file, check_layer, check_ranked
 
-LIMIT = 1 << 16
 NAMES = ("a", "b", "c", "d")
-
-
-class Base:
-    """What a decoder knows of every layer."""
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(1)
-        self.theta = rng.standard_normal(2000).astype(np.float32)
-        self.chosen = rng.random(2000) < 0.5
-
-    def selected(self, name: str) -> np.ndarray | None:
-        """Half of the weights of layer c."""
-        return self.chosen if name == "c" else None
-
-    def weight(self, name: str) -> np.ndarray:
-        """The same weights for all."""
-        return self.theta
+KINDS = ("layer", "blob", "file", "ranked")
+"""Of inputs: the first byte of one under atheris."""
 
 
 def seeds(base: Base) -> list[bytes]:
@@ -55,46 +40,6 @@ def seeds(base: Base) -> list[bytes]:
         masks["d"] = np.packbits(np.abs(base.theta) > 3 * share)
         blobs += [encode_masks(masks, codec, base) for codec in ("entropy", "archival")]
     return blobs
-
-
-def check_blob(data: bytes, base: Base, known: dict[bytes, dict[str, bytes]]) -> None:
-    """Decode a blob: the reader's own error, or masks that have its checksum."""
-    from smn_peft.storage.codec import MaskBlob, decode_masks
-
-    for knowledge in (base, None):
-        try:
-            blob = MaskBlob.parse(data)
-            masks = decode_masks(blob, LIMIT, knowledge)
-        except ValueError:
-            continue
-        checksum = zlib.crc32(blob.table)
-        for mask in masks.values():
-            checksum = zlib.crc32(mask.tobytes(), checksum)
-        assert checksum == blob.checksum
-        assert sum(map(len, masks.values())) <= LIMIT
-        key = blob.table + struct.pack("<I", checksum)
-        assert known.setdefault(key, {n: m.tobytes() for n, m in masks.items()}) == {
-            n: m.tobytes() for n, m in masks.items()
-        }
-
-
-def check_layer(data: bytes, base: Base) -> None:
-    """Decode a layer whose payload is DEFLATE of hostile symbols, with a hostile code and count."""
-    from smn_peft.storage.codec import decode_layer
-    from smn_peft.storage.codec.deflate import deflate
-
-    if len(data) < 6:
-        return
-    code, split = data[0] & 31, data[1]
-    active, size = struct.unpack_from("<HH", data, 2)
-    out = np.zeros(size % 300, np.uint8)
-    payload = data[6 : 6 + split] + deflate(data[6 + split :])
-    try:
-        decode_layer(code, active, memoryview(payload), out, base.theta[: 8 * len(out)])
-    except ValueError:
-        return
-    if 8 * len(out) <= len(base.theta):
-        assert int(np.unpackbits(out).sum()) == active or code & 7 in (0, 1)
 
 
 def files() -> list[bytes]:
@@ -117,26 +62,6 @@ def files() -> list[bytes]:
         found.append(data[8:end].rstrip() + b"\0" + data[end:])
     odd = [{"dtype": kind, "shape": [8], "data_offsets": [0, 16]} for kind in ("BF16", "F8_E4M3", "C64")]
     return found + [json.dumps({"x.smn_masks": entry}).encode() + bytes(17) for entry in odd]
-
-
-def check_file(data: bytes, path: Path) -> None:
-    """Read, verify and inspect a file that has this header, all lengths made right."""
-    from smn_peft.storage import inspect_adapter, read_adapter_file, verify_adapter_file
-    from smn_peft.storage.repack import unpack_tensors
-
-    header, _, body = data.partition(b"\0")
-    ends = [int(end) for end in re.findall(rb'"data_offsets":\s*\[\s*\d+\s*,\s*(\d{1,9})\s*\]', header)]
-    body = body.ljust(min(max(ends, default=0), LIMIT), b"\0")[: max(ends, default=0)]
-    path.write_bytes(struct.pack("<Q", len(header)) + header + body)
-    for read in (
-        lambda: unpack_tensors(read_adapter_file(path), LIMIT),
-        lambda: verify_adapter_file(path, LIMIT),
-        lambda: (str(inspect_adapter(path)), inspect_adapter(path).to_json()),
-    ):
-        try:
-            read()
-        except ValueError:
-            continue
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
@@ -168,14 +93,16 @@ def fuzz(seconds: float, seed: int = 0) -> dict[str, object]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     executions, slowest, began = 0, 0.0, time.monotonic()
     while time.monotonic() - began < seconds:
-        real = headers if executions % 3 == 0 else corpus
+        real = headers if executions % 4 == 0 else corpus
         data = mutated(real[int(rng.integers(0, len(real)))], rng)
         started = time.monotonic()
         try:
-            if executions % 3 == 0:
+            if executions % 4 == 0:
                 check_file(data, path)
-            elif executions % 3 == 1:
+            elif executions % 4 == 1:
                 check_blob(data, base, known)
+            elif executions % 4 == 2:
+                check_ranked(rng.integers(0, 256, 36, dtype=np.uint8).tobytes() + data, base)
             else:
                 check_layer(rng.integers(0, 32, 6, dtype=np.uint8).tobytes() + data, base)
         except Exception:
@@ -188,7 +115,7 @@ def fuzz(seconds: float, seed: int = 0) -> dict[str, object]:
     return {"executions": executions, "findings": findings, "slowest_s": slowest, "grown_kb": peak, "seconds": seconds}
 
 
-def fuzz_by_coverage(seconds: float, corpus: Path | None = None) -> None:
+def fuzz_by_coverage(seconds: float, corpus: Path | None = None, kinds: tuple[str, ...] = KINDS) -> None:
     """The same checks under atheris, which prints executions and coverage and ends the process itself.
 
     Inputs that reach something new stay in the folder `corpus`, for the next run to start from.
@@ -200,20 +127,21 @@ def fuzz_by_coverage(seconds: float, corpus: Path | None = None) -> None:
     base, known = Base(), {}
     corpus = corpus or Path(tempfile.mkdtemp())
     corpus.mkdir(parents=True, exist_ok=True)
-    for index, data in enumerate(seeds(base)):
-        (corpus / f"seed{index}").write_bytes(b"\1" + data)
-        (corpus / f"layer{index}").write_bytes(b"\0" + data)
-    for index, data in enumerate(files()):
-        (corpus / f"file{index}").write_bytes(b"\2" + data)
     path = Path(tempfile.mkdtemp()) / "file"
+    checks = {
+        "layer": lambda data: check_layer(data, base),
+        "blob": lambda data: check_blob(data, base, known),
+        "file": lambda data: check_file(data, path),
+        "ranked": lambda data: check_ranked(data, base),
+    }
+    for kind in kinds:
+        for index, data in enumerate(files() if kind == "file" else seeds(base)):
+            (corpus / f"{kind}{index}").write_bytes(bytes([KINDS.index(kind)]) + data)
 
     def one(data: bytes) -> None:
-        if data[:1] == b"\1":
-            check_blob(data[1:], base, known)
-        elif data[:1] == b"\2":
-            check_file(data[1:], path)
-        else:
-            check_layer(data[1:], base)
+        kind = KINDS[data[0] % len(KINDS)] if data else ""
+        if kind in kinds:
+            checks[kind](data[1:])
         if len(known) > 1000:
             known.clear()
 
@@ -230,10 +158,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--engine", choices=("mutate", "atheris"), default="mutate")
     parser.add_argument("--corpus", type=Path, help="with atheris: a folder that keeps what was reached")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="with atheris: of inputs")
     parser.add_argument("--log", type=Path)
     options = parser.parse_args()
     if options.engine == "atheris":
-        fuzz_by_coverage(options.seconds, options.corpus)
+        fuzz_by_coverage(options.seconds, options.corpus, tuple(options.kinds))
         return
     log = fuzz(options.seconds, options.seed)
     print(json.dumps({**log, "findings": len(log["findings"])}))

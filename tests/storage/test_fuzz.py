@@ -12,7 +12,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "fuzz" / "fuzz_codec.py"
 
 
 @pytest.mark.slow
-def test_fuzzing_the_readers_of_coded_masks_finds_nothing():
+def test_fuzzing_the_readers_of_coded_masks_finds_nothing(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
     spec = importlib.util.spec_from_file_location("fuzz_codec", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
