@@ -15,14 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    import paper_results
     import quickstart_report
     import transfer_report
 
-    return quickstart_report, transfer_report
+    return quickstart_report, transfer_report, paper_results
 
 
 def test_readme_is_rendered_from_the_records(reports, tmp_path):
-    quickstart_report, transfer_report = reports
+    quickstart_report, transfer_report, _ = reports
     copy = tmp_path / "README.md"
     copy.write_text((ROOT / "README.md").read_text("utf-8"), "utf-8")
     transfer_report.render_readme(copy)
@@ -38,3 +39,12 @@ def test_a_typed_number_is_found(reports, tmp_path):
     assert copy.read_text("utf-8") != text
     reports[1].render_readme(copy)
     assert f" {number} " in copy.read_text("utf-8")
+
+
+def test_the_paper_at_a_small_scale_is_rendered_from_the_records(reports):
+    *_, paper_results = reports
+    found = paper_results.records()
+    assert found
+    assert paper_results.page(found) == paper_results.PAGE.read_text("utf-8")
+    text = paper_results.README.read_text("utf-8")
+    assert paper_results.readme(text, found) == text

@@ -64,7 +64,7 @@ SMALL = Scale(
     datasets={"cifar10": _CIFAR10},
     supervised={
         "vit": _supervised("ViT-Tiny, 64 px", _VIT, 10.0, statistics=False),
-        "resnet": _supervised("ResNetV2-50, 48 px", _RESNET, 100.0, statistics=True),
+        "resnet": _supervised("ResNetV2-50, 48 px", _RESNET, 30.0, statistics=True),
     },
     unsupervised={
         "vit": _unsupervised("ViT-Tiny, 64 px", _VIT, statistics=False),

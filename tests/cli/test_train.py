@@ -243,7 +243,7 @@ def compare_with_one_process(line, tmp_path, loss_tolerance, score_tolerance):
 
 @pytest.mark.slow
 def test_two_processes_are_one(recipe, tmp_path):
-    compare_with_one_process([*recipe, "--epochs", 2], tmp_path, 1e-4, 1e-3)
+    compare_with_one_process([*recipe, "--epochs", 3], tmp_path, 1e-4, 1e-3)
 
 
 @pytest.mark.slow

@@ -125,9 +125,8 @@ def test_parts_share_the_tasks(tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text("".join(f"t{index}: {{seed: {index}}}\n" for index in range(7)))
     tasks = read_tasks(path, arguments)
-    parts = [list(part_of(tasks, f"{index}/3")) for index in (1, 2, 3)]
-    assert sorted(sum(parts, [])) == sorted(tasks)
-    assert len({*parts[0], *parts[1], *parts[2]}) == 7
+    shared = [name for index in (1, 2, 3) for name in part_of(tasks, f"{index}/3")]
+    assert sorted(shared) == sorted(tasks)
     for wrong in ("0/3", "4/3", "2", "a/b"):
         with pytest.raises(ValueError, match="I/N"):
             part_of(tasks, wrong)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's claims as comparisons of two rows of a table, judged by records: holds, does not, or cannot be told."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..evaluation import markdown_table
+
+__all__ = ["CLAIMS", "Claim", "Verdict", "claims_table", "judge"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Row `row` of an artefact is above row `than`, or at most `short` below it.
+
+    Attributes:
+        text: The claim in words.
+        artefact: Name of the table or figure whose record judges it.
+        row: The row that should be above.
+        than: The row that it is compared with.
+        short: By how much it may fall short (a fraction of 1).
+        of_paper: Whether the paper says so; else it is a control that the paper lacks.
+    """
+
+    text: str
+    artefact: str
+    row: str
+    than: str
+    short: float = 0.0
+    of_paper: bool = True
+
+
+CLAIMS = (
+    Claim("a mask with labels beats k-NN on the frozen base", "table1", "mask", "k-NN, frozen base"),
+    Claim("a mask with labels comes within a point of full fine-tuning", "table1", "mask", "full fine-tuning", 0.01),
+    Claim(
+        "… by the paper's recipe: SGD, a random head",
+        "table1",
+        "mask, SGD and a random head",
+        "full fine-tuning",
+        0.01,
+    ),
+    Claim("… beats a linear probe", "table1", "mask", "linear probe, frozen base", of_paper=False),
+    Claim("… beats LoRA of at most its bytes", "table1", "mask", "LoRA of at most the mask's bytes", of_paper=False),
+    Claim(
+        "… is more than statistics that adapt",
+        "table1",
+        "mask",
+        "new head, BatchNorm statistics alone",
+        of_paper=False,
+    ),
+    Claim("a mask without labels beats the frozen base", "table2", "threshold", "frozen base"),
+    Claim("thresholds beat topk at 50 %", "table2", "threshold", "topk 50 %"),
+    Claim("thresholds are no worse than topk at the density they found", "table2", "threshold", "topk, found density"),
+    Claim("… is more than statistics that adapt", "table2", "threshold", "BatchNorm statistics alone", of_paper=False),
+    Claim("… beats fine-tuning without labels", "table2", "threshold", "full fine-tuning", of_paper=False),
+    Claim("a conditional cascade beats its dispatcher", "table3", "cascade, conditional", "dispatcher"),
+    Claim("an unconditional cascade beats its dispatcher", "table3", "cascade, unconditional", "dispatcher"),
+    Claim(
+        "… is more than whitening",
+        "table3",
+        "cascade, unconditional",
+        "dispatcher, whitened",
+        of_paper=False,
+    ),
+    Claim(
+        "… is more than as many dispatchers of other seeds",
+        "table3",
+        "cascade, unconditional",
+        "dispatchers of 4 seeds",
+        of_paper=False,
+    ),
+    Claim("masking a tenth of the weights beats the frozen base", "figure8", "random: 10 %", "frozen base"),
+    Claim("masking half of the weights loses at most a point", "figure8", "random: 50 %", "all weights", 0.01),
+    Claim("the largest tenth is a better choice than a random one", "figure9", "magnitude: 10 %", "random: 10 %"),
+)
+"""What is judged, in the order of the paper; a text that starts with "…" goes on from the claim before it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim in one section of its artefact.
+
+    Attributes:
+        claim: What was judged.
+        section: Where: a backbone, a metric, or both.
+        differences: Row less `than`, by seed (fractions of 1).
+        says: "holds", "does not hold" or "cannot be told".
+    """
+
+    claim: Claim
+    section: str
+    differences: tuple[float, ...]
+    says: str
+
+
+def judge(claim: Claim, record: Mapping[str, Any]) -> list[Verdict]:
+    """Compare the rows of a claim in every section that has both, seed by seed.
+
+    It holds if every seed says so and the mean is two standard errors away from the margin, and does not hold if
+    every seed says the opposite as clearly; else, and under fewer than three seeds, it cannot be told.
+
+    Args:
+        claim: The claim.
+        record: Of its artefact, see [`smn_peft.paper.record`].
+    """
+    cells: dict[tuple[str, str], dict[str, Sequence[float | None]]] = {}
+    for cell in record["cells"]:
+        if cell["row"] in (claim.row, claim.than) and "bytes" not in cell["metric"] and cell["metric"] != "density":
+            cells.setdefault((cell["section"], cell["column"]), {})[cell["row"]] = cell["values"]
+    verdicts = []
+    for (section, _), rows in cells.items():
+        if len(rows) < 2:
+            continue
+        own, other = rows[claim.row], rows[claim.than]
+        wide = max(len(own), len(other))
+        pairs = zip(*(list(row) * (wide if len(row) == 1 else 1) for row in (own, other)), strict=True)
+        differences = tuple(a - b for a, b in pairs if a is not None and b is not None)
+        verdicts.append(Verdict(claim, section, differences, _says([d + claim.short for d in differences])))
+    return verdicts
+
+
+def _says(margins: Sequence[float]) -> str:
+    if len(margins) > 2:
+        clear = abs(statistics.mean(margins)) > 2 * statistics.stdev(margins) / len(margins) ** 0.5
+        if clear and min(margins) > 0:
+            return "holds"
+        if clear and max(margins) < 0:
+            return "does not hold"
+    return "cannot be told"
+
+
+def claims_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown of all claims whose artefact has a record.
+
+    Args:
+        records: Records by the artefact's name.
+    """
+    rows = []
+    for claim in CLAIMS:
+        for verdict in judge(claim, records[claim.artefact]) if claim.artefact in records else []:
+            points = [100 * difference for difference in verdict.differences]
+            mean = f"{statistics.mean(points):+.1f}" if points else "–"
+            spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
+            rows.append(
+                {
+                    "claim": claim.text if claim.of_paper else f"{claim.text} (not in the paper)",
+                    "where": verdict.section or records[claim.artefact]["title"],
+                    "points": mean + spread,
+                    "seeds": f"{len(points)}",
+                    "at this scale it": verdict.says,
+                }
+            )
+    return markdown_table(rows)
