@@ -26,13 +26,20 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.0f}"
 
 
+def _target(row: Row) -> str:
+    if row.target is None:
+        return ""
+    unit = "" if row.unit == "ratio" else f" {row.unit}"
+    return f"{'≥' if row.better == 'higher' else '≤'} {row.target:,g}{unit}"
+
+
 def _line(rows: Sequence[Row]) -> dict[str, str]:
     """A line of the table, for one row or for many of the same figure and target."""
     first, unit = rows[0], "" if rows[0].unit == "ratio" else f" {rows[0].unit}"
     values = sorted(row.value for row in rows)
     spread = first.low is not None and not first.exact and len(rows) == 1
     missed = sum(row.misses for row in rows)
-    target = "" if first.target is None else f"{'≥' if first.better == 'higher' else '≤'} {first.target:g}{unit}"
+    target = _target(first)
     if missed:
         target += ", missed" if len(rows) == 1 else f", missed by {missed}"
     return {
@@ -46,22 +53,26 @@ def _line(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _machines(rows: Sequence[Row]) -> str:
-    """The sentence that says where it was measured."""
-    found = []
+    """The sentences that say where it was measured, and on how many threads."""
+    found, threads = [], {}
     for row in rows:
         facts, device = row.machine, row.machine["device"]
         where = f"{facts['cpu']}, {facts['cores']} cores" + ("" if device == "cpu" else f", {device}")
         found.append(f"{where}, torch {facts['torch']}")
-    return f"Measured on {'; '.join(dict.fromkeys(found))}."
+        threads.setdefault(facts["threads"], {})[row.benchmark] = None
+    used = "; ".join(f"{count} for {', '.join(names)}" for count, names in sorted(threads.items()))
+    return f"Measured on {'; '.join(dict.fromkeys(found))}. Threads: {used}."
 
 
 def render(rows: Sequence[Row]) -> str:
     """Markdown of a file's rows: the machine and the table."""
-    shown = [row for row in rows if row.unit == "ratio" or row.target is not None]
-    groups: dict[tuple[object, ...], list[Row]] = {}
-    for row in shown:
-        groups.setdefault((row.benchmark, row.what, row.target, row.unit, row.machine["device"]), []).append(row)
-    lines = [_line(part) for group in groups.values() for part in ([group] if len(group) > MANY else zip(group))]
+    figures: dict[tuple[str, ...], dict[float | None, list[Row]]] = {}
+    for row in rows:
+        if row.unit == "ratio" or row.target is not None:
+            figure = figures.setdefault((row.benchmark, row.what, row.machine["device"]), {})
+            figure.setdefault(row.target, []).append(row)
+    groups = [group for figure in figures.values() for group in figure.values()]
+    lines = [_line(part) for group in groups for part in ([group] if len(group) > MANY else zip(group))]
     return f"{_machines(rows)}\n\n{markdown_table(lines)}"
 
 

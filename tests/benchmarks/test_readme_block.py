@@ -45,17 +45,17 @@ def test_a_line_says_what_was_measured_and_what_was_wanted(scripts, row):
     rows = [
         row(1.07, 1.06, 1.085, target=1.1),
         row(1.2, 1.15, 1.25, name="vit_tiny", target=1.1),
-        row(512.3, what="decode", unit="Mbit/s", better="higher", target=500),
+        row(2512.3, what="decode", unit="Mbit/s", better="higher", target=1000),
         row(0.0123, 0.0123, 0.0123, what="on disk", unit="GB", target=0.13),
         row(3.5, what="opens in", unit="ms"),
         row(1.5, what="for comparison", better=None),
     ]
     text = scripts.readme_block.render(rows)
-    assert text.startswith("Measured on one, 2 cores, torch 2.0.\n\n| benchmark |")
+    assert text.startswith("Measured on one, 2 cores, torch 2.0. Threads: 1 for training.\n\n| benchmark |")
     assert cells(text) == [
         ["training", "mine / its", "resnet18", "1.070", "1.060 to 1.085", "≤ 1.1"],
         ["training", "mine / its", "vit_tiny", "1.200", "1.150 to 1.250", "≤ 1.1, missed"],
-        ["training", "decode", "resnet18", "512 Mbit/s", "", "≥ 500 Mbit/s"],
+        ["training", "decode", "resnet18", "2,512 Mbit/s", "", "≥ 1,000 Mbit/s"],
         ["training", "on disk", "resnet18", "0.012 GB", "", "≤ 0.13 GB"],
         ["training", "for comparison", "resnet18", "1.500", "", ""],
     ]
@@ -68,6 +68,18 @@ def test_many_cases_share_a_line(scripts, row):
     ]
 
 
+def test_a_figure_s_cases_stand_together(scripts, row):
+    rows = [row(name="a", target=1.2), row(what="another"), row(name="b", target=1.3)]
+    assert [line[1:3] for line in cells(scripts.readme_block.render(rows))] == [
+        ["mine / its", "a"],
+        ["mine / its", "b"],
+        ["another", "resnet18"],
+    ]
+
+
 def test_every_machine_is_named(scripts, row):
-    text = scripts.readme_block.render([row(), row(machine={"device": "GPU"})])
-    assert text.startswith("Measured on one, 2 cores, torch 2.0; one, 2 cores, GPU, torch 2.0.\n")
+    text = scripts.readme_block.render(
+        [row(machine={"threads": 2}), row(benchmark="codec"), row(machine={"device": "GPU", "threads": 2})]
+    )
+    machines = "Measured on one, 2 cores, torch 2.0; one, 2 cores, GPU, torch 2.0."
+    assert text.startswith(f"{machines} Threads: 1 for codec; 2 for training.\n")
