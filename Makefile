@@ -4,7 +4,8 @@
 #   PYTHON    the interpreter it is made from (python3)
 #   UV        the uv to install with; `UV=` takes venv and pip even where uv is installed
 #   ARGS      passed on to the quickstart, to pytest or to the benchmarks
-#   BENCH     the benchmarks to run
+#   BENCH     the benchmarks to run; named, their rows take their places among those that BENCH_JSON has already
+#   BENCH_JSON  where they write what they measure (outputs/bench.json)
 #   PARALLEL, COVERAGE  options of `make test`; for a part of the tests: make test COVERAGE= ARGS=tests/functional
 
 .DEFAULT_GOAL := help
@@ -16,6 +17,7 @@ ARGS   ?=
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.smn_peft-installed
 
+BENCH_JSON ?= outputs/bench.json
 BENCH    ?= $(sort $(wildcard tests/benchmarks/bench_*.py))
 PARALLEL ?= -n auto --maxprocesses=4 --dist worksteal
 COVERAGE ?= --cov=smn_peft --cov-report=term-missing:skip-covered --cov-fail-under=90
@@ -31,10 +33,10 @@ else
   INSTALL = $(PIP_INSTALL)
 endif
 
-.PHONY: help env quickstart test test-slow bench lint format dist clean
+.PHONY: help env quickstart test test-slow bench bench-compare bench-save lint format dist clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 # The stamp lies inside the environment; a newer pyproject.toml may ask for other packages.
 $(STAMP): pyproject.toml
@@ -53,9 +55,18 @@ test: $(STAMP) ## Run the tests that take seconds, offline; coverage below 90 % 
 test-slow: $(STAMP) ## Run the long tests; SMN_ASSETS names the folder of real weights and images
 	$(PY) -m pytest -m slow $(ARGS)
 
-bench: $(STAMP) ## Run every tests/benchmarks/bench_*.py, or those in BENCH="..."
+bench: $(STAMP) ## Run every tests/benchmarks/bench_*.py, or those in BENCH="..."; writes BENCH_JSON
 	@test -n "$(BENCH)" || { echo "error: no tests/benchmarks/bench_*.py to run" >&2; exit 1; }
-	@set -e; for script in $(BENCH); do echo "== $$script"; $(PY) $$script $(ARGS); done
+	@$(if $(filter file,$(origin BENCH)),rm -f "$(BENCH_JSON)",:)
+	@set -e; export BENCH_JSON="$(BENCH_JSON)"; \
+	for script in $(BENCH); do echo "== $$script"; $(PY) $$script $(ARGS); done
+
+bench-compare: $(STAMP) ## Say what the last `make bench` found worse or better than the baseline; worse fails
+	$(PY) tests/benchmarks/comparison.py tests/benchmarks/baseline.json "$(BENCH_JSON)"
+
+bench-save: $(STAMP) ## Make the last `make bench` the baseline, and render it into README.md
+	cp "$(BENCH_JSON)" tests/benchmarks/baseline.json
+	$(PY) tests/benchmarks/readme_block.py
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check .

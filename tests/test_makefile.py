@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
-TARGETS = ["bench", "clean", "dist", "env", "format", "help", "lint", "quickstart", "test", "test-slow"]
+TARGETS = "bench bench-compare bench-save clean dist env format help lint quickstart test test-slow".split()
 
 
 def test_help_lists_every_target(run_make):
@@ -48,6 +48,13 @@ def test_the_tests_run_offline_with_coverage(run_make):
     commands = run_make("-n", "test").stdout
     for part in ("HF_HUB_OFFLINE=1", '-m "not slow"', "--cov=smn_peft", "--cov-fail-under=90"):
         assert part in commands
+
+
+def test_all_benchmarks_start_a_new_file_and_some_add_to_it(run_make):
+    every, some = (run_make("-n", "bench", "BENCH_JSON=new.json", *more).stdout for more in ((), ("BENCH=one.py",)))
+    assert [line for line in every.splitlines() if line.startswith("rm")] == ['rm -f "new.json"']
+    assert "rm" not in some.split()
+    assert all('export BENCH_JSON="new.json"' in commands for commands in (every, some))
 
 
 def test_an_unknown_target_fails(run_make):

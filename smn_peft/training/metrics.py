@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself: metrics.jsonl, one line of numbers per logged step, and the progress bar."""
+"""What a run says of itself: metrics.jsonl, one line of numbers per logged step, and the progress bar.
+
+A line of training has, over the steps since the line before in its epoch: ``loss`` and what else the objective
+returns, means over steps and processes; ``images_per_second`` of all processes; ``waiting_for_data``, the share of the
+time, 0 to 1, in which the loop waited for a batch to be loaded and sent to the device, mean over processes. And as
+they stand at ``step``: ``epoch``, a fraction; ``density`` of the mask, null without one; ``lr_scores``, ``lr_head``,
+one learning rate per parameter group. A line of an evaluation has ``step``, ``epoch`` and the metrics.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +14,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +76,16 @@ class Window:
         self.count = self.images = 0
         self.started, self.waited = time.perf_counter(), 0.0
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what is done inside as waiting for data: the host's time, so that no device is waited for.
+
+        On a GPU that is an upper bound of its idle time, since it may still be at work on the step before.
+        """
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def add(self, outputs: Mapping[str, Tensor], images: int) -> None:
         """Add what a forward returned for this many images."""
         for name, value in outputs.items():
@@ -76,19 +94,27 @@ class Window:
         self.images += images
 
     def summary(self) -> dict[str, Any]:
-        """Means over the steps and processes, images per second, and the share of time that waited for data."""
-        means = torch.stack([self.sums[name] for name in sorted(self.sums)]) / self.count
-        means = self.accelerator.reduce(means, "mean")
+        """The figures of a line that the module's docstring calls means and shares; every process takes part."""
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name] for name in names]) / self.count
+        # Filled in on the device: to copy the number there would be to wait once more.
+        waited = means.new_full((1,), self.waited / (time.perf_counter() - self.started))
+        values = self.accelerator.reduce(torch.cat([means, waited]), "mean").tolist()
         seconds = time.perf_counter() - self.started
         return {
-            **dict(zip(sorted(self.sums), means.tolist(), strict=True)),
+            **dict(zip(names, values[:-1], strict=True)),
             "images_per_second": self.images * self.accelerator.num_processes / seconds,
-            "waiting_for_data": self.waited / seconds,
+            "waiting_for_data": values[-1],
         }
 
 
 def postfix(values: Mapping[str, Any]) -> str:
     """What a progress bar shows of a line."""
-    shown = {"loss": values["loss"], "density": values["density"], "images/s": values["images_per_second"]}
-    forms = {"loss": ".3f", "density": ".4f", "images/s": ".0f"}
-    return ", ".join(f"{k} {v:{forms[k]}}" for k, v in shown.items() if v is not None and math.isfinite(v))
+    forms = {
+        "loss": "loss {:.3f}",
+        "density": "density {:.4f}",
+        "images_per_second": "images/s {:.0f}",
+        "waiting_for_data": "waiting {:.0%}",
+    }
+    found = ((form, values[name]) for name, form in forms.items())
+    return ", ".join(form.format(value) for form, value in found if value is not None and math.isfinite(value))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -52,6 +53,7 @@ class RunSummary:
         images_per_second: Median over the logged windows.
         sizes: Bytes of the adapter's file by part; `full` is what a checkpoint of all weights would have.
         versions: Versions of what computed it.
+        waiting_for_data: Share of the time in which the loop waited for a batch, median over the logged windows.
     """
 
     arguments: dict[str, Any]
@@ -64,6 +66,7 @@ class RunSummary:
     images_per_second: float | None
     sizes: dict[str, int]
     versions: dict[str, str] = field(default_factory=dict)
+    waiting_for_data: float | None = None
 
     def text(self) -> str:
         """What happened, in lines for a terminal."""
@@ -245,7 +248,6 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
     lines = read_metrics(folder / METRICS_NAME)
     losses = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "knn" in line]
-    speeds = sorted(line["images_per_second"] for line in losses)
     sizes: dict[str, int] = {}
     if isinstance(task.model, PeftModel):
         sizes = lora_sizes(folder) if task.mask_config is None else vars(adapter_sizes(folder))
@@ -258,10 +260,15 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
         density=task.density(),
         steps=trainer.step,
         seconds=seconds,
-        images_per_second=speeds[len(speeds) // 2] if speeds else None,
+        images_per_second=_median(losses, "images_per_second"),
         sizes=sizes,
         versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
+        waiting_for_data=_median(losses, "waiting_for_data"),
     )
+
+
+def _median(lines: list[dict[str, Any]], name: str) -> float | None:
+    return statistics.median(line[name] for line in lines) if lines else None
 
 
 def _metrics(line: Mapping[str, Any]) -> dict[str, float]:

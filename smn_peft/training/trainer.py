@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -186,8 +185,9 @@ class Trainer:
     def _epoch(self, bar: Any, stop: StopRequest) -> None:
         arguments, done = self.arguments, self.step % self.steps_per_epoch
         self.loader.set_epoch(self.step // self.steps_per_epoch, start_batch=done * arguments.accumulate)
-        batches = iter(self.loader)
         window = Window(self.accelerator)
+        with window.waiting():  # workers start here
+            batches = iter(self.loader)
         self._wrapped.train()
         while self.step < self.total_steps and done < self.steps_per_epoch:
             self._one_step(batches, window)
@@ -218,9 +218,8 @@ class Trainer:
         set_seed(_seed_of(arguments.seed, self.step, accelerator.process_index))
         self.task.before_step(self.step, self.step / max(1, self.total_steps - 1))
         for _ in range(arguments.accumulate):
-            start = time.perf_counter()
-            batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-            window.waited += time.perf_counter() - start
+            with window.waiting():
+                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
             if arguments.channels_last:
                 batch = _channels_last(batch)
             with accelerator.accumulate(self._wrapped):

@@ -27,6 +27,7 @@ import timm
 import torch
 from common import DEVICE, synchronise
 from peft import LoraConfig, get_peft_model
+from recording import Recorder
 from torch import nn
 
 from smn_peft.bank.bank import MaskBank
@@ -37,6 +38,7 @@ from smn_peft.functional.packing import pack_bits
 
 TARGETS = ["qkv", "proj", "fc1", "fc2"]
 BATCH, TOKENS = 64, 49
+RECORDER = Recorder("bank", DEVICE)
 
 
 def build(depth: int = 12) -> nn.Module:
@@ -77,8 +79,10 @@ def bank_of(model: nn.Module, density: float, number: int, source: TaskSource | 
     return bank
 
 
-def taking_turns(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median milliseconds of both, and the median ratio first / second; a first round does not count."""
+def taking_turns(
+    first: Callable[[], object], second: Callable[[], object], rounds: int
+) -> tuple[float, float, list[float]]:
+    """Median milliseconds of both, and every round's ratio first / second; a first round does not count."""
     clock = time.process_time if DEVICE == "cpu" else time.perf_counter
     times: list[list[float]] = [[], []]
     for index in range(rounds + 1):
@@ -89,15 +93,19 @@ def taking_turns(first: Callable[[], object], second: Callable[[], object], roun
             synchronise()
             times[which].append(1e3 * (clock() - start))
     pairs = list(zip(times[0][1:], times[1][1:], strict=True))
-    return (*(statistics.median(mine[1:]) for mine in times), statistics.median(a / b for a, b in pairs))
+    return (*(statistics.median(mine[1:]) for mine in times), [a / b for a, b in pairs])
 
 
-def row(what: str, measured: tuple[float, float, float], target: float | None = None, calls: int = 1) -> None:
-    """Print one comparison, of times that `calls` calls took each."""
-    (first, second), ratio = (
-        (f"{value / calls:.{4 if value < calls else 1}f} ms" for value in measured[:2]),
-        measured[2],
-    )
+def row(
+    what: str,
+    measured: tuple[float, float, list[float]],
+    target: float | None = None,
+    calls: int = 1,
+    better: str | None = "lower",
+) -> None:
+    """Print and record one comparison, of times that `calls` calls took each."""
+    first, second = (f"{value / calls:.{4 if value < calls else 1}f} ms" for value in measured[:2])
+    ratio = RECORDER.add(what, "ViT-B/32", measured[2], target=target, better=better)
     print(f"| {what} | {first} / {second} | {ratio:.3f} | {'' if target is None else f'≤ {target}'} |", flush=True)
 
 
@@ -176,7 +184,7 @@ def mixed() -> None:
 
 
 def lora() -> None:
-    """PEFT's LoRA with 2 and with 34 adapters, and a mixed batch of 8."""
+    """PEFT's LoRA with 2 and with 34 adapters, and a mixed batch of 8: the peer's own figures, to read beside ours."""
     config = LoraConfig(r=8, target_modules=TARGETS)
     models = [get_peft_model(build(), config).eval() for _ in range(2)]
     for model, number in zip(models, (34, 2), strict=True):
@@ -187,7 +195,12 @@ def lora() -> None:
         for name in ("default", "t1"):
             model.set_adapter(name)
 
-    row("LoRA: set_adapter with 34 / with 2", taking_turns(*(partial(turn, m) for m in models), 9), calls=2)
+    row(
+        "LoRA: set_adapter with 34 / with 2",
+        taking_turns(*(partial(turn, m) for m in models), 9),
+        calls=2,
+        better=None,
+    )
     with tempfile.TemporaryDirectory() as folder:
         models[1].save_pretrained(folder, selected_adapters=["default"])
 
@@ -195,14 +208,14 @@ def lora() -> None:
             model.load_adapter(folder, "loaded")
             model.delete_adapter("loaded")
 
-        row("LoRA: load_adapter with 34 / with 2", taking_turns(*(partial(load, m) for m in models), 3))
+        row("LoRA: load_adapter with 34 / with 2", taking_turns(*(partial(load, m) for m in models), 3), better=None)
     images, bare, served = tokens(), build(depth=2), get_peft_model(build(depth=2), config).eval()
     for index in range(1, 8):
         served.add_adapter(f"t{index}", config)
     names = ["default" if index % 8 == 0 else f"t{index % 8}" for index in range(BATCH)]
     with torch.no_grad():
         measured = taking_turns(lambda: served(images, adapter_names=names), lambda: bare(images), 4)
-    row(f"LoRA: mixed batch of {BATCH}, 8 adapters / one forward", measured)
+    row(f"LoRA: mixed batch of {BATCH}, 8 adapters / one forward", measured, better=None)
 
 
 def keep_freed_memory() -> None:

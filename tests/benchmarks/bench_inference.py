@@ -9,6 +9,7 @@ import warnings
 import torch
 from common import BATCH, DEVICE, SHAPES, SIZE, build, masked, ratio, step_of
 from peft import PeftModel
+from recording import Recorder
 
 LIMIT = 1.02
 
@@ -16,6 +17,7 @@ LIMIT = 1.02
 def main() -> None:
     """Print the table."""
     warnings.filterwarnings("ignore", message="Could not find a config file")
+    recorder = Recorder("inference", DEVICE)
     print(f"One forward without gradients, batch {BATCH}, {SIZE} px, {DEVICE}")
     print("| model | adapter | base | with adapter | ratio | target |")
     print("|---|---|---|---|---|---|")
@@ -30,7 +32,8 @@ def main() -> None:
         for kind, model in (("trained", trained), ("bits", loaded)):
             model.eval()
             with torch.no_grad():
-                ours, bare, median = ratio(lambda model=model: model(images), lambda base=base: base(images), 60)
+                ours, bare, ratios = ratio(lambda model=model: model(images), lambda base=base: base(images), 60)
+            median = recorder.add("forward, with adapter / base", f"{name}, {kind}", ratios, target=LIMIT)
             print(f"| {name} | {kind} | {bare * 1e3:.1f} ms | {ours * 1e3:.1f} ms | {median:.3f} | ≤ {LIMIT} |")
 
 

@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from PIL import Image
+from recording import Recorder
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -81,6 +82,7 @@ def per_second(function: Callable[[], None], repeat: int) -> float:
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
+    recorder = Recorder("loader")
     print("Loader, images per second and core")
     print("| transform | px | decode | decode + resize | loader | loader, cached | loader / (decode + resize) |")
     print("|---|---|---|---|---|---|---|")
@@ -101,6 +103,9 @@ def main() -> None:
             stored, held = (
                 per_second(partial(load, build_loader(data, transform, BATCH)), repeat) for data in (dataset, cached)
             )
+            for what, found in (("loader", stored), ("cached loader", held)):
+                what = f"images/s, {what} / (decode + resize)"
+                recorder.add(what, f"{name}, {pixels} px", found / floor, better="higher")
             print(
                 f"| {name} | {pixels} | {decoding:.0f} | {floor:.0f} | {stored:.0f} | {held:.0f} "
                 f"| {stored / floor:.2f} |"

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from recording import Recorder
 
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.bank.store import DiskStore
@@ -26,6 +27,8 @@ COUNTS = (10, 1_000, 10_000)
 VIT_B = {"qkv": 768 * 2304, "proj": 768 * 768, "fc1": 768 * 3072, "fc2": 768 * 3072}
 CONFIG = {"peft_type": "SMN", "base_model_name_or_path": "timm/vit_base_patch16_224.augreg_in21k", "codec": "bits"}
 TARGET_GB, TARGET_RATIO = 0.13, 1.2
+CASE = "1,000 ViT-B tasks, 99.9 % active"
+RECORDER = Recorder("store")
 
 
 def adapter(shapes: dict[str, int], depth: int, density: float, seed: int) -> StoredAdapter:
@@ -39,13 +42,14 @@ def adapter(shapes: dict[str, int], depth: int, density: float, seed: int) -> St
     return StoredAdapter(CONFIG, masks)
 
 
-def median(function: Callable[[], object], repeat: int) -> float:
-    """Median seconds of a call."""
+def median(function: Callable[[], object], repeat: int, what: str, name: str) -> float:
+    """Median seconds of a call, recorded in microseconds."""
     times = []
     for _ in range(repeat):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
+    RECORDER.add(what, name, [1e6 * seconds for seconds in times], unit="µs")
     return statistics.median(times)
 
 
@@ -67,21 +71,23 @@ def by_number(folder: Path) -> None:
     print("| tasks | open, ms | lookup, µs | read, µs | names, ms | add one, ms |\n|---|---|---|---|---|---|")
     lookups = []
     for number in COUNTS:
-        path = folder / f"of_{number}"
+        path, case = folder / f"of_{number}", f"{number:,} small tasks"
         with DiskStore.open(path) as store:
             store.add_many((f"task-{index}", small) for index in range(number))
             names: Iterator[str] = (f"task-{7919 * index % number}" for index in count())
-            lookups.append(median(lambda: store.version(next(names)), 4000))  # noqa: B023
-            reading = median(lambda: store.read(next(names)), 1000)  # noqa: B023
-            listing = median(store.names, 5)
+            lookups.append(median(lambda: store.version(next(names)), 4000, "lookup", case))  # noqa: B023
+            reading = median(lambda: store.read(next(names)), 1000, "read", case)  # noqa: B023
+            listing = median(store.names, 5, "names", case)
             extra: Iterator[str] = (f"extra-{index}" for index in count())
-            adding = median(lambda: store.add(next(extra), small), 11)  # noqa: B023
-        opening = median(lambda: open_and_close(path), 21)  # noqa: B023
+            adding = median(lambda: store.add(next(extra), small), 11, "add one", case)  # noqa: B023
+        opening = median(lambda: open_and_close(path), 21, "open", case)  # noqa: B023
         print(
             f"| {number:,} | {1e3 * opening:.2f} | {1e6 * lookups[-1]:.1f} | {1e6 * reading:.0f} | "
             f"{1e3 * listing:.2f} | {1e3 * adding:.1f} |"
         )
-    print(f"Lookup, {COUNTS[-1]:,} / {COUNTS[0]} tasks: {lookups[-1] / lookups[0]:.2f} (target ≤ {TARGET_RATIO})\n")
+    what = f"lookup, {COUNTS[-1]:,} / {COUNTS[0]} tasks"
+    flat = RECORDER.add(what, "small tasks", lookups[-1] / lookups[0], target=TARGET_RATIO)
+    print(f"{what.capitalize()}: {flat:.2f} (target ≤ {TARGET_RATIO})\n")
 
 
 def vit_b(folder: Path) -> None:
@@ -96,7 +102,7 @@ def vit_b(folder: Path) -> None:
         adding = time.perf_counter() - start
         info = store.summary()
         names: Iterator[str] = (f"task-{7919 * index % 1000}" for index in count())
-        first, again = (median(lambda: store.read(next(names)), 1000) for _ in range(2))
+        first, again = (median(lambda: store.read(next(names)), 1000, what, CASE) for what in ("first read", "read"))
         start = time.perf_counter()
         assert not any(check.error for check in store.verify())
         checking = time.perf_counter() - start
@@ -104,8 +110,16 @@ def vit_b(folder: Path) -> None:
         start = time.perf_counter()
         found = store.compact()
         compacting = time.perf_counter() - start
-    opening = median(lambda: open_and_close(path), 21)
-    print("| 1,000 ViT-B tasks, 99.9 % active | |\n|---|---|")
+    opening = median(lambda: open_and_close(path), 21, "open", CASE)
+    RECORDER.add("on disk", CASE, info.bytes / 1e9, unit="GB", target=TARGET_GB, exact=True)
+    for what, speed in (
+        ("added, coded already", 1000 / adding),
+        ("added, made and coded", 8 / fresh),
+        ("verified", 1000 / checking),
+        ("compacted", 1000 / compacting),
+    ):
+        RECORDER.add(what, CASE, speed, unit="tasks/s", better="higher")
+    print(f"| {CASE} | |\n|---|---|")
     for what, value in {
         f"on disk, GB (target ≤ {TARGET_GB})": f"{info.bytes / 1e9:.4f} in {info.shards} shards and the index",
         "opens in, ms": f"{1e3 * opening:.2f}",

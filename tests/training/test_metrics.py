@@ -44,7 +44,7 @@ def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path):
 
 
 def test_the_progress_bar_shows_what_there_is():
-    assert postfix({"loss": 1.23456, "density": 0.98765, "images_per_second": 321.4}) == (
-        "loss 1.235, density 0.9877, images/s 321"
-    )
-    assert postfix({"loss": 1.0, "density": None, "images_per_second": 10.0}) == "loss 1.000, images/s 10"
+    line = {"loss": 1.23456, "density": 0.98765, "images_per_second": 321.4, "waiting_for_data": 0.125}
+    assert postfix(line) == "loss 1.235, density 0.9877, images/s 321, waiting 12%"
+    line = {"loss": 1.0, "density": None, "images_per_second": 10.0, "waiting_for_data": 0.0}
+    assert postfix(line) == "loss 1.000, images/s 10, waiting 0%"
