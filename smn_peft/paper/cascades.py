@@ -9,6 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..analysis import cluster_composition, embedding_map
 from ..evaluation import Features, extract_features
 from ..storage import atomic_write
@@ -72,7 +74,9 @@ def maps_of(folder: Path, classes: int, images: int) -> list[dict[str, Any]]:
     test = build_images(arguments).test
     assert test is not None
     assert test.labels is not None
-    shown = test.subset((test.labels < classes).nonzero().squeeze(1)[:images].tolist())
+    chosen = (test.labels < classes).nonzero().squeeze(1)
+    evenly = torch.linspace(0, len(chosen) - 1, min(images, len(chosen))).long()  # a dataset may be sorted by class
+    shown = test.subset(chosen[evenly].tolist())
     base = load_base(arguments)
     options: dict[str, Any] = {"batch_size": arguments.batch_size}
     features: list[Features] = [
