@@ -3,7 +3,7 @@
 """What `smn reproduce` made at the small scale and what it says of the paper's claims: RESULTS.md and README's block.
 
 ``paper_results.py runs/paper`` takes records and pictures from that folder into `records/paper/`; without a folder
-the pages are rendered again from the records that are there. Not an example by itself.
+the pages are rendered again from the records that are there; not an example by itself.
 """
 
 from __future__ import annotations
