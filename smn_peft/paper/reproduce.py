@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage import atomic_write
+from ..training.shared import share
 from .artefact import Artefact
 from .metrics import is_frozen
 from .record import make_record, render
@@ -77,9 +78,10 @@ def reproduce(
     todo = [spec for spec in specs if not store.is_done(spec)]
     if problem := missing_files(todo):
         raise ValueError(f"{artefact.name} at scale {scale.name!r}: {problem}")
-    for number, spec in enumerate(todo, 1):
-        say(f"{artefact.name}: run {number} of {len(todo)} ({len(specs) - len(todo)} were done), {spec.id}")
-        store.ensure(spec)
+    with share():
+        for number, spec in enumerate(todo, 1):
+            say(f"{artefact.name}: run {number} of {len(todo)} ({len(specs) - len(todo)} were done), {spec.id}")
+            store.ensure(spec)
     record = make_record(artefact, scale, store, chosen)
     text, stem = render(record), f"{artefact.name}-{scale.name}"
     files = [store.folder / f"{stem}.json", store.folder / f"{stem}.md"]

@@ -30,8 +30,8 @@ from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from ..tuner.stages import stage_targets
 from ..tuner.targets import resolve_targets
-from .decoded import decoded
 from .lora import lora_config
+from .shared import base_features, decoded
 from .start import read_indices, start_from
 from .task import TrainingTask
 from .train_arguments import TrainArguments
@@ -148,8 +148,15 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
     return backbone if num_classes is None else load_classifier(backbone, num_classes, head_seed=arguments.seed)
 
 
-def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask, Backbone]:
+def build_task(
+    arguments: TrainArguments, images: Images, device: torch.device | str = "cpu"
+) -> tuple[TrainingTask, Backbone]:
     """The model under its mask (or bare, for the baselines) and the objective.
+
+    Args:
+        arguments: Of the run.
+        images: Its images.
+        device: Where a head that starts from a probe gets its features from.
 
     Raises:
         ValueError: If a part does not fit another; the message says which argument to change.
@@ -159,6 +166,7 @@ def build_task(arguments: TrainArguments, images: Images) -> tuple[TrainingTask,
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
     if arguments.head == "probe" and num_classes is not None:
+        backbone.model.to(device)
         _start_from_probe(backbone, images, arguments)
     model = _adapted(arguments, backbone.model, num_classes is not None)
     torch.manual_seed(arguments.seed)
@@ -209,7 +217,12 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
             f"{model.num_classes}: take more of them, or head='trained'."
         )
     options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none is left to choose on
-    features = extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=arguments.batch_size)
+    size = arguments.batch_size
+    features = base_features(
+        arguments,
+        images.train,
+        lambda: extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=size),
+    )
     probe = fit_linear_probe(features, standardise=True, cautious=True, seed=arguments.subset_seed, **options)
     model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
 

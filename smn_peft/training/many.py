@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from .decoded import share_decoded
 from .guards import TrainingFailure
 from .run import RunSummary, finished_run, run
+from .shared import share
 from .train_arguments import TrainArguments
 
 __all__ = ["run_many"]
@@ -18,7 +18,8 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
     """Train the tasks in turn and give what came of each, as soon as it is there.
 
     A task that is finished is not trained again, one that was interrupted goes on from its checkpoint, and one that
-    fails does not keep the others from their turn. Importing, and decoding images that tasks share, are paid once.
+    fails does not keep the others from their turn. Importing is paid once; so are, for tasks that follow one another
+    with `cache_images` on the same images, decoding these and the frozen base's features of them.
 
     Args:
         tasks: Arguments by name, each with an `output_dir` of its own. Precision and device must be those of the
@@ -33,7 +34,7 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     check_tasks(tasks)
-    with share_decoded():
+    with share():
         for name, arguments in tasks.items():
             going_on = replace(arguments, resume=True)
             try:

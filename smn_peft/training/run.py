@@ -18,13 +18,12 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors.torch import save
 
-from ..backbones import Backbone
 from ..data import ImageDataset
-from ..evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage import adapter_sizes, atomic_write, tensor_digest
-from .assemble import Images, build_images, build_task, build_train_loader, evaluation_of
+from .assemble import build_images, build_task, build_train_loader
 from .checkpoint import latest_checkpoint
+from .evaluator import evaluator_of
 from .facts import as_facts, check_same
 from .lora import lora_sizes
 from .metrics import METRICS_NAME, read_metrics
@@ -113,7 +112,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     accelerator = build_accelerator(arguments)
     _check_folder(arguments)
     images = build_images(arguments)
-    task, backbone = build_task(arguments, images)
+    task, backbone = build_task(arguments, images, accelerator.device)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
     facts = {
         **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
@@ -122,7 +121,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
         "classes": images.train.classes,
         "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
     }
-    evaluation = _evaluation_of(arguments, images, backbone, accelerator) if evaluate else None
+    evaluation = evaluator_of(arguments, images, backbone, accelerator) if evaluate else None
     trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
     started = time.perf_counter()
     trainer.train()
@@ -194,27 +193,6 @@ def plan(arguments: TrainArguments) -> str:
             f"output      {arguments.output_dir}",
         ]
     )
-
-
-def _evaluation_of(arguments: TrainArguments, images: Images, backbone: Backbone, accelerator: Any) -> Any:
-    """The function that the trainer calls now and then, or None if there is nothing to evaluate on."""
-    if images.test is None or images.bank is None:
-        return None
-    transform = evaluation_of(backbone)
-    options = {"batch_size": arguments.batch_size, "accelerator": accelerator, "num_workers": arguments.num_workers}
-
-    def evaluate(task: TrainingTask) -> dict[str, float]:
-        bank = extract_features(task.model, images.bank, transform, **options)
-        test = extract_features(task.model, images.test, transform, **options)
-        values = {"knn": evaluate_knn(bank, test, k=arguments.knn_k)}
-        if arguments.eval_probe:
-            values["linear_probe"] = linear_probe(bank, test, seed=arguments.subset_seed)
-        if task.objective.needs_labels:
-            logits = extract_features(task.model, images.test, transform, function=task.logits, **options)
-            values["accuracy"] = evaluate_accuracy(logits).top1
-        return values
-
-    return evaluate
 
 
 def _check_folder(arguments: TrainArguments) -> None:

@@ -17,6 +17,8 @@ from ..tuner.batch_norm import has_statistics
 
 __all__ = ["TrainingTask"]
 
+_ROWS = 4096
+
 
 class TrainingTask(nn.Module):
     """What the loop trains: a batch goes in, ``{"loss": …}`` comes out.
@@ -63,10 +65,23 @@ class TrainingTask(nn.Module):
             return logits
         return pooled_features(self.model, pixel_values)
 
-    def logits(self, pixel_values: Tensor) -> Tensor:
-        """Logits (batch, classes) of a task that learns from labels, for evaluation."""
-        outputs = self._outputs(pixel_values)
-        return outputs if self.objective.consumes == "logits" else self.objective.logits(outputs)
+    @torch.no_grad()
+    def logits_of(self, features: Tensor) -> Tensor:
+        """Logits of pooled features, for the evaluation of a task that learns from labels.
+
+        Args:
+            features: fp32 (n, dim) on the CPU, such as `extract_features` gives of this task's model.
+
+        Returns:
+            fp32 (n, classes) on the CPU.
+        """
+        device = next(self.model.parameters()).device
+        if self.objective.consumes == "logits":
+            base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            head = base.forward_head
+        else:
+            head = self.objective.logits
+        return torch.cat([head(part.to(device)).float().cpu() for part in features.split(_ROWS)])
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Loss and what to log of one batch."""

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from smn_peft.cli.main import app
 from smn_peft.cli.tasks import part_of, read_tasks
 from smn_peft.data import ImageDataset
-from smn_peft.training import RunSummary, TrainArguments
+from smn_peft.training import RunSummary, TrainArguments, assemble, evaluator
 from tests.training.tiny import write_model, write_npz
 
 runner = CliRunner()
@@ -130,3 +130,29 @@ def test_parts_share_the_tasks(tmp_path):
     for wrong in ("0/3", "4/3", "2", "a/b"):
         with pytest.raises(ValueError, match="I/N"):
             part_of(tasks, wrong)
+
+
+@pytest.mark.parametrize("head", ["trained", "probe"])
+def test_features_of_the_frozen_base_are_computed_once(line, tmp_path, monkeypatch, head):
+    counted, extract = [], evaluator.extract_features
+    count = lambda *args, **kwargs: counted.append(len(args[1])) or extract(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(evaluator, "extract_features", count)
+    monkeypatch.setattr(assemble, "extract_features", count)
+    text = "\n".join(
+        [
+            "first: {lr: 1}",
+            "second: {adapt: full, lr: 0.05}",
+            "half: {mask: {mask_type: topk, density: 0.5, init_score: kaiming_uniform}}",  # not the base at its start
+            "other: {seed: 4}",  # its base has other weights, since no file gives them
+        ]
+    )
+    line = [*line, f"--head={head}"]
+    result = runner.invoke(app, [*line, tasks_file(tmp_path, text)])
+    assert result.exit_code == 0, result.output
+    assert counted == [48, 24, 48, 24] + [48, 24] + 2 * [48, 24] + [48, 24, 48, 24]
+    alone = {"second": ["--adapt=full", "--lr=0.05"], "half": ["--mask.mask-type=topk", "--mask.density=0.5"], "other": ["--seed=4"]}
+    alone["half"].append("--mask.init-score=kaiming_uniform")
+    for name, options in alone.items():
+        assert runner.invoke(app, [*line, *options, f"--output-dir={tmp_path / 'alone' / name}"]).exit_code == 0
+        shared, same = (RunSummary.load(tmp_path / folder / name) for folder in ("out", "alone"))
+        assert (shared.before, shared.after) == (same.before, same.after)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from smn_peft.backbones import pooled_features
 from smn_peft.evaluation import extract_features, fit_linear_probe
 from smn_peft.training.assemble import (
     build_images,
@@ -102,7 +103,7 @@ def test_heads(tmp_path, head):
     model = backbone.model.eval()
     pixel_values = torch.stack([evaluation_of(backbone)(images.test[i]["image"]) for i in range(TEST)])
     with torch.no_grad():
-        logits = task.eval().logits(pixel_values)
+        logits = task.logits_of(pooled_features(task.eval().model, pixel_values))
         expected = task.model(pixel_values)
     assert torch.equal(logits, expected)
     if head == "probe":
@@ -163,7 +164,9 @@ def test_zero_shot_starts_at_clips_own_logits(tmp_path):
     )
     with torch.no_grad():
         expected = clip(pixel_values=pixel_values, **tokens).logits_per_image
-        torch.testing.assert_close(task.eval().logits(pixel_values), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            task.logits_of(pooled_features(task.eval().model, pixel_values)), expected, atol=1e-4, rtol=1e-4
+        )
     nameless = str(write_npz(tmp_path / "nameless.npz", named=False))
     with pytest.raises(ValueError, match=r"zero_shot' needs class names, and .*nameless\.npz has none"):
         parts(tiny_arguments(tmp_path, backbone=folder, objective="zero_shot", dataset=nameless))
