@@ -30,7 +30,7 @@ def _cells(scale: Scale) -> list[Cell]:
     dataset, cells = scale.choices["ablations"], []
     for setting, kind, metric in (
         (scale.supervised[scale.resnet], "with labels", "accuracy"),
-        (scale.unsupervised[scale.main], "without labels", "knn"),
+        (scale.unsupervised[scale.varied], "without labels", "knn"),
     ):
         run = scale.run(setting, "mask", dataset)
         for row, variant in _variants(run, statistics=setting.has_statistics).items():

@@ -20,18 +20,16 @@ _STAGES, _RANDOM = "first stages", "random"
 
 def _stages(scale: Scale) -> dict[int, RunSpec]:
     dataset = scale.choices["figure8"]
-    return {
-        count: scale.self_supervised("mask", dataset, mask_stages=count) for count in scale.choices["figure8_stages"]
-    }
+    return {count: scale.variation("mask", dataset, mask_stages=count) for count in scale.choices["figure8_stages"]}
 
 
 def _cells(scale: Scale) -> list[Cell]:
     dataset = scale.choices["figure8"]
-    whole = scale.self_supervised("mask", dataset)
+    whole = scale.variation("mask", dataset)
     cells = [Cell("", "frozen base", "k-NN", whole, "frozen_knn"), Cell("", "all weights", "k-NN", whole, "knn")]
     cells += [Cell("", f"{_STAGES}: {count}", "k-NN", run, "knn") for count, run in _stages(scale).items()]
     for share in scale.choices["figure8_shares"]:
-        run = scale.self_supervised("mask", dataset, mask={"trainable_fraction": share})
+        run = scale.variation("mask", dataset, mask={"trainable_fraction": share})
         cells.append(Cell("", f"{_RANDOM}: {100 * share:g} %", "k-NN", run, "knn"))
     return cells
 
@@ -39,7 +37,7 @@ def _cells(scale: Scale) -> list[Cell]:
 def _details(store: RunStore, scale: Scale, seeds: Sequence[int]) -> Any:
     """Share of the weights that the first stages have, from the sizes of their packed masks."""
     seed, shares = seeds[0], {}
-    whole = scale.self_supervised("mask", scale.choices["figure8"]).seeded(seed)
+    whole = scale.variation("mask", scale.choices["figure8"]).seeded(seed)
     if store.failure(whole) is not None:
         return {}
     for count, run in _stages(scale).items():

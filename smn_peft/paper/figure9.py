@@ -16,11 +16,11 @@ __all__ = ["ARTEFACT"]
 
 def _cells(scale: Scale) -> list[Cell]:
     dataset = scale.choices["figure9"]
-    whole = scale.self_supervised("mask", dataset)
+    whole = scale.variation("mask", dataset)
     cells = [Cell("", "frozen base", "k-NN", whole, "frozen_knn"), Cell("", "all weights", "k-NN", whole, "knn")]
     for select in ("random", "magnitude"):
         for share in scale.choices["figure9_shares"]:
-            run = scale.self_supervised("mask", dataset, mask={"trainable_fraction": share, "select": select})
+            run = scale.variation("mask", dataset, mask={"trainable_fraction": share, "select": select})
             cells.append(Cell("", f"{select}: {100 * share:g} %", "k-NN", run, "knn"))
     return cells
 

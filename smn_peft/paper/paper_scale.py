@@ -82,10 +82,11 @@ PAPER = Scale(
         "timm": _unsupervised("ResNet-50, TIMM", _TIMM_BASE, _TABLE2),
     },
     main="swav",
+    varied="swav",
     vit="clip",
     resnet="resnet50",
     choices={
-        "table2": ("swav",),
+        "table2": {"swav": ("score", "absolute")},
         "table3": ("cifar100", "inatloc500"),
         "cascade": {"experts": 5, "ensemble": False},
         "table3_options": {"inatloc500": {"epochs": 54}},

@@ -43,7 +43,8 @@ class Scale:
         datasets: Arguments of every dataset.
         supervised: Settings that train with labels, by key.
         unsupervised: Settings that train without, by key.
-        main: Key of the unsupervised setting of Tables 3, 5, 9 and 10 and of the figures.
+        main: Key of the unsupervised setting of Tables 3 and 10 and of the figures.
+        varied: Key of the one where one thing is varied many times: Tables 5 and 9, Figures 8 and 9, the ablations.
         vit: Key of the supervised transformer of Figure 6.
         resnet: Key of the supervised network of Figure 7, the same as `main` uses.
         choices: What a table or figure varies or shows, by its name.
@@ -55,6 +56,7 @@ class Scale:
     supervised: Mapping[str, Setting]
     unsupervised: Mapping[str, Setting]
     main: str
+    varied: str
     vit: str
     resnet: str
     choices: Mapping[str, Any]
@@ -67,3 +69,7 @@ class Scale:
     def self_supervised(self, method: str, dataset: str, **changes: Any) -> RunSpec:
         """A run of the main unsupervised setting."""
         return self.run(self.unsupervised[self.main], method, dataset, **changes)
+
+    def variation(self, method: str, dataset: str, **changes: Any) -> RunSpec:
+        """A run of the unsupervised setting in which one thing is varied many times."""
+        return self.run(self.unsupervised[self.varied], method, dataset, **changes)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .artefact import Artefact, Cell
@@ -12,6 +13,8 @@ from .scale import Scale, Setting
 __all__ = ["ARTEFACT", "methods_of"]
 
 _COLUMNS = ("cifar10", "cifar100", "dtd", "eurosat", "flowers102", "sun397", "ucf101")
+
+_RANKS = {"score": "topk", "absolute": "topk by |S|"}
 
 
 def _row(*values: float) -> dict[str, float]:
@@ -34,14 +37,15 @@ _PAPER = {
 }
 
 
-def methods_of(scale: Scale, setting: Setting, dataset: str) -> dict[str, RunSpec]:
-    """The runs of a dataset by the rows that they give."""
+def methods_of(scale: Scale, setting: Setting, dataset: str, ranks: Sequence[str]) -> dict[str, RunSpec]:
+    """The runs of a dataset by the rows that they give; `ranks` are those of topk: "score", "absolute"."""
     mask = scale.run(setting, "mask", dataset)
     runs = {}
     if "statistics" in setting.methods:
         runs["BatchNorm statistics alone"] = scale.run(setting, "statistics", dataset)
     runs["full fine-tuning"] = scale.run(setting, "full", dataset)
-    for name, rank_by in (("topk", "score"), ("topk by |S|", "absolute")):
+    for rank_by in ranks:
+        name = _RANKS[rank_by]
         topk = scale.run(setting, "topk", dataset, mask={"rank_by": rank_by})
         runs[f"{name} 50 %"] = topk.at(mask={"density": 0.5})
         runs[f"{name}, found density"] = replace(topk, found=mask)
@@ -50,11 +54,12 @@ def methods_of(scale: Scale, setting: Setting, dataset: str) -> dict[str, RunSpe
 
 def _cells(scale: Scale) -> list[Cell]:
     cells = []
-    for setting in (scale.unsupervised[key] for key in scale.choices["table2"]):
+    for key, ranks in scale.choices["table2"].items():
+        setting = scale.unsupervised[key]
         for metric, name in (("knn", "k-NN"), ("linear_probe", "Linear probe"), ("density", "Density")):
             section = f"{setting.label}: {name}"
             for dataset in setting.datasets:
-                runs = methods_of(scale, setting, dataset)
+                runs = methods_of(scale, setting, dataset, ranks)
                 if metric != "density":
                     mask = runs["threshold"]
                     cells.append(Cell(section, "frozen base", dataset, mask, f"frozen_{metric}"))

@@ -48,10 +48,10 @@ def _cells(scale: Scale) -> list[Cell]:
     cells = []
     for dataset in scale.choices["table5"]:
         for number in scale.choices["table5_prototypes"]:
-            run = _with_prototypes(scale.self_supervised("mask", dataset), number)
+            run = _with_prototypes(scale.variation("mask", dataset), number)
             cells.append(Cell("(a) Prototypes", str(number), dataset, run, "knn"))
         for kept, options in _KEPT.items():
-            run = scale.self_supervised("mask", dataset, **({"mask": options} if options else {}))
+            run = scale.variation("mask", dataset, **({"mask": options} if options else {}))
             cells.append(Cell("(b) Kept frozen", kept, dataset, run, "knn"))
         for key in scale.choices["table5_initialisations"]:
             setting = scale.unsupervised[key]

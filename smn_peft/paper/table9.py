@@ -36,8 +36,8 @@ def _cells(scale: Scale) -> list[Cell]:
     cells = []
     for metric, section in (("knn", "k-NN"), ("linear_probe", "Linear probe"), ("density", "Density")):
         for dataset in scale.choices["table9"]:
-            mask = scale.self_supervised("mask", dataset)
-            topk = replace(scale.self_supervised("topk", dataset, mask={"rank_by": "score"}), found=mask)
+            mask = scale.variation("mask", dataset)
+            topk = replace(scale.variation("topk", dataset, mask={"rank_by": "score"}), found=mask)
             runs = {
                 "topk, progressive": topk.at(mask={"density_schedule": "linear"}),
                 "topk, found density": topk,

@@ -150,7 +150,11 @@ def test_features_of_the_frozen_base_are_computed_once(line, tmp_path, monkeypat
     result = runner.invoke(app, [*line, tasks_file(tmp_path, text)])
     assert result.exit_code == 0, result.output
     assert counted == [48, 24, 48, 24] + [48, 24] + 2 * [48, 24] + [48, 24, 48, 24]
-    alone = {"second": ["--adapt=full", "--lr=0.05"], "half": ["--mask.mask-type=topk", "--mask.density=0.5"], "other": ["--seed=4"]}
+    alone = {
+        "second": ["--adapt=full", "--lr=0.05"],
+        "half": ["--mask.mask-type=topk", "--mask.density=0.5"],
+        "other": ["--seed=4"],
+    }
     alone["half"].append("--mask.init-score=kaiming_uniform")
     for name, options in alone.items():
         assert runner.invoke(app, [*line, *options, f"--output-dir={tmp_path / 'alone' / name}"]).exit_code == 0

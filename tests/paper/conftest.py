@@ -59,10 +59,11 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         supervised={"net": Setting("Net", base, supervised, ("colours",), 0.1, True)},
         unsupervised={"net": Setting("Net", base, unsupervised, ("colours",), 0.1, True)},
         main="net",
+        varied="net",
         vit="net",
         resnet="net",
         choices={
-            "table2": ("net",),
+            "table2": {"net": ("score", "absolute")},
             "table3": ("colours",),
             "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
             "table3_options": {"colours": {"batch_size": 8}},
