@@ -115,6 +115,19 @@ class ImageDataset(Dataset[dict[str, Any]]):
             part._cache = [image for image in kept[:whole] if image is not None]
         return part
 
+    def first_classes(self, count: int) -> ImageDataset:
+        """The images of the first `count` classes alone, as a dataset of so many.
+
+        Raises:
+            ValueError: If there are no labels, no such number of classes, or none of their images.
+        """
+        found = self.num_classes
+        if self.labels is None or found is None or not 1 <= count <= found:
+            raise ValueError(f"{self.name} has {found or 'no'} classes; got class_limit={count}.")
+        part = self.subset((self.labels < count).nonzero().squeeze(1))
+        part.classes = None if part.classes is None else part.classes[:count]
+        return part
+
     def without_labels(self) -> ImageDataset:
         """The same images, unlabelled."""
         part = self._like(None, self.rows)

@@ -17,6 +17,7 @@ from . import (
     figure9,
     figure10,
     figure11,
+    recipes,
     table1,
     table2,
     table3,
@@ -37,7 +38,9 @@ __all__ = ["ARTEFACTS", "SCALES", "artefact_named", "listing", "scale_named"]
 
 _TABLES = (table1, table2, table3, table5, table6, table7, table8, table9, table10)
 _FIGURES = (figure3, figure5, figure6, figure7, figure8, figure9, figure10, figure11)
-ARTEFACTS: dict[str, Artefact] = {module.ARTEFACT.name: module.ARTEFACT for module in (*_TABLES, *_FIGURES, ablations)}
+ARTEFACTS: dict[str, Artefact] = {
+    module.ARTEFACT.name: module.ARTEFACT for module in (*_TABLES, *_FIGURES, ablations, recipes)
+}
 SCALES: dict[str, Scale] = {scale.name: scale for scale in (SMALL, PAPER)}
 
 

@@ -21,12 +21,18 @@ _VIT = {
     "image_size": 64,
 }
 _RESNET = {"backbone": "{package}/small_resnet.py:build", "image_size": 48}
+_RESNET56 = {
+    "backbone": "{package}/cifar_resnet.py:build",
+    "image_size": 32,
+    "mask": {"target_modules": "all-conv"},
+}
 _CIFAR10 = {
     "dataset": "{assets}/cifar10_jpeg.npz",
     "limit": 2000,
     "eval_limit": 2000,
     "eval_probe": True,
 }
+_TINY_IMAGENET = {"dataset": "{assets}/tiny_imagenet_200x84.npz", "class_limit": 30, "eval_probe": True}
 _SUPERVISED = load_recipe("supervised-small")
 _SWAV = load_recipe("swav-small")
 
@@ -59,14 +65,18 @@ def _unsupervised(label: str, base: dict[str, Any], *, statistics: bool) -> Sett
     return Setting(label, base, methods, ("cifar10",), minutes=2.0, has_statistics=statistics)
 
 
+_LABELLED = {
+    "vit": _supervised("ViT-Tiny, 64 px", _VIT, {"lr": 10.0, "head_lr": 0.01}, statistics=False),
+    "resnet": _supervised("ResNetV2-50, 48 px", _RESNET, {"lr": 30.0, "head_lr": 3.0}, statistics=True),
+}
+# On which nothing was tuned; its features are of size 0.5.
+_FRESH = _supervised("ResNet-56, 32 px", _RESNET56, {"lr": 30.0, "head_lr": 0.1}, statistics=True)
+
 SMALL = Scale(
     name="small",
     machine="two CPU cores",
-    datasets={"cifar10": _CIFAR10},
-    supervised={
-        "vit": _supervised("ViT-Tiny, 64 px", _VIT, {"lr": 10.0, "head_lr": 0.01}, statistics=False),
-        "resnet": _supervised("ResNetV2-50, 48 px", _RESNET, {"lr": 30.0, "head_lr": 3.0}, statistics=True),
-    },
+    datasets={"cifar10": _CIFAR10, "tiny-imagenet, 30 classes": _TINY_IMAGENET},
+    supervised=_LABELLED,
     unsupervised={
         "vit": _unsupervised("ViT-Tiny, 64 px", _VIT, statistics=False),
         "resnet": _unsupervised("ResNetV2-50, 48 px", _RESNET, statistics=True),
@@ -103,5 +113,14 @@ SMALL = Scale(
         "figure10_classes": 10,
         "figure11": "cifar10",
         "ablations": "cifar10",
+        "recipes": (
+            (_LABELLED["resnet"], "cifar10", (2, 6, 12)),
+            *((setting, "tiny-imagenet, 30 classes", (6,)) for setting in (*_LABELLED.values(), _FRESH)),
+        ),
+        "recipes_methods": {
+            "full fine-tuning": "full",
+            "mask, the paper's recipe": "mask_sgd",
+            "mask, the small recipe": "mask",
+        },
     },
 )

@@ -88,8 +88,8 @@ def build_images(arguments: TrainArguments) -> Images:
         "revision": arguments.dataset_revision,
     }
     labelled = needs_labels or arguments.eval_split is not None
-    key = (arguments.dataset, *where.values(), labelled, arguments.subset_seed)
-    full = load_images(arguments.dataset, arguments.train_split, labelled=labelled, **where)
+    key = (arguments.dataset, *where.values(), labelled, arguments.subset_seed, arguments.class_limit)
+    full = _load(arguments, arguments.train_split, labelled, where)
     train = full
     if arguments.limit is not None and arguments.limit < len(train):
         train = train.subset(_choose(len(train), arguments.limit, arguments.subset_seed))
@@ -112,7 +112,7 @@ def build_images(arguments: TrainArguments) -> Images:
         )
     if arguments.eval_split is None:
         return Images(train, None, None, full.num_classes)
-    test = load_images(arguments.dataset, arguments.eval_split, labelled=True, **where)
+    test = _load(arguments, arguments.eval_split, True, where)
     if arguments.eval_limit is not None and arguments.eval_limit < len(test):
         test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
     if arguments.cache_images:
@@ -120,6 +120,11 @@ def build_images(arguments: TrainArguments) -> Images:
     if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
         bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
     return Images(train, bank, test, full.num_classes)
+
+
+def _load(arguments: TrainArguments, split: str, labelled: bool, where: dict[str, Any]) -> ImageDataset:
+    found = load_images(arguments.dataset, split, labelled=labelled or arguments.class_limit is not None, **where)
+    return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)
 
 
 def _choose(count: int, wanted: int, seed: int) -> list[int]:

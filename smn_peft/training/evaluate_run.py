@@ -150,7 +150,16 @@ def evaluation_arguments(
         arguments = run
     else:
         own = TrainArguments(backbone=run.backbone, dataset=dataset)
-        names = ("dataset_revision", "image_column", "label_column", "train_split", "eval_split", "templates", "limit")
+        names = (
+            "dataset_revision",
+            "image_column",
+            "label_column",
+            "train_split",
+            "eval_split",
+            "templates",
+            "limit",
+            "class_limit",
+        )
         arguments = replace(run, dataset=dataset, **{name: getattr(own, name) for name in names})
     changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None}
     changes["eval_split"] = split or arguments.eval_split or "test"

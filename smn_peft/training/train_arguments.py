@@ -50,6 +50,7 @@ class TrainArguments(LoopArguments):
     knn_k: int = option(200, "Neighbours of the k-NN evaluation; all where there are fewer.")
     eval_probe: bool = option(False, "Fit a linear probe too whenever k-NN is evaluated.")
     limit: int | None = option(None, "Train on a seeded choice of this many images.")
+    class_limit: int | None = option(None, "Train and evaluate on the images of the first so many classes only.")
     fraction: float = option(1.0, "Train on this fraction of the images (after limit).")
     balanced: bool = option(True, "Take the fraction evenly from the classes, where labels are known.")
     subset_seed: int = option(0, "Seed of the limits, so that runs with other seeds see the same images.")
@@ -90,7 +91,7 @@ class TrainArguments(LoopArguments):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}.")
-        for name in ("limit", "eval_limit", "knn_limit", "mask_stages", "lora_rank"):
+        for name in ("limit", "class_limit", "eval_limit", "knn_limit", "mask_stages", "lora_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None; got {value}.")

@@ -43,6 +43,21 @@ def test_subset_counts_anew(npz_file):
     assert (part.classes, part.name, part.split) == (dataset.classes, dataset.name, dataset.split)
 
 
+def test_the_first_classes_are_a_dataset_of_so_many(npz_file):
+    dataset = load_images(npz_file)
+    assert dataset.num_classes == 2
+    part = dataset.first_classes(1)
+    assert (part.num_classes, part.labels.unique().tolist()) == (1, [0])
+    assert same(images(part), [images(dataset)[i] for i in (dataset.labels == 0).nonzero().flatten()])
+    assert len(dataset.first_classes(2)) == 4
+    assert dataset.num_classes == 2
+    for wrong in (0, 3):
+        with pytest.raises(ValueError, match=rf"has 2 classes; got class_limit={wrong}"):
+            dataset.first_classes(wrong)
+    with pytest.raises(ValueError, match=r"has no classes; got class_limit=1"):
+        dataset.without_labels().first_classes(1)
+
+
 @pytest.mark.parametrize(
     ("indices", "message"), [([], r"has no images"), ([4], r"must lie in \[0, 4\)"), ([-1], r"must lie in")]
 )

@@ -52,11 +52,12 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         "full": merged(swav, {"adapt": "full", "lr": 0.01}),
         "statistics": merged(swav, {"adapt": "statistics"}),
     }
+    net = Setting("Net", base, supervised, ("colours",), 0.1, True)
     return Scale(
         name="tiny",
         machine="any",
         datasets={"colours": {"dataset": str(tiny_folder / "set.npz")}},
-        supervised={"net": Setting("Net", base, supervised, ("colours",), 0.1, True)},
+        supervised={"net": net},
         unsupervised={"net": Setting("Net", base, unsupervised, ("colours",), 0.1, True)},
         main="net",
         varied="net",
@@ -90,6 +91,8 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "figure9": "colours",
             "figure9_shares": (0.1,),
             "ablations": "colours",
+            "recipes": ((net, "colours", (1, 2)),),
+            "recipes_methods": {"fine-tuning": "full", "one": "mask"},
         },
     )
 

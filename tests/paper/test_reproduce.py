@@ -59,7 +59,9 @@ def test_seeds_and_spread(tiny_scale, store):
     assert f"| {first} | {second} |" in " ".join(result.text.split())
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("figure3", 1), ("figure5", 1), ("figure7", 1), ("figure8", 1)])
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("figure3", 1), ("figure5", 1), ("figure7", 1), ("figure8", 1), ("recipes", 1)]
+)
 def test_figures(tiny_scale, store, name, pictures):
     result, _ = made(name, tiny_scale, store)
     drawn = [path for path in result.files if path.suffix == ".png"]

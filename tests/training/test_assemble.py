@@ -52,6 +52,15 @@ def test_subsets(tmp_path, options, sizes):
     assert images.num_classes == 3
 
 
+def test_the_first_classes_only(tmp_path):
+    images = build_images(tiny_arguments(tmp_path, class_limit=2, limit=20))
+    assert (len(images.train), len(images.test), images.num_classes) == (20, 2 * TEST // 3, 2)
+    assert images.train.classes == images.test.classes == list(CLASSES[:2])
+    assert images.test.labels.unique().tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"3 classes; got class_limit=4"):
+        build_images(tiny_arguments(tmp_path, class_limit=4))
+
+
 def test_subsets_depend_on_their_own_seed_only(tmp_path):
     rows = [
         build_images(tiny_arguments(tmp_path, limit=20, **seeds)).train.rows.tolist()
