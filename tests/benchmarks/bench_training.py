@@ -3,7 +3,8 @@
 
 Both train the same model on the same batch with the same optimizer, in turn, in one process; peak memory is taken in a
 process each. Floor: full fine-tuning itself does the same products; what masks add is to read θ and S and to write θ̂
-twice, and dL/dS once, about 40 bytes per weight.
+twice, and dL/dS once, about 40 bytes per weight. PEFT's LoRA and SHiRA, of rank 8 on the layers that are masked, stand
+beside, where they apply.
 """
 
 from __future__ import annotations
@@ -11,34 +12,61 @@ from __future__ import annotations
 import json
 import sys
 
-from common import BATCH, DEVICE, SHAPES, SIZE, build, masked, peak_in_subprocess, peak_of, ratio, step_of
+from common import BATCH, DEVICE, SHAPES, SIZE, build, head_name, masked, peak_in_subprocess, peak_of, ratio, step_of
+from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from recording import Recorder
+from torch import nn
 
-TIME_LIMIT, MEMORY_LIMIT = 1.10, 1.3
+TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.0
+LARGE, LARGE_LIMIT = 224, 1.02
+RANK = 8
+PEERS: dict[str, tuple[PeftConfig, tuple[str, ...]]] = {
+    "LoRA": (LoraConfig(r=RANK, lora_alpha=2 * RANK), ("resnet18", "vit_tiny")),
+    "SHiRA": (ShiraConfig(r=RANK), ("vit_tiny",)),  # of Linear only
+}
+
+
+def peer(name: str, config: PeftConfig, layers: list[str]) -> nn.Module:
+    """The model under another method of PEFT on the same layers."""
+    config.target_modules, config.modules_to_save = layers, [head_name(name)]
+    return get_peft_model(build(name), config)
 
 
 def main() -> None:
-    """Print the table, or with two arguments the peak memory of one model and method."""
+    """Print the tables, or with two arguments the peak memory of one model and method."""
     if len(sys.argv) == 3:
         method, name = sys.argv[1:]
         step = step_of(build(name) if method == "full" else masked(name))
         print(json.dumps({"peak": peak_of(step)}))
         return
     recorder = Recorder("training", DEVICE)
-    print(f"One training step, batch {BATCH}, {SIZE} px, {DEVICE}")
-    print("| model | full fine-tuning | mask | ratio | target | extra memory / masked bytes | target |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"One training step, batch {BATCH}, {DEVICE}")
+    print("| model | px | full fine-tuning | mask | ratio | target | extra memory / masked bytes | target |")
+    print("|---|---|---|---|---|---|---|---|")
+    layers = {}
     for name in SHAPES:
         model = masked(name)
-        weight_bytes = 4 * sum(mask.numel() for mask in model.masks().values())
+        masks = model.masks()
+        layers[name] = [key.removesuffix(".weight") for key in masks]
+        weight_bytes = 4 * sum(mask.numel() for mask in masks.values())
         mask, full, ratios = ratio(step_of(model), step_of(build(name)), rounds=25)
         median = recorder.add("step, mask / full fine-tuning", name, ratios, target=TIME_LIMIT)
         extra = peak_in_subprocess(__file__, "mask", name) - peak_in_subprocess(__file__, "full", name)
         share = recorder.add("extra memory / masked bytes", name, extra / weight_bytes, target=MEMORY_LIMIT)
         print(
-            f"| {name} | {full * 1e3:.0f} ms | {mask * 1e3:.0f} ms | {median:.3f} | ≤ {TIME_LIMIT} "
+            f"| {name} | {SIZE} | {full * 1e3:.0f} ms | {mask * 1e3:.0f} ms | {median:.3f} | ≤ {TIME_LIMIT} "
             f"| {share:.2f} | ≤ {MEMORY_LIMIT} |"
         )
+        steps = step_of(masked(name, size=LARGE), size=LARGE), step_of(build(name, LARGE), size=LARGE)
+        mask, full, ratios = ratio(*steps, rounds=5)
+        median = recorder.add(f"step at {LARGE} px, mask / full fine-tuning", name, ratios, target=LARGE_LIMIT)
+        print(f"| {name} | {LARGE} | {full * 1e3:.0f} ms | {mask * 1e3:.0f} ms | {median:.3f} | ≤ {LARGE_LIMIT} | | |")
+    print(f"\nPeers of rank {RANK}, {SIZE} px\n\n| method | model | step / full fine-tuning's |\n|---|---|---|")
+    for method, (config, names) in PEERS.items():
+        for name in names:
+            _, _, ratios = ratio(step_of(peer(name, config, layers[name])), step_of(build(name)), rounds=11)
+            median = recorder.add(f"step, {method} / full fine-tuning", name, ratios, better=None)
+            print(f"| {method} | {name} | {median:.3f} |")
 
 
 if __name__ == "__main__":

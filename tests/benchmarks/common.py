@@ -18,16 +18,16 @@ from torch import nn
 
 from smn_peft import MaskConfig
 
-SHAPES = {"resnet18": ("resnet18", {}), "vit_tiny": ("vit_tiny_patch16_224", {"img_size": 64})}
+SHAPES = {"resnet18": "resnet18", "vit_tiny": "vit_tiny_patch16_224"}
 BATCH, SIZE, CLASSES = 64, 64, 100
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def build(name: str) -> nn.Module:
-    """A fresh model at the benchmark's shape, random weights."""
+def build(name: str, size: int = SIZE) -> nn.Module:
+    """A fresh model for images of `size` pixels, random weights."""
     torch.manual_seed(0)
-    architecture, options = SHAPES[name]
-    return timm.create_model(architecture, num_classes=CLASSES, **options).to(DEVICE)
+    options = {"img_size": size} if name.startswith("vit") else {}
+    return timm.create_model(SHAPES[name], num_classes=CLASSES, **options).to(DEVICE)
 
 
 def head_name(name: str) -> str:
@@ -35,9 +35,9 @@ def head_name(name: str) -> str:
     return "fc" if name == "resnet18" else "head"
 
 
-def masked(name: str, batch_norm: str = "adapt") -> nn.Module:
+def masked(name: str, batch_norm: str = "adapt", size: int = SIZE) -> nn.Module:
     """The same model under a fresh mask adapter."""
-    return get_peft_model(build(name), MaskConfig(batch_norm=batch_norm, modules_to_save=[head_name(name)]))
+    return get_peft_model(build(name, size), MaskConfig(batch_norm=batch_norm, modules_to_save=[head_name(name)]))
 
 
 def synchronise() -> None:
@@ -46,7 +46,7 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def step_of(model: nn.Module, score_lr: float = 1.0) -> Callable[[], None]:
+def step_of(model: nn.Module, score_lr: float = 1.0, size: int = SIZE) -> Callable[[], None]:
     """One optimizer step of cross-entropy training, SGD with momentum on everything that trains."""
     model.train()
     groups = [
@@ -54,7 +54,7 @@ def step_of(model: nn.Module, score_lr: float = 1.0) -> Callable[[], None]:
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and "smn_" not in n], "lr": 1e-3},
     ]
     optimizer = torch.optim.SGD([g for g in groups if g["params"]], momentum=0.9)
-    images = torch.randn(BATCH, 3, SIZE, SIZE, device=DEVICE)
+    images = torch.randn(BATCH, 3, size, size, device=DEVICE)
     labels = torch.randint(CLASSES, (BATCH,), device=DEVICE)
 
     def step() -> None:
