@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import quickstart_methods
 import real_resnet
 import real_vit
 from model_cards_parts import IMAGES, RESNET, VIT, report, shown
+from model_cards_quickstart import quickstart
 from transfer_recipe import Recipe
 from transfer_rows import chosen_runs
 
@@ -80,36 +80,6 @@ def without_labels(backbone: str, base: Mapping[str, Any]) -> AdapterFacts:
         baselines=[report("frozen base", "knn", [rows[0]["before"]], k=200)],
         code="\nbase = ...  # the backbone that examples/small_recipes.py names",
         notes=[IMAGES, base["note"], "k-NN votes with the labels of the training images, on 2,000 test images."],
-    )
-
-
-def quickstart(method: str) -> AdapterFacts:
-    """A mask of `make quickstart`."""
-    record = json.loads((HERE / "quickstart.json").read_text("utf-8"))
-    rows = {row["method"]: row for row in record["rows"]}
-    row, full, chosen = rows[method], rows["full fine-tuning"], quickstart_methods.METHODS[method]
-    dataset = "digits 5 to 9 of scikit-learn"
-    frozen = {"knn": record["frozen"]["knn"], "linear_probe": record["frozen"]["probe"]}
-    names = {"accuracy": "accuracy"} if chosen.labels else {"knn": "knn", "probe": "linear_probe"}
-    reports = [report("this adapter", metric, row[key], dataset) for key, metric in names.items()]
-    baselines = [report("frozen base", metric, [value], dataset) for metric, value in frozen.items()]
-    if chosen.labels:
-        baselines.append(report("full fine-tuning", "accuracy", full["accuracy"], dataset))
-    options = {**chosen.settings, "epochs": row["epochs"], "batch_norm": chosen.batch_norm}
-    return AdapterFacts(
-        title="A narrow ResNet-18 masked for digits" + ("" if chosen.labels else " without labels"),
-        sizes=AdapterSizes(**row["bytes"]),
-        base="a narrow ResNet-18 trained on the digits 0 to 4",
-        full_bytes=full["bytes"]["total"],
-        density=statistics.mean(row["density"]),
-        dataset=dataset,
-        objective="cross_entropy" if chosen.labels else "swav",
-        recipe=shown({**options, "images": record["images"]["train"], "seeds": len(row["density"])}),
-        reports=reports,
-        baselines=baselines,
-        code="\nbase = ...  # the base that examples/quickstart.py trains",
-        versions=record["versions"],
-        notes=["A toy of 8 × 8 pixels, to show the method in minutes."],
     )
 
 

@@ -1,32 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense write compiled by numba (extra ``fast``), where it is installed; without it numpy gives the same bits.
-
-The loop runs in the calling thread: threads of numba's own would compete with torch's.
-"""
+"""The dense write compiled by numba (extra ``fast``), where it is installed; without it numpy gives the same bits."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
 
+from ..functional.compiled import compiled
+
 __all__ = ["fast_write"]
 
 
-@functools.cache
 def fast_write() -> Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], None] | None:
     """The compiled write, of ``(out, weight, packed)``; None without numba. The first call compiles, in half a second.
 
     `out` and `weight` are (N,) signed integers, the weights' bits; `packed` is uint8 (⌈N/8⌉,).
     """
-    try:
-        from numba import njit
-    except ImportError:
-        return None
-    compiled: Callable[..., None] = njit(nogil=True)(_write)
-    return compiled
+    return compiled(_write)
 
 
 def _write(out: Any, weight: Any, packed: Any) -> None:

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..functional.compiled import compiled
 from .task import TaskMask
 
 __all__ = ["remove"]
 
 _LANES = 32  # samples are padded to so many, which the compiler adds up without a rest
 _ROWS = 32  # outputs at a time, so that what is taken off them stays in the cache
+_FREEDOMS = frozenset({"contract", "nsz"})
 _NONE = torch.empty(0, dtype=torch.int32)
 
 
@@ -35,7 +36,7 @@ def remove(
     Returns:
         False if nothing was done: numba is not installed, or the weight is not contiguous.
     """
-    if not weight.is_contiguous() or (compiled := _compiled()) is None:
+    if not weight.is_contiguous() or (run := compiled(_remove, _FREEDOMS)) is None:
         return False
     flat, rows = weight.detach().view(-1).numpy(), input.contiguous()
     added = np.zeros(len(weight), flat.dtype) if bias is None else bias.detach().numpy()
@@ -46,22 +47,12 @@ def remove(
         removed = _NONE if mask is None or mask.removed is None else mask.removed
         scale = flat.dtype.type(1.0 if mask is None else mask.scale)
         part = slice(row, row + count)
-        compiled(product[part].numpy(), rows[part].numpy(), removed.numpy(), flat, added, scale, columns, taken)
+        run(product[part].numpy(), rows[part].numpy(), removed.numpy(), flat, added, scale, columns, taken)
         row += count
     return True
 
 
 _NONE = torch.empty(0, dtype=torch.int32)
-
-
-@functools.cache
-def _compiled() -> Callable[..., None] | None:
-    try:
-        from numba import njit
-    except ImportError:
-        return None
-    compiled: Callable[..., None] = njit(nogil=True, fastmath={"contract", "nsz"})(_remove)
-    return compiled
 
 
 def _remove(

@@ -67,8 +67,6 @@ ARTEFACT = Artefact(
     _PAPER,
     note=(
         "Accuracy on the test images. Files hold the head too. The paper's fine-tuning of CLIP is another paper's and "
-        "is not run; LoRA, the linear probe and statistics alone are not in the paper. At the small scale the rates "
-        "of SGD are not tuned: on the ResNet its random head hardly learns in six epochs, and no claim is judged by "
-        "it."
+        "is not run; LoRA, the linear probe and statistics alone are not in the paper."
     ),
 )

@@ -17,6 +17,7 @@ from smn_peft.bank.live import LiveModel
 from smn_peft.bank.live_tensor import LiveTensor, _write_device, write_masked
 from smn_peft.bank.reading import task_from_tensors
 from smn_peft.bank.task import SPARSE_BELOW, TaskMask
+from smn_peft.functional.compiled import compiled
 from smn_peft.functional.packing import pack_bits
 from tests.bank.tiny import IMAGES, MODELS, adapter, build, state_of
 
@@ -117,7 +118,7 @@ def test_what_numba_compiles_writes_the_same_bits(dtype, numel, monkeypatch):
 
 def test_a_folder_called_numba_is_no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
-    assert fast_write.__wrapped__() is None
+    assert compiled.__wrapped__(print) is None
 
 
 def test_devices_write_the_same(monkeypatch):

@@ -35,7 +35,15 @@ def record(own, other, metric="accuracy"):
 def test_verdicts(own, other, short, says):
     (verdict,) = judge(Claim("x", "table1", "own", "other", short), record(own, other))
     assert verdict.says == says
-    assert verdict.section == "s"
+    assert verdict.where == "s"
+
+
+def test_columns_are_told_apart():
+    made = record([0.7] * 3, [0.6] * 3)
+    more = [{**cell, "column": "d"} for cell in made["cells"][:2]]
+    made["cells"] += more
+    found = judge(Claim("x", "table1", "own", "other"), made)
+    assert [verdict.where for verdict in found] == ["s, c", "s, d"]
 
 
 def test_densities_and_bytes_are_not_compared():
