@@ -25,12 +25,12 @@ def _stages(scale: Scale) -> dict[int, RunSpec]:
 
 def _cells(scale: Scale) -> list[Cell]:
     dataset = scale.choices["figure8"]
-    whole = scale.variation("mask", dataset)
-    cells = [Cell("", "frozen base", "k-NN", whole, "frozen_knn"), Cell("", "all weights", "k-NN", whole, "knn")]
-    cells += [Cell("", f"{_STAGES}: {count}", "k-NN", run, "knn") for count, run in _stages(scale).items()]
+    whole, where = scale.variation("mask", dataset), scale.unsupervised[scale.varied].label
+    cells = [Cell(where, "frozen base", "k-NN", whole, "frozen_knn"), Cell(where, "all weights", "k-NN", whole, "knn")]
+    cells += [Cell(where, f"{_STAGES}: {count}", "k-NN", run, "knn") for count, run in _stages(scale).items()]
     for share in scale.choices["figure8_shares"]:
         run = scale.variation("mask", dataset, mask={"trainable_fraction": share})
-        cells.append(Cell("", f"{_RANDOM}: {100 * share:g} %", "k-NN", run, "knn"))
+        cells.append(Cell(where, f"{_RANDOM}: {100 * share:g} %", "k-NN", run, "knn"))
     return cells
 
 

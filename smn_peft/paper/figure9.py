@@ -16,12 +16,12 @@ __all__ = ["ARTEFACT"]
 
 def _cells(scale: Scale) -> list[Cell]:
     dataset = scale.choices["figure9"]
-    whole = scale.variation("mask", dataset)
-    cells = [Cell("", "frozen base", "k-NN", whole, "frozen_knn"), Cell("", "all weights", "k-NN", whole, "knn")]
+    whole, where = scale.variation("mask", dataset), scale.unsupervised[scale.varied].label
+    cells = [Cell(where, "frozen base", "k-NN", whole, "frozen_knn"), Cell(where, "all weights", "k-NN", whole, "knn")]
     for select in ("random", "magnitude"):
         for share in scale.choices["figure9_shares"]:
             run = scale.variation("mask", dataset, mask={"trainable_fraction": share, "select": select})
-            cells.append(Cell("", f"{select}: {100 * share:g} %", "k-NN", run, "knn"))
+            cells.append(Cell(where, f"{select}: {100 * share:g} %", "k-NN", run, "knn"))
     return cells
 
 

@@ -45,14 +45,14 @@ def _with_prototypes(run: RunSpec, number: int) -> RunSpec:
 
 
 def _cells(scale: Scale) -> list[Cell]:
-    cells = []
+    cells, label = [], scale.unsupervised[scale.varied].label
     for dataset in scale.choices["table5"]:
         for number in scale.choices["table5_prototypes"]:
             run = _with_prototypes(scale.variation("mask", dataset), number)
-            cells.append(Cell("(a) Prototypes", str(number), dataset, run, "knn"))
+            cells.append(Cell(f"(a) Prototypes, {label}", str(number), dataset, run, "knn"))
         for kept, options in _KEPT.items():
             run = scale.variation("mask", dataset, **({"mask": options} if options else {}))
-            cells.append(Cell("(b) Kept frozen", kept, dataset, run, "knn"))
+            cells.append(Cell(f"(b) Kept frozen, {label}", kept, dataset, run, "knn"))
         for key in scale.choices["table5_initialisations"]:
             setting = scale.unsupervised[key]
             section = "(c) Initialisation"

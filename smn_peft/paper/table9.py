@@ -33,8 +33,8 @@ _PAPER = {
 
 
 def _cells(scale: Scale) -> list[Cell]:
-    cells = []
-    for metric, section in (("knn", "k-NN"), ("linear_probe", "Linear probe"), ("density", "Density")):
+    cells, label = [], scale.unsupervised[scale.varied].label
+    for metric, name in (("knn", "k-NN"), ("linear_probe", "Linear probe"), ("density", "Density")):
         for dataset in scale.choices["table9"]:
             mask = scale.variation("mask", dataset)
             topk = replace(scale.variation("topk", dataset, mask={"rank_by": "score"}), found=mask)
@@ -43,7 +43,7 @@ def _cells(scale: Scale) -> list[Cell]:
                 "topk, found density": topk,
                 "threshold": mask,
             }
-            cells += [Cell(section, row, dataset, run, metric) for row, run in runs.items()]
+            cells += [Cell(f"{label}: {name}", row, dataset, run, metric) for row, run in runs.items()]
     return cells
 
 

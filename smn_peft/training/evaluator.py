@@ -12,6 +12,7 @@ from ..backbones import Backbone
 from ..data import ImageDataset
 from ..evaluation import Features, evaluate_accuracy, evaluate_knn, extract_features, linear_probe
 from .assemble import Images, evaluation_of
+from .checkpoint import latest_checkpoint
 from .shared import base_features
 from .task import TrainingTask
 from .train_arguments import TrainArguments
@@ -24,8 +25,8 @@ def evaluator_of(
 ) -> Callable[[TrainingTask], dict[str, float]] | None:
     """k-NN, where asked for a linear probe, and of a classifier the accuracy; None if there is nothing to test on.
 
-    The first call is taken to be before any training: if the task is still the frozen base, its features are shared
-    with other runs on it (see `share`).
+    The first call of a run that does not go on from a checkpoint is before any training: if the task is the frozen
+    base then, its features are shared with other runs on it (see `share`).
 
     Args:
         arguments: Of the run.
@@ -36,7 +37,7 @@ def evaluator_of(
     bank, test = images.bank, images.test
     if test is None or bank is None:
         return None
-    transform, fresh = evaluation_of(backbone), True
+    transform, fresh = evaluation_of(backbone), latest_checkpoint(arguments.output_dir) is None
     options: dict[str, Any] = {
         "batch_size": arguments.batch_size,
         "accelerator": accelerator,

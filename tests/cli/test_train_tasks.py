@@ -162,3 +162,15 @@ def test_features_of_the_frozen_base_are_computed_once(line, tmp_path, monkeypat
         assert runner.invoke(app, [*line, *options, f"--output-dir={tmp_path / 'alone' / name}"]).exit_code == 0
         shared, same = (RunSummary.load(tmp_path / folder / name) for folder in ("out", "alone"))
         assert (shared.before, shared.after) == (same.before, same.after)
+
+
+def test_what_goes_on_from_a_checkpoint_is_not_the_frozen_base(line, tmp_path):
+    file = tasks_file(tmp_path, "first: {lr: 1}\nsecond: {adapt: full, lr: 0.05}\n")
+    assert runner.invoke(app, [*line, file]).exit_code == 0
+    done = RunSummary.load(tmp_path / "out/second")
+    assert done.after["accuracy"] != done.before["accuracy"]
+    for name in ("first", "second"):
+        (tmp_path / "out" / name / "run.json").unlink()
+    (tmp_path / "out/first/checkpoint-3").rename(tmp_path / "away")
+    assert runner.invoke(app, [*line, file]).exit_code == 0
+    assert RunSummary.load(tmp_path / "out/second").after == done.after
