@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .facts import as_facts, check_same
 from .guards import TrainingFailure, check_loss, check_masks
+from .heap import held_heap
 from .interrupt import StopRequest
 from .loop_arguments import LoopArguments
 from .memory import enable_gradient_checkpointing
@@ -165,7 +166,7 @@ class Trainer:
             desc=self.task.objective.name,
             disable=None if self.accelerator.is_main_process else True,
         )
-        with StopRequest() as stop, shown as bar:
+        with StopRequest() as stop, shown as bar, held_heap(self.accelerator.device.type == "cpu"):
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
         self.task.move_density(1.0)  # a run that was resumed at its end had no step to say so
