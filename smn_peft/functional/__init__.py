@@ -18,6 +18,7 @@ from .masking import (
 )
 from .ops import masked_conv, masked_linear
 from .packing import hamming, pack_bits, packed_size, popcount, unpack_bits
+from .stochastic_rounding import round_stochastically
 from .whitening import Whitening, fit_whitening
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "packed_size",
     "popcount",
     "progressive_density",
+    "round_stochastically",
     "scale_of",
     "straight_through",
     "threshold_mask",

@@ -122,6 +122,8 @@ def _score_gradient(
     total: Tensor | None = None,
 ) -> Tensor:
     """dL/dS in the scores' dtype from g = dL/dθ̂, in the memory of `grad`; `total` is Σ g·θ̂ if the caller has it."""
+    if dtype == torch.bfloat16:  # rounded once, at the end
+        return _score_gradient(grad, masked, weight, spec, trainable, torch.float32, total).to(dtype)
     grad = grad.to(dtype)
     _, active, scale = masked
     if scale is None:
@@ -239,7 +241,7 @@ def masked_linear(
     Args:
         x: Input (…, in_features); the product is computed in its dtype.
         weight: Frozen weight (out_features, in_features).
-        scores: Scores of the weight's shape, fp32 or fp64.
+        scores: Scores of the weight's shape, fp32, fp64 or, with a rounding optimizer, bf16.
         bias: Bias (out_features,) or None.
         spec: Mask type, threshold and scaling.
         trainable: As in [`compute_mask`].
@@ -265,7 +267,7 @@ def masked_conv(
     Args:
         x: Input (batch, channels, …), already padded if the padding is not zeros.
         weight: Frozen weight, as `torch.nn.functional.conv*d` or `conv_transpose*d` take it.
-        scores: Scores of the weight's shape, fp32 or fp64.
+        scores: Scores of the weight's shape, fp32, fp64 or, with a rounding optimizer, bf16.
         bias: Bias (out_channels,) or None.
         geometry: Stride, padding, dilation, groups and so on.
         spec: Mask type, threshold and scaling.

@@ -19,8 +19,8 @@ __all__ = ["RUN_NAME", "AdapterFacts", "facts_of_folder"]
 
 RUN_NAME = "run.json"  # `smn train` writes it beside the adapter
 _SHOWN = (
-    "epochs max_steps batch_size optimizer lr head_lr momentum weight_decay warmup_epochs mixed_precision image_size "
-    "head fraction limit seed"
+    "epochs max_steps batch_size optimizer lr head_lr momentum weight_decay warmup_epochs mixed_precision score_dtype "
+    "image_size head fraction limit seed"
 ).split()
 _MAY_DIFFER = frozenset(
     "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()

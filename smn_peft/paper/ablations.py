@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ablations that the paper lacks: σ, its gradient, the BatchNorm policy, and the learning rate against the density."""
+"""Ablations that the paper lacks: σ, its gradient, the BatchNorm policy, bf16 scores, learning rate and density."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from .artefact import Artefact, Cell
 from .run_spec import RunSpec
@@ -9,31 +11,30 @@ from .scale import Scale
 
 __all__ = ["ARTEFACT"]
 
-_RATES = (0.25, 0.5, 2.0, 4.0)
 
-
-def _variants(run: RunSpec, *, statistics: bool) -> dict[str, RunSpec]:
+def _variants(run: RunSpec, rates: Sequence[float], *, statistics: bool) -> dict[str, RunSpec]:
     lr = run.arguments["lr"]
     variants = {
         "as it is": run,
         "no σ": run.at(mask={"scale": False}),
         "σ without gradient": run.at(mask={"scale_gradient": False}),
+        "scores and momentum in bf16": run.at(score_dtype="bfloat16"),
     }
     if statistics:
         adapting = run.arguments.get("mask", {}).get("batch_norm") == "adapt"
         name, policy = ("held", "frozen") if adapting else ("adapting", "adapt")
         variants[f"BatchNorm statistics {name}"] = run.at(mask={"batch_norm": policy})
-    return variants | {f"learning rate × {rate:g}": run.at(lr=rate * lr) for rate in _RATES}
+    return variants | {f"learning rate × {rate:g}": run.at(lr=rate * lr) for rate in rates}
 
 
 def _cells(scale: Scale) -> list[Cell]:
-    dataset, cells = scale.choices["ablations"], []
+    dataset, rates, cells = scale.choices["ablations"], scale.choices["ablations_rates"], []
     for setting, kind, metric in (
         (scale.supervised[scale.resnet], "with labels", "accuracy"),
         (scale.unsupervised[scale.varied], "without labels", "knn"),
     ):
         run = scale.run(setting, "mask", dataset)
-        for row, variant in _variants(run, statistics=setting.has_statistics).items():
+        for row, variant in _variants(run, rates, statistics=setting.has_statistics).items():
             for name in (metric, "density"):
                 cells.append(Cell(f"{setting.label}, {kind}", row, name, variant, name))
     return cells

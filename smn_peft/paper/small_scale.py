@@ -113,8 +113,9 @@ SMALL = Scale(
         "figure10_classes": 10,
         "figure11": "cifar10",
         "ablations": "cifar10",
+        "ablations_rates": (0.25, 4.0),
         "recipes": (
-            (_LABELLED["resnet"], "cifar10", (2, 6, 12)),
+            (_LABELLED["resnet"], "cifar10", (1, 3, 6)),
             *((setting, "tiny-imagenet, 30 classes", (6,)) for setting in (*_LABELLED.values(), _FRESH)),
         ),
         "recipes_methods": {

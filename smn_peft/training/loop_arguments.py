@@ -38,7 +38,10 @@ class LoopArguments:
     head_weight_decay: float = option(0.0, "Weight decay of everything else that trains.")
     warmup_epochs: float = option(0.0, "Epochs of linear warm-up before the cosine; it starts at (e+1)/W, not at 0.")
     schedule_every: Literal["step", "epoch"] = option("step", "How often the learning rate moves.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast of the forward; scores stay fp32.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast of the forward; scores stay as they are.")
+    score_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "Dtype of scores and their momentum; bfloat16 takes half the memory, by stochastic rounding."
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward, to save memory.")
     channels_last: bool = option(False, "Keep images and convolution weights with channels last (GPU).")
     compile: bool = option(False, "Run the model's forward through torch.compile.")
@@ -68,6 +71,7 @@ class LoopArguments:
             ("optimizer", ("sgd", "adamw")),
             ("schedule_every", ("step", "epoch")),
             ("mixed_precision", ("no", "bf16", "fp16")),
+            ("score_dtype", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .loop_arguments import LoopArguments
+from .narrow import NarrowAdamW, NarrowSGD
 from .task import TrainingTask
 
 __all__ = ["build_optimizer", "set_learning_rates"]
@@ -33,9 +34,12 @@ def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim
             "Nothing to train: every parameter is frozen. Wrap the model with get_peft_model(model, MaskConfig(…)), "
             "or call model.requires_grad_(True) for full fine-tuning."
         )
+    narrow = arguments.score_dtype == "bfloat16"
+    if narrow:
+        groups = [{**group, "rounding_seed": arguments.seed} for group in groups]
     if arguments.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=arguments.lr)
-    return torch.optim.SGD(groups, lr=arguments.lr, momentum=arguments.momentum)
+        return (NarrowAdamW if narrow else torch.optim.AdamW)(groups, lr=arguments.lr)
+    return (NarrowSGD if narrow else torch.optim.SGD)(groups, lr=arguments.lr, momentum=arguments.momentum)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

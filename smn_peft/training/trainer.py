@@ -23,6 +23,7 @@ from .interrupt import StopRequest
 from .loop_arguments import LoopArguments
 from .memory import enable_gradient_checkpointing
 from .metrics import MetricsLog, Window, postfix
+from .narrow import narrow_scores, widen_scores
 from .optimizer import build_optimizer, set_learning_rates
 from .schedule import warmup_cosine
 from .sync_batch_norm import synchronise_batch_norm
@@ -93,6 +94,8 @@ class Trainer:
             task.to(memory_format=torch.channels_last)
         if self.accelerator.num_processes > 1 and arguments.sync_batch_norm:
             synchronise_batch_norm(task)
+        if arguments.score_dtype == "bfloat16":
+            narrow_scores(task)
         self.optimizer = build_optimizer(task, arguments)
         self.steps_per_epoch = len(loader) // arguments.accumulate
         if self.steps_per_epoch == 0:
@@ -171,6 +174,8 @@ class Trainer:
                 self._epoch(bar, stop)
         self.task.move_density(1.0)  # a run that was resumed at its end had no step to say so
         self.task.round_extras()
+        if self.arguments.score_dtype == "bfloat16":
+            widen_scores(self.task)
         self._evaluate()
         if self.arguments.log_with is not None:
             self.accelerator.end_training()
