@@ -97,19 +97,13 @@ def _is_plain_threshold(weight: Tensor, scores: Tensor, spec: MaskSpec, trainabl
 
 
 def _counted(weight: Tensor, scores: Tensor, spec: MaskSpec) -> _Masked:
-    """θ·1[S > μ] in the workspace, not scaled, with count and scale: one pass over memory, part by part."""
-    room = _workspace.room(weight)
+    """θ·1[S > μ], not scaled, with count and scale: one pass over memory, part by part."""
+    room = torch.empty_like(weight)
     active = 0.0
     for kept, of, by in zip(*(t.view(-1).split(_CACHED) for t in (room, weight, scores)), strict=True):
         active += float(torch.gt(by, spec.threshold, out=kept).sum())
         torch.mul(of, kept, out=kept)
     return _Masked(room, active, _scale(active, room.numel(), room.dtype) if spec.scale else None)
-
-
-def _unscaled(weight: Tensor, scores: Tensor, spec: MaskSpec) -> Tensor:
-    """θ·1[S > μ] in the workspace."""
-    keep: Any = torch.ops.aten.threshold_backward.grad_input
-    return keep(weight, scores, spec.threshold, grad_input=_workspace.room(weight))  # type: ignore[no-any-return]
 
 
 def _score_gradient(
@@ -211,15 +205,19 @@ class _MaskedConv(torch.autograd.Function):
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]]
         few_pixels = needed[0] and ctx.few_pixels
+        back, options = torch.ops.aten.convolution_backward, (ctx.bias_sizes, *ctx.geometry)
         if few_pixels:
-            masked = _Masked(_unscaled(weight, scores, ctx.spec), *ctx.known)
+            # One after the other: the gradient of the weight comes where the effective weight was.
+            kept = torch.ops.aten.threshold_backward(weight, scores, ctx.spec.threshold)
+            grad_x = back(grad, x, kept, *options, [True, False, False])[0]
+            del kept
+            _, grad_weight, grad_bias = back(grad, x, weight, *options, [False, *needed[1:]])
+            masked = _Masked(weight, *ctx.known)  # the effective one is not needed any more
+            if masked.scale is not None:
+                grad_x.mul_(masked.scale)
         else:
             masked = _build(weight, scores, ctx.spec, trainable, ctx.known)
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, x, masked.weight.to(x.dtype), ctx.bias_sizes, *ctx.geometry, needed
-        )
-        if few_pixels and masked.scale is not None:
-            grad_x.mul_(masked.scale)
+            grad_x, grad_weight, grad_bias = back(grad, x, masked.weight.to(x.dtype), *options, needed)
         grad_scores = None
         if needed[1]:
             # A convolution is linear in both: Σ θ̂·(dL/dθ̂) = Σ x·(dL/dx), and few pixels are the shorter sum.

@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import timm
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from smn_peft import MaskConfig
 
@@ -46,14 +48,16 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def step_of(model: nn.Module, score_lr: float = 1.0, size: int = SIZE) -> Callable[[], None]:
+def step_of(
+    model: nn.Module, score_lr: float = 1.0, size: int = SIZE, sgd: type[torch.optim.SGD] = torch.optim.SGD
+) -> Callable[[], None]:
     """One optimizer step of cross-entropy training, SGD with momentum on everything that trains."""
     model.train()
     groups = [
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and "smn_" in n], "lr": score_lr},
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and "smn_" not in n], "lr": 1e-3},
     ]
-    optimizer = torch.optim.SGD([g for g in groups if g["params"]], momentum=0.9)
+    optimizer = sgd([g for g in groups if g["params"]], momentum=0.9)
     images = torch.randn(BATCH, 3, size, size, device=DEVICE)
     labels = torch.randint(CLASSES, (BATCH,), device=DEVICE)
 
@@ -85,22 +89,26 @@ def ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) ->
     )
 
 
-def peak_in_subprocess(script: str, *arguments: str, runs: int = 3) -> int:
-    """Peak bytes that a benchmark script reports, run with the given arguments: the least of several runs.
-
-    What disturbs a peak, such as threads that happen to allocate at once, only raises it.
-    """
+def peak_in_subprocess(script: str, *arguments: str) -> int:
+    """Peak bytes that a benchmark script reports, run with the given arguments."""
     command = [sys.executable, script, *arguments]
-    outputs = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(runs))
-    return min(int(json.loads(output.splitlines()[-1])["peak"]) for output in outputs)
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(output.splitlines()[-1])["peak"])
 
 
-def peak_of(steps: Callable[[], None]) -> int:
-    """Peak bytes of this process after a few steps (GPU: of the allocator)."""
-    for _ in range(3):
-        steps()
+def peak_of(make: Callable[[], Callable[[], None]]) -> int:
+    """Peak bytes of all tensors while a model is made and takes three steps; once per process, by torch's count.
+
+    Not the process's own peak: that moves by as much as the weights of ResNet-18 from run to run.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=DEVICE == "cpu") as profiler:
+        step = make()
+        for _ in range(3):
+            step()
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
-    # Not getrusage's ru_maxrss: Linux hands a child the parent's high-water mark.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
