@@ -97,21 +97,24 @@ def plot_curves(
     *,
     xlabel: str = "optimizer step",
     ylabel: str = "training loss (nats)",
+    markers: bool = False,
 ) -> None:
-    """Lines without markers, a panel per title side by side on one scale: Figure 5 has two.
+    """Lines, a panel per title side by side on one scale: Figure 5 has two.
 
     Args:
         panels: Lines by the panel's title.
         path: File to write.
         xlabel: What the positions are, with their unit.
         ylabel: What the values are, with their unit.
+        markers: Mark the positions, with error bars, for lines of a few; each panel has its own scale then.
     """
     with canvas(path, columns=len(panels), size=(5.5, 4.0)) as found:
         axes = found if isinstance(found, list) else [found]
         ends = [value for lines in panels.values() for line in lines for value in line.y]
         for part, (title, lines) in zip(axes, panels.items(), strict=True):
-            draw_series(part, lines, markers=False)
+            draw_series(part, lines, markers=markers)
             part.set(xlabel=xlabel, ylabel=ylabel, title=title)
-            margin = 0.05 * (max(ends) - min(ends) or 1.0)
-            part.set_ylim(min(ends) - margin, max(ends) + margin)
+            if not markers:
+                margin = 0.05 * (max(ends) - min(ends) or 1.0)
+                part.set_ylim(min(ends) - margin, max(ends) + margin)
             part.legend(frameon=False)

@@ -15,7 +15,6 @@ from .scale import Scale
 __all__ = ["ARTEFACT"]
 
 _FROZEN = {"frozen_knn": "k-NN, frozen base", "frozen_linear_probe": "linear probe, frozen base"}
-_EPOCHS = " epochs"
 
 
 def _cells(scale: Scale) -> list[Cell]:
@@ -23,7 +22,7 @@ def _cells(scale: Scale) -> list[Cell]:
     for setting, dataset, lengths in scale.choices["recipes"]:
         section = f"{setting.label}, {dataset}"
         for epochs in lengths:
-            column = f"{epochs}{_EPOCHS}"
+            column = f"{epochs} {'epoch' if epochs == 1 else 'epochs'}"
             runs = {}
             for row, method in scale.choices["recipes_methods"].items():
                 recipe = scale.run(setting, method, dataset)
@@ -46,14 +45,14 @@ def _draw(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
         if len({cell["column"] for cell in mine}) < 2:
             continue
         for row in dict.fromkeys(cell["row"] for cell in mine):
-            points = {float(c["column"].removesuffix(_EPOCHS)): c["values"] for c in mine if c["row"] == row}
+            points = {float(c["column"].split()[0]): c["values"] for c in mine if c["row"] == row}
             seeds = min(len(values) for values in points.values())
             curves = [{x: 100 * values[seed] for x, values in points.items()} for seed in range(seeds)]
             panels.setdefault(section, []).append(mean_curve(row, curves))
     if not panels:
         return []
     path = folder / f"{stem}.png"
-    plot_curves(panels, path, xlabel="epochs", ylabel="accuracy (%)")
+    plot_curves(panels, path, xlabel="epochs", ylabel="accuracy (%)", markers=True)
     return [path]
 
 
