@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smn_peft.paper import ARTEFACTS
-from smn_peft.paper.claims import claims_table
+from smn_peft.paper.claims import CLAIMS, claims_table
 from smn_peft.paper.record import render
 
 RECORDS = Path(__file__).with_name("records") / "paper"
@@ -26,11 +26,12 @@ MARKED = re.compile(r"(<!-- claims:begin -->\n).*(<!-- claims:end -->)", re.DOTA
 
 
 def take(folder: Path) -> None:
-    """Copy what was made at the small scale, if it has three seeds or as many as the table wants."""
+    """Copy what was made at the small scale; what judges a claim needs three seeds, or as many as the table wants."""
     RECORDS.mkdir(parents=True, exist_ok=True)
     for name, artefact in ARTEFACTS.items():
         path = folder / f"{name}-small.json"
-        if path.is_file() and len(json.loads(path.read_text("utf-8"))["seeds"]) >= min(3, artefact.seeds):
+        needed = min(3, artefact.seeds) if any(claim.artefact == name for claim in CLAIMS) else 1
+        if path.is_file() and len(json.loads(path.read_text("utf-8"))["seeds"]) >= needed:
             for file in (path, *folder.glob(f"{name}-small*.png")):
                 shutil.copyfile(file, RECORDS / file.name)
 

@@ -53,8 +53,9 @@ def test_the_paper_at_a_small_scale_is_rendered_from_the_records(reports):
 def test_a_record_of_too_few_seeds_is_not_taken(reports, tmp_path, monkeypatch):
     *_, paper_results = reports
     monkeypatch.setattr(paper_results, "RECORDS", tmp_path / "records")
-    for name, seeds in (("table1", [0]), ("table8", [0, 1, 2]), ("table7", [0])):
+    for name, seeds in (("table1", [0]), ("figure9", [0, 1]), ("table3", [0, 1, 2]), ("table7", [0]), ("table5", [0])):
         (tmp_path / f"{name}-small.json").write_text(json.dumps({"seeds": seeds}), "utf-8")
     paper_results.take(tmp_path)
     taken = sorted(path.name for path in (tmp_path / "records").iterdir())
-    assert taken == ["table7-small.json", "table8-small.json"]  # Table 7 has one seed
+    # The first two judge claims, and the last two none.
+    assert taken == ["table3-small.json", "table5-small.json", "table7-small.json"]

@@ -29,10 +29,12 @@ def _variants(run: RunSpec, rates: Sequence[float], *, statistics: bool) -> dict
 
 def _cells(scale: Scale) -> list[Cell]:
     dataset, rates, cells = scale.choices["ablations"], scale.choices["ablations_rates"], []
-    for setting, kind, metric in (
-        (scale.supervised[scale.resnet], "with labels", "accuracy"),
-        (scale.unsupervised[scale.varied], "without labels", "knn"),
-    ):
+    settings = {
+        "with labels": (scale.supervised[scale.resnet], "accuracy"),
+        "without labels": (scale.unsupervised[scale.varied], "knn"),
+    }
+    for kind in scale.choices["ablations_kinds"]:
+        setting, metric = settings[kind]
         run = scale.run(setting, "mask", dataset)
         for row, variant in _variants(run, rates, statistics=setting.has_statistics).items():
             for name in (metric, "density"):

@@ -124,6 +124,7 @@ PAPER = Scale(
         "figure10_classes": 20,
         "figure11": "cifar100",
         "ablations": "cifar10",
+        "ablations_kinds": ("with labels", "without labels"),
         "ablations_rates": (0.25, 0.5, 2.0, 4.0),
         "recipes": ((_RESNET18, "cifar10", (15, 50, 150)),),
         "recipes_methods": {

@@ -113,6 +113,7 @@ SMALL = Scale(
         "figure10_classes": 10,
         "figure11": "cifar10",
         "ablations": "cifar10",
+        "ablations_kinds": ("with labels",),
         "ablations_rates": (0.25, 4.0),
         "recipes": (
             (_LABELLED["resnet"], "cifar10", (1, 3, 6)),

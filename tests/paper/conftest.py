@@ -91,6 +91,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "figure9": "colours",
             "figure9_shares": (0.1,),
             "ablations": "colours",
+            "ablations_kinds": ("with labels", "without labels"),
             "ablations_rates": (0.5, 2.0),
             "recipes": ((net, "colours", (1, 2)),),
             "recipes_methods": {"fine-tuning": "full", "one": "mask"},
