@@ -79,7 +79,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = tuple(slot.scores_name for slot in self.present_slots)
         self.other_param_names = (*(slot.mask_name for slot in self.present_slots), "smn_info")
         self.smn_info: dict[str, AdapterInfo] = {}
-        self._awaiting = False
+        self._awaiting = self._was_loaded = False
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         for attribute, size in sizes_of(base_layer).items():
@@ -110,7 +110,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Bool mask of an adapter on this layer, of the weight's shape."""
         slot = slot or self.present_slots[0]
         if self._awaiting:
-            self.receive()
+            self.settle()
         if adapter_name in self.scores(slot):
             return self.mask_of_scores(adapter_name, slot, self.scores(slot)[adapter_name])
         return unpack_bits(self.bits(slot)[adapter_name], self.base_tensor(slot).shape)
@@ -182,6 +182,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 self._awaiting = True
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def settle(self) -> None:
+        """[`receive`], but in a graph, which would break there, only if it has something to do.
+
+        A graph sees no tensor's version; what a loader writes in place comes by `_load_from_state_dict`.
+        """
+        configs = [info.config for info in self.smn_info.values()]
+        arrived = self._was_loaded or any(config.being_loaded or config.awaits_blob for config in configs)
+        arrived = arrived or any(self.bits(slot).replaced for slot in self.present_slots)
+        if arrived or not torch.compiler.is_compiling():
+            self.receive()
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def receive(self) -> None:
         """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use.
@@ -197,7 +208,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     "PeftModel.from_pretrained, or write it bit-packed with `smn unpack`. If you only want its "
                     "configuration for a fresh adapter, pass dataclasses.replace(config, base_fingerprint=None)."
                 )
-        self._awaiting = False
+        self._awaiting = self._was_loaded = False
         for slot in self.present_slots:
             for name, scores in self.scores(slot).items():
                 self.smn_info[name].config.being_loaded = False

@@ -70,9 +70,9 @@ class ResidentBuffers(BufferDict):
         return current if written else None
 
     @property
-    def expecting(self) -> bool:
-        """Whether any expected buffer still stands."""
-        return any(place is not None for place in self._expected.values())
+    def replaced(self) -> bool:
+        """Whether another buffer stands where one is expected, as transformers' loader leaves it."""
+        return any(place is not None and self[key] is not place[0] for key, place in self._expected.items())
 
     def forget(self, key: str) -> None:
         """Drop every trace of an adapter."""

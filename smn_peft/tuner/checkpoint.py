@@ -26,7 +26,7 @@ class StoredLayer(AdapterLayer):
             ValueError: If scores hold NaN.
         """
         if self._awaiting:
-            self.receive()
+            self.settle()
         entries: dict[str, Tensor] = {}
         for slot in self.smn_info[adapter_name].slots if adapter_name in self.smn_info else ():
             mask_key, scores_key = (f"{prefix}{name}.{adapter_name}" for name in (slot.mask_name, slot.scores_name))

@@ -167,6 +167,7 @@ class MaskLayer(StoredLayer):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._forget()
+        self._was_loaded = True
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -241,7 +242,7 @@ class MaskLayer(StoredLayer):
                 return self.run(self._ready.tensors, *args)
             self._ready = None
         if self._awaiting:
-            self.receive()
+            self.settle()
         adapter_names: list[str] | None = kwargs.pop("adapter_names", None) if kwargs else None
         if self._disable_adapters:
             if self.merged:

@@ -212,6 +212,22 @@ def test_gradient_checkpointing_changes_no_number(tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_compiled_run_is_one_graph_and_changes_no_number(tmp_path, monkeypatch, kind):
+    torch._dynamo.reset()
+    plain = trained(tmp_path / "plain", kind)
+    real = TrainingTask.compile
+    monkeypatch.setattr(TrainingTask, "compile", lambda task: real(task, backend="aot_eager", fullgraph=True))
+    compiled = trained(tmp_path / "compiled", kind, compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    for one, two in zip(plain.history, compiled.history, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    one, two = plain.task.training_state(), compiled.task.training_state()
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_a_progressive_mask_follows_the_run(tmp_path):
     task = supervised_task(mask_type="topk", density=0.5, density_schedule="linear")
     lines = Trainer(task, Batches(), loop(tmp_path)).train()

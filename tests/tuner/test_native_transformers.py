@@ -130,6 +130,18 @@ def test_saved_scores_are_loaded_natively(build, tmp_path):
             assert torch.equal(parameter, own[name])
 
 
+@pytest.mark.parametrize("is_config_given", [False, True])
+def test_a_model_compiled_before_its_first_forward_has_what_was_loaded(build, tmp_path, is_config_given):
+    expected = saved(build, tmp_path)
+    model = build()
+    given = {"peft_config": MaskConfig(), "adapter_state_dict": read_adapter_file(tmp_path)} if is_config_given else {}
+    model.load_adapter(None if is_config_given else str(tmp_path), is_trainable=True, **given)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager")(pixel_values=PIXELS).pooler_output
+    torch.testing.assert_close(compiled, expected)
+
+
 def test_native_and_peft_read_each_other_s_files(build, tmp_path):
     expected = saved(build, tmp_path / "native")
     model = PeftModel.from_pretrained(build(), tmp_path / "native").eval()
