@@ -69,7 +69,7 @@ def step_of(
     return step
 
 
-def ratio(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float, list[float]]:
+def ratio(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[float, float, list[float]]:
     """Median seconds of two functions run in turn, and their ratio first / second in every round."""
     times: list[tuple[float, float]] = []
     for index in range(rounds + 2):
