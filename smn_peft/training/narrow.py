@@ -102,8 +102,8 @@ class NarrowAdamW(_Narrow, torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(value), torch.zeros_like(value)
-        moments = [[state[name]] for name in ("exp_avg", "exp_avg_sq")]
+        first, second = [state["exp_avg"]], [state["exp_avg_sq"]]
         names = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
         beta1, beta2 = group["betas"]
         options = {name: group[name] for name in names}
-        adamw([value], [grad], *moments, [], [state["step"]], beta1=beta1, beta2=beta2, **options)
+        adamw([value], [grad], first, second, [], [state["step"]], beta1=beta1, beta2=beta2, **options)
