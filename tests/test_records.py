@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +56,11 @@ def test_a_record_of_too_few_seeds_is_not_taken(reports, tmp_path, monkeypatch):
     monkeypatch.setattr(paper_results, "RECORDS", tmp_path / "records")
     for name, seeds in (("table1", [0]), ("figure9", [0, 1]), ("table3", [0, 1, 2]), ("table7", [0]), ("table5", [0])):
         (tmp_path / f"{name}-small.json").write_text(json.dumps({"seeds": seeds}), "utf-8")
+    for name in ("table3", "figure9"):
+        Image.new("RGBA", (60, 40), "red").save(tmp_path / f"{name}-small.png")
     paper_results.take(tmp_path)
     taken = sorted(path.name for path in (tmp_path / "records").iterdir())
     # The first two judge claims, and the last two none.
-    assert taken == ["table3-small.json", "table5-small.json", "table7-small.json"]
+    assert taken == ["table3-small.json", "table3-small.png", "table5-small.json", "table7-small.json"]
+    with Image.open(tmp_path / "records" / "table3-small.png") as picture:
+        assert (picture.size, picture.convert("RGB").getpixel((5, 5))) == ((60, 40), (255, 0, 0))
