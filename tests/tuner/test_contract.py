@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -499,6 +499,18 @@ def test_a_compiled_model_gives_the_same(name, state):
     for first, second in zip(model.parameters(), plain.parameters(), strict=True):
         if second.requires_grad:
             torch.testing.assert_close(first.grad, second.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_has_what_load_state_dict_wrote_before_it():
+    case = BY_NAME["linear"]
+    source, target = masked_model(case, case.random()), masked_model(case)
+    state = {f"{key}.default": bits for key, bits in get_peft_model_state_dict(source).items()}
+    target.load_state_dict(state, strict=False)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(target, backend="aot_eager")(case.inputs())
+        assert not torch.equal(compiled, masked_model(case)(case.inputs()))
+        torch.testing.assert_close(compiled, source(case.inputs()), **case.tolerance)
 
 
 def test_the_table_covers_what_the_tuner_can_mask():
