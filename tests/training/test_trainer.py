@@ -218,6 +218,7 @@ def test_a_compiled_run_is_one_graph_and_changes_no_number(tmp_path, monkeypatch
     plain = trained(tmp_path / "plain", kind)
     real = TrainingTask.compile
     monkeypatch.setattr(TrainingTask, "compile", lambda task: real(task, backend="aot_eager", fullgraph=True))
+    torch._dynamo.utils.counters.clear()
     compiled = trained(tmp_path / "compiled", kind, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for one, two in zip(plain.history, compiled.history, strict=True):
