@@ -145,6 +145,8 @@ def density(mask: Tensor) -> float:
 def scale_of(active: Tensor, total: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Scale ``1/σ = sqrt(N / active)``; an empty mask counts as one active weight, so that nothing is NaN.
 
+    Computed in fp64 where the device has it: torch's fp32 square root is not always the nearest number.
+
     Args:
         active: Number of active weights, a 0-dim tensor of any dtype.
         total: Number of weights N.
@@ -153,9 +155,10 @@ def scale_of(active: Tensor, total: int, dtype: torch.dtype = torch.float32) -> 
     Returns:
         A 0-dim tensor, fp64 if `active` or `dtype` is, else fp32.
     """
-    count = active.clamp(min=1).to(torch.float64 if torch.float64 in (active.dtype, dtype) else torch.float32)
+    count = active.clamp(min=1).to(torch.float32 if active.device.type == "mps" else torch.float64)
     # Not `total / count`: torch computes that as a reciprocal times the total, which is not 1 for all equal numbers.
-    return torch.sqrt(torch.full_like(count, total) / count)
+    scale = torch.sqrt(torch.full_like(count, total) / count)
+    return scale if torch.float64 in (active.dtype, dtype) else scale.float()
 
 
 def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor:

@@ -13,6 +13,8 @@ from .task import TrainingTask
 
 __all__ = ["build_optimizer", "set_learning_rates"]
 
+_FUSED = ("cpu", "cuda")  # where torch's fused optimizers run
+
 
 def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim.Optimizer:
     """SGD or AdamW over two groups, each of which remembers its peak learning rate as `peak_lr`.
@@ -34,12 +36,21 @@ def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim
             "Nothing to train: every parameter is frozen. Wrap the model with get_peft_model(model, MaskConfig(…)), "
             "or call model.requires_grad_(True) for full fine-tuning."
         )
-    narrow = arguments.score_dtype == "bfloat16"
-    if narrow:
+    if arguments.score_dtype == "bfloat16":
         groups = [{**group, "rounding_seed": arguments.seed} for group in groups]
+        if arguments.optimizer == "adamw":
+            return NarrowAdamW(groups, lr=arguments.lr)
+        return NarrowSGD(groups, lr=arguments.lr, momentum=arguments.momentum)
+    # One pass over memory: a third to a fifth of AdamW's time on a CPU, where torch's default is a loop of many.
+    fused = all(parameter.device.type in _FUSED for parameter in adapted + rest) or None
     if arguments.optimizer == "adamw":
-        return (NarrowAdamW if narrow else torch.optim.AdamW)(groups, lr=arguments.lr)
-    return (NarrowSGD if narrow else torch.optim.SGD)(groups, lr=arguments.lr, momentum=arguments.momentum)
+        return torch.optim.AdamW(groups, lr=arguments.lr, fused=fused)
+    sgd = torch.optim.SGD(groups, lr=arguments.lr, momentum=arguments.momentum, fused=fused)
+    if fused and arguments.momentum:
+        # The fused step refuses a parameter whose first gradient comes later than the others'. Zeros change no number.
+        for parameter in adapted + rest:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Effective weights that are kept while nothing that they were made from has changed."""
+"""What a layer runs on, kept while nothing that it was made from has changed: effective weights, or what trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional.masking import MaskSpec
 
-__all__ = ["CachedWeight", "Ready", "Source"]
+__all__ = ["CachedWeight", "Ready", "Source", "Training"]
 
 
 _steps = 0
@@ -72,6 +72,12 @@ class Source:
         self.version, self.place = _version(self.tensor), self.tensor.data_ptr()
 
 
+def _is_in_state(layer: Any, active: str | list[str], base: nn.Module) -> bool:
+    if layer._disable_adapters or layer.merged_adapters or layer._awaiting or layer._active_adapter != active:
+        return False
+    return layer._modules["base_layer"] is base
+
+
 class Ready:
     """All that a layer runs on while it evaluates, so that a forward asks one question before the product.
 
@@ -107,9 +113,7 @@ class Ready:
 
     def holds(self, layer: Any) -> bool:
         """Whether the layer's next forward is one with these tensors, and without a gradient for their sources."""
-        if layer._disable_adapters or layer.merged_adapters or layer._awaiting or layer._active_adapter != self.active:
-            return False
-        if layer._modules["base_layer"] is not self.base:
+        if not _is_in_state(layer, self.active, self.base):
             return False
         for info, spec in self.specs:
             if info.spec is not spec:
@@ -122,3 +126,43 @@ class Ready:
             if tensor._version != source.version or tensor.data_ptr() != source.place:
                 return False
         return True
+
+    def run(self, layer: Any, *args: Any) -> Any:
+        """The layer's forward."""
+        return layer.run(self.tensors, *args)
+
+
+class Training:
+    """All that a layer runs on while one adapter trains: its tensors, not what is made of them in every forward."""
+
+    __slots__ = ("active", "base", "bias", "info", "name", "owner", "scores", "spec", "trainable", "weight")
+
+    def __init__(self, layer: Any, name: str, bias: Tensor | None) -> None:
+        """Note what the layer has now.
+
+        Args:
+            layer: A layer with `weight` and, maybe, `bias`.
+            name: The adapter that trains.
+            bias: The bias to run with; if it is masked, this serves for one forward only.
+        """
+        slot = layer.present_slots[0]
+        self.active = layer._active_adapter if isinstance(layer._active_adapter, str) else list(layer._active_adapter)
+        self.base, self.owner, self.name = layer.base_layer, layer.scores(slot)._parameters, name
+        self.weight, self.bias, self.scores = self.base.weight, bias, self.owner[name]
+        self.info = layer.smn_info[name]
+        self.spec, self.trainable = self.info.spec, layer.trainable(name, slot)
+
+    def holds(self, layer: Any) -> bool:
+        """Whether the layer's next forward is one that trains these scores, and nothing else of the layer."""
+        if not torch.is_grad_enabled() or not _is_in_state(layer, self.active, self.base):
+            return False
+        own = self.base._parameters
+        if own.get("weight") is not self.weight or own.get("bias") is not self.bias or self.weight.requires_grad:
+            return False
+        if self.owner.get(self.name) is not self.scores or not self.scores.requires_grad:
+            return False
+        return self.info.spec is self.spec
+
+    def run(self, layer: Any, *args: Any) -> Any:
+        """The layer's forward."""
+        return layer.train_on(self, *args)

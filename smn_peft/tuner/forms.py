@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..functional.ops import ConvGeometry, masked_conv, masked_linear
 from .adapters import Slot
+from .cache import Training
 from .kinds import kind_of
 from .layer import MaskLayer
 from .substitution import call_with
@@ -33,13 +34,13 @@ class Linear(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
-        slot, *biases = self.present_slots
-        if (name := self.alone(slot, names)) is None:
-            return self.run(self.effective_tensors(names), input)
-        bias = self.effective(biases[0], names) if biases else None
-        input, bias = _autocast(input, bias)  # type: ignore[assignment]
-        spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
-        return masked_linear(input, self.base_tensor(slot), self.scores(slot)[name], bias, spec, trainable)
+        training = self.alone(names)
+        return self.run(self.effective_tensors(names), input) if training is None else self.train_on(training, input)
+
+    def train_on(self, training: Training, input: Tensor) -> Tensor:
+        """[`masked_forward`] as one autograd node."""
+        input, bias = _autocast(input, training.bias)  # type: ignore[assignment]
+        return masked_linear(input, training.weight, training.scores, bias, training.spec, training.trainable)
 
     def run(self, tensors: Sequence[Tensor], input: Tensor) -> Tensor:
         """See [`masked_forward`]; `tensors` are weight and bias."""
@@ -51,16 +52,17 @@ class Conv(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(batch, in_channels, …) -> (batch, out_channels, …), or without the batch dimension."""
-        slot, *biases = self.present_slots
-        if (name := self.alone(slot, names)) is None:
+        if (training := self.alone(names)) is None:
             return self.run(self.effective_tensors(names), input, output_size)
-        bias = self.effective(biases[0], names) if biases else None
-        weight, scores = self.base_tensor(slot), self.scores(slot)[name]
-        spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+        return self.train_on(training, input, output_size)
+
+    def train_on(self, training: Training, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """[`masked_forward`] as one autograd node."""
+        weight, scores, spec, trainable = training.weight, training.scores, training.spec, training.trainable
 
         def convolve(x: Tensor, geometry: ConvGeometry) -> Tensor:
-            x, offset = _autocast(x, bias)  # type: ignore[assignment]
-            return masked_conv(x, weight, scores, offset, geometry, spec, trainable)
+            x, bias = _autocast(x, training.bias)  # type: ignore[assignment]
+            return masked_conv(x, weight, scores, bias, geometry, spec, trainable)
 
         return self._batched(convolve, input, output_size)
 

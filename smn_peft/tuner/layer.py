@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import Stash, merge_weight, unmerge_weight
 from .adapters import Slot
-from .cache import CachedWeight, Ready, Source
+from .cache import CachedWeight, Ready, Source, Training
 from .checkpoint import StoredLayer
 
 __all__ = ["MaskLayer"]
@@ -34,7 +34,7 @@ class MaskLayer(StoredLayer):
         super().__init__(base_layer)
         self._stashes: dict[str, Stash] = {}
         self._cache: dict[str, CachedWeight] = {}
-        self._ready: Ready | None = None
+        self._ready: Ready | Training | None = None
 
     # --- Effective weights -------------------------------------------------------------------------------------------
 
@@ -97,17 +97,19 @@ class MaskLayer(StoredLayer):
         scores = self.scores(slot)
         return any(name in scores and scores[name].requires_grad for name in holders)
 
-    def alone(self, slot: Slot, names: Sequence[str]) -> str | None:
-        """The one adapter that trains this slot, if the fused autograd nodes of `functional.ops` apply."""
+    def alone(self, names: Sequence[str]) -> Training | None:
+        """What trains, if it is one adapter on the weight: the fused autograd nodes of `functional.ops` apply."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
+        slot, *biases = self.present_slots
         holders = self.holders(names, slot)
-        if len(holders) != 1:
+        if len(holders) != 1 or self.base_tensor(slot).requires_grad or not self.trains(slot, holders):
             return None
-        usable = self.trains(slot, holders) and not self.base_tensor(slot).requires_grad
-        if usable:
-            self._cache.pop(slot.name, None)
-        return holders[0] if usable else None
+        self._cache.pop(slot.name, None)
+        training = Training(self, holders[0], self.effective(biases[0], names) if biases else None)
+        if names == self.active_here() and training.bias is self.base_layer.bias:
+            self._ready = training
+        return training
 
     def _merged_spec(self, holders: Sequence[str]) -> MaskSpec:
         specs = [self.smn_info[name].spec for name in holders]
@@ -239,7 +241,7 @@ class MaskLayer(StoredLayer):
         """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
         if not torch.compiler.is_compiling() and self._ready is not None:
             if not kwargs and self._ready.holds(self):
-                return self.run(self._ready.tensors, *args)
+                return self._ready.run(self, *args)
             self._ready = None
         if self._awaiting:
             self.settle()

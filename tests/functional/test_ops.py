@@ -21,11 +21,11 @@ from smn_peft.functional import (
     masked_conv,
     masked_linear,
     masked_weight,
-    ops,
+    passes,
+    scale_of,
 )
 from smn_peft.functional import straight_through as through
 from smn_peft.functional.ops import ConvGeometry
-from smn_peft.functional.workspace import Workspace
 
 SPECS = {
     "threshold": MaskSpec(),
@@ -149,10 +149,8 @@ def test_the_output_is_the_effective_weight_s(name, dtype):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("spec", [MaskSpec(), MaskSpec(threshold=1e9), SPECS["unscaled"], SPECS["no-scale-gradient"]])
-@pytest.mark.parametrize("part", [ops._CACHED, 1000])
-def test_a_small_output_is_scaled_and_not_the_weight(bias, spec, part, monkeypatch):
-    """The paths for few pixels and many channels: the scale on the output, σ's term from the input's gradient."""
-    monkeypatch.setattr(ops, "_CACHED", part)
+def test_few_pixels_and_many_channels(bias, spec):
+    """The scale goes on the input's gradient then, and σ's term comes from it."""
     torch.manual_seed(0)
     x = torch.randn(1, 16, 2, 2, dtype=torch.float64)
     weight, scores = torch.randn(2, 32, 16, 3, 3, dtype=torch.float64)
@@ -349,10 +347,9 @@ def test_inputs_without_a_batch_dimension_or_of_size_zero(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "2d"])
-def test_a_default_device_elsewhere_does_not_matter(name, monkeypatch):
+def test_a_default_device_elsewhere_does_not_matter(name):
     operation, _, (x, weight, scores), bias = problem(name, torch.float64)
     expected = gradients(lambda x, s, b: operation(x, weight, s, b, MaskSpec(), None), x, scores, bias)
-    monkeypatch.setattr(ops, "_workspace", Workspace())
     leaves = [tensor.clone().requires_grad_() for tensor in (x, scores, bias)]
     with torch.device("meta"):
         out = operation(leaves[0], weight, leaves[1], leaves[2], MaskSpec(), None)
@@ -361,7 +358,7 @@ def test_a_default_device_elsewhere_does_not_matter(name, monkeypatch):
     assert all(leaf.grad.device.type == "cpu" for leaf in leaves)
 
 
-def test_threads_do_not_share_their_workspace():
+def test_threads_do_not_disturb_each_other():
     def work(seed: int) -> bool:
         operation, _, (x, weight, scores), bias = problem("linear", torch.float64)
         weight = weight * (seed + 1)
@@ -390,6 +387,14 @@ def test_a_graph_can_be_walked_twice():
 def test_more_weights_than_fp32_counts_by_ones(monkeypatch):
     ones = torch.ones(1000)
     ones[::3] = 0
-    monkeypatch.setattr(ops, "_EXACT", 64)
-    assert ops._count(ones) == 666
-    assert ops._count(ones.to(torch.bfloat16)) == 666  # bf16 itself cannot count beyond 256
+    monkeypatch.setattr(passes, "_EXACT", 64)
+    assert passes._count(ones) == 666
+    assert passes._count(ones.to(torch.bfloat16)) == 666  # bf16 itself cannot count beyond 256
+
+
+@pytest.mark.parametrize("total", [64, 36_864, 147_456, 2_359_296])
+def test_the_scale_is_that_of_evaluation(total):
+    counts = torch.linspace(0, total, 2001).round()
+    for dtype in (torch.float32, torch.float64):
+        found = torch.tensor([passes._scale(count, total, dtype) for count in counts.tolist()], dtype=dtype)
+        assert torch.equal(found, scale_of(counts, total, dtype))
