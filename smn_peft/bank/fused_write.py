@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +14,9 @@ _BLOCK = 4096
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _write(out: Any, weight: Any, packed: Any, scale: Any, numel: Any, BLOCK: tl.constexpr) -> None:
+def _write(
+    out: tl.tensor, weight: tl.tensor, packed: tl.tensor, scale: tl.tensor, numel: tl.tensor, BLOCK: tl.constexpr
+) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < numel
     bits = tl.load(packed + (at >> 3), mask=inside, other=0).to(tl.int32)

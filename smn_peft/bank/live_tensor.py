@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..functional.triton_kernels import usable
 from .accelerated import fast_write
 from .task import TaskMask
 
@@ -80,18 +80,16 @@ def _write_device(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> 
 
 @functools.cache
 def _fused_write() -> Callable[[Tensor, Tensor, Tensor, float], None] | None:
-    """The kernel, if Triton is there and can compile it (it needs a C compiler); tried on eight weights."""
-    try:
+    """The kernel, tried on eight weights."""
+
+    def load() -> Callable[[Tensor, Tensor, Tensor, float], None]:
         from .fused_write import fused_write
 
         some = torch.zeros(8, device="cuda")
         fused_write(some, some.clone(), some.to(torch.uint8), 1.0)
-    except ImportError:
-        return None
-    except Exception as error:
-        warnings.warn(f"Triton cannot compile the write of masks, torch's is slower: {error}", stacklevel=2)
-        return None
-    return fused_write
+        return fused_write
+
+    return usable(load, "the write of masks")
 
 
 class LiveTensor:

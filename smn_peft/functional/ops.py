@@ -47,29 +47,29 @@ class _MaskedLinear(torch.autograd.Function):
         spec: MaskSpec,
         trainable: Tensor | None,
     ) -> Tensor:
-        effective, ctx.found = build(weight, scores, spec, trainable)
+        effective, ctx.found = build(weight, scores, spec, trainable, x.dtype)
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec = spec
-        return F.linear(x, effective.to(x.dtype), bias)
+        return F.linear(x, effective, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
-        spec, scale = ctx.spec, ctx.found.scale
+        spec, found = ctx.spec, ctx.found
         wants_x, _, wants_scores, wants_bias, *_ = ctx.needs_input_grad
-        kept = rebuild(weight, scores, spec, trainable)
+        effective, factor = rebuild(weight, scores, spec, trainable, found, x.dtype)
         flat = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_scores = grad_bias = None
         if wants_scores:
             g = flat.t() @ x.reshape(-1, x.shape[-1])
-            total = inner(g.to(kept.dtype), kept) if spec.scale and spec.scale_gradient else None
-            grad_scores = score_gradient(g, weight, scores, trainable, ctx.found, total, scale)
+            total = inner(g, effective, found) if spec.scale and spec.scale_gradient else None
+            grad_scores = score_gradient(g, weight, scores, trainable, found, total, factor)
         if wants_x:
-            if isinstance(scale, float):  # a factor of the product costs nothing
-                grad_x = torch.addmm(flat.new_empty(()), flat, kept.to(flat.dtype), beta=0, alpha=scale)
-            else:
-                grad_x = flat @ (kept if scale is None else kept.mul_(scale)).to(flat.dtype)
+            if factor is None:
+                grad_x = flat @ effective
+            else:  # as part of the product it costs nothing
+                grad_x = torch.addmm(flat.new_empty(()), flat, effective, beta=0, alpha=factor)
             grad_x = grad_x.reshape(x.shape)
         if wants_bias:
             grad_bias = flat.sum(0)
@@ -88,35 +88,36 @@ class _MaskedConv(torch.autograd.Function):
         trainable: Tensor | None,
         geometry: ConvGeometry,
     ) -> Tensor:
-        effective, ctx.found = build(weight, scores, spec, trainable)
+        effective, ctx.found = build(weight, scores, spec, trainable, x.dtype)
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec, ctx.geometry, ctx.bias_sizes = spec, geometry, None if bias is None else list(bias.shape)
-        return torch.convolution(x, effective.to(x.dtype), bias, *geometry)
+        return torch.convolution(x, effective, bias, *geometry)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
-        spec, scale = ctx.spec, ctx.found.scale
+        spec, found = ctx.spec, ctx.found
         wants_x, _, wants_scores, wants_bias, *_ = ctx.needs_input_grad
         back, options = _convolution_backward, (ctx.bias_sizes, *ctx.geometry)
-        with_total, total, factor = wants_scores and spec.scale and spec.scale_gradient, None, 1.0
-        kept = rebuild(weight, scores, spec, trainable)
+        with_total, total = wants_scores and spec.scale and spec.scale_gradient, None
+        effective, factor = rebuild(weight, scores, spec, trainable, found, x.dtype)
         if wants_x and x.numel() < weight.numel() and x.dtype == weight.dtype:
             # With few pixels the weight is the larger side: what can be done on the input's is done there, and one
-            # after the other, so that the gradient of the weight comes where the masked weight was.
-            grad_x = back(grad, x, kept, *options, [True, False, False])[0]
-            del kept
-            # A convolution is linear in both: Σ g·θ·M = Σ x·(dL/dx), and few pixels are the shorter sum.
-            total, factor = inner(x, grad_x) if with_total else None, scale
-            if scale is not None:
-                grad_x.mul_(scale)
+            # after the other, so that the gradient of the weight comes where the effective weight was.
+            grad_x = back(grad, x, effective, *options, [True, False, False])[0]
+            del effective
+            # A convolution is linear in both: Σ g·θ̂ = Σ x·(dL/dx), and few pixels are the shorter sum.
+            total = inner(x, grad_x, found) if with_total else None
+            if factor is not None:
+                grad_x.mul_(factor)
             _, g, grad_bias = back(grad, x, weight, *options, [False, wants_scores, wants_bias])
         else:
-            effective = kept if scale is None else kept.mul_(scale)
-            grad_x, g, grad_bias = back(grad, x, effective.to(x.dtype), *options, [wants_x, wants_scores, wants_bias])
-            total = inner(g.to(effective.dtype), effective) if with_total else None
-        grad_scores = score_gradient(g, weight, scores, trainable, ctx.found, total, factor) if wants_scores else None
+            if factor is not None:
+                effective, factor = effective.mul_(factor), None
+            grad_x, g, grad_bias = back(grad, x, effective, *options, [wants_x, wants_scores, wants_bias])
+            total = inner(g, effective, found) if with_total else None
+        grad_scores = score_gradient(g, weight, scores, trainable, found, total, factor) if wants_scores else None
         return grad_x, None, grad_scores, grad_bias, None, None, None
 
 

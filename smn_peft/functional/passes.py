@@ -2,11 +2,13 @@
 """From scores to effective weight, and from its gradient to theirs, in as few passes over memory as may be.
 
 What is found on the way, the number of active weights and ``1/σ``, is a number on the CPU, where reading it costs
-nothing and every further call does, and a 0-dim tensor elsewhere, where reading it would wait for the device.
+nothing and every further call does, and a tensor elsewhere, where reading it would wait for the device. On CUDA the
+passes are kernels of Triton (`fused`) wherever they apply.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .masking import MaskSpec, compute_mask, scale_of
+from .triton_kernels import usable
 
-__all__ = ["Found", "build", "inner", "rebuild", "score_gradient"]
+__all__ = ["build", "inner", "rebuild", "score_gradient"]
 
 _ZERO = torch.zeros((), device="cpu")
 _EXACT = 2**24  # up to here fp32 counts by ones
 _PLAIN = (Tensor, nn.Parameter)
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _keep_above: Callable[[Tensor, Tensor, float], Tensor] = torch.ops.aten.threshold_backward.default  # θ·1[S > μ]
 
 
@@ -64,7 +68,41 @@ def _scale(active: float, total: int, dtype: torch.dtype) -> float:
     return math.sqrt(total / max(active, 1.0))
 
 
-def build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> tuple[Tensor, Found]:
+@functools.cache
+def _kernels() -> Any | None:
+    """The module `fused`, tried on eight weights."""
+
+    def load() -> Any:
+        from . import fused
+
+        some = torch.ones(8, device="cuda")
+        effective, counts = fused.build(some, some, 0.0, True, some.dtype)
+        fused.score_gradient(effective, some, counts, fused.dot(some, some), some.dtype)
+        return fused
+
+    return usable(load, "the passes of mask training")
+
+
+def _fused(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Any | None:
+    """The kernels, where they apply."""
+    if not weight.is_cuda or spec.mask_type != "threshold" or trainable is not None or not weight.numel():
+        return None
+    if type(weight) not in _PLAIN or type(scores) not in _PLAIN or weight.stride() != scores.stride():
+        return None
+    if weight.dtype not in _NARROW or scores.dtype not in _NARROW or not _is_dense(weight):
+        return None
+    return _kernels()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def build(
+    weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Any]:
     """Effective weight ``θ · M / σ`` (Eq. 1), bit for bit that of [`effective_weight`], and what was found for it.
 
     Args:
@@ -72,7 +110,15 @@ def build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | No
         scores: Scores of the weight's shape, any float dtype.
         spec: Mask type, threshold and scaling.
         trainable: As in [`compute_mask`].
+        dtype: Of the result.
     """
+    if (fused := _fused(weight, scores, spec, trainable)) is not None:
+        return fused.build(weight, scores, spec.threshold, spec.scale, dtype)  # type: ignore[no-any-return]
+    effective, found = _build(weight, scores, spec, trainable)
+    return effective.to(dtype), found
+
+
+def _build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> tuple[Tensor, Found]:
     if _in_memory(weight, scores):
         kept = _indicator(weight, scores, spec, trainable)
         active = _count(kept)
@@ -89,14 +135,33 @@ def build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | No
     return kept.mul_(scaled), Found(count, scaled)
 
 
-def rebuild(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor:
-    """``θ · M`` once more, for backward; not scaled."""
-    if spec.mask_type == "threshold" and trainable is None:
-        if weight.dtype == scores.dtype:
-            return _keep_above(weight, scores, spec.threshold)
-        return torch.gt(scores, spec.threshold, out=torch.empty_like(weight)).mul_(weight)
-    mask = compute_mask(scores, spec, trainable)
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+def rebuild(
+    weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None, found: Any, dtype: torch.dtype
+) -> tuple[Tensor, float | None]:
+    """The effective weight once more, for backward, and a factor that it still wants, None if there is none.
+
+    Args:
+        weight: Frozen weight θ.
+        scores: As in the forward.
+        spec: As in the forward.
+        trainable: As in the forward.
+        found: By the forward.
+        dtype: Of the result.
+    """
+    if not isinstance(found, Found):
+        return _kernels().rebuild(weight, scores, found, dtype), None  # type: ignore[union-attr]
+    if spec.mask_type == "threshold" and trainable is None and weight.dtype == scores.dtype:
+        kept = _keep_above(weight, scores, spec.threshold)
+    elif _in_memory(weight, scores):
+        kept = _indicator(weight, scores, spec, trainable).mul_(weight)
+    else:
+        mask = compute_mask(scores, spec, trainable)
+        kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    if found.scale is None:
+        return kept.to(dtype), None
+    if isinstance(found.scale, float) and dtype == kept.dtype:  # else it is rounded once, as in the forward
+        return kept, found.scale
+    return kept.mul_(found.scale).to(dtype), None
 
 
 def score_gradient(
@@ -104,9 +169,9 @@ def score_gradient(
     weight: Tensor,
     scores: Tensor,
     trainable: Tensor | None,
-    found: Found,
+    found: Any,
     total: Tensor | None,
-    factor: Any = 1.0,
+    factor: float | None,
 ) -> Tensor:
     """``dL/dS = s·θ·g − Σ g·θ̂ / (2·active)`` from ``g = dL/dθ̂``, in the memory of `grad` where dtypes allow.
 
@@ -118,29 +183,38 @@ def score_gradient(
         scores: The result has their dtype.
         trainable: As in the forward.
         found: By the forward.
-        total: ``Σ g·θ̂`` but for `factor`, 0-dim; it may be overwritten. None where σ has no gradient.
-        factor: What `total` is to be multiplied with, a number or a 0-dim tensor as ``found.scale`` is.
+        total: ``Σ g·θ̂`` by [`inner`], but for `factor`; it may be overwritten. None where σ has no gradient.
+        factor: What `total` is still to be multiplied with.
     """
+    if not isinstance(found, Found):
+        if grad.stride() != weight.stride():
+            grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
+        return _kernels().score_gradient(grad, weight, found, total, scores.dtype)  # type: ignore[union-attr, no-any-return]
     # bf16 is rounded once, at the end.
     dtype = torch.float32 if scores.dtype == torch.bfloat16 else scores.dtype
     active, scale = found
-    result = grad if grad.dtype == dtype else grad.to(dtype)
+    result = grad.to(dtype)
     if total is None:
         result.mul_(weight)
         if scale is not None:
             result.mul_(scale)
     elif isinstance(scale, float):  # one pass
-        shift = total.to(dtype).mul_(-factor / (2.0 * max(active, 1.0)))
+        shift = total.to(dtype).mul_((factor or 1.0) / (-2.0 * max(active, 1.0)))
         torch.addcmul(shift, weight.to(dtype), result, value=scale, out=result)
     else:
-        result.mul_(weight).mul_(scale).sub_(total * factor / (2 * active.clamp(min=1)))
+        result.mul_(weight).mul_(scale).sub_(total / (2 * active.clamp(min=1)))
     if trainable is not None:
         result.mul_(trainable)
     return result.to(scores.dtype)
 
 
-def inner(first: Tensor, second: Tensor) -> Tensor:
-    """Σ of the elementwise product, 0-dim."""
-    if first.dtype == second.dtype and first.is_contiguous() and second.is_contiguous():
+def inner(first: Tensor, second: Tensor, found: Any) -> Tensor:
+    """Σ of the elementwise product for [`score_gradient`], in fp32 at least."""
+    fused = None if isinstance(found, Found) else _kernels()
+    if fused is not None and first.stride() == second.stride() and _is_dense(first):
+        return fused.dot(first, second)  # type: ignore[no-any-return]
+    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    first, second = first.to(wide), second.to(wide)
+    if first.is_contiguous() and second.is_contiguous():
         return torch.dot(first.view(-1), second.view(-1))
     return (first * second).sum()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from smn_peft import MaskConfig
 from smn_peft.functional.masking import MaskSpec, compute_mask, effective_weight
+from smn_peft.functional.passes import build
 from smn_peft.tuner import MaskLayer
 
 REHEARSE = "--rehearse" in sys.argv
@@ -32,7 +33,7 @@ BATCHES, SIZE, ROUNDS = ((4,), 160, 3) if REHEARSE else ((64, 256), 224, 15)
 TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.0
 
 
-def build(name: str, masked_with_head: str | None = None) -> nn.Module:
+def model_of(name: str, masked_with_head: str | None = None) -> nn.Module:
     """A fresh model of random weights, masked if its head is named."""
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, num_classes=CLASSES).to(DEVICE)
@@ -43,7 +44,7 @@ def build(name: str, masked_with_head: str | None = None) -> nn.Module:
 
 def prepare(name: str, masked_with_head: str | None, batch: int, compiled: bool) -> Callable[[], None]:
     """One step under autocast; scores, weights and the optimizer's state are fp32."""
-    model = build(name, masked_with_head).train()
+    model = model_of(name, masked_with_head).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
@@ -79,13 +80,16 @@ def masked_pairs(model: Any) -> list[tuple[Tensor, Tensor]]:
 
 
 def bandwidth(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Time of making all effective weights, by one graph and by torch's own passes, over that of the copy."""
+    """Time of making all effective weights, by one graph and by the passes of eager training, over the copy's."""
     spec = MaskSpec()
 
     def make() -> list[Tensor]:
+        return [build(weight, scores, spec, None, weight.dtype)[0] for weight, scores in pairs]
+
+    def written_out() -> list[Tensor]:
         return [effective_weight(weight, compute_mask(scores, spec)) for weight, scores in pairs]
 
-    graph = torch.compile(make)
+    graph = torch.compile(written_out)
     source = torch.empty(6 * sum(weight.numel() for weight, _ in pairs), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     medians = []
@@ -106,7 +110,7 @@ def main() -> None:
     print("| model | batch | compiled | full | mask | ratio (≤ 1.05) | extra memory / masked bytes (≤ 1) | images/s |")
     print("|---|---|---|---|---|---|---|---|")
     for name, head in (SMALL if REHEARSE else MODELS).items():
-        pairs = masked_pairs(build(name, head))
+        pairs = masked_pairs(model_of(name, head))
         masked_bytes = 4 * sum(weight.numel() for weight, _ in pairs)
         for batch in BATCHES:
             for compiled in (False, True):

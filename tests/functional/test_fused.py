@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of mask training: in Triton's interpreter on the CPU, compiled for a GPU, and run where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from smn_peft.functional import (
+    MaskSpec,
+    compute_mask,
+    effective_weight,
+    masked_conv,
+    masked_linear,
+    masked_weight,
+    passes,
+)
+from smn_peft.functional import straight_through as through
+from smn_peft.functional.ops import ConvGeometry
+
+from ..triton import compiles, interpret
+
+SPECS = (
+    MaskSpec(),
+    MaskSpec(threshold=0.3),
+    MaskSpec(threshold=1e9),
+    MaskSpec(scale=False),
+    MaskSpec(scale_gradient=False),
+)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_passes(device: str) -> None:
+    """Every pass against the written-out formulas; the effective weight and the count to the bit."""
+    from smn_peft.functional import fused
+
+    torch.manual_seed(0)
+    for numel in (1, 7, fused._BLOCK, 5003, fused._BLOCK * (2 * fused._PARTS + 1) + 5):
+        for spec in SPECS:
+            weight, scores, grad = torch.randn(3, numel).unbind()
+            scores[::3] = spec.threshold  # a tie is off
+            mask = compute_mask(scores, spec)
+            places = [tensor.to(device, copy=True) for tensor in (weight, scores, grad)]
+            effective, counts = fused.build(places[0], places[1], spec.threshold, spec.scale, torch.float32)
+            assert torch.equal(effective.cpu(), effective_weight(weight, mask, spec.scale))
+            assert int(counts.parts.sum()) == int(mask.sum())
+            assert torch.equal(fused.rebuild(places[0], places[1], counts, torch.float32), effective)
+            totals = fused.dot(places[2], effective) if spec.scale and spec.scale_gradient else None
+            found = fused.score_gradient(places[2], places[0], counts, totals, torch.float32)
+            assert found is places[2]
+            leaf = scores.double().requires_grad_()
+            exact = replace(spec, threshold=float(torch.tensor(spec.threshold)))
+            masked_weight(weight.double(), through(leaf, exact, torch.float64), exact).backward(grad.double())
+            torch.testing.assert_close(found.cpu(), leaf.grad.float(), rtol=1e-5, atol=1e-5)
+
+
+def check_dtypes(device: str) -> None:
+    """Weights, scores, results and gradients in any narrow dtype: rounded once."""
+    from smn_peft.functional import fused
+
+    torch.manual_seed(0)
+    for weight_dtype in FLOATS:
+        for score_dtype in FLOATS:
+            for dtype in FLOATS:
+                weight, scores = torch.randn(300).to(weight_dtype), torch.randn(300).to(score_dtype)
+                grad = torch.randn(300).to(dtype)
+                spec = MaskSpec(threshold=0.1)
+                mask = compute_mask(scores, spec)
+                places = [tensor.to(device, copy=True) for tensor in (weight, scores, grad)]
+                effective, counts = fused.build(places[0], places[1], 0.1, True, dtype)
+                expected = effective_weight(weight.float(), mask).to(dtype)
+                assert effective.dtype == dtype
+                cut = device == "cpu" and dtype == torch.bfloat16  # Triton's interpreter does not round
+                torch.testing.assert_close(effective.cpu(), expected, rtol=2**-7 if cut else 0.0, atol=0.0)
+                totals = fused.dot(places[2], effective)
+                found = fused.score_gradient(places[2], places[0], counts, totals, score_dtype)
+                assert found.dtype == score_dtype
+                leaf = scores.double().requires_grad_()
+                exact = masked_weight(weight.double(), through(leaf, spec, torch.float64), spec)
+                exact.backward(grad.double())
+                torch.testing.assert_close(found.cpu().double(), leaf.grad, rtol=2e-2, atol=2e-2)
+
+
+def nodes(device: str) -> list[Tensor]:
+    """Outputs and gradients of nodes of several geometries, with many pixels and with few."""
+    results = []
+    for spec in SPECS:
+        for channels_last in (False, True):
+            for size in (9, 2):
+                torch.manual_seed(0)
+                x, weight, scores = torch.randn(2, 8, size, size), torch.randn(16, 8, 3, 3), torch.randn(16, 8, 3, 3)
+                bias = torch.randn(16)
+                leaves = [tensor.to(device) for tensor in (x, weight, scores, bias)]
+                if channels_last:
+                    leaves[:3] = [tensor.contiguous(memory_format=torch.channels_last) for tensor in leaves[:3]]
+                for index in (0, 2, 3):
+                    leaves[index].requires_grad_()
+                geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+                masked_conv(*leaves, geometry, spec).square().sum().backward()
+                results += [leaf.grad.cpu() for leaf in leaves if leaf.grad is not None]
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            x, weight, scores = torch.randn(3, 5, 40, dtype=dtype), torch.randn(30, 40), torch.randn(30, 40)
+            leaves = [tensor.to(device) for tensor in (x, weight, scores)]
+            leaves[0].requires_grad_()
+            leaves[2].requires_grad_()
+            masked_linear(leaves[0], leaves[1], leaves[2], None, spec).float().square().sum().backward()
+            results += [leaves[0].grad.float().cpu(), leaves[2].grad.cpu()]
+    return results
+
+
+def check_nodes() -> None:
+    """The nodes over the kernels, by the interpreter, against the nodes over torch's passes."""
+    from smn_peft.functional import fused
+
+    expected = nodes("cpu")
+    used: list[Any] = []
+
+    def applies(weight: Tensor, *_: Any) -> Any:
+        used.append(weight)
+        return fused
+
+    passes._fused, passes._kernels = applies, lambda: fused
+    for mine, theirs in zip(nodes("cpu"), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+    assert used
+
+
+@pytest.mark.parametrize("name", ["check_passes('cpu')", "check_dtypes('cpu')", "check_nodes()"])
+def test_in_the_interpreter(name):
+    few = "from smn_peft.functional import fused; fused._PARTS = 4"  # so that a program takes several blocks
+    interpret(f"{few}\nfrom tests.functional import test_fused\ntest_fused.{name}")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_they_compile(capability, dtype):
+    fused = pytest.importorskip("smn_peft.functional.fused")
+    number, sizes = "i32", {"BLOCK": fused._BLOCK, "PARTS": fused._PARTS}
+    narrow, block = f"*{dtype}", {"BLOCK": fused._BLOCK}
+    count = {"parts": "*i32", "scores": narrow, "threshold": "fp32", "numel": number, "rounds": number}
+    compiles(fused._count, count, block, capability)
+    dot = {"parts": "*fp32", "first": narrow, "second": narrow, "numel": number, "rounds": number}
+    compiles(fused._dot, dot, block, capability)
+    build = {"out": narrow, "weight": "*fp32", "scores": "*fp32", "counts": "*i32", "threshold": "fp32"}
+    for scale in (True, False):
+        compiles(fused._build, {**build, "numel": number, "length": number}, {"SCALE": scale, **sizes}, capability)
+    gradient = {"out": "*fp32", "grad": narrow, "weight": "*fp32", "counts": "*i32", "totals": "*fp32"}
+    gradient |= dict.fromkeys(("numel", "length", "total_length"), number)
+    for shift in (True, False):
+        compiles(fused._gradient, gradient, {"SCALE": True, "SHIFT": shift, **sizes}, capability)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    check_passes("cuda")
+    check_dtypes("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for mine, theirs in zip(nodes("cuda"), nodes("cpu"), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_records_a_step():
+    weight, x = torch.randn(64, 48, device="cuda"), torch.randn(8, 48, device="cuda")
+    scores = torch.randn(64, 48, device="cuda", requires_grad=True)
+
+    def step() -> None:
+        masked_linear(x, weight, scores).square().sum().backward()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are compiled before anything is recorded
+        step()
+        scores.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    with torch.no_grad():
+        scores.neg_()
+    graph.replay()
+    recorded, scores.grad = scores.grad.clone(), None
+    step()
+    torch.testing.assert_close(recorded, scores.grad)

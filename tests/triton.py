@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels of Triton without a GPU: run by its interpreter, and compiled to machine code that nothing runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+__all__ = ["compiles", "interpret"]
+
+
+def interpret(code: str) -> None:
+    """Run Python code with Triton's interpreter, which has to be asked for before Triton is imported."""
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nprint('done')"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+def compiles(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int = 80) -> None:
+    """Compile a kernel for CUDA devices of a compute capability, as the first launch on one would."""
+    pytest.importorskip("triton", minversion="3.3", reason="needs Triton's compiler of 3.3 or newer")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {**types, **dict.fromkeys(constants, "constexpr")}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants))
+    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
