@@ -213,8 +213,9 @@ def inner(first: Tensor, second: Tensor, found: Any) -> Tensor:
     fused = None if isinstance(found, Found) else _kernels()
     if fused is not None and first.stride() == second.stride() and _is_dense(first):
         return fused.dot(first, second)  # type: ignore[no-any-return]
-    wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
-    first, second = first.to(wide), second.to(wide)
+    if first.dtype != torch.float32 or second.dtype != torch.float32:
+        wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+        first, second = first.to(wide), second.to(wide)
     if first.is_contiguous() and second.is_contiguous():
         return torch.dot(first.view(-1), second.view(-1))
     return (first * second).sum()

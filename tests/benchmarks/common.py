@@ -49,7 +49,11 @@ def synchronise() -> None:
 
 
 def step_of(
-    model: nn.Module, score_lr: float = 1.0, size: int = SIZE, sgd: type[torch.optim.SGD] = torch.optim.SGD
+    model: nn.Module,
+    score_lr: float = 1.0,
+    size: int = SIZE,
+    sgd: type[torch.optim.SGD] = torch.optim.SGD,
+    compiled: bool = False,
 ) -> Callable[[], None]:
     """One optimizer step of cross-entropy training, SGD with momentum on everything that trains."""
     model.train()
@@ -60,10 +64,11 @@ def step_of(
     optimizer = sgd([g for g in groups if g["params"]], momentum=0.9)
     images = torch.randn(BATCH, 3, size, size, device=DEVICE)
     labels = torch.randint(CLASSES, (BATCH,), device=DEVICE)
+    forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compiled else model
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images), labels).backward()
+        nn.functional.cross_entropy(forward(images), labels).backward()
         optimizer.step()
 
     return step
