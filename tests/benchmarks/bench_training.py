@@ -70,7 +70,7 @@ def tables() -> None:
         masks = model.masks()
         layers[name] = [key.removesuffix(".weight") for key in masks]
         weight_bytes = 4 * sum(mask.numel() for mask in masks.values())
-        mask, full, ratios = ratio(step_of(model), step_of(build(name)), rounds=25)
+        mask, full, ratios = ratio(step_of(model), step_of(build(name)), rounds=41)
         median = recorder.add("step, mask / full fine-tuning", name, ratios, target=TIME_LIMIT)
         full_peak = peak_in_subprocess(__file__, "full", name)
         extra = [peak_in_subprocess(__file__, method, name) - full_peak for method in ("mask", "mask-bf16")]
@@ -82,7 +82,7 @@ def tables() -> None:
             f"| {share:.2f} | ≤ {MEMORY_LIMIT} | {narrow:.2f} (≤ 0) |"
         )
         steps = step_of(masked(name, size=LARGE), size=LARGE), step_of(build(name, LARGE), size=LARGE)
-        mask, full, ratios = ratio(*steps, rounds=5)
+        mask, full, ratios = ratio(*steps, rounds=9)
         median = recorder.add(f"step at {LARGE} px, mask / full fine-tuning", name, ratios, target=LARGE_LIMIT)
         print(
             f"| {name} | {LARGE} | {full * 1e3:.0f} ms | {mask * 1e3:.0f} ms | {median:.3f} | ≤ {LARGE_LIMIT} | | | |"
