@@ -130,10 +130,10 @@ def check_nodes() -> None:
     assert used
 
 
-@pytest.mark.parametrize("name", ["check_passes('cpu')", "check_dtypes('cpu')", "check_nodes()"])
-def test_in_the_interpreter(name):
+def test_in_the_interpreter():
     few = "from smn_peft.functional import fused; fused._PARTS = 4"  # so that a program takes several blocks
-    interpret(f"{few}\nfrom tests.functional import test_fused\ntest_fused.{name}")
+    checks = "check_passes('cpu'); check_dtypes('cpu'); check_nodes()"
+    interpret(f"{few}\nfrom tests.functional.test_fused import *\n{checks}")
 
 
 @pytest.mark.parametrize("capability", [80, 90])
