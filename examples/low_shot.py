@@ -73,7 +73,7 @@ def self_supervised(shared: dict[str, Any], seed: int, smoke: bool) -> Any:
 
 def measure(folder: Path, seeds: list[int], smoke: bool) -> list[EvalReport]:
     """A report per method and fraction."""
-    final, selection = write_subsets(folder, *((300, 60) if smoke else (5000, 1000)))
+    final, selection = write_subsets(folder, *((150, 60) if smoke else (5000, 1000)))
     shared = arguments_for(folder / "run", final, smoke)
     start = TrainArguments(**shared)
     images = build_images(start)

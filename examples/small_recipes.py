@@ -37,7 +37,7 @@ def one(recipe: str, name: str, options: dict[str, Any], seed: int, folder: Path
     if (output / "run.json").is_file():
         summary = RunSummary.load(output)
     else:
-        short = {"limit": 300, "eval_limit": 60, "max_steps": 2} if smoke else {"limit": 2000, "eval_limit": 2000}
+        short = {"limit": 150, "eval_limit": 60, "max_steps": 2} if smoke else {"limit": 2000, "eval_limit": 2000}
         settings = {**load_recipe(recipe), **options}
         summary = run(TrainArguments(**{**settings, **short, "seed": seed, "output_dir": str(output)}))
     row = {"backbone": name, "image_size": options["image_size"], "seed": seed, "density": summary.density}
