@@ -49,6 +49,8 @@ ALONE: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
 }
+# Half a minute each, of a dozen runs that other tests make singly.
+LONG = ("low_shot.py", "small_recipes.py")
 # Scripts on real weights and images: a table of methods comes out.
 ON_ASSETS = {
     "cascade.py": [r"clusters \(\d+, \d+, \d+\)", r"\| cascade, conditional +\|", r"\| dispatchers of 4 seeds +\|"],
@@ -83,7 +85,9 @@ def test_example_runs(name, tmp_path):
     assert [pattern for pattern in promised if not re.search(pattern, output)] == [], output
 
 
-@pytest.mark.parametrize("name", ON_ASSETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in ON_ASSETS]
+)
 def test_example_on_real_weights_runs(name, tmp_path, assets):
     output = run(name, ["--smoke"], tmp_path)
     assert [pattern for pattern in ON_ASSETS[name] if not re.search(pattern, output)] == [], output
