@@ -85,13 +85,16 @@ def _kernels() -> Any | None:
 
 def _fused(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Any | None:
     """The kernels, where they apply."""
-    if not weight.is_cuda or spec.mask_type != "threshold" or trainable is not None or not weight.numel():
-        return None
+    return _kernels() if weight.is_cuda and _fits(weight, scores, spec, trainable) else None
+
+
+def _fits(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> bool:
+    """Whether the kernels can walk through the tensors' memory from end to end."""
+    if spec.mask_type != "threshold" or trainable is not None or not weight.numel():
+        return False
     if type(weight) not in _PLAIN or type(scores) not in _PLAIN or weight.stride() != scores.stride():
-        return None
-    if weight.dtype not in _NARROW or scores.dtype not in _NARROW or not _is_dense(weight):
-        return None
-    return _kernels()
+        return False
+    return weight.dtype in _NARROW and scores.dtype in _NARROW and _is_dense(weight)
 
 
 def _is_dense(tensor: Tensor) -> bool:

@@ -120,14 +120,32 @@ def check_nodes() -> None:
     expected = nodes("cpu")
     used: list[Any] = []
 
-    def applies(weight: Tensor, *_: Any) -> Any:
-        used.append(weight)
-        return fused
+    def applies(weight: Tensor, *others: Any) -> Any:
+        used.append(passes._fits(weight, *others))
+        return fused if used[-1] else None
 
     passes._fused, passes._kernels = applies, lambda: fused
     for mine, theirs in zip(nodes("cpu"), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max()))
-    assert used
+    assert all(used)
+
+
+def test_where_they_apply():
+    plain, last = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    for weight, scores in ((plain, plain), (last, last), (plain.bfloat16(), torch.nn.Parameter(plain))):
+        assert passes._fits(weight, scores, MaskSpec(threshold=0.5), None)
+    assert not passes._fits(plain, plain, MaskSpec("topk", density=0.5), None)
+    assert not passes._fits(plain, plain, MaskSpec(), plain > 0)
+    other = plain[:, :2]  # with gaps, turned, on other strides, empty, wide
+    for weight, scores in (
+        (other, other),
+        (plain.flatten(1).t(), plain.flatten(1).t()),
+        (plain, last),
+        (plain[:0], plain[:0]),
+        (plain.double(), plain),
+        (plain, plain.double()),
+    ):
+        assert not passes._fits(weight, scores, MaskSpec(), None)
 
 
 def test_in_the_interpreter():
