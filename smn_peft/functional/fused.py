@@ -35,12 +35,17 @@ class Counts(NamedTuple):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _places(index: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    return (tl.program_id(0) + index * tl.num_programs(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _count(
     parts: tl.tensor, scores: tl.tensor, threshold: tl.tensor, numel: tl.tensor, rounds: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     active = tl.zeros((BLOCK,), dtype=tl.int32)
     for index in range(rounds):
-        at = (tl.program_id(0) + index * tl.num_programs(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = _places(index, BLOCK)
         inside = at < numel
         value = tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
         active += (inside & (value > threshold)).to(tl.int32)
@@ -53,7 +58,7 @@ def _dot(
 ) -> None:
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for index in range(rounds):
-        at = (tl.program_id(0) + index * tl.num_programs(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at = _places(index, BLOCK)
         inside = at < numel
         one = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
         total += one * tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
@@ -68,6 +73,7 @@ def _sum(parts: tl.tensor, length: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scale(active: tl.tensor, numel: tl.tensor) -> tl.tensor:
+    # Triton makes a constant of a number that is 1, and a constant has no `to`.
     return tl.sqrt((active * 0 + numel).to(tl.float64) / tl.maximum(active, 1).to(tl.float64)).to(tl.float32)
 
 
@@ -84,7 +90,7 @@ def _build(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = _places(0, BLOCK)
     inside = at < numel
     kept = inside & (tl.load(scores + at, mask=inside, other=0.0).to(tl.float32) > threshold)
     value = tl.load(weight + at, mask=kept, other=0.0).to(tl.float32)
@@ -108,7 +114,7 @@ def _gradient(
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = _places(0, BLOCK)
     inside = at < numel
     value = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     value = value * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)

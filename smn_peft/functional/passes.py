@@ -202,7 +202,8 @@ def score_gradient(
         if scale is not None:
             result.mul_(scale)
     elif isinstance(scale, float):  # one pass
-        shift = total.to(dtype).mul_((factor or 1.0) / (-2.0 * max(active, 1.0)))
+        share = (1.0 if factor is None else factor) / (2.0 * max(active, 1.0))
+        shift = total.to(dtype).mul_(-share)
         torch.addcmul(shift, weight.to(dtype), result, value=scale, out=result)
     else:
         result.mul_(weight).mul_(scale).sub_(total / (2 * active.clamp(min=1)))

@@ -9,7 +9,7 @@ import torch
 from smn_peft.bank.live_tensor import write_masked
 from smn_peft.functional.packing import pack_bits
 
-from ..triton import compiles, interpret
+from ..kernels import compiles, interpret
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -384,6 +384,26 @@ def test_a_graph_can_be_walked_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.6])
+@pytest.mark.parametrize("few_pixels", [False, True])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("name", ["linear", "2d", "transposed-2d"])
+def test_the_passes_of_other_devices(name, spec, few_pixels, fraction, monkeypatch):
+    """What is found of the mask is a tensor there, which nothing may read."""
+    operation, _, (x, weight, scores), bias = problem(name, torch.float64)
+    x = x[:1, ..., :2].contiguous() if few_pixels and name != "linear" else x
+    selected = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < fraction
+    trainable = None if fraction == 1.0 else selected
+
+    def run() -> list[Tensor]:
+        return gradients(lambda x, s, b: operation(x, weight, s, b, spec, trainable), x, scores, bias)
+
+    expected = run()
+    monkeypatch.setattr(passes, "_in_memory", lambda *_: False)
+    for mine, theirs in zip(run(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_more_weights_than_fp32_counts_by_ones(monkeypatch):
     ones = torch.ones(1000)
     ones[::3] = 0

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from .processes import ROOT
+
 __all__ = ["compiles", "interpret"]
 
 
@@ -19,6 +21,7 @@ def interpret(code: str) -> None:
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-c", code + "\nprint('done')"],
+        cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
