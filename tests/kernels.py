@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import pytest
 
 from .processes import ROOT
 
-__all__ = ["compiles", "interpret"]
+__all__ = ["compiles", "interpret", "scalar_accesses"]
 
 
 def interpret(code: str) -> None:
@@ -30,13 +31,23 @@ def interpret(code: str) -> None:
     assert done.stdout == "done\n", done.stderr
 
 
-def compiles(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int = 80) -> None:
-    """Compile a kernel for CUDA devices of a compute capability, as the first launch on one would."""
+def compiles(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], capability: int = 80) -> str:
+    """Compile a kernel for CUDA devices of a compute capability, as a first launch on whole weights would; its PTX."""
     pytest.importorskip("triton", minversion="3.3", reason="needs Triton's compiler of 3.3 or newer")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants))
-    assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+    aligned = (name.startswith("*") or key == "numel" for key, name in types.items())
+    hints = {(index,): [["tt.divisibility", 16]] for index, hint in enumerate(aligned) if hint}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=hints)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
+    assert compiled["cubin"]
+    code: str = compiled["ptx"]
+    return code
+
+
+def scalar_accesses(code: str) -> int:
+    """Loads and stores per thread of one number in the memory of a device, in PTX."""
+    return len(re.findall(r"(?:ld|st)\.global(?!\S*\.v[24])", code))

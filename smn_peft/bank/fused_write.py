@@ -10,19 +10,22 @@ from torch import Tensor
 
 __all__ = ["fused_write"]
 
-_BLOCK = 4096
+_BLOCK = 2048
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _write(
     out: tl.tensor, weight: tl.tensor, packed: tl.tensor, scale: tl.tensor, numel: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+    bits = tl.load(packed + byte, mask=byte * 8 < numel, other=0).to(tl.int32)[:, None]
+    bit = tl.arange(0, 8)[None, :]
+    at = byte[:, None] * 8 + bit
     inside = at < numel
-    bits = tl.load(packed + (at >> 3), mask=inside, other=0).to(tl.int32)
-    kept = ((bits >> (7 - (at & 7)).to(tl.int32)) & 1) != 0
-    value = tl.load(weight + at, mask=inside & kept, other=0.0)
-    tl.store(out + at, (value.to(tl.float32) * scale).to(value.dtype), mask=inside)
+    # Loaded whether it is kept or not: a mask made of data would take vectors apart.
+    value = tl.load(weight + at, mask=inside, other=0.0)
+    kept = tl.where(((bits >> (7 - bit)) & 1) != 0, value.to(tl.float32) * scale, 0.0)
+    tl.store(out + at, kept.to(value.dtype), mask=inside)
 
 
 def fused_write(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
@@ -36,4 +39,4 @@ def fused_write(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> No
     """
     numel = out.numel()
     with torch.cuda.device_of(out):
-        _write[(triton.cdiv(numel, _BLOCK),)](out, weight, packed, scale, numel, BLOCK=_BLOCK)
+        _write[(-(-numel // _BLOCK),)](out, weight, packed, scale, numel, BLOCK=_BLOCK)

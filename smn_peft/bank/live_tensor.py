@@ -20,7 +20,7 @@ __all__ = ["LiveTensor", "write_masked"]
 
 _CHUNK = 1 << 13  # bytes of bits: 64 Ki weights, so that a chunk's masks stay in the cache between two passes
 _CHUNK_ON_DEVICE = 1 << 20  # there every call costs a launch, and masks take four bytes per weight
-_BITS = torch.tensor([[byte >> shift & 1 for shift in range(7, -1, -1)] for byte in range(256)])
+_BITS = torch.tensor([[byte >> shift & 1 for shift in range(7, -1, -1)] for byte in range(256)], device="cpu")
 _FUSED = (torch.float32, torch.float16, torch.bfloat16)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

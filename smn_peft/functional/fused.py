@@ -68,7 +68,8 @@ def _dot(
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum(parts: tl.tensor, length: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
     at = tl.arange(0, PARTS)
-    return tl.sum(tl.load(parts + at, mask=at < length, other=0))
+    found = tl.load(parts + at, mask=at < length, other=0)
+    return tl.sum(found.to(tl.int64) if parts.dtype.element_ty == tl.int32 else found)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -93,9 +94,10 @@ def _build(
     at = _places(0, BLOCK)
     inside = at < numel
     kept = inside & (tl.load(scores + at, mask=inside, other=0.0).to(tl.float32) > threshold)
-    value = tl.load(weight + at, mask=kept, other=0.0).to(tl.float32)
+    # Loaded whether it is kept or not: a mask made of data would take vectors apart.
+    value = tl.where(kept, tl.load(weight + at, mask=inside, other=0.0).to(tl.float32), 0.0)
     if SCALE:
-        value = value * _scale(_sum(counts, length, PARTS).to(tl.int64), numel)
+        value = value * _scale(_sum(counts, length, PARTS), numel)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -119,18 +121,22 @@ def _gradient(
     value = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     value = value * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if SCALE:
-        active = _sum(counts, length, PARTS).to(tl.int64)
+        active = _sum(counts, length, PARTS)
         value = value * _scale(active, numel)
         if SHIFT:
             value = value - _sum(totals, total_length, PARTS) / (2 * tl.maximum(active, 1)).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
+def _blocks(numel: int) -> int:
+    return -(-numel // _BLOCK)  # Triton's own cdiv is written for kernels, and slow outside
+
+
 def _grid(numel: int) -> tuple[int, int]:
     """Programs that leave a partial sum each, and blocks that every one of them takes."""
-    blocks = triton.cdiv(numel, _BLOCK)
+    blocks = _blocks(numel)
     programs = min(blocks, _PARTS)
-    return programs, triton.cdiv(blocks, programs)
+    return programs, -(-blocks // programs)
 
 
 def build(weight: Tensor, scores: Tensor, threshold: float, scale: bool, dtype: torch.dtype) -> tuple[Tensor, Counts]:
@@ -157,8 +163,8 @@ def rebuild(weight: Tensor, scores: Tensor, counts: Counts, dtype: torch.dtype) 
     out, numel = torch.empty_like(weight, dtype=dtype), weight.numel()
     parts, threshold, scale = counts
     with torch.cuda.device_of(weight):
-        _build[(triton.cdiv(numel, _BLOCK),)](
-            out, weight, scores, parts, threshold, numel, len(parts), SCALE=scale, BLOCK=_BLOCK, PARTS=_PARTS
+        _build[(_blocks(numel),)](
+            out, weight, scores, parts, threshold, numel, parts.numel(), SCALE=scale, BLOCK=_BLOCK, PARTS=_PARTS
         )
     return out
 
@@ -186,14 +192,14 @@ def score_gradient(grad: Tensor, weight: Tensor, counts: Counts, totals: Tensor 
     numel, (parts, _, scale) = weight.numel(), counts
     shifts, length = (parts, 0) if totals is None else (totals, totals.numel())
     with torch.cuda.device_of(weight):
-        _gradient[(triton.cdiv(numel, _BLOCK),)](
+        _gradient[(_blocks(numel),)](
             out,
             grad,
             weight,
             parts,
             shifts,
             numel,
-            len(parts),
+            parts.numel(),
             length,
             SCALE=scale,
             SHIFT=totals is not None,

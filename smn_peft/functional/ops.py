@@ -65,6 +65,7 @@ class _MaskedLinear(torch.autograd.Function):
             g = flat.t() @ x.reshape(-1, x.shape[-1])
             total = inner(g, effective, found) if spec.scale and spec.scale_gradient else None
             grad_scores = score_gradient(g, weight, scores, trainable, found, total, factor)
+            del g  # a copy, where dtypes differ
         if wants_x:
             if factor is None:
                 grad_x = flat @ effective

@@ -92,9 +92,16 @@ def _fits(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | No
     """Whether the kernels can walk through the tensors' memory from end to end."""
     if spec.mask_type != "threshold" or trainable is not None or not weight.numel():
         return False
-    if type(weight) not in _PLAIN or type(scores) not in _PLAIN or weight.stride() != scores.stride():
+    if type(weight) not in _PLAIN or type(scores) not in _PLAIN or not _alike(weight, scores):
         return False
     return weight.dtype in _NARROW and scores.dtype in _NARROW and _is_dense(weight)
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in one order; a dimension of size 1 has no order."""
+    if first.stride() == second.stride():
+        return True
+    return all(size == 1 or a == b for size, a, b in zip(first.shape, first.stride(), second.stride(), strict=True))
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -190,7 +197,7 @@ def score_gradient(
         factor: What `total` is still to be multiplied with.
     """
     if not isinstance(found, Found):
-        if grad.stride() != weight.stride():
+        if not _alike(grad, weight):
             grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad)
         return _kernels().score_gradient(grad, weight, found, total, scores.dtype)  # type: ignore[union-attr, no-any-return]
     # bf16 is rounded once, at the end.
@@ -215,7 +222,7 @@ def score_gradient(
 def inner(first: Tensor, second: Tensor, found: Any) -> Tensor:
     """Σ of the elementwise product for [`score_gradient`], in fp32 at least."""
     fused = None if isinstance(found, Found) else _kernels()
-    if fused is not None and first.stride() == second.stride() and _is_dense(first):
+    if fused is not None and _alike(first, second) and _is_dense(first):
         return fused.dot(first, second)  # type: ignore[no-any-return]
     if first.dtype != torch.float32 or second.dtype != torch.float32:
         wide = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)

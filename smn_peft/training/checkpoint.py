@@ -155,7 +155,16 @@ def load_checkpoint(
     load_tensors(path, tensors, "Resume with the arguments that the run was started with.")
     if optimizer is not None:
         optimizer.load_state_dict(_unflatten(momentum, state["param_groups"]))
+        _lay_out(optimizer)
     return state
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Put momentum in its parameter's memory format, as fused steps walk through both; a file has only C order."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def load_tensors(path: Path, tensors: Mapping[str, Tensor], fix: str, ignore: Collection[str] = ()) -> None:

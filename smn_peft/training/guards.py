@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..functional.flags import read_flags
 from .task import TrainingTask
 
 __all__ = ["TrainingFailure", "check_loss", "check_masks"]
@@ -23,12 +24,21 @@ def check_loss(task: TrainingTask, loss: Tensor, step: int) -> None:
     """
     if torch.isfinite(loss).all():
         return
-    broken = [name for name, parameter, _ in task.trainable() if not torch.isfinite(parameter).all()]
+    broken = _broken(task)
     what = f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity" if broken else "every parameter is finite"
     raise TrainingFailure(
         f"The loss is {float(loss.mean())} at step {step}; {what}. Lower lr or head_lr, warm up longer, or, under "
         "fp16, train in bf16. The last checkpoint is from before."
     )
+
+
+def _broken(task: TrainingTask) -> list[str]:
+    """Names of what trains and holds NaN or infinity; a device is waited for once."""
+    names, finite = [], []
+    for name, parameter, _ in task.trainable():
+        names.append(name)
+        finite.append(torch.isfinite(parameter).all())
+    return [name for name, good in zip(names, read_flags(finite), strict=True) if not good]
 
 
 def check_masks(task: TrainingTask, step: int) -> None:
@@ -37,7 +47,7 @@ def check_masks(task: TrainingTask, step: int) -> None:
     Raises:
         TrainingFailure: If there is one.
     """
-    if broken := [name for name, parameter, _ in task.trainable() if not torch.isfinite(parameter).all()]:
+    if broken := _broken(task):
         raise TrainingFailure(
             f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity at step {step}. Lower lr or head_lr, warm "
             "up longer, or, under fp16, train in bf16. The last checkpoint is from before."

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..backbones import pooled_features
+from ..functional.flags import read_flags
 from ..objectives import Objective
 from ..tuner import MaskConfig, round_extras
 from ..tuner.batch_norm import has_statistics
@@ -114,7 +115,9 @@ class TrainingTask(nn.Module):
         """Names of the weights whose mask has nothing left."""
         if self.mask_config is None:
             return []
-        return [name for name, mask in self.model.masks().items() if not mask.any()]
+        masks = self.model.masks()
+        some_left = read_flags([mask.any() for mask in masks.values()])
+        return [name for name, some in zip(masks, some_left, strict=True) if not some]
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """(name, parameter, whether it is adapted weight or score rather than head or objective)."""

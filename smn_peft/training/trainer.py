@@ -31,6 +31,7 @@ from .task import TrainingTask
 
 __all__ = ["Interrupted", "Trainer", "build_accelerator"]
 
+_ASK_EVERY = 10  # steps between two questions whether any process was told to stop: an answer waits for the device
 Evaluate = Callable[[TrainingTask], Mapping[str, float]]
 
 
@@ -243,6 +244,8 @@ class Trainer:
     def _stop(self, stop: StopRequest) -> bool:
         if self.accelerator.num_processes == 1:
             return stop.requested
+        if self.accelerator.device.type != "cpu" and self.step % _ASK_EVERY and self.step < self.total_steps:
+            return False
         if stop.requested:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional.masking import MaskSpec
 
-__all__ = ["CachedWeight", "Ready", "Source", "Training"]
+__all__ = ["CachedWeight", "Ready", "Source", "Training", "note_recording"]
 
 
 _steps = 0
@@ -25,6 +25,15 @@ def _count_step(*_: object) -> None:
 
 # Fused optimizers, torch's and others', write past a tensor's version; every one of them is a torch.optim.Optimizer.
 register_optimizer_step_post_hook(_count_step)
+
+_recorded = False
+
+
+def note_recording(weight: Tensor) -> None:
+    """Called when something trains: a CUDA graph that records it moves scores at every replay, unseen by Python."""
+    global _recorded
+    if weight.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        _recorded = True
 
 
 def _version(tensor: Tensor) -> int:
@@ -52,7 +61,7 @@ class CachedWeight:
         """Whether the same sources, unchanged, and the same specs would give this weight again."""
         if len(sources) != len(self.sources) or self.specs != specs:
             return False
-        if self.step != _steps and any(tensor.requires_grad for tensor in sources):
+        if (self.step != _steps or _recorded) and any(tensor.requires_grad for tensor in sources):
             return False
         for tensor, kept, (version, place) in zip(sources, self.sources, self.stamps, strict=True):
             if tensor is not kept or _version(tensor) != version or tensor.data_ptr() != place:
@@ -118,7 +127,7 @@ class Ready:
         for info, spec in self.specs:
             if info.spec is not spec:
                 return False
-        trained = self.step != _steps or torch.is_grad_enabled()
+        trained = self.step != _steps or _recorded or torch.is_grad_enabled()
         for source in self.sources:
             tensor = source.tensor
             if source.find(source.key) is not tensor or (trained and tensor.requires_grad):
@@ -165,4 +174,5 @@ class Training:
 
     def run(self, layer: Any, *args: Any) -> Any:
         """The layer's forward."""
+        note_recording(self.weight)
         return layer.train_on(self, *args)

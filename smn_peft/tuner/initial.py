@@ -26,10 +26,10 @@ def initial_scores(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
         weight: Frozen weight.
 
     Returns:
-        A tensor of the weight's shape on its device.
+        A tensor of the weight's shape and memory format, on its device.
     """
     if config.init_weights and not isinstance(config.init_score, str):
-        return torch.full(weight.shape, config.init_score, dtype=score_dtype(weight), device=weight.device)
+        return torch.full_like(weight, config.init_score, dtype=score_dtype(weight), requires_grad=False)
     generator = seeded_generator(config.seed, f"{name}.init")
     drawn = torch.empty(weight.shape)
     if not config.init_weights:
@@ -38,4 +38,4 @@ def initial_scores(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
         nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
     else:
         drawn.uniform_(-1, 1, generator=generator)
-    return drawn.to(dtype=score_dtype(weight), device=weight.device)
+    return torch.empty_like(weight, dtype=score_dtype(weight), requires_grad=False).copy_(drawn)

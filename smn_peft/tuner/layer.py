@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import Stash, merge_weight, unmerge_weight
 from .adapters import Slot
-from .cache import CachedWeight, Ready, Source, Training
+from .cache import CachedWeight, Ready, Source, Training, note_recording
 from .checkpoint import StoredLayer
 
 __all__ = ["MaskLayer"]
@@ -49,6 +49,7 @@ class MaskLayer(StoredLayer):
             return weight
         if torch.is_grad_enabled() and (weight.requires_grad or self.trains(slot, holders)):
             self._cache.pop(slot.name, None)
+            note_recording(weight)
             return self._differentiable(slot, holders)
         cached = self._cache.get(slot.name)
         if torch.compiler.is_compiling():
@@ -106,6 +107,7 @@ class MaskLayer(StoredLayer):
         if len(holders) != 1 or self.base_tensor(slot).requires_grad or not self.trains(slot, holders):
             return None
         self._cache.pop(slot.name, None)
+        note_recording(self.base_tensor(slot))
         training = Training(self, holders[0], self.effective(biases[0], names) if biases else None)
         if names == self.active_here() and training.bias is self.base_layer.bias:
             self._ready = training

@@ -9,7 +9,7 @@ import torch
 from smn_peft.bank.live_tensor import write_masked
 from smn_peft.functional.packing import pack_bits
 
-from ..kernels import compiles, interpret
+from ..kernels import compiles, interpret, scalar_accesses
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,7 +41,8 @@ def test_the_kernel_in_the_interpreter():
 def test_it_compiles(dtype):
     module = pytest.importorskip("smn_peft.bank.fused_write")
     types = {"out": f"*{dtype}", "weight": f"*{dtype}", "packed": "*u8", "scale": "fp32", "numel": "i32"}
-    compiles(module._write, types, {"BLOCK": module._BLOCK})
+    code = compiles(module._write, types, {"BLOCK": module._BLOCK})
+    assert scalar_accesses(code) == 2  # the bytes of bits, eight weights each
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -8,6 +8,7 @@ Without a GPU nothing is measured; ``--rehearse`` runs the same on small models 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from common import CLASSES, DEVICE, ratio
+from common import CLASSES, DEVICE, ratio, synchronise
 from peft import get_peft_model
 from recording import Recorder
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ REHEARSE = "--rehearse" in sys.argv
 MODELS = {"resnet50": "fc", "vit_base_patch32_224": "head"}
 SMALL = {"test_resnet": "head.fc", "test_vit": "head"}
 BATCHES, SIZE, ROUNDS = ((4,), 160, 3) if REHEARSE else ((64, 256), 224, 15)
+STEPS = 1 if REHEARSE else 8  # between two waits for the device, which training does not wait for either
 TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.0
 
 
@@ -43,10 +45,10 @@ def model_of(name: str, masked_with_head: str | None = None) -> nn.Module:
 
 
 def prepare(name: str, masked_with_head: str | None, batch: int, compiled: bool) -> Callable[[], None]:
-    """One step under autocast; scores, weights and the optimizer's state are fp32."""
+    """One step under autocast as `smn train` takes it; scores, weights and the optimizer's state are fp32."""
     model = model_of(name, masked_with_head).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9, fused=True)
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
     images = torch.randn(batch, 3, SIZE, SIZE, device=DEVICE)
     labels = torch.randint(CLASSES, (batch,), device=DEVICE)
@@ -62,14 +64,34 @@ def prepare(name: str, masked_with_head: str | None, batch: int, compiled: bool)
 
 
 def with_peak(make: Callable[[], Callable[[], None]]) -> tuple[Callable[[], None], int]:
-    """A step after three of it, and the peak bytes of those beyond what was there before; 0 without a GPU."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    """A step that has been warmed up, and the peak bytes of three of it beyond what was there; 0 without a GPU.
+
+    A step of another model comes first: libraries' workspaces and compilers' trials are nobody's.
+    """
+    make()()
+    gc.collect()
+    synchronise()
     before = torch.cuda.memory_allocated()
     step = make()
+    for _ in range(2):
+        step()
+    synchronise()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         step()
+    synchronise()
     return step, torch.cuda.max_memory_allocated() - before
+
+
+def several(step: Callable[[], None]) -> Callable[[], None]:
+    """As many steps as are timed at once."""
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return steps
 
 
 def masked_pairs(model: Any) -> list[tuple[Tensor, Tensor]]:
@@ -114,10 +136,12 @@ def main() -> None:
         masked_bytes = 4 * sum(weight.numel() for weight, _ in pairs)
         for batch in BATCHES:
             for compiled in (False, True):
+                full = mask = None  # before the next ones are weighed
                 torch._dynamo.reset()
                 full, full_peak = with_peak(partial(prepare, name, None, batch, compiled))
                 mask, mask_peak = with_peak(partial(prepare, name, head, batch, compiled))
-                mask_time, full_time, ratios = ratio(mask, full, ROUNDS)
+                mask_time, full_time, ratios = ratio(several(mask), several(full), ROUNDS)
+                mask_time, full_time = mask_time / STEPS, full_time / STEPS
                 case = f"{name}, batch {batch}, {'compiled' if compiled else 'eager'}"
                 median = recorder.add("step, mask / full fine-tuning", case, ratios, target=TIME_LIMIT)
                 share = (mask_peak - full_peak) / masked_bytes

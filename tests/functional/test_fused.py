@@ -22,7 +22,7 @@ from smn_peft.functional import (
 from smn_peft.functional import straight_through as through
 from smn_peft.functional.ops import ConvGeometry
 
-from ..kernels import compiles, interpret
+from ..kernels import compiles, interpret, scalar_accesses
 
 SPECS = (
     MaskSpec(),
@@ -137,7 +137,9 @@ def check_nodes() -> None:
 
 def test_where_they_apply():
     plain, last = torch.randn(4, 3, 2, 2), torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last)
-    for weight, scores in ((plain, plain), (last, last), (plain.bfloat16(), torch.nn.Parameter(plain))):
+    point = torch.randn(4, 3, 1, 1)  # of one order in memory, whatever its strides say
+    pairs = ((plain, plain), (last, last), (plain.bfloat16(), torch.nn.Parameter(plain)))
+    for weight, scores in (*pairs, (point, point.contiguous(memory_format=torch.channels_last))):
         assert passes._fits(weight, scores, MaskSpec(threshold=0.5), None)
     assert not passes._fits(plain, plain, MaskSpec("topk", density=0.5), None)
     assert not passes._fits(plain, plain, MaskSpec(), plain > 0)
@@ -166,16 +168,19 @@ def test_they_compile(capability, dtype):
     number, sizes = "i32", {"BLOCK": fused._BLOCK, "PARTS": fused._PARTS}
     narrow, block = f"*{dtype}", {"BLOCK": fused._BLOCK}
     count = {"parts": "*i32", "scores": narrow, "threshold": "fp32", "numel": number, "rounds": number}
-    compiles(fused._count, count, block, capability)
+    codes = [compiles(fused._count, count, block, capability)]
     dot = {"parts": "*fp32", "first": narrow, "second": narrow, "numel": number, "rounds": number}
-    compiles(fused._dot, dot, block, capability)
+    codes.append(compiles(fused._dot, dot, block, capability))
     build = {"out": narrow, "weight": "*fp32", "scores": "*fp32", "counts": "*i32", "threshold": "fp32"}
     for scale in (True, False):
-        compiles(fused._build, {**build, "numel": number, "length": number}, {"SCALE": scale, **sizes}, capability)
+        types = {**build, "numel": number, "length": number}
+        codes.append(compiles(fused._build, types, {"SCALE": scale, **sizes}, capability))
     gradient = {"out": "*fp32", "grad": narrow, "weight": "*fp32", "counts": "*i32", "totals": "*fp32"}
     gradient |= dict.fromkeys(("numel", "length", "total_length"), number)
     for shift in (True, False):
-        compiles(fused._gradient, gradient, {"SCALE": True, "SHIFT": shift, **sizes}, capability)
+        codes.append(compiles(fused._gradient, gradient, {"SCALE": True, "SHIFT": shift, **sizes}, capability))
+    # A thread has 16 weights: partial sums are read one by one, weights, scores and gradients are not.
+    assert all(scalar_accesses(code) <= 8 for code in codes)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -92,6 +92,15 @@ def test_adamw_and_accumulation_resume_too(tmp_path):
     assert same(whole.task, trained(tmp_path / "parts", resume=True, **options).task)
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "lr": 0.05}, {"score_dtype": "bfloat16"}])
+def test_channels_last_resumes_too(tmp_path, options):
+    # A file has one order, and fused steps walk through parameter and momentum as they lie in memory.
+    options = {"channels_last": True, **options}
+    whole = trained(tmp_path / "whole", **options)
+    trained(tmp_path / "parts", steps=3, **options)
+    assert same(whole.task, trained(tmp_path / "parts", resume=True, **options).task)
+
+
 def test_accumulated_parts_are_one_batch(tmp_path):
     # Without drop path and batch statistics the sum over parts is the batch's own gradient.
     def run(folder, accumulate, batch_size):

@@ -124,3 +124,27 @@ def test_a_loader_s_bits_survive_a_move(tmp_path):
     reference = PeftModel.from_pretrained(case.base(), tmp_path).cuda().eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(case.inputs().cuda()), reference(case.inputs().cuda()))
+
+
+def test_an_evaluation_after_the_replay_of_a_recorded_step():
+    case = BY_NAME["conv2d-bias"]
+    x, model = case.inputs().cuda(), masked_model(case, case.random()).cuda()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 50.0, fused=True)
+
+    def step() -> None:
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # kernels are compiled before anything is recorded
+        step()
+        optimizer.zero_grad()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    with torch.no_grad():
+        before = model(x)
+        graph.replay()
+        after = model(x)
+        torch.testing.assert_close(after, copy.deepcopy(model)(x))
+    assert not torch.equal(after, before)

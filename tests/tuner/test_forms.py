@@ -85,6 +85,13 @@ def test_channels_last():
     assert layer_of(model).smn_scores["default"].grad is not None
 
 
+@pytest.mark.parametrize("init_score", [1.0, "kaiming_uniform"])
+def test_scores_lie_in_memory_as_their_weight_does(init_score):
+    base = nn.Sequential(nn.Conv2d(4, 6, 3)).to(memory_format=torch.channels_last)
+    model = get_peft_model(base, MaskConfig(target_modules=["0"], init_score=init_score))
+    assert layer_of(model).smn_scores["default"].stride() == base[0].weight.stride()
+
+
 def test_an_empty_batch():
     for body, shape in ((nn.Linear(5, 3), (0, 5)), (nn.Conv2d(3, 4, 3), (0, 3, 6, 6)), (nn.Embedding(5, 3), (0,))):
         model, plain = pair(body)
