@@ -182,10 +182,15 @@ def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor
 class _StraightThrough(torch.autograd.Function):
     """Mask of the scores forward, the identity backward: ``dL/dS := dL/dM``, not clipped (section 3.1)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.scores_dtype = scores.dtype
+    def forward(scores: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.scores_dtype = inputs[0].dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

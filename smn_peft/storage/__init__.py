@@ -20,7 +20,7 @@ from .fingerprint import fingerprint, tensor_digest
 from .finish import finish_adapter_file
 from .formats import FORMAT_VERSION, check_format_version, check_packed
 from .inspection import AdapterReport, LayerReport, inspect_adapter
-from .locate import check_folder_weights, check_hub_weights, locate_adapter
+from .locate import PICKLE_NAME, check_folder_weights, check_hub_weights, locate_adapter
 from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
 from .rounding import SAVE_DTYPES, rounded
 from .verification import verify_adapter_file
@@ -30,6 +30,7 @@ __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
     "MAX_UNPACKED",
+    "PICKLE_NAME",
     "SAVE_DTYPES",
     "WEIGHTS_NAME",
     "AdapterFileError",

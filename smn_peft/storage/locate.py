@@ -12,9 +12,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from .adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
 
-__all__ = ["check_folder_weights", "check_hub_weights", "locate_adapter"]
+__all__ = ["PICKLE_NAME", "check_folder_weights", "check_hub_weights", "locate_adapter"]
 
-_PICKLE = "adapter_model.bin"
+PICKLE_NAME = "adapter_model.bin"
 
 
 def locate_adapter(name: str, revision: str | None = None, subfolder: str | None = None) -> Path:
@@ -57,7 +57,7 @@ def check_folder_weights(folder: str | os.PathLike[str]) -> None:
     """
     if (Path(folder) / WEIGHTS_NAME).exists():
         check_adapter_file(folder)
-    elif (Path(folder) / _PICKLE).exists():
+    elif (Path(folder) / PICKLE_NAME).exists():
         raise _pickled(str(folder))
 
 
@@ -71,7 +71,7 @@ def check_hub_weights(repo_id: str, subfolder: str | None = None, **options: Any
         subfolder: Folder of the adapter inside.
         options: Of `hf_hub_download`: revision, token and so on.
     """
-    revision, pickle = options.get("revision"), f"{subfolder}/{_PICKLE}" if subfolder else _PICKLE
+    revision, pickle = options.get("revision"), f"{subfolder}/{PICKLE_NAME}" if subfolder else PICKLE_NAME
     try:
         path = hf_hub_download(repo_id, WEIGHTS_NAME, subfolder=subfolder, **options)
     except LocalEntryNotFoundError:  # offline
@@ -89,6 +89,6 @@ def check_hub_weights(repo_id: str, subfolder: str | None = None, **options: Any
 
 def _pickled(where: str) -> ValueError:
     return ValueError(
-        f"{where} has its masks in a pickle ({_PICKLE}), which can run code, and no {WEIGHTS_NAME}. Ask its author to "
-        "save it with save_pretrained, which writes safetensors."
+        f"{where} has its masks in a pickle ({PICKLE_NAME}), which can run code, and no {WEIGHTS_NAME}. Ask its "
+        "author to save it with save_pretrained, which writes safetensors."
     )

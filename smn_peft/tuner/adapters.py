@@ -4,57 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..functional.masking import MaskSpec, compute_mask
+from ..functional.masking import compute_mask, density
 from ..functional.packing import pack_bits, packed_size, unpack_bits
 from ..functional.selection import seeded_generator, select_trainable
 from .buffers import ResidentBuffers, ScoreDict
 from .config import MaskConfig
-from .initial import initial_scores, score_dtype
+from .initial import initial_bits, initial_scores, scores_of_mask
 from .kinds import sizes_of
+from .slots import AdapterInfo, Slot
+from .tracing import is_exporting
 
-__all__ = ["AdapterInfo", "AdapterLayer", "Slot"]
-
-
-class Slot(NamedTuple):
-    """A tensor of the base layer that can be masked.
-
-    Attributes:
-        name: Infix of the adapter's keys: ``""`` gives ``smn_mask``, ``"bias_"`` gives ``smn_bias_mask``.
-        path: Path of the parameter from the base layer.
-        is_bias: Whether it is masked only with ``mask_bias=True``.
-    """
-
-    name: str
-    path: str
-    is_bias: bool = False
-
-    @property
-    def scores_name(self) -> str:
-        """Name of the container of scores."""
-        return f"smn_{self.name}scores"
-
-    @property
-    def mask_name(self) -> str:
-        """Name of the container of packed bits."""
-        return f"smn_{self.name}mask"
-
-
-@dataclass
-class AdapterInfo:
-    """What a layer knows of one adapter, beside its tensors."""
-
-    config: MaskConfig
-    spec: MaskSpec
-    key: str
-    slots: tuple[Slot, ...]
-    trainable: dict[str, Tensor] = field(default_factory=dict)
+__all__ = ["AdapterLayer"]
 
 
 def _no_hook(module: nn.Module, args: Any) -> None:
@@ -130,12 +97,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.bits(slot)[adapter_name] = packed
 
     def scores_from_bits(self, adapter_name: str, slot: Slot, packed: Tensor) -> Tensor:
-        """Scores to go on training from, for a mask that came without: threshold ± |initial score − threshold|."""
-        config, weight = self.smn_info[adapter_name].config, self.base_tensor(slot)
-        distance = 1.0 if isinstance(config.init_score, str) else abs(config.init_score - config.threshold)
+        """Scores to go on training from, for a mask that came without; see [`scores_of_mask`]."""
+        weight = self.base_tensor(slot)
         mask = unpack_bits(packed.to(weight.device), weight.shape)
-        scores = torch.full(weight.shape, config.threshold - distance, dtype=score_dtype(weight), device=weight.device)
-        return scores.masked_fill_(mask, config.threshold + distance)
+        self.reach_density(adapter_name, slot, mask)
+        return scores_of_mask(self.smn_info[adapter_name].config, weight, mask)
+
+    def reach_density(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
+        """Set the density that a schedule has reached to that of a mask which was made under it."""
+        if self.smn_info[adapter_name].config.density_schedule is not None and slot is self.present_slots[0]:
+            taking_part = self.trainable(adapter_name, slot)
+            self.update_density(adapter_name, density(mask if taking_part is None else mask[taking_part]))
 
     def trainable(self, adapter_name: str, slot: Slot) -> Tensor | None:
         """Bool tensor of the weights that take part (`trainable_fraction`), None if all do; the others stay on."""
@@ -166,21 +138,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.smn_info[adapter_name] = AdapterInfo(config, config.mask_spec(), key, slots)
         for slot in slots:
             weight = self.base_tensor(slot)
-            if weight.device.type == "meta":
-                packed = torch.empty(packed_size(weight.numel()), dtype=torch.uint8, device="meta")
-            elif config.init_weights:
-                packed = pack_bits(torch.ones(weight.shape, dtype=torch.bool)).to(weight.device)
-            else:
-                packed = pack_bits(initial_scores(config, f"{key}.{slot.path}", weight) > config.threshold)
             if config.inference_mode:
-                self.bits(slot)[adapter_name] = packed
+                self.bits(slot)[adapter_name] = initial_bits(config, f"{key}.{slot.path}", weight)
                 self._awaiting |= config.awaits_blob
             else:
                 scores = initial_scores(config, f"{key}.{slot.path}", weight)
                 self.scores(slot)[adapter_name] = nn.Parameter(scores)
-                self.bits(slot).expect(adapter_name, packed)
-                self._awaiting = True
+                if config.expects_bits:
+                    self.offer_place(adapter_name, slot)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def offer_place(self, adapter_name: str, slot: Slot) -> None:
+        """Give a loader a place where it may write bits for an adapter that trains: its mask as it is now."""
+        scores = self.scores(slot)[adapter_name]
+        if scores.device.type == "meta":
+            packed = torch.empty(packed_size(scores.numel()), dtype=torch.uint8, device="meta")
+        else:
+            packed = pack_bits(self.mask_of_scores(adapter_name, slot, scores))
+        self.bits(slot).expect(adapter_name, packed)
+        self._awaiting = True
 
     def settle(self) -> None:
         """[`receive`], but in a graph, which would break there, only if it has something to do.
@@ -189,6 +165,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         configs = [info.config for info in self.smn_info.values()]
         arrived = self._was_loaded or any(config.being_loaded or config.awaits_blob for config in configs)
+        if is_exporting():  # there every tensor is a stand-in
+            if arrived:
+                raise RuntimeError("Masks were loaded and not taken over yet: call the model once before its export.")
+            return
         arrived = arrived or any(self.bits(slot).replaced for slot in self.present_slots)
         if arrived or not torch.compiler.is_compiling():
             self.receive()

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional.masking import MaskSpec
-from .adapters import AdapterInfo, AdapterLayer, Slot
+from .adapters import AdapterLayer
 from .buffers import ResidentBuffers
 from .config import MaskConfig
-from .substitution import call_with
+from .slots import AdapterInfo, Slot
+from .substitution import call_with, is_plain
 
 __all__ = ["BatchNorm", "add_batch_norms", "has_statistics"]
 
@@ -36,9 +37,8 @@ def has_statistics(module: nn.Module) -> bool:
 
 
 def _is_plain(base: Any) -> bool:
-    """Whether calling a module is nothing more than torch's `batch_norm`: no hook, no forward put over it."""
-    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return type(base) in _PLAIN and base.momentum is not None and not hooks and "forward" not in base.__dict__
+    """Whether calling a module is nothing more than torch's `batch_norm`."""
+    return type(base) in _PLAIN and base.momentum is not None and is_plain(base)
 
 
 def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -171,12 +171,16 @@ class BatchNorm(AdapterLayer):
         return {name: s.mean(0) if s.is_floating_point() else s.amax(0) for name, s in stacks.items()}
 
     def average(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
-        """Set an adapter's statistics to the weighted mean of others'."""
+        """Set an adapter's statistics to the weighted mean of others', or of the base's where one has none."""
         if adapter_name not in self.statistics("running_mean"):
             return
         total = sum(weights)
         for name in ("running_mean", "running_var"):
-            parts = [self.statistics(name)[other] * (w / total) for other, w in zip(adapters, weights, strict=True)]
+            own, base = self.statistics(name), self._base_buffer(name)
+            parts = [
+                (own[other] if other in own else base) * (weight / total)
+                for other, weight in zip(adapters, weights, strict=True)
+            ]
             self.statistics(name)[adapter_name] = torch.stack(parts).sum(0)
 
     def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
@@ -246,15 +250,20 @@ class BatchNorm(AdapterLayer):
 def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, active_adapters: list[str]) -> None:
     """Put the policy of an adapter on every BatchNorm of a model, but for those in `modules_to_save`."""
     held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
-    for name, module in list(model.named_modules()):
+    own = tuple(f"{n}." for n, m in model.named_modules() if adapter_name in getattr(m, "modules_to_save", ()))
+    wrappers: dict[nn.Module, BatchNorm] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if name.startswith(own):  # PEFT saves and switches all of it
+            continue
         if isinstance(module, BatchNorm) and adapter_name in module.smn_info:  # its mask is there already
             module.add_statistics(adapter_name, config)
         elif isinstance(module, BatchNorm):
             BatchNorm.update_layer(module, adapter_name, config, name)
         elif has_statistics(module) and name and not name.startswith(held):
-            wrapper = BatchNorm(module)
-            wrapper.train(module.training)
-            wrapper._active_adapter = active_adapters
-            wrapper.update_layer(adapter_name, config, name)
+            if module not in wrappers:  # one module may stand in several places
+                wrapper = wrappers[module] = BatchNorm(module)
+                wrapper.train(module.training)
+                wrapper._active_adapter = active_adapters
+                wrapper.update_layer(adapter_name, config, name)
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, wrapper)
+            setattr(model.get_submodule(parent), attribute, wrappers[module])

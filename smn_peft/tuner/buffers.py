@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, KeysView
 from typing import Any
 
+import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
@@ -52,11 +53,13 @@ class ResidentBuffers(BufferDict):
         super().__init__(persistent=True)
         self.older: dict[str, Tensor] = {}
         self._expected: dict[str, tuple[Tensor, int] | None] = {}
+        self._offered: dict[str, Tensor] = {}
 
     def expect(self, key: str, buffer: Tensor) -> None:
         """Offer a place where a loader may write, for an adapter whose state is elsewhere."""
         self[key] = buffer
         self._expected[key] = (buffer, buffer._version)
+        self._offered[key] = buffer.clone()
 
     def take_arrived(self, key: str) -> Tensor | None:
         """What a loader wrote to an expected buffer, or None; the place is withdrawn either way."""
@@ -66,19 +69,27 @@ class ResidentBuffers(BufferDict):
         current = self[key]
         del self[key]
         self._expected[key] = None
-        written = current is not expected[0] or current._version != expected[1]
-        return current if written else None
+        offered = self._offered.pop(key)
+        if current is expected[0] and current._version == expected[1]:
+            return None
+        # DistributedDataParallel writes every buffer, with what is there already.
+        same = current.device.type != "meta" and offered.device.type != "meta"
+        return None if same and torch.equal(current, offered.to(current.device)) else current
 
     @property
     def replaced(self) -> bool:
         """Whether another buffer stands where one is expected, as transformers' loader leaves it."""
-        return any(place is not None and self[key] is not place[0] for key, place in self._expected.items())
+        return any(
+            place is not None and (key in self._buffers or key in self.older) and self[key] is not place[0]
+            for key, place in self._expected.items()
+        )
 
     def forget(self, key: str) -> None:
         """Drop every trace of an adapter."""
         if key in self._buffers or key in self.older:
             del self[key]
         self._expected.pop(key, None)
+        self._offered.pop(key, None)
 
     def __getitem__(self, key: str) -> Tensor:
         buffer = self._buffers.get(key)

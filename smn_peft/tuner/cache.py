@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..functional.masking import MaskSpec
+from .substitution import is_plain
+from .tracing import is_transformed
 
 __all__ = ["CachedWeight", "Ready", "Source", "Training", "note_recording"]
 
@@ -84,7 +86,7 @@ class Source:
 def _is_in_state(layer: Any, active: str | list[str], base: nn.Module) -> bool:
     if layer._disable_adapters or layer.merged_adapters or layer._awaiting or layer._active_adapter != active:
         return False
-    return layer._modules["base_layer"] is base
+    return layer._modules["base_layer"] is base and is_plain(base)
 
 
 class Ready:
@@ -163,7 +165,7 @@ class Training:
 
     def holds(self, layer: Any) -> bool:
         """Whether the layer's next forward is one that trains these scores, and nothing else of the layer."""
-        if not torch.is_grad_enabled() or not _is_in_state(layer, self.active, self.base):
+        if not torch.is_grad_enabled() or not _is_in_state(layer, self.active, self.base) or is_transformed():
             return False
         own = self.base._parameters
         if own.get("weight") is not self.weight or own.get("bias") is not self.bias or self.weight.requires_grad:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.packing import pack_bits
+from ..functional.packing import pack_bits, unpack_bits
 from ..storage import check_packed
 from .adapters import AdapterLayer
 
@@ -69,6 +69,8 @@ class StoredLayer(AdapterLayer):
                 if scores is None:
                     assert packed is not None
                     scores = self.scores_from_bits(adapter_name, slot, packed)
+                elif packed is not None:
+                    self.reach_density(adapter_name, slot, unpack_bits(packed.to(weight.device), weight.shape))
                 result[f"{slot.scores_name}.{adapter_name}"] = scores
             else:
                 if packed is None:
@@ -82,4 +84,6 @@ class StoredLayer(AdapterLayer):
             for name in self.scores(slot):
                 if f"{prefix}{slot.scores_name}.{name}" in state_dict:
                     self.bits(slot).take_arrived(name)
+                elif f"{prefix}{slot.mask_name}.{name}" in state_dict:
+                    self.offer_place(name, slot)
         super()._load_from_state_dict(state_dict, prefix, *args)

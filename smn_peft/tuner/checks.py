@@ -14,7 +14,7 @@ from ..storage import fingerprint, tensor_digest
 from .base_name import base_name
 from .config import MaskConfig
 from .forms import mask_layer_for
-from .kinds import is_norm
+from .kinds import READERS, is_norm, type_name
 from .layer import MaskLayer
 from .norms import norm_form_of
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_adapter_name",
     "check_base",
     "check_base_kind",
+    "check_called",
     "check_targets",
     "misfit",
 ]
@@ -65,6 +66,20 @@ def check_base_kind(model: nn.Module) -> None:
         )
 
 
+def check_called(model: nn.Module) -> None:
+    """Refuse a mixed batch where a masked layer is read and never called: its samples have one weight.
+
+    Raises:
+        ValueError: If there is such a layer.
+    """
+    for name, module in model.named_modules():
+        if type_name(module) in READERS and isinstance(getattr(module, "qkv", None), MaskLayer):
+            raise ValueError(
+                f"Mixed batches by `adapter_names` are not possible here: {name!r} takes the weight of its masked "
+                "`qkv` and never calls it. Run one batch per adapter, or leave it out with exclude_modules."
+            )
+
+
 def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False) -> None:
     """Refuse targets that have no masked form, before anything is changed.
 
@@ -76,9 +91,14 @@ def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False
     Raises:
         ValueError: A norm layer, an unsupported type, tied, quantised, sharded or offloaded weights.
     """
-    owners: dict[int, set[str]] = defaultdict(set)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].add(name)
+    # A module that stands in several places is wrapped in all of them only where the place is one: its parent's.
+    names_of: dict[int, set[str]] = defaultdict(set)
+    owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, part in (*module._parameters.items(), *module._modules.items()):
+            owners[id(part)].add((id(module), attribute))
+        for attribute, parameter in module._parameters.items():
+            names_of[id(parameter)].add(f"{path}.{attribute}")
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, MaskLayer):
@@ -91,8 +111,8 @@ def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False
         for slot in form(module).present_slots if not _is_offloaded(module) else ():
             weight = module.get_parameter(slot.path)
             _check_weight(name, weight)
-            if len(owners[id(weight)]) > 1:
-                tied = ", ".join(sorted(owners[id(weight)]))
+            if len(owners[id(weight)]) > 1 or len(owners[id(module)]) > 1:
+                tied = ", ".join(sorted(names_of[id(weight)]))
                 raise ValueError(
                     f"The weight of target {name!r} is tied: {tied} are one tensor. A mask on one would untie it or "
                     "change the other in silence. Leave it out with exclude_modules, or untie the weights first."

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from .batch_norm import BatchNorm
 from .config import MaskConfig
 from .layer import MaskLayer
+from .rollback import whole_or_nothing
 
 if TYPE_CHECKING:
     from .model import MaskModel
@@ -67,17 +69,31 @@ def combine_adapters(
         slots = [layer.smn_info[name].slots if name in layer.smn_info else () for name in adapters]
         if any(other != slots[0] for other in slots):
             raise ValueError(f"The adapters {adapters} do not mask the same weights and cannot be combined.")
-    config: MaskConfig = copy.deepcopy(model.peft_config[adapters[0]])  # type: ignore[assignment]
+    saved = [module for module in model.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    if both := [module for module in saved if sum(name in module.modules_to_save for name in adapters) > 1]:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(both)} such instance(s): masks combine, heads do not. Combine adapters without modules_to_save."
+        )
+    configs: list[Any] = [model.peft_config[name] for name in adapters]
+    config: MaskConfig = copy.deepcopy(configs[0])
     config.inference_mode, config.save_scores = True, False
+    config.batch_norm = "adapt" if any(other.batch_norm == "adapt" for other in configs) else "frozen"
+    config.modules_to_save = list(dict.fromkeys(n for c in configs for n in c.modules_to_save or ())) or None
     model.peft_config[adapter_name] = config
     try:
-        model.inject_adapter(model.model, adapter_name)
+        with whole_or_nothing(model.model, adapter_name):
+            model.inject_adapter(model.model, adapter_name)
+            for layer in layers:
+                for slot in layer.smn_info[adapter_name].slots if adapter_name in layer.smn_info else ():
+                    masks = [layer.mask(name, slot) for name in adapters]
+                    layer.set_mask(adapter_name, slot, combine_masks(masks, weights, combination_type))
+            for norm in (module for module in model.model.modules() if isinstance(module, BatchNorm)):
+                norm.average(adapter_name, adapters, weights)
+            for module in saved:
+                for name in (name for name in adapters if name in module.modules_to_save):
+                    source = module.modules_to_save[name].state_dict()
+                    module.modules_to_save[adapter_name].load_state_dict(source)
     except Exception:
         del model.peft_config[adapter_name]
         raise
-    for layer in layers:
-        for slot in layer.smn_info[adapter_name].slots if adapter_name in layer.smn_info else ():
-            masks = [layer.mask(name, slot) for name in adapters]
-            layer.set_mask(adapter_name, slot, combine_masks(masks, weights, combination_type))
-    for norm in (module for module in model.model.modules() if isinstance(module, BatchNorm)):
-        norm.average(adapter_name, adapters, weights)

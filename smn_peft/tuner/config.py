@@ -17,6 +17,7 @@ from ..storage import (
     CODECS,
     CONFIG_NAME,
     FORMAT_VERSION,
+    PICKLE_NAME,
     SAVE_DTYPES,
     WEIGHTS_NAME,
     atomic_write,
@@ -98,6 +99,8 @@ class MaskConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SMN
         self.being_loaded = False  # from the reading of the config until the masks are in the model
+        self.expects_bits = True  # whether bits may come for an adapter that trains
+        self._has_own_fingerprint = False  # one that was computed, not read from a file
         #: A saved adapter's coded masks, until they are decoded into the model
         self.awaits_blob = self.codec != "bits" and self.base_fingerprint is not None
         check_format_version(self.format_version)
@@ -150,6 +153,22 @@ class MaskConfig(PeftConfig):
         elif self.density is not None or self.density_schedule is not None:
             raise ValueError("density and density_schedule belong to mask_type='topk'; 'threshold' finds its density.")
 
+    def start(self, *, native: bool) -> None:
+        """Told before a model gets this adapter: what an earlier one left here is not this one's.
+
+        Args:
+            native: Whether a loader may write to the model without `PeftModel`, as transformers' own does.
+        """
+        if self._has_own_fingerprint and not self.being_loaded:
+            self.base_fingerprint = None
+        self._has_own_fingerprint = False
+        self.expects_bits = native or self.being_loaded or self.base_fingerprint is not None
+
+    def take_fingerprint(self, present: str | None) -> None:
+        """Keep the fingerprint of the base that the adapter is on, for saving; None leaves what is known."""
+        if present is not None:
+            self.base_fingerprint, self._has_own_fingerprint = present, True
+
     def mask_spec(self) -> MaskSpec:
         """The part of the configuration that the maths needs, at the start of training."""
         start = 1.0 if self.density_schedule else (self.density if self.density is not None else 1.0)
@@ -187,6 +206,11 @@ class MaskConfig(PeftConfig):
             save_directory: Folder, created if it does not exist.
             kwargs: `auto_mapping_dict`, as PEFT passes it.
         """
+        pickled, weights = (os.path.join(save_directory, name) for name in (PICKLE_NAME, WEIGHTS_NAME))
+        if os.path.isfile(pickled) and not os.path.isfile(weights):
+            raise ValueError(
+                f"{pickled} is a pickle, which is never loaded: delete it, and save without safe_serialization=False."
+            )
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; save_pretrained writes into a folder.")
         os.makedirs(save_directory, exist_ok=True)

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.ops import ConvGeometry, masked_conv, masked_linear
-from .adapters import Slot
 from .cache import Training
 from .kinds import kind_of
 from .layer import MaskLayer
+from .slots import Slot
 from .substitution import call_with
 
 __all__ = ["Conv", "Embedding", "Linear", "LinearConv1D", "MultiheadAttention", "Substituted", "mask_layer_for"]
@@ -31,6 +31,28 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 class Linear(MaskLayer):
     """`nn.Linear` with a masked weight, and bias by option."""
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies by: some attention takes it and never calls the layer (timm's BEiT, EVA-02 …)."""
+        return self._in_use("weight")  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """What the layer adds, None without a bias."""
+        return self._in_use("bias")
+
+    def _in_use(self, path: str) -> Tensor | None:
+        slot = next((slot for slot in self.present_slots if slot.path == path), None)
+        if slot is None:
+            return None
+        if self._awaiting:
+            self.settle()
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        if self._disable_adapters or self.merged:
+            return self.base_tensor(slot)
+        return self.effective(slot, self.active_here())
 
     def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["CONVOLUTIONS", "MASKABLE", "is_norm", "iter_layers", "kind_of", "sizes_of", "type_name"]
+__all__ = ["CONVOLUTIONS", "MASKABLE", "READERS", "is_norm", "iter_layers", "kind_of", "sizes_of", "type_name"]
 
 # Exact types only: a subclass may have its own forward, which a masked layer would bypass in silence.
 # Types of other libraries go by qualified name, so that nothing is imported to look them up.
@@ -32,6 +32,15 @@ MASKABLE: Mapping[type[nn.Module] | str, str] = {
     "timm.layers.std_conv.ScaledStdConv2d": "substituted",
     "timm.layers.std_conv.ScaledStdConv2dSame": "substituted",
 }
+
+#: Attention that takes the weight of its `qkv` and never calls it.
+READERS = frozenset(
+    {
+        "timm.models.beit.Attention",
+        "timm.models.eva.EvaAttention",
+        "timm.models.swin_transformer_v2.WindowAttention",
+    }
+)
 
 #: The kinds that are convolutions ("conv1d_transformers" is a Linear with a transposed weight).
 CONVOLUTIONS = frozenset({"conv", "substituted"})

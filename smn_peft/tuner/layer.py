@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import Stash, merge_weight, unmerge_weight
-from .adapters import Slot
 from .cache import CachedWeight, Ready, Source, Training, note_recording
 from .checkpoint import StoredLayer
+from .slots import Slot
+from .substitution import call_with, is_plain
+from .tracing import is_transformed
 
 __all__ = ["MaskLayer"]
 
@@ -47,7 +49,8 @@ class MaskLayer(StoredLayer):
         holders, weight = self.holders(names, slot), self.base_tensor(slot)
         if not holders:
             return weight
-        if torch.is_grad_enabled() and (weight.requires_grad or self.trains(slot, holders)):
+        learns = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a traced model is for inference
+        if learns and (weight.requires_grad or self.trains(slot, holders)):
             self._cache.pop(slot.name, None)
             note_recording(weight)
             return self._differentiable(slot, holders)
@@ -56,6 +59,8 @@ class MaskLayer(StoredLayer):
             # A graph cannot see a tensor's version: it may keep only what no optimizer moves.
             keep = not self.training and names == self.active_here() and not self.trains(slot, holders)
             return cached.weight if cached is not None and keep else self._build(slot, holders)
+        if is_transformed():
+            return self._build(slot, holders)
         scores, bits = self.scores(slot), self.bits(slot)
         sources = [weight, *(scores[name] if name in scores else bits[name] for name in holders)]
         specs = [self.smn_info[name].spec for name in holders]
@@ -69,7 +74,7 @@ class MaskLayer(StoredLayer):
     def effective_tensors(self, names: Sequence[str]) -> tuple[Tensor, ...]:
         """Effective tensors of all slots, for [`run`]; kept ready for the next forward if nothing can train."""
         tensors = tuple(self.effective(slot, names) for slot in self.present_slots)
-        if not torch.compiler.is_compiling() and names == self.active_here():
+        if not torch.compiler.is_compiling() and not is_transformed() and names == self.active_here():
             sources = self._sources(names)
             if sources is not None:
                 specs = [(self.smn_info[name], self.smn_info[name].spec) for name in names]
@@ -100,7 +105,7 @@ class MaskLayer(StoredLayer):
 
     def alone(self, names: Sequence[str]) -> Training | None:
         """What trains, if it is one adapter on the weight: the fused autograd nodes of `functional.ops` apply."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
             return None
         slot, *biases = self.present_slots
         holders = self.holders(names, slot)
@@ -257,7 +262,14 @@ class MaskLayer(StoredLayer):
         names = self.active_here()
         if self.merged or not names:
             return self.base_layer(*args, **kwargs)
-        return self.masked_forward(names, *args, **kwargs)
+        return self._masked(names, *args, **kwargs)
+
+    def _masked(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """[`masked_forward`], through the base layer itself where it has hooks, or a forward put over its own."""
+        if is_plain(self.base_layer):
+            return self.masked_forward(names, *args, **kwargs)
+        tensors = {slot.path: self.effective(slot, names) for slot in self.present_slots}
+        return call_with(self.base_layer, tensors, *args, **kwargs)
 
     def _mixed(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Samples under different adapters in one batch: each group of samples under its own effective weight."""
@@ -274,7 +286,7 @@ class MaskLayer(StoredLayer):
         for name in dict.fromkeys(adapter_names):
             index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
             if name in self.smn_info:
-                part = self.masked_forward([name], x[index], *args, **kwargs)
+                part = self._masked([name], x[index], *args, **kwargs)
             else:
                 part = self.base_layer(x[index], *args, **kwargs)
             if result is None:

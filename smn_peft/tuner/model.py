@@ -17,24 +17,17 @@ from ..functional.masking import progressive_density
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms
-from .checks import (
-    BASE_PREFIX,
-    base_fingerprint,
-    check_adapter_name,
-    check_base,
-    check_base_kind,
-    check_targets,
-    misfit,
-)
-from .coded import condense, expand
+from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_called, check_targets
 from .config import MaskConfig
 from .forms import mask_layer_for
 from .layer import MaskLayer
 from .norms import norm_form_of, with_norms
 from .rollback import discard, whole_or_nothing
 from .rounding import widened
+from .saved_norms import bare_norms, unwrap_rest
+from .state_dict import entries_of, loaded_entries
 from .targets import resolve_targets
-from .traversal import adapter_layers, places_of
+from .traversal import adapter_layers
 
 __all__ = ["MaskModel"]
 
@@ -53,6 +46,11 @@ class MaskModel(BaseTuner):
     tuner_layer_cls = AdapterLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        """As PEFT's: a dict of configurations comes from a `PeftModel`, a lone one from `inject_adapter_in_model`."""
+        self._is_native = not isinstance(peft_config, dict)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
     # --- Injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -66,8 +64,10 @@ class MaskModel(BaseTuner):
         check_base_kind(model)
         if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
+        config.start(native=self._is_native)
         with whole_or_nothing(model, adapter_name):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            with bare_norms(model, config):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._verify(model, adapter_name, config)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)
@@ -125,6 +125,17 @@ class MaskModel(BaseTuner):
         """Wrap a layer, or unwrap it: the tensors are the same ones, so there is nothing to move or to copy."""
         setattr(parent, child_name, new_module)
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unwrap_rest(model, merge, safe_merge, adapter_names)
+        return model
+
     def _verify(self, model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         """Add the BatchNorm policy, and refuse a base that is not the adapter's."""
         masked = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
@@ -148,17 +159,7 @@ class MaskModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """Bits of the adapter, packed from the scores of the passed (gathered) state dict; statistics beside them."""
-        layers = dict(adapter_layers(model))
-        if not any(layer.merged for layer in layers.values()):
-            masked = [layer for layer in layers.values() if isinstance(layer, MaskLayer)]
-            config.base_fingerprint = base_fingerprint(masked, adapter_name) or config.base_fingerprint
-        entries: dict[str, Tensor] = {}
-        for name, layer in layers.items():
-            entries.update(layer.to_checkpoint(adapter_name, f"{name}." if name else "", state_dict))
-        if config.codec == "bits":
-            return entries
-        places = {f"{key}.{adapter_name}": place for key, place in places_of(model, adapter_name).items()}
-        return condense(entries, places, adapter_name, config.codec)
+        return entries_of(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
@@ -171,51 +172,13 @@ class MaskModel(BaseTuner):
                 loaded is then taken off the model again.
         """
         try:
-            entries = cls._entries_for(model, adapter_name, state_dict, config.base_fingerprint)
+            entries = loaded_entries(model, adapter_name, state_dict, config.base_fingerprint)
         except Exception:
             if config.being_loaded:
                 discard(model, adapter_name)
             raise
         config.being_loaded = config.awaits_blob = False
         return widened(model, entries)
-
-    @classmethod
-    def _entries_for(
-        cls, model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], fingerprint: str | None
-    ) -> dict[str, Tensor]:
-        places = {key.removeprefix(BASE_PREFIX): place for key, place in places_of(model, adapter_name).items()}
-        rest = expand(state_dict, places, adapter_name, fingerprint)
-        result: dict[str, Tensor] = {}
-        missing: list[str] = []
-        bits_only = False
-        for name, layer in adapter_layers(model):
-            prefix = f"{name}." if name else ""
-            bare = prefix.removeprefix(BASE_PREFIX)
-            attributes = {key for key in layer._modules if key.startswith(cls.prefix)}
-            entries = {
-                attribute: rest.pop(key)
-                for attribute in attributes
-                for key in (f"{bare}{attribute}", f"{BASE_PREFIX}{bare}{attribute}")
-                if key in rest
-            }
-            try:
-                loaded = layer.from_checkpoint(adapter_name, prefix, entries)
-            except KeyError as error:
-                missing.append(str(error.args[0]))
-                continue
-            bits_only |= any("scores" in key for key in loaded) and not any("scores" in key for key in entries)
-            result.update({f"{prefix}{key}": value for key, value in loaded.items()})
-        strange = [key for key in rest if key.rpartition(".")[2].startswith(cls.prefix)]
-        if missing or strange:
-            raise misfit(missing, strange)
-        if bits_only:
-            warnings.warn(
-                f"Adapter {adapter_name!r} was saved as bits: training goes on from its mask, with every score at the "
-                "same distance from the threshold, not from its scores. For an exact resume save with "
-                "save_scores=True, or resume from the trainer's checkpoint.",
-                stacklevel=5,
-            )
-        return {**rest, **result}
 
     # --- What only masks have ----------------------------------------------------------------------------------------
 
@@ -287,10 +250,16 @@ class MaskModel(BaseTuner):
             )
         if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        check_called(self.model)
+        beams = kwargs.get("num_beams") or 1
+        parts = [(self.model, [name for name in names for _ in range(beams)])]
+        if beams > 1 and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            parts.append((self.model.get_encoder(), list(names)))  # beam search repeats what comes out of it
         with ExitStack() as stack:
-            hook = partial(_pass_adapter_names, names=list(names))
-            for module in self.model.modules():
-                if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper)):
-                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
+            for part, own in parts:
+                hook = partial(_pass_adapter_names, names=own)
+                for module in part.modules():
+                    if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper)):
+                        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                        stack.callback(handle.remove)
             yield

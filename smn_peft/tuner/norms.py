@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapters import AdapterLayer, Slot
+from .adapters import AdapterLayer
 from .architectures import exact_targets, matching_names
 from .batch_norm import BatchNorm, has_statistics
 from .checkpoint import StoredLayer
@@ -16,6 +16,7 @@ from .config import MaskConfig
 from .forms import Substituted
 from .kinds import is_norm, iter_layers
 from .layer import MaskLayer
+from .slots import Slot
 from .substitution import call_with
 
 __all__ = ["MaskedBatchNorm", "norm_form_of", "with_norms"]

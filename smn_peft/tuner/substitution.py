@@ -9,9 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["call_with"]
+__all__ = ["call_with", "is_plain"]
 
 _ABSENT = object()
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module is nothing more than its class's forward: no hook, no forward put over it."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooked and "forward" not in module.__dict__
 
 
 def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:

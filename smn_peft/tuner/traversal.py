@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from .adapters import AdapterLayer, Slot
+from .adapters import AdapterLayer
+from .slots import Slot
 
-__all__ = ["Place", "adapter_layers", "places_of"]
+__all__ = ["Place", "adapter_layers", "at_every_place", "file_key", "places_of"]
 
 
 class Place(NamedTuple):
@@ -27,10 +28,26 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
             yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
+def file_key(key: str) -> str:
+    """A key as an adapter's file has it: as if no other adapter trained a module around the layer as a whole."""
+    return key.replace("original_module.", "")
+
+
+def at_every_place(model: nn.Module, entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State-dict entries under every name that their layers have: one module may stand in several places."""
+    names = {layer: f"{name}." for name, layer in adapter_layers(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        first = names.get(module) if isinstance(module, AdapterLayer) else None
+        if first is not None and first != f"{name}.":
+            own = {f"{name}.{key[len(first) :]}": value for key, value in entries.items() if key.startswith(first)}
+            entries = {**entries, **own}
+    return entries
+
+
 def places_of(model: nn.Module, adapter_name: str) -> dict[str, Place]:
     """Where an adapter has masks, by their keys in the (unsharded) state dict without the adapter's name."""
     return {
-        f"{name}.{slot.mask_name}".removeprefix("."): Place(layer, slot)
+        file_key(f"{name}.{slot.mask_name}").removeprefix("."): Place(layer, slot)
         for name, layer in adapter_layers(model)
         if adapter_name in layer.smn_info
         for slot in layer.smn_info[adapter_name].slots

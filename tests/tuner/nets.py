@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model with a convolution that cannot be masked, for the tests of targets."""
+"""Small models: with a convolution that cannot be masked, and with BatchNorm in body and head."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -24,3 +25,16 @@ class Net(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.fc
+
+
+class TwoNorms(nn.Module):
+    """A BatchNorm in the body and one in the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enc = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.enc(x).mean((2, 3)))

@@ -163,6 +163,21 @@ def test_tied_weights():
     get_peft_model(model, config())  # tied weights elsewhere do not matter
 
 
+def test_one_layer_in_two_places():
+    model = net()
+    model.twin = model.layers[0]
+    with pytest.raises(ValueError, match=r"is tied: layers\.0\.weight, twin\.weight are one tensor"):
+        get_peft_model(model, config(("layers.0",)))
+
+
+def test_one_parent_in_two_places_is_no_tie():
+    model = net()
+    model.twins = model.layers  # the layer still has one place: wrapped there, it is wrapped everywhere
+    masked = get_peft_model(model, config(("layers.0",)))
+    assert masked.base_model.model.twins[0] is masked.base_model.model.layers[0]
+    assert isinstance(model.twins[0], MaskLayer)
+
+
 @pytest.mark.parametrize("flag", ["is_quantized", "hf_quantizer"])
 def test_a_quantised_model(flag):
     model = net()
