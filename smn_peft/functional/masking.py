@@ -90,11 +90,10 @@ def topk_mask(scores: Tensor, density: float, absolute: bool = False) -> Tensor:
         return torch.ones_like(ranked, dtype=torch.bool)
     if count == 0:
         return torch.zeros_like(ranked, dtype=torch.bool)
-    border = flat.kthvalue(flat.numel() - count + 1).values
-    mask = flat > border
-    ties = (flat == border).nonzero().squeeze(1)
-    mask[ties[: count - int(mask.sum())]] = True
-    return mask.reshape(scores.shape)
+    # Not by `kthvalue`, which is slow on a GPU and not deterministic; nothing here waits for the device.
+    border = flat.topk(count, sorted=False).values.amin()
+    mask, tied = flat > border, flat == border
+    return (mask | (tied & (tied.cumsum(0) <= count - mask.sum()))).reshape(scores.shape)
 
 
 def progressive_density(progress: float, final: float, start: float = 1.0) -> float:
