@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 from ..data import ImageDataset
 from ..training import TrainArguments
+from ..training.accelerator import build_accelerator
 from ..training.assemble import build_images
 from ..training.run import finished_run
 from ..training.start import read_indices
-from ..training.trainer import build_accelerator
 from .arguments import CascadeArguments, check_run
 from .cascade import Cascade
 from .experts import DISPATCHER, expert_arguments, expert_name, train_once, write_clusters

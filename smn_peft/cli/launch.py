@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sys
 import torch
 import typer
 
-__all__ = ["SETTINGS", "check_rest", "launch_processes"]
+__all__ = ["SETTINGS", "check_rest", "launch_environment", "launch_processes"]
 
 # accelerate's own way in, without the traceback for a process that failed: that process has said why.
 _LAUNCHER = """
@@ -48,23 +49,32 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
         cpu: Whether the processes stay on the CPU though there is a GPU.
     """
     cpu = cpu or not torch.accelerator.is_available()
+    line = _line(command, sys.argv[sys.argv.index(command[-1]) + 1 :], extra, cpu)
+    interrupted: list[int] = []
+    # Ctrl-C reaches the processes too; here they are waited for, since they save and then end.
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    try:
+        code = subprocess.Popen(line, env=launch_environment(cpu)).wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return 130 if interrupted else code
+
+
+def launch_environment(cpu: bool) -> dict[str, str]:
+    """The processes' environment; on the CPU each would otherwise look for a GPU and take itself for the only one."""
+    return {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if cpu else {})}
+
+
+def _line(command: list[str], words: list[str], extra: list[str], cpu: bool) -> list[str]:
     rest, own = list(extra), []
-    for word in sys.argv[sys.argv.index(command[-1]) + 1 :]:
+    for word in words:
         if rest and word == rest[0]:
             rest.pop(0)
         elif word != "--launch":
             own.append(word)
     # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
     several = ["--multi_gpu"] if cpu and _processes(extra) > 1 and "--multi_gpu" not in extra else []
-    line = [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
-    interrupted: list[int] = []
-    # Ctrl-C reaches the processes too; here they are waited for, since they save and then end.
-    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
-    try:
-        code = subprocess.Popen(line).wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return 130 if interrupted else code
+    return [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
 
 
 def _processes(extra: list[str]) -> int:

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from ..data import ImageDataset
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage import adapter_sizes, atomic_write, tensor_digest
+from .accelerator import build_accelerator
 from .assemble import build_images, build_task, build_train_loader
 from .checkpoint import latest_checkpoint
 from .evaluator import evaluator_of
@@ -30,7 +31,7 @@ from .metrics import METRICS_NAME, read_metrics
 from .start import start_digest
 from .task import TrainingTask
 from .train_arguments import TrainArguments
-from .trainer import Trainer, build_accelerator
+from .trainer import Trainer
 
 __all__ = ["MODEL_NAME", "RUN_NAME", "RunSummary", "finished_run", "indices_digest", "plan", "run"]
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
+from .accelerator import build_accelerator
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .facts import as_facts, check_same
 from .guards import TrainingFailure, check_loss, check_masks
@@ -29,7 +30,7 @@ from .schedule import warmup_cosine
 from .sync_batch_norm import synchronise_batch_norm
 from .task import TrainingTask
 
-__all__ = ["Interrupted", "Trainer", "build_accelerator"]
+__all__ = ["Interrupted", "Trainer"]
 
 _ASK_EVERY = 10  # steps between two questions whether any process was told to stop: an answer waits for the device
 Evaluate = Callable[[TrainingTask], Mapping[str, float]]
@@ -37,19 +38,6 @@ Evaluate = Callable[[TrainingTask], Mapping[str, float]]
 
 class Interrupted(KeyboardInterrupt):
     """The run was asked to stop and left a checkpoint."""
-
-
-def build_accelerator(arguments: LoopArguments) -> Accelerator:
-    """The accelerator that a run's arguments ask for."""
-    return Accelerator(
-        cpu=arguments.cpu,
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.accumulate,
-        log_with=arguments.log_with,
-        project_dir=arguments.output_dir,
-        # Statistics are per adapter and synchronised where they are made; the frozen ones never differ.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
 
 
 class Trainer:

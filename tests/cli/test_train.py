@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from smn_peft.cli.launch import launch_environment
 from smn_peft.cli.main import app
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.metrics import read_metrics
@@ -243,7 +244,17 @@ def compare_with_one_process(line, tmp_path, loss_tolerance, score_tolerance):
 
 @pytest.mark.slow
 def test_two_processes_are_one(recipe, tmp_path):
-    compare_with_one_process([*recipe, "--epochs", 3], tmp_path, 1e-4, 1e-3)
+    # Where there is no GPU nobody has to say so.
+    unsaid = [] if torch.accelerator.is_available() else ["--no-cpu"]
+    compare_with_one_process([*recipe, *unsaid, "--epochs", 3], tmp_path, 1e-4, 1e-3)
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_processes_that_are_launched_on_the_cpu_know_it(monkeypatch, cpu):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("KEPT", "1")
+    environ = launch_environment(cpu)
+    assert (environ.get("ACCELERATE_USE_CPU"), environ["KEPT"]) == ("true" if cpu else None, "1")
 
 
 @pytest.mark.slow
