@@ -12,12 +12,17 @@ from .task import TrainingTask
 __all__ = ["TrainingFailure", "check_loss", "check_masks"]
 
 
+_ADVICE = (
+    "Lower lr or head_lr, warm up longer, or, under fp16, train in bf16. The last checkpoint, if any, is from before."
+)
+
+
 class TrainingFailure(RuntimeError):
     """Training cannot go on usefully; the message names the step and the remedy."""
 
 
 def check_loss(task: TrainingTask, loss: Tensor, step: int) -> None:
-    """Refuse a loss that is not finite, naming what broke.
+    """Refuse a loss, or one of several of a step's parts, that is not finite, naming what broke.
 
     Raises:
         TrainingFailure: If it is not.
@@ -26,10 +31,7 @@ def check_loss(task: TrainingTask, loss: Tensor, step: int) -> None:
         return
     broken = _broken(task)
     what = f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity" if broken else "every parameter is finite"
-    raise TrainingFailure(
-        f"The loss is {float(loss.mean())} at step {step}; {what}. Lower lr or head_lr, warm up longer, or, under "
-        "fp16, train in bf16. The last checkpoint is from before."
-    )
+    raise TrainingFailure(f"The loss is {float(loss.mean())} at step {step}; {what}. {_ADVICE}")
 
 
 def _broken(task: TrainingTask) -> list[str]:
@@ -48,10 +50,7 @@ def check_masks(task: TrainingTask, step: int) -> None:
         TrainingFailure: If there is one.
     """
     if broken := _broken(task):
-        raise TrainingFailure(
-            f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity at step {step}. Lower lr or head_lr, warm "
-            "up longer, or, under fp16, train in bf16. The last checkpoint is from before."
-        )
+        raise TrainingFailure(f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity at step {step}. {_ADVICE}")
     if empty := task.empty_masks():
         raise TrainingFailure(
             f"The mask of {empty[0]} is empty at step {step} ({len(empty)} such layers): the layer gives zeros, and "

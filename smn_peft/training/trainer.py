@@ -126,11 +126,16 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def save(self) -> Path | None:
-        """Write a checkpoint of this step; every process takes part, the main one writes."""
+        """Write a checkpoint of this step; every process takes part, the main one writes.
+
+        Raises:
+            TrainingFailure: If there is nothing to go on from: a loss or what trains is not finite, a mask is empty.
+        """
         if self.arguments.keep_checkpoints < 1:
             return None
         path = Path(self.arguments.output_dir) / f"checkpoint-{self.step}"
         check_loss(self.task, self._loss, self.step)
+        check_masks(self.task, self.step)  # scores that are NaN count as off, and the loss stays finite
         if self.accelerator.is_main_process and latest_checkpoint(self.arguments.output_dir) != path:
             scaler = self.accelerator.scaler
             facts = {"facts": self.facts, "scaler": scaler.state_dict() if scaler is not None else None}
@@ -212,6 +217,7 @@ class Trainer:
         # Randomness belongs to the step: a run that was interrupted draws what it would have drawn.
         set_seed(_seed_of(arguments.seed, self.step, accelerator.process_index))
         self.task.before_step(self.step, self.step / max(1, self.total_steps - 1))
+        losses = []
         for _ in range(arguments.accumulate):
             with window.waiting():
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
@@ -221,7 +227,8 @@ class Trainer:
                 outputs = self._wrapped(batch)
                 accelerator.backward(outputs["loss"])
             window.add(outputs, len(batch["index"]))
-        self._loss = outputs["loss"].detach()
+            losses.append(outputs["loss"].detach())
+        self._loss = torch.stack(losses)
         if accelerator.device.type == "cpu":  # elsewhere looking means waiting: see _log and save
             check_loss(self.task, self._loss, self.step)
         self.task.objective.after_backward(self.step)

@@ -177,6 +177,35 @@ def test_scores_that_are_nan_are_named_though_the_loss_is_finite(tmp_path):
         trainer.train()
 
 
+def test_a_part_of_a_batch_that_is_nan_stops_the_run_before_its_step(tmp_path):
+    task = supervised_task()
+    trainer = Trainer(task, Batches(), loop(tmp_path, accumulate=2, log_every=100, checkpoint_every=1))
+    forward, calls = task.objective.forward, []
+
+    def first_of_step_2(model, batch):
+        outputs = forward(model, batch)
+        calls.append(batch)
+        return {**outputs, "loss": outputs["loss"] * math.nan} if len(calls) == 5 else outputs
+
+    task.objective.forward = first_of_step_2
+    with pytest.raises(TrainingFailure, match=r"The loss is nan at step 2; every parameter is finite"):
+        trainer.train()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("value", [math.nan, -1e6], ids=["nan", "empty"])
+def test_no_checkpoint_is_written_of_scores_that_nothing_goes_on_from(tmp_path, value):
+    task = supervised_task()
+    trainer = Trainer(task, Batches(), loop(tmp_path, log_every=100, checkpoint_every=1))
+    scores = parameter_of(task, "layer1.0.conv1.smn_scores.default")
+    task.objective.before_step = lambda step: scores.data.fill_(value) if step == 2 else None
+    with pytest.raises(TrainingFailure, match=r"layer1\.0\.conv1.* at step 3.*Lower lr"):
+        trainer.train()
+    (path,) = list_checkpoints(tmp_path)  # the one before stays
+    assert path.name == "checkpoint-2"
+    assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
+
+
 def test_an_empty_mask_stops_the_run_and_names_the_layer(tmp_path):
     task = supervised_task()
     trainer = Trainer(task, Batches(), loop(tmp_path))
