@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
+from peft import PeftModel
 
 from ..backbones import Backbone
 from ..data import ImageDataset
@@ -25,8 +26,9 @@ def evaluator_of(
 ) -> Callable[[TrainingTask], dict[str, float]] | None:
     """k-NN, where asked for a linear probe, and of a classifier the accuracy; None if there is nothing to test on.
 
-    The first call of a run that does not go on from a checkpoint is before any training: if the task is the frozen
-    base then, its features are shared with other runs on it (see `share`).
+    The first call of a run that does not go on from a checkpoint is before any training, and of the frozen base: a
+    mask that does not start with all ones is switched off for it. The base's features are shared with other runs on it
+    (see `share`).
 
     Args:
         arguments: Of the run.
@@ -52,9 +54,16 @@ def evaluator_of(
 
     def evaluate(task: TrainingTask) -> dict[str, float]:
         nonlocal fresh
-        base = fresh and accelerator.num_processes == 1 and arguments.init_from is None and task.density() in (None, 1)
-        fresh = False
-        voting, tested = (features_of(task, part, base) for part in (bank, test))
+        first, fresh = fresh, False
+        started = arguments.init_from is not None or task.density() not in (None, 1)  # somewhere else than at the base
+        if first and started and isinstance(task.model, PeftModel):
+            with task.model.disable_adapter():
+                return measure(task, True)
+        return measure(task, first and not started)
+
+    def measure(task: TrainingTask, base: bool) -> dict[str, float]:
+        shared = base and accelerator.num_processes == 1
+        voting, tested = (features_of(task, part, shared) for part in (bank, test))
         values = {"knn": evaluate_knn(voting, tested, k=arguments.knn_k)}
         if arguments.eval_probe:
             values["linear_probe"] = linear_probe(voting, tested, seed=arguments.subset_seed)

@@ -10,7 +10,9 @@ from typing import Any
 
 from .loop_arguments import HARMLESS, LoopArguments
 
-__all__ = ["as_facts", "check_same"]
+__all__ = ["as_facts", "check_same", "evaluated_alike"]
+
+_EVALUATION = ("eval_split", "eval_limit", "knn_k", "knn_limit")
 
 
 def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -41,3 +43,8 @@ def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
             f"{where} was written by a run with other settings, so going on would not be the same run:\n{lines}\n"
             "Resume with the old ones, or start anew in another output_dir."
         )
+
+
+def evaluated_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether both evaluate on the same images in the same way, so that their numbers may stand side by side."""
+    return all(saved.get(name) == wanted.get(name) for name in _EVALUATION)

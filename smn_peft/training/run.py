@@ -44,7 +44,8 @@ class RunSummary:
 
     Attributes:
         arguments: The arguments, JSON-compatible.
-        before: Evaluation of the frozen base, by metric.
+        before: Evaluation of the frozen base, by metric; of the start where `init_from` gave a model without an
+            adapter; empty where the run was resumed with another evaluation.
         after: Evaluation at the end.
         loss: Mean loss of the last logged window.
         density: Fraction of the masked weights that are active, None without a mask.
@@ -73,7 +74,8 @@ class RunSummary:
         lines = [f"{self.steps} steps in {self.seconds:.0f} s, in {self.arguments['output_dir']}"]
         if self.density is not None:
             lines.append(f"density {self.density:.4f}, file {self.sizes.get('total', 0) / 1e3:.1f} kB")
-        lines += [f"{name}: {self.before[name]:.4f} -> {value:.4f}" for name, value in self.after.items()]
+        for name, value in self.after.items():
+            lines.append(f"{name}: {f'{self.before[name]:.4f} -> ' if name in self.before else ''}{value:.4f}")
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
@@ -226,15 +228,16 @@ def _save_model(task: TrainingTask, folder: Path) -> None:
 def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float) -> RunSummary:
     lines = read_metrics(folder / METRICS_NAME)
     losses = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "knn" in line]
+    before = [line for line in lines if "knn" in line and line["step"] == 0 and trainer.comparable]
+    after = [line for line in trainer.history if "knn" in line]  # not an earlier session's, of other images perhaps
     sizes: dict[str, int] = {}
     if isinstance(task.model, PeftModel):
         sizes = lora_sizes(folder) if task.mask_config is None else vars(adapter_sizes(folder))
         sizes["full"] = full_bytes(task.model)
     return RunSummary(
         arguments=trainer.facts,
-        before=_metrics(evaluations[0]) if evaluations else {},
-        after=_metrics(evaluations[-1]) if evaluations else {},
+        before=_metrics(before[0]) if before else {},
+        after=_metrics(after[-1]) if after else {},
         loss=losses[-1]["loss"] if losses else None,
         density=task.density(),
         steps=trainer.step,

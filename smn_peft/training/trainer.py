@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .accelerator import build_accelerator
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .facts import as_facts, check_same
+from .facts import as_facts, check_same, evaluated_alike
 from .guards import TrainingFailure, check_loss, check_masks
 from .heap import held_heap
 from .interrupt import StopRequest
@@ -48,6 +48,7 @@ class Trainer:
         arguments: How to train.
         accelerator: accelerate's, on whose device everything runs.
         step: Optimizer steps done.
+        comparable: Whether every session of the run evaluates alike, so that before and after can be compared.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Trainer:
                 f"An epoch has {len(loader)} batches, fewer than accumulate={arguments.accumulate}: lower it."
             )
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
-        self.step = 0
+        self.step, self.comparable = 0, True
         task.objective.begin(self.total_steps)
         self.history: list[dict[str, Any]] = []
         self._loss = torch.zeros(())
@@ -121,7 +122,10 @@ class Trainer:
         saved = json.loads((path / "trainer_state.json").read_text("utf-8"))["facts"]
         check_same(saved, self.facts, path)
         state = load_checkpoint(path, self.task.training_state(), self.optimizer)
-        self.step = state["step"]
+        self.step, self.comparable = (
+            state["step"],
+            state.get("comparable", True) and evaluated_alike(saved, self.facts),
+        )
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -139,6 +143,7 @@ class Trainer:
         if self.accelerator.is_main_process and latest_checkpoint(self.arguments.output_dir) != path:
             scaler = self.accelerator.scaler
             facts = {"facts": self.facts, "scaler": scaler.state_dict() if scaler is not None else None}
+            facts["comparable"] = self.comparable
             state, keep = self.task.training_state(), self.arguments.keep_checkpoints
             save_checkpoint(self.arguments.output_dir, self.step, state, self.optimizer, facts, keep)
         self.accelerator.wait_for_everyone()

@@ -142,7 +142,7 @@ def test_features_of_the_frozen_base_are_computed_once(line, tmp_path, monkeypat
         [
             "first: {lr: 1}",
             "second: {adapt: full, lr: 0.05}",
-            "half: {mask: {mask_type: topk, density: 0.5, init_score: kaiming_uniform}}",  # not the base at its start
+            "half: {mask: {mask_type: topk, density: 0.5, init_score: kaiming_uniform}}",  # its mask is off for the base
             "other: {seed: 4}",  # its base has other weights, since no file gives them
             "few: {seed: 4, limit: 24}",  # other training images, the same test images
         ]
@@ -150,7 +150,7 @@ def test_features_of_the_frozen_base_are_computed_once(line, tmp_path, monkeypat
     line = [*line, f"--head={head}"]
     result = runner.invoke(app, [*line, tasks_file(tmp_path, text)])
     assert result.exit_code == 0, result.output
-    assert counted == [48, 24, 48, 24] + [48, 24] + 2 * [48, 24] + [48, 24, 48, 24] + [24, 24, 24]
+    assert counted == [48, 24, 48, 24] + 2 * [48, 24] + [48, 24, 48, 24] + [24, 24, 24]
     alone = {
         "second": ["--adapt=full", "--lr=0.05"],
         "half": ["--mask.mask-type=topk", "--mask.density=0.5"],

@@ -109,6 +109,35 @@ def test_evaluating_on_the_way_changes_nothing(tmp_path, options):
     assert RunSummary.load(tmp_path / "never").after == {}
 
 
+def test_before_is_the_frozen_base_also_where_the_mask_starts_elsewhere(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=1, lr=500.0)
+    plain = run(arguments)
+    mask = {"mask_type": "topk", "density": 0.3, "init_score": "kaiming_uniform"}
+    half = tiny_arguments(tmp_path, epochs=1, mask=mask, output_dir=str(tmp_path / "topk"))
+    assert run(half).before == plain.before
+    run(replace(half, output_dir=str(tmp_path / "never"), eval_split=None))  # switching off and on again moves nothing
+    one, two = scores_of(tmp_path / "topk"), scores_of(tmp_path / "never")
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    second = run(replace(arguments, init_from=arguments.output_dir, output_dir=str(tmp_path / "second")))
+    assert second.before == plain.before != plain.after
+
+
+def test_before_and_after_are_evaluated_alike_or_not_compared(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=1)
+    whole = run(arguments)
+    unseen = run(replace(arguments, resume=True, eval_split=None))
+    assert (unseen.before, unseen.after) == ({}, {})
+    other = run(replace(arguments, resume=True, eval_split="train", eval_probe=True))
+    assert (other.before, other.after.keys()) == ({}, {"knn", "linear_probe", "accuracy"})
+    assert f"linear_probe: {other.after['linear_probe']:.4f}" in other.text()
+    probed = replace(arguments, output_dir=str(tmp_path / "probed"))
+    run(probed)
+    probed = run(replace(probed, resume=True, eval_probe=True))
+    assert probed.before == whole.before
+    assert f" -> {whole.after['knn']:.4f}\nlinear_probe: {probed.after['linear_probe']:.4f}" in probed.text()
+
+
 @pytest.mark.parametrize("adapt", ["full", "head"])
 def test_the_baselines(tmp_path, adapt):
     arguments = tiny_arguments(tmp_path, adapt=adapt, lr=0.05, epochs=8, head_lr=0.2)
