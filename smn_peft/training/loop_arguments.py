@@ -80,6 +80,6 @@ class LoopArguments:
 # What may differ between a run and its resumption: nothing of it moves a weight. What the last two name is compared by
 # its content, so that folders can be moved.
 HARMLESS = frozenset(
-    "output_dir resume log_every checkpoint_every keep_checkpoints log_with evaluate_every num_workers "
+    "output_dir resume log_every checkpoint_every keep_checkpoints log_with evaluate_every num_workers cache_images "
     "eval_split eval_limit eval_probe knn_k knn_limit init_from indices_file".split()
 )

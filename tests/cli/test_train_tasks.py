@@ -142,7 +142,7 @@ def test_features_of_the_frozen_base_are_computed_once(line, tmp_path, monkeypat
         [
             "first: {lr: 1}",
             "second: {adapt: full, lr: 0.05}",
-            "half: {mask: {mask_type: topk, density: 0.5, init_score: kaiming_uniform}}",  # its mask is off for the base
+            "half: {mask: {mask_type: topk, density: 0.5, init_score: kaiming_uniform}}",  # off for the base
             "other: {seed: 4}",  # its base has other weights, since no file gives them
             "few: {seed: 4, limit: 24}",  # other training images, the same test images
         ]

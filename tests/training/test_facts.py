@@ -24,8 +24,17 @@ def test_facts_are_json_and_sets_are_sorted():
 
 def test_only_what_moves_a_weight_has_to_be_the_same():
     saved = as_facts(arguments(log_every=5, knn_k=7))
-    check_same(saved, as_facts(arguments(output_dir="elsewhere", num_workers=3)), "x")
+    check_same(saved, as_facts(arguments(output_dir="elsewhere", num_workers=3, cache_images=True)), "x")
     saved.pop("init_from")  # a run of a version without it
     check_same(saved, as_facts(arguments()), "x")
     with pytest.raises(ValueError, match=r"run\.json was written .*other settings(?s:.*)\n  lr: was 50\.0, is 2\.0\n"):
         check_same(saved, as_facts(arguments(lr=2.0)), "run.json")
+
+
+def test_classes_are_compared_where_both_know_them():
+    named = as_facts(arguments(), {"classes": ["a", "b"]})
+    unnamed = as_facts(arguments(eval_split=None), {"classes": None})
+    check_same(named, unnamed, "x")
+    check_same(unnamed, named, "x")
+    with pytest.raises(ValueError, match=r"classes: was \['a', 'b'\], is \['a', 'c'\]"):
+        check_same(named, as_facts(arguments(), {"classes": ["a", "c"]}), "x")
