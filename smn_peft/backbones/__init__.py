@@ -10,11 +10,13 @@ from .from_file import is_file_spec, load_from_file
 from .key_mapping import clip_key_mapping
 from .load import load_backbone
 from .prompts import templates_for
+from .sizes import accept_size
 from .text import text_embeddings
 
 __all__ = [
     "Backbone",
     "Classifier",
+    "accept_size",
     "base_name",
     "clip_key_mapping",
     "is_file_spec",

@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .settings import ImageSettings, check_loading
+from .sizes import interpolate_positions
 
 __all__ = ["load"]
-
-_INTERPOLATE = "interpolate_pos_encoding"
 
 
 def load(
@@ -61,7 +59,7 @@ def load(
         model = model_class(vision_config, **options).to(dtype)
     settings = _settings(source, config, vision_config, revision, image_size)
     if settings.image_size != getattr(vision_config, "image_size", settings.image_size):
-        _interpolate_positions(model)
+        interpolate_positions(model)
     return model, settings
 
 
@@ -168,20 +166,3 @@ class _Processed:
         batch = self.processor(images=image, return_tensors="pt", **self.overrides)
         pixel_values: Tensor = batch["pixel_values"][0]
         return pixel_values
-
-
-def _interpolate_positions(model: nn.Module) -> None:
-    """Make every forward resample the position embeddings, whoever calls it."""
-    for module in model.modules():
-        parameters = list(inspect.signature(module.forward).parameters)
-        if _INTERPOLATE in parameters:
-            hook = functools.partial(_interpolate, index=parameters.index(_INTERPOLATE))
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _interpolate(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if index < len(args):
-        return (*args[:index], True, *args[index + 1 :]), kwargs
-    return args, {**kwargs, _INTERPOLATE: True}

@@ -80,7 +80,7 @@ class MultiCropOptions(AugmentationOptions):
     )
     solarize: float = _option(0.0, "Probability of solarizing: inverting what is brighter than a half.")
     blur: float = _option(0.5, "Probability of a Gaussian blur.")
-    global_size: int = _option(224, "Pixels of a side of a global crop.")
+    global_size: int = _option(224, "Pixels of a side of a global crop; a run takes its image size.")
     global_crops: int = _option(2, "Number of global crops.")
     global_scale: tuple[float, float] = _option((0.14, 1.0), "Part of the image's area that a global crop takes.")
     local_size: int = _option(96, "Pixels of a side of a local crop.")

@@ -30,6 +30,7 @@ from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from ..tuner.stages import stage_targets
 from ..tuner.targets import resolve_targets
+from .crops import check_crops
 from .lora import lora_config
 from .shared import base_features, decoded
 from .start import read_indices, start_from
@@ -170,6 +171,8 @@ def build_task(
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
+    if kind.views == "crops":
+        check_crops(arguments, backbone)
     if arguments.head == "probe" and num_classes is not None:
         backbone.model.to(device)
         _start_from_probe(backbone, images, arguments)
@@ -278,11 +281,6 @@ def build_train_loader(
     if objective_kind(arguments).views == "one":
         transform = supervised_transform(size, mean, std, arguments.supervised)
     else:
-        if arguments.multi_crop.local_crops and arguments.multi_crop.local_size >= size:
-            raise ValueError(
-                f"multi_crop.local_size={arguments.multi_crop.local_size} must be below the size of a global crop, "
-                f"which is the image size, {size}: the paper has 96 to 224. Or set multi_crop.local_crops=0."
-            )
         transform = multi_crop_transform(mean, std, arguments.multi_crop, global_size=size)
     return build_loader(
         images.train,

@@ -23,7 +23,7 @@ from smn_peft.training.metrics import read_metrics
 from smn_peft.training.run import RunSummary, plan
 from smn_peft.training.saved import arguments_of, load_run
 
-from .tiny import SWAV, TEST, TRAIN, picture, tiny_arguments, write_npz
+from .tiny import SWAV, TEST, TRAIN, picture, tiny_arguments, write_clip, write_npz
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +107,19 @@ def test_evaluating_on_the_way_changes_nothing(tmp_path, options):
     evaluations = [line for line in read_metrics(tmp_path / "often" / "metrics.jsonl") if "knn" in line]
     assert [line["epoch"] for line in evaluations] == [0, 1, 2, 3]
     assert RunSummary.load(tmp_path / "never").after == {}
+
+
+@pytest.mark.parametrize("kind", ["clip", "timm"])
+def test_swav_with_small_crops_on_a_vit(tmp_path, kind):
+    crops = {"multi_crop": {**SWAV["multi_crop"], "local_size": 8 if kind == "clip" else 16}}
+    if kind == "clip":
+        (tmp_path / "clip").mkdir()
+        backbone = {"backbone": write_clip(tmp_path / "clip")}
+    else:
+        backbone = {"backbone": "test_vit", "pretrained": False, "image_size": 32}
+    summary = run(tiny_arguments(tmp_path, **{**SWAV, **crops}, **backbone, max_steps=2))
+    report = evaluate_run(tmp_path / "out", metrics=["knn"])[0]  # loaded again, for one size
+    assert report.value == summary.after["knn"]
 
 
 def test_before_is_the_frozen_base_also_where_the_mask_starts_elsewhere(tmp_path):
@@ -233,6 +246,14 @@ def test_bad_data_is_found_before_training(tmp_path):
         ({"objective_options": {"label_smooth": 0.1}}, r"label_smooth.*Did you mean 'label_smoothing'"),
         ({**SWAV, "objective_options": {"prototypes": 40, "queue_length": 0}}, r"40 prototypes cannot each get"),
         ({**SWAV, "multi_crop": {"local_size": 16}}, r"multi_crop\.local_size=16 must be below .* the image size, 16"),
+        (
+            {**SWAV, "multi_crop": {"global_size": 32}},
+            r"multi_crop\.global_size=32 is not the image size, 16.*set image",
+        ),
+        (
+            {**SWAV, "backbone": "mixer_s32_224", "pretrained": False, "multi_crop": {}},
+            r"mixer_s32_224 takes images of 224 pixels, and none of 96.* Set .*multi_crop\.local_crops=0",
+        ),
         ({"output_dir": str(tmp_path / "set.npz" / "out")}, r"Cannot write into output_dir=.*set\.npz/out: Not a dir"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
