@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..training import TrainArguments
-from ..training.assemble import objective_kind
 from ..training.loop_arguments import option
+from ..training.objective import objective_kind
 
 __all__ = ["CascadeArguments", "check_run"]
 

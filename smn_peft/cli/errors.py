@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import errno
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -32,7 +35,8 @@ class ErrorGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with _short_warnings():
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort):  # typer's own ways out are RuntimeErrors too
             raise
         except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -43,6 +47,21 @@ class ErrorGroup(TyperGroup):
             else:
                 typer.echo(f"error: {one_line(error)} (in full with {_FLAG})", err=True)
             raise typer.Exit(1) from error
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """What the package warns of as one line, without the place in the code."""
+    python = warnings.formatwarning
+
+    def short(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else python(message, category, *place, **more)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = python
 
 
 def one_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .dataset import ImageDataset
 from .decoding import ImageError
+from .errors import NoLabelsError
 from .images import load_images
 from .loading import AugmentedDataset, ShardedBatches, TrainingLoader, build_loader
 from .options import AugmentationOptions, MultiCropOptions, SupervisedOptions
@@ -28,6 +29,7 @@ __all__ = [
     "ImageError",
     "ImageTransform",
     "MultiCropOptions",
+    "NoLabelsError",
     "PilTransform",
     "ShardedBatches",
     "SupervisedOptions",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .decoding import decode_rgb
+from .errors import WITHOUT_LABELS, NoLabelsError
 
 __all__ = ["ImageDataset", "ImageSource"]
 
@@ -59,9 +60,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 raise ValueError(f"{name} has {len(rows)} images but {len(labels)} labels.")
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
-                raise ValueError(
+                raise NoLabelsError(
                     f"{name}, split {split!r}, has the label {low}, which stands for an unknown class: take another "
-                    "split, or labelled=False to use the images without labels."
+                    f"split, or {WITHOUT_LABELS}."
                 )
             if classes is not None and high >= len(classes):
                 raise ValueError(f"{name} has the label {high} but only {len(classes)} class names.")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .dataset import ImageDataset
+from .errors import WITHOUT_LABELS, NoLabelsError
 
 __all__ = ["TableImages", "load_hub", "load_parquet"]
 
@@ -165,9 +166,8 @@ def _label_column(table: Any, column: str | None, name: str) -> str:
         if len(found) != 1:
             found = [key for key in _LABEL_NAMES if key in table.features][:1]
         if not found:
-            raise ValueError(
-                f"{name} has no label column; it has {_names(table)}: pass label_column=, or labelled=False to use "
-                "the images without labels."
+            raise NoLabelsError(
+                f"{name} has no label column; it has {_names(table)}: pass label_column=, or {WITHOUT_LABELS}."
             )
         return found[0]
     _check_column(table, column, "label_column", name)
@@ -176,7 +176,7 @@ def _label_column(table: Any, column: str | None, name: str) -> str:
 
 def _check_column(table: Any, column: str, argument: str, name: str) -> None:
     if column not in table.features:
-        tail = ", or labelled=False to use the images without labels" if argument == "label_column" else ""
+        tail = f", or {WITHOUT_LABELS}" if argument == "label_column" else ""
         raise ValueError(f"{name} has no column {column!r}; pass {argument}=, one of {_names(table)}{tail}.")
 
 
@@ -190,7 +190,7 @@ def _labels(table: Any, column: str, name: str) -> tuple[torch.Tensor, list[str]
 
     values = table.select_columns([column])[:][column]
     if any(value is None for value in values):
-        raise ValueError(f"{name} has rows without a value in {column!r}: filter them, or pass labelled=False.")
+        raise NoLabelsError(f"{name} has rows without a value in {column!r}: filter them, or pass {WITHOUT_LABELS}.")
     if values and isinstance(values[0], str):
         classes = sorted(set(values))
         numbers = {label: number for number, label in enumerate(classes)}

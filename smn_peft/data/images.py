@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 from .dataset import ImageDataset
+from .errors import WITHOUT_LABELS, NoLabelsError
 from .hub import load_hub, load_parquet
 from .local import load_folder, load_npz
 from .registry import dataset_spec
@@ -39,7 +40,8 @@ def load_images(
             `ImageDataset.cached`.
 
     Raises:
-        ValueError: Unknown name, split or column, no images, or labels that are missing or all the same.
+        ValueError: Unknown name, split or column, or no images.
+        NoLabelsError: Labels are missing or all the same; it is a ValueError.
         OSError: Not in the local cache and the Hub cannot be reached.
     """
     name = os.fspath(name_or_path)
@@ -47,9 +49,9 @@ def load_images(
     if dataset.labels is not None and bool((dataset.labels == dataset.labels[0]).all()):
         label = int(dataset.labels[0])
         shown = dataset.classes[label] if dataset.classes else label
-        raise ValueError(
+        raise NoLabelsError(
             f"All {len(dataset)} images of {name}, split {split!r}, are of one class ({shown}), so nothing can be "
-            "told apart: check the labels, or pass labelled=False to use the images without labels."
+            f"told apart: check the labels, or pass {WITHOUT_LABELS}."
         )
     if cache is False:
         return dataset

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .dataset import ImageDataset
+from .errors import WITHOUT_LABELS, NoLabelsError
 
 __all__ = ["EncodedImages", "ImageFiles", "load_folder", "load_npz"]
 
@@ -72,9 +73,9 @@ def load_folder(path: str | os.PathLike[str], split: str, *, labelled: bool) -> 
     parts = list(splits.values()) or [root]
     classes = sorted({folder.name for part in parts for folder in _folders(part) if _images(folder)})
     if not classes:
-        raise ValueError(
+        raise NoLabelsError(
             f"{start} has no folders of classes, so no labels: put every class into its own folder, or pass "
-            "labelled=False to use the images without labels."
+            f"{WITHOUT_LABELS}."
         )
     found = [(file, label) for label, name in enumerate(classes) for file in _images(start / name)]
     return _files(root, split, found, classes)
@@ -123,8 +124,8 @@ def load_npz(path: str | os.PathLike[str], split: str, *, labelled: bool) -> Ima
         raise ValueError(f"{name} is not an npz file of arrays: {error}") from error
     for key in ("jpeg", "offsets", *(("label",) if labelled else ())):
         if key not in arrays:
-            fix = "pass labelled=False to use the images without labels" if key == "label" else "see load_npz"
-            raise ValueError(f"{name} has no array {key!r}; it has {there}: {fix}.")
+            fix, kind = ("see load_npz", ValueError) if key != "label" else (f"pass {WITHOUT_LABELS}", NoLabelsError)
+            raise kind(f"{name} has no array {key!r}; it has {there}: {fix}.")
     jpeg, offsets = arrays["jpeg"], arrays["offsets"].astype(np.int64)
     number = len(offsets) - 1
     if (

@@ -12,11 +12,10 @@ from peft import get_peft_model
 from torch import nn
 
 from ..backbones import Backbone, load_backbone, load_classifier
-from ..backbones.from_file import import_file, is_file_spec, load_from_file
-from ..backbones.prompts import templates_for
-from ..backbones.text import text_embeddings
+from ..backbones.from_file import is_file_spec, load_from_file
 from ..data import (
     ImageDataset,
+    NoLabelsError,
     build_loader,
     evaluation_transform,
     label_subset,
@@ -25,13 +24,13 @@ from ..data import (
     supervised_transform,
 )
 from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
-from ..objectives import Objective, create_objective, list_objectives, objective_class
 from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from ..tuner.stages import stage_targets
 from ..tuner.targets import resolve_targets
 from .crops import check_crops
 from .lora import lora_config
+from .objective import build_objective, objective_kind
 from .shared import base_features, decoded
 from .start import read_indices, start_from
 from .task import TrainingTask
@@ -40,12 +39,10 @@ from .train_arguments import TrainArguments
 __all__ = [
     "Images",
     "build_images",
-    "build_objective",
     "build_task",
     "build_train_loader",
     "evaluation_of",
     "load_base",
-    "objective_kind",
 ]
 
 
@@ -60,27 +57,12 @@ class Images:
     """Of the whole training split, of which `train` may lack some."""
 
 
-def objective_kind(arguments: TrainArguments) -> type[Objective]:
-    """The objective's class, by name or from the user's file that registers it: ``file.py:name``.
-
-    Raises:
-        ValueError: Unknown name, or a file that does not register it.
-    """
-    name = arguments.objective
-    if is_file_spec(name):
-        path, _, name = name.rpartition(":")
-        if name not in list_objectives():
-            import_file(path)
-        if name not in list_objectives():
-            raise ValueError(f"{path} registers no objective {name!r}: decorate its class with @register_objective.")
-    return objective_class(name)
-
-
 def build_images(arguments: TrainArguments) -> Images:
     """Open the dataset and choose the subsets that the arguments ask for.
 
     Raises:
         ValueError: If labels are needed and missing, a subset is empty, or `indices_file` does not fit.
+        NoLabelsError: If labels are missing.
     """
     needs_labels = objective_kind(arguments).needs_labels
     where: dict[str, Any] = {
@@ -113,7 +95,14 @@ def build_images(arguments: TrainArguments) -> Images:
         )
     if arguments.eval_split is None:
         return Images(train, None, None, full.num_classes)
-    test = _load(arguments, arguments.eval_split, True, where)
+    try:
+        test = _load(arguments, arguments.eval_split, True, where)
+    except NoLabelsError:
+        raise
+    except ValueError as error:
+        raise ValueError(
+            f"{error} It was opened to evaluate on: name another split; training can do without, by --eval-split none."
+        ) from error
     if arguments.eval_limit is not None and arguments.eval_limit < len(test):
         test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
     if arguments.cache_images:
@@ -124,7 +113,11 @@ def build_images(arguments: TrainArguments) -> Images:
 
 
 def _load(arguments: TrainArguments, split: str, labelled: bool, where: dict[str, Any]) -> ImageDataset:
-    found = load_images(arguments.dataset, split, labelled=labelled or arguments.class_limit is not None, **where)
+    labelled = labelled or arguments.class_limit is not None
+    try:
+        found = load_images(arguments.dataset, split, labelled=labelled, **where)
+    except NoLabelsError as error:
+        raise NoLabelsError(f"{error} In training: an objective such as swav, and --eval-split none.") from error
     return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)
 
 
@@ -233,29 +226,6 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
     )
     probe = fit_linear_probe(features, standardise=True, cautious=True, seed=arguments.subset_seed, **options)
     model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
-
-
-def build_objective(
-    arguments: TrainArguments, backbone: Backbone, num_classes: int | None, classes: list[str] | None
-) -> Objective:
-    """The objective that the arguments name; for zero-shot with the embeddings of the class names.
-
-    Raises:
-        ValueError: If a name or an option is unknown, or class names are needed and missing.
-    """
-    kind, options = objective_kind(arguments), dict(arguments.objective_options)
-    extra: dict[str, Any] = {}
-    if arguments.objective == "zero_shot":
-        if not classes:
-            raise ValueError(f"objective='zero_shot' needs class names, and {arguments.dataset} has none.")
-        templates = arguments.templates or templates_for(arguments.dataset)
-        revision = arguments.backbone_revision
-        embeddings, scale = text_embeddings(arguments.backbone, classes, templates, revision=revision)
-        extra = {"class_embeddings": embeddings, "logit_scale": torch.tensor(scale)}
-        num_classes = len(classes)
-    return create_objective(
-        kind.name, feature_dim=backbone.feature_dim, num_classes=num_classes, options=options, **extra
-    )
 
 
 def evaluation_of(backbone: Backbone) -> Any:

@@ -25,7 +25,8 @@ from ..evaluation import (
     low_shot_reports,
 )
 from ..objectives import list_objectives
-from .assemble import Images, build_images, build_objective, evaluation_of
+from .assemble import Images, build_images, evaluation_of
+from .objective import build_objective
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
 from .suggestion import did_you_mean

@@ -22,7 +22,7 @@ from ..data import ImageDataset
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage import adapter_sizes, atomic_write, tensor_digest
 from .accelerator import build_accelerator
-from .assemble import build_images, build_task, build_train_loader
+from .assemble import build_task, build_train_loader
 from .checkpoint import latest_checkpoint
 from .evaluator import evaluator_of
 from .facts import as_facts, check_same
@@ -32,6 +32,7 @@ from .start import start_digest
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 from .trainer import Trainer
+from .unlabelled import images_of_run
 
 __all__ = ["MODEL_NAME", "RUN_NAME", "RunSummary", "finished_run", "indices_digest", "plan", "run"]
 
@@ -114,7 +115,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     """
     accelerator = build_accelerator(arguments)
     _check_folder(arguments)
-    images = build_images(arguments)
+    arguments, images = images_of_run(arguments)
     task, backbone = build_task(arguments, images, accelerator.device)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
     facts = {
@@ -172,7 +173,7 @@ def plan(arguments: TrainArguments) -> str:
     Raises:
         ValueError: As [`run`].
     """
-    images = build_images(arguments)
+    arguments, images = images_of_run(arguments)
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, 1, 0)
     steps = arguments.max_steps or arguments.epochs * (len(loader) // arguments.accumulate)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import errno
+import warnings
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from smn_peft.cli.errors import ErrorGroup, one_line
+from smn_peft.cli.errors import ErrorGroup, _short_warnings, one_line
 
 runner = CliRunner()
 
@@ -27,6 +28,14 @@ def application(error: BaseException) -> typer.Typer:
         raise error
 
     return app
+
+
+def test_a_warning_is_one_line_and_python_keeps_its_own():
+    python = warnings.formatwarning
+    with _short_warnings():
+        assert warnings.formatwarning("take care", UserWarning, "a.py", 3) == "warning: take care\n"
+        assert "a.py:3: FutureWarning" in warnings.formatwarning("soon", FutureWarning, "a.py", 3)
+    assert warnings.formatwarning is python
 
 
 @pytest.mark.parametrize(

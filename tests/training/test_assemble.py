@@ -17,8 +17,8 @@ from smn_peft.training.assemble import (
     build_train_loader,
     evaluation_of,
     load_base,
-    objective_kind,
 )
+from smn_peft.training.objective import objective_kind
 
 from .tiny import CLASSES, SWAV, TEST, TRAIN, tiny_arguments, write_clip, write_npz
 

@@ -273,6 +273,30 @@ def test_a_table_without_labels_names_its_columns(tmp_path):
         run(tiny_arguments(tmp_path, dataset=str(path)))
 
 
+@pytest.mark.parametrize("folders", [[], ["all"]], ids=["flat", "one class"])
+def test_without_labels_swav_trains_and_evaluates_nothing(tmp_path, folders):
+    folder = tmp_path.joinpath("images", *folders)
+    folder.mkdir(parents=True)
+    for index in range(12):
+        (folder / f"{index}.png").write_bytes(picture(index % 3, np.random.default_rng(index)))
+    arguments = tiny_arguments(tmp_path, **SWAV, dataset=str(tmp_path / "images"), max_steps=1)
+    with pytest.warns(UserWarning, match=r"images.*: nothing is evaluated, as with --eval-split none\.$"):
+        assert "evaluation  none" in plan(arguments)
+    with pytest.warns(UserWarning, match="nothing is evaluated"):
+        summary = run(arguments)
+    assert (summary.steps, summary.arguments["eval_split"], summary.after) == (1, None, {})
+    with pytest.raises(ValueError, match=r"In training: an objective such as swav, and --eval-split none\."):
+        plan(replace(arguments, objective="cross_entropy", objective_options={}))
+
+
+def test_a_folder_of_one_split_names_the_option(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "0.png").write_bytes(picture(0, np.random.default_rng(0)))
+    with pytest.raises(ValueError, match=r"has no split 'test'.*training can do without, by --eval-split none\."):
+        run(tiny_arguments(tmp_path, dataset=str(tmp_path / "images")))
+
+
 def test_other_settings_are_refused_on_resuming(tmp_path):
     arguments = tiny_arguments(tmp_path, epochs=1)
     run(arguments)
