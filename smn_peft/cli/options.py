@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from .values import choices_of, describe, from_text, from_yaml, is_list, is_mapping, is_optional, members_of
+from ..objectives.values import describe, from_yaml, is_list, is_mapping, members_of
+from .values import choices_of, from_text, is_optional
 
 __all__ = ["Field", "build", "fields_of", "flatten", "with_options"]
 

@@ -1,21 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of options by their type: from the text of a command line, and from what a YAML file holds."""
+"""Values of options by their type, from the text of a command line."""
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-__all__ = ["choices_of", "describe", "from_text", "from_yaml", "is_list", "is_mapping", "is_optional", "members_of"]
+from ..objectives.values import NONE, describe, members_of
 
-_NONE = ("none", "null")
-
-
-def members_of(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union, `NoneType` among them; another type alone."""
-    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+__all__ = ["choices_of", "from_text", "is_optional"]
 
 
 def is_optional(annotation: Any) -> bool:
@@ -23,43 +16,12 @@ def is_optional(annotation: Any) -> bool:
     return type(None) in members_of(annotation)
 
 
-def is_mapping(annotation: Any) -> bool:
-    """Whether a mapping is a value."""
-    return any(get_origin(member) is dict or member is dict for member in members_of(annotation))
-
-
-def is_list(member: Any) -> bool:
-    """Whether a type holds any number of values: a list, set or tuple[T, …]."""
-    origin, args = get_origin(member) or member, get_args(member)
-    return origin in (list, set) or (origin is tuple and (not args or args[-1] is Ellipsis))
-
-
 def choices_of(annotation: Any) -> list[str]:
     """What can be completed: the values of Literals, and "none" where None is one."""
     found = [
         str(value) for member in members_of(annotation) if get_origin(member) is Literal for value in get_args(member)
     ]
-    return [*found, _NONE[0]] if found and is_optional(annotation) else found
-
-
-def describe(annotation: Any) -> str:
-    """The type in a user's words, such as "int or none"."""
-    return " or ".join(_describe(member) for member in members_of(annotation))
-
-
-def _describe(member: Any) -> str:
-    origin, args = get_origin(member), get_args(member)
-    if member is type(None):
-        return _NONE[0]
-    if origin is Literal:
-        return "|".join(str(value) for value in args)
-    if is_list(member):
-        return f"list of {describe(args[0])}" if args else "list"
-    if origin is tuple:
-        return f"({', '.join(describe(arg) for arg in args)})"
-    if is_mapping(member):
-        return "mapping"
-    return {bool: "true or false", Path: "path", Any: "anything"}.get(member, getattr(member, "__name__", str(member)))
+    return [*found, NONE[0]] if found and is_optional(annotation) else found
 
 
 def from_text(text: str, annotation: Any) -> Any:
@@ -69,7 +31,7 @@ def from_text(text: str, annotation: Any) -> Any:
         ValueError: If it is none.
     """
     members = members_of(annotation)
-    if is_optional(annotation) and text.lower() in _NONE:
+    if is_optional(annotation) and text.lower() in NONE:
         return None
     # A number where it can be one: text comes last.
     for member in sorted(members, key=lambda member: member is str):
@@ -85,46 +47,3 @@ def from_text(text: str, annotation: Any) -> Any:
             except ValueError:
                 continue
     raise ValueError(f"must be {describe(annotation)}; got {text!r}")
-
-
-def from_yaml(value: Any, annotation: Any, where: str) -> Any:
-    """A value of a YAML file as the type wants it; an int is a float too, and so is 1e-3, which YAML takes for text.
-
-    Raises:
-        ValueError: If it is of another type; names `where`.
-    """
-    members = members_of(annotation)
-    for member in members:
-        try:
-            return _from_yaml(value, member, where)
-        except TypeError:
-            continue
-    if isinstance(value, str) and float in members:
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    raise ValueError(f"{where} must be {describe(annotation)}; got {value!r}.")
-
-
-def _from_yaml(value: Any, member: Any, where: str) -> Any:
-    """TypeError says that the value is not of this type; a ValueError that something inside it is wrong."""
-    origin, args = get_origin(member) or member, get_args(member)
-    many = isinstance(value, Sequence) and not isinstance(value, str)
-    if origin is Literal and value in args:
-        return value
-    if is_list(member) and many:
-        return origin(from_yaml(item, args[0] if args else Any, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is tuple and not is_list(member) and many and len(value) == len(args):
-        return tuple(
-            from_yaml(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, args, strict=True))
-        )
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if origin is float and type(value) in (int, float):
-        return float(value)
-    if origin is Path and isinstance(value, (str, Path)):
-        return Path(value)
-    if origin is Any or (origin in (bool, int, str, type(None)) and type(value) is origin):
-        return value
-    raise TypeError

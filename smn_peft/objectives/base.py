@@ -6,9 +6,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
 
 from torch import Tensor, nn
+
+from .values import from_yaml
 
 __all__ = [
     "Batch",
@@ -168,11 +170,13 @@ def create_objective(
         name: One of [`list_objectives`].
         feature_dim: Number of features that the model returns per image.
         num_classes: Number of classes; required by objectives that need labels.
-        options: The objective's options dataclass, or a mapping of its fields, or None for the defaults.
+        options: The objective's options dataclass, or a mapping of its fields as YAML reads them, or None for the
+            defaults.
         arguments: What an objective takes beside its options, such as the class embeddings of ``zero_shot``.
 
     Raises:
-        ValueError: If the name or an option is unknown, a value is out of range, or `num_classes` is missing.
+        ValueError: If the name or an option is unknown, a value out of range or of another type, or `num_classes`
+            missing.
         TypeError: If `options` are those of another objective.
     """
     cls = objective_class(name)
@@ -183,7 +187,10 @@ def create_objective(
         for key in options:
             if key not in known:
                 raise ValueError(_unknown(f"option of {name!r}:", str(key), known))
-        options = cls.Options(**options)
+        hints = get_type_hints(cls.Options)
+        options = cls.Options(
+            **{key: from_yaml(value, hints[key], f"The option {key!r} of {name!r}") for key, value in options.items()}
+        )
     elif not isinstance(options, cls.Options):
         raise TypeError(f"{name!r} takes {cls.Options.__name__} or a mapping, got {type(options).__name__}.")
     if cls.needs_labels and num_classes is None:

@@ -110,6 +110,20 @@ def test_unknown_names_get_a_suggestion():
         create_objective("swav", feature_dim=4, options={"prototype": 4})
 
 
+def test_options_are_of_their_type_as_yaml_reads_them():
+    read = create_objective("swav", feature_dim=4, options={"epsilon": "5e-2", "temperature": 1}).options
+    assert (read.epsilon, read.temperature) == (0.05, 1.0)
+    for options, message in [
+        ({"prototypes": "abc"}, r"The option 'prototypes' of 'swav' must be int; got 'abc'\."),
+        ({"epsilon": "small"}, r"The option 'epsilon' of 'swav' must be float; got 'small'\."),
+        ({"allow_few_rows": 1}, r"'allow_few_rows' of 'swav' must be true or false; got 1\."),
+        ({"queue_from_step": 0.5}, r"'queue_from_step' of 'swav' must be int or none; got 0\.5\."),
+        ({"projection": "conv"}, r"'projection' of 'swav' must be linear\|mlp; got 'conv'\."),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            create_objective("swav", feature_dim=4, options=options)
+
+
 def test_options_of_another_objective_are_refused():
     with pytest.raises(TypeError, match="'swav' takes SwAVOptions or a mapping, got CrossEntropyOptions"):
         create_objective("swav", feature_dim=4, options=CrossEntropyOptions())
