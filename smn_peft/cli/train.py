@@ -13,13 +13,13 @@ from ..training import (
     Interrupted,
     RunSummary,
     TrainArguments,
-    TrainingFailure,
     load_recipe,
     plan,
     run,
     run_many,
 )
-from ..training.many import check_tasks
+from ..training.many import EXPECTED, check_tasks
+from .errors import one_line
 from .launch import SETTINGS, check_rest, launch_processes
 from .options import with_options
 from .tasks import part_of, read_tasks
@@ -51,7 +51,7 @@ def command(
     `--recipe` takes the name of a recipe (`smn recipes` lists them) or a YAML file; options on the line win over it.
 
     `--tasks` takes a file such as `birds: {dataset: user/birds}`, a task per line with what it changes. Tasks that are
-    finished are not trained again, interrupted ones go on: repeat the line.
+    finished are not trained again, interrupted ones go on: repeat the line. One that fails does not stop the others.
     """
     if part is not None and tasks is None:
         raise typer.BadParameter("it is a share of --tasks, which is not given.", param_hint="--part")
@@ -64,8 +64,8 @@ def command(
         chosen = read_tasks(tasks, arguments) if part is None else part_of(read_tasks(tasks, arguments), part)
         check_tasks(chosen)
     if dry_run:
-        for name, task in chosen.items():
-            typer.echo(f"{name}\n{plan(task)}".lstrip())
+        if sum([_planned(name, task) for name, task in chosen.items()]):
+            raise typer.Exit(1)
         return
     try:
         came = run_many(chosen) if tasks is not None else [("", run(arguments))]
@@ -77,10 +77,21 @@ def command(
         raise typer.Exit(1)
 
 
-def _said(name: str, came: RunSummary | TrainingFailure) -> bool:
+def _planned(name: str, arguments: TrainArguments) -> bool:
+    """Say what a run would do; returns whether it cannot."""
+    try:
+        typer.echo(f"{name}\n{plan(arguments)}".lstrip())
+    except EXPECTED as error:
+        if not name:
+            raise
+        return _said(name, error)
+    return False
+
+
+def _said(name: str, came: RunSummary | Exception) -> bool:
     """Say what came of a run; returns whether it failed."""
-    failed = isinstance(came, TrainingFailure)
+    failed = isinstance(came, Exception)
     if PartialState().is_main_process:
-        text = str(came) if isinstance(came, TrainingFailure) else came.text()
+        text = one_line(came) if isinstance(came, Exception) else came.text()
         typer.echo(f"{name}: {text}" if name else text, err=failed)
     return failed

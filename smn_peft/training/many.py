@@ -6,31 +6,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from accelerate import PartialState
+
 from .guards import TrainingFailure
 from .run import RunSummary, finished_run, run
 from .shared import share
 from .train_arguments import TrainArguments
 
-__all__ = ["run_many"]
+__all__ = ["EXPECTED", "check_tasks", "run_many"]
 
 
-def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSummary | TrainingFailure]]:
+#: What comes with its remedy; other errors are bugs, and end everything.
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+
+
+def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSummary | Exception]]:
     """Train the tasks in turn and give what came of each, as soon as it is there.
 
     A task that is finished is not trained again, one that was interrupted goes on from its checkpoint, and one that
-    fails does not keep the others from their turn. Importing is paid once; so are, for tasks that follow one another
-    with `cache_images` on the same images, decoding these and the frozen base's features of them.
+    fails, or whose data cannot be read, does not keep the others from their turn. Importing is paid once; so are, for
+    tasks that follow one another with `cache_images` on the same images, decoding these and the frozen base's features
+    of them.
 
     Args:
         tasks: Arguments by name, each with an `output_dir` of its own. Precision and device must be those of the
             first, since accelerate keeps them for the whole process.
 
     Yields:
-        The name, and the summary of the run or why it could not go on usefully.
+        The name, and the summary of the run or the error that ended it.
 
     Raises:
-        ValueError: If two tasks share a folder, or differ in precision or device: nothing is trained then. Later, if
-            a folder holds a run of other settings, or arguments and data do not go together.
+        ValueError: If two tasks share a folder, or differ in precision or device: nothing is trained then.
+        RuntimeError: With several processes, if a task fails otherwise than by its training, which all see alike: the
+            others would wait for the process that failed. The message names the task.
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     check_tasks(tasks)
@@ -41,6 +49,10 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
                 yield name, finished_run(going_on) or run(going_on)
             except TrainingFailure as failure:
                 yield name, failure
+            except EXPECTED as error:
+                if PartialState().num_processes > 1:
+                    raise RuntimeError(f"{name}: {error}") from error
+                yield name, error
 
 
 def check_tasks(tasks: Mapping[str, TrainArguments]) -> None:

@@ -93,12 +93,34 @@ def test_a_task_that_fails_does_not_stop_the_others(line, tmp_path):
     assert not (tmp_path / "out/bad/run.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("dataset: nowhere.npz", "nowhere.npz does not exist"),
+        ("dataset: {cut}, cache_images: false", "row 5: cannot be read as an image"),
+        ("objective_options: {{label_smooth: 1}}", "Did you mean 'label_smoothing'?"),
+    ],
+)
+def test_nor_does_one_whose_data_or_options_are_wrong(line, tmp_path, bad, says):
+    bad = bad.format(cut=write_npz(tmp_path / "cut.npz", broken=5))
+    result = runner.invoke(app, [*line, tasks_file(tmp_path, f"one: {{{bad}}}\ntwo: {{seed: 2, eval_split: null}}\n")])
+    assert result.exit_code == 1
+    (said,) = (text for text in result.stderr.splitlines() if text.startswith("one: "))
+    assert says in said
+    assert "two: 3 steps" in result.stdout
+    assert (tmp_path / "out/two/run.json").is_file()
+
+
 def test_a_dry_run_shows_every_plan(line, tmp_path):
     result = runner.invoke(app, [*line, tasks_file(tmp_path, "one: {lr: 7}\ntwo:\n"), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "one\nbackbone" in result.output
     assert "learning rates 7 and" in result.output
     assert not (tmp_path / "out/one/run.json").exists()
+    result = runner.invoke(app, [*line, tasks_file(tmp_path, "one: {dataset: no.npz}\ntwo:\n"), "--dry-run"])
+    assert result.exit_code == 1
+    assert "one: no.npz does not exist" in result.stderr
+    assert "two\nbackbone" in result.stdout
 
 
 @pytest.mark.parametrize(
