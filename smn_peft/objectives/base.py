@@ -90,6 +90,11 @@ class Objective(nn.Module):
     def after_backward(self, step: int) -> None:
         """Called after the gradients of step `step` are reduced, before the optimizer moves."""
 
+    @property
+    def grace_steps(self) -> int:
+        """Steps before which a collapse that shows need not stay."""
+        return 0
+
     def collapsed(self, logs: Mapping[str, float]) -> str | None:
         """What is wrong and what to change, if the averaged scalars of `forward` show a collapse; else None."""
         return None

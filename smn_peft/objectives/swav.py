@@ -68,11 +68,11 @@ class SwAV(Objective):
         # Known once it is, so that later steps do not wait for the device.
         self._queue_full = False
         self._queue_from = options.queue_from_step
-        self._step = 0
+        self._step = self._half = 0
 
     def begin(self, total_steps: int) -> None:
         """Turn `queue_from` into a step; see [`Objective.begin`]."""
-        self._queue_full = False
+        self._queue_full, self._half = False, total_steps // 2
         if self.options.queue_from_step is None:
             self._queue_from = round(self.options.queue_from * total_steps)
 
@@ -125,6 +125,12 @@ class SwAV(Objective):
         if self.training and options.queue_length and self._step >= (self._queue_from or 0):
             self._enqueue(embeddings.detach().unflatten(0, (len(crops), -1))[: options.global_crops])
         return {"loss": loss, **_describe(codes)}
+
+    @property
+    def grace_steps(self) -> int:
+        """Until the prototypes move, of a run that ends before that the half; see [`Objective.grace_steps`]."""
+        frozen: int = self.options.freeze_prototypes_steps
+        return min(frozen, self._half)
 
     def collapsed(self, logs: Mapping[str, float]) -> str | None:
         """Whether every image has the same, uniform code and the loss stands at ln K; see [`Objective.collapsed`]."""

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..functional.flags import read_flags
 from .task import TrainingTask
 
-__all__ = ["TrainingFailure", "check_loss", "check_masks"]
+__all__ = ["CollapseWatch", "TrainingFailure", "check_loss", "check_masks"]
+
+_WINDOWS = 5  # lines of the log in a row
 
 
 _ADVICE = (
@@ -56,3 +60,34 @@ def check_masks(task: TrainingTask, step: int) -> None:
             f"The mask of {empty[0]} is empty at step {step} ({len(empty)} such layers): the layer gives zeros, and "
             "nothing after it can learn. Lower lr, warm up longer, or leave the layer out with exclude_modules."
         )
+
+
+class CollapseWatch:
+    """Warns of a collapse when it shows, and stops the run once it has lasted: many start at one and leave it."""
+
+    def __init__(self, steps_per_epoch: int, speaks: bool = True) -> None:
+        """Seen from one of several processes, of which one speaks."""
+        self._least, self._speaks = steps_per_epoch, speaks
+        self._since, self._windows = 0, 0
+
+    def see(self, step: int, problem: str | None, grace_steps: int) -> None:
+        """Take what the objective says of a line of the log.
+
+        Args:
+            step: Optimizer steps done.
+            problem: What is wrong, None if nothing is.
+            grace_steps: Steps before which the run is not stopped.
+
+        Raises:
+            TrainingFailure: If the problem has lasted for five lines in a row and an epoch, and the grace is over.
+        """
+        if problem is None:
+            self._windows = 0
+            return
+        self._windows += 1
+        if self._windows == 1:
+            self._since = step
+            if self._speaks:
+                warnings.warn(f"Step {step}: {problem} The run is stopped if this lasts.", stacklevel=4)
+        if self._windows >= _WINDOWS and step - self._since >= self._least and step >= grace_steps:
+            raise TrainingFailure(f"Step {step}, and since step {self._since}: {problem}")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .accelerator import build_accelerator
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .facts import as_facts, check_same, evaluated_alike
-from .guards import TrainingFailure, check_loss, check_masks
+from .guards import CollapseWatch, check_loss, check_masks
 from .heap import held_heap
 from .interrupt import StopRequest
 from .loop_arguments import LoopArguments
@@ -97,6 +97,7 @@ class Trainer:
         task.objective.begin(self.total_steps)
         self.history: list[dict[str, Any]] = []
         self._loss = torch.zeros(())
+        self._watch = CollapseWatch(self.steps_per_epoch, self.accelerator.is_main_process)
         self._prepare_folder()
         if arguments.compile:
             task.compile()
@@ -155,7 +156,7 @@ class Trainer:
         """Train to the end; returns the lines of metrics.jsonl that this call wrote.
 
         Raises:
-            TrainingFailure: If the loss is not finite, or a mask is empty.
+            TrainingFailure: If the loss is not finite, a mask is empty, or what is learned has collapsed and stays so.
             Interrupted: After Ctrl-C or SIGTERM, once a checkpoint of the last whole step is written.
         """
         if self.step == 0 and self.evaluate is not None:
@@ -256,8 +257,8 @@ class Trainer:
         check_loss(self.task, self._loss, self.step)
         check_masks(self.task, self.step)
         values = window.summary()
-        if problem := self.task.objective.collapsed(values):
-            raise TrainingFailure(f"Step {self.step}: {problem}")
+        objective = self.task.objective
+        self._watch.see(self.step, objective.collapsed(values), objective.grace_steps)
         values["epoch"] = self.step / self.steps_per_epoch
         values["density"] = self.task.density()
         values.update({f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups})

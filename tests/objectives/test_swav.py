@@ -316,6 +316,13 @@ def test_a_collapse_shows_and_is_explained():
     assert objective.collapsed(healthy) is None
 
 
+def test_a_collapse_may_last_until_the_prototypes_move_or_half_of_a_short_run():
+    objective = swav(freeze_prototypes_steps=100)
+    for steps, grace in [(1000, 100), (120, 60)]:
+        objective.begin(steps)
+        assert objective.grace_steps == grace
+
+
 def test_what_is_logged_is_a_detached_scalar():
     outputs = swav()(Pooled(), crops_of())
     assert set(outputs) == {"loss", "codes_entropy", "prototypes_used"}

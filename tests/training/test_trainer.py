@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from smn_peft.training import Interrupted, Trainer, TrainingFailure, TrainingTask
 from smn_peft.training.checkpoint import list_checkpoints
+from smn_peft.training.guards import CollapseWatch
 from smn_peft.training.metrics import read_metrics
 from tests.processes import context, leave_the_test
 
@@ -214,12 +216,31 @@ def test_an_empty_mask_stops_the_run_and_names_the_layer(tmp_path):
         trainer.train()
 
 
-def test_a_collapse_that_the_objective_reports_stops_the_run(tmp_path):
+def test_a_collapse_that_the_objective_reports_and_that_lasts_stops_the_run(tmp_path):
     make, views = TASKS["swav"]
     trainer = Trainer(make(), Batches(views=views), loop(tmp_path))
-    trainer.task.objective.collapsed = lambda logs: f"all codes alike, entropy {logs['codes_entropy']:.1f}"
-    with pytest.raises(TrainingFailure, match=r"Step 1: all codes alike, entropy \d"):
+    trainer.task.objective.collapsed = lambda logs: f"all codes alike, entropy {logs['codes_entropy']:.1f}."
+    with (
+        pytest.warns(UserWarning, match=r"Step 1: all codes alike, entropy \d\.\d\. The run is stopped if this lasts"),
+        pytest.raises(TrainingFailure, match=r"Step 5, and since step 1: all codes alike, entropy \d"),
+    ):
         trainer.train()
+
+
+def test_a_collapse_that_passes_only_warns():
+    watch = CollapseWatch(steps_per_epoch=8)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(1, 9):  # five lines, but not an epoch
+            watch.see(step, "alike.", 0)
+        watch.see(9, None, 0)
+        for step in range(10, 30):  # the grace
+            watch.see(step, "alike.", 30)
+        CollapseWatch(steps_per_epoch=1, speaks=False).see(1, "alike.", 0)
+    shown = [str(warning.message).partition(":")[0] for warning in said]
+    assert shown == ["Step 1", "Step 10"]
+    with pytest.raises(TrainingFailure, match="Step 30, and since step 10: alike"):
+        watch.see(30, "alike.", 30)
 
 
 def test_nothing_to_train_is_said(tmp_path):
