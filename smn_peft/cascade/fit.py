@@ -67,7 +67,8 @@ def prepare(arguments: TrainArguments, options: CascadeArguments) -> tuple[Route
         The router, and the images that the dispatcher trained on.
 
     Raises:
-        ValueError: If arguments do not fit, or a cluster has fewer images than a batch.
+        ValueError: If arguments do not fit, a cluster has fewer images than a batch, or the folder holds a finished
+            cascade of another router.
     """
     _check(arguments, options)
     accelerator, folder = build_accelerator(arguments), Path(arguments.output_dir)
@@ -78,6 +79,7 @@ def prepare(arguments: TrainArguments, options: CascadeArguments) -> tuple[Route
     train_once(dispatcher, evaluate=True)
     images = build_images(dispatcher).train
     if (router := _known_router(folder, options)) is None:
+        _refuse_finished(folder, options)
         cascade = Cascade.from_runs({DISPATCHER: folder / DISPATCHER})
         loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         features = cascade.features(images, DISPATCHER, accelerator=accelerator, **loading).features
@@ -126,6 +128,19 @@ def _check(arguments: TrainArguments, options: CascadeArguments) -> None:
 
 def _dispatcher_arguments(arguments: TrainArguments) -> TrainArguments:
     return replace(arguments, output_dir=str(Path(arguments.output_dir) / DISPATCHER), resume=True)
+
+
+def _refuse_finished(folder: Path, options: CascadeArguments) -> None:
+    """Leave a whole cascade as it is: its experts are of its own clusters, so other ones would only be refused."""
+    if (folder / CASCADE_NAME).is_file() and (folder / ROUTER_NAME).is_file():
+        found = Router.load(folder)
+        fitted = {"router": found.kind, "experts": found.experts, "router_dim": found.dim, "router_seed": found.seed}
+        asked = {key: getattr(options, key) for key in fitted}
+        differing = [f"{key}: was {was!r}, is {asked[key]!r}" for key, was in fitted.items() if was != asked[key]]
+        raise ValueError(
+            f"{folder} holds a finished cascade of other settings ({'; '.join(differing)}): take the old ones, or "
+            f"another output_dir, into which its folder {DISPATCHER} may be copied."
+        )
 
 
 def _known_router(folder: Path, options: CascadeArguments) -> Router | None:

@@ -18,6 +18,7 @@ from ..storage import atomic_write, locate_adapter
 from ..training import load_masks, load_run
 from ..training.assemble import build_images, evaluation_of
 from ..training.metrics import METRICS_NAME, read_metrics
+from .values import output_file
 
 __all__ = ["app"]
 
@@ -25,8 +26,8 @@ app = typer.Typer(help="Look at what runs learned: densities, similarity, losses
 
 Runs = Annotated[list[Path], typer.Argument(help="Output folders of `smn train`.")]
 Backbone = Annotated[str | None, typer.Option(help="Where the base is now, if not where the folders say.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw into this .png, .svg or .pdf file.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the data into this file.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw into this .png, .svg or .pdf file.", callback=output_file)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the data into this file.", callback=output_file)]
 
 
 def _write(path: Path | None, data: Any) -> None:

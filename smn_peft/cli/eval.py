@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from ..evaluation import report_table
 from ..storage import atomic_write
 from ..training.evaluate_run import METRICS, evaluate_run
+from .values import output_file
 
 __all__ = ["command"]
 
@@ -42,7 +43,9 @@ def command(
         int | None, typer.Option(help="A seeded choice of at most this many training and test images.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even where there is a GPU.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the reports into this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the reports into this file.", callback=output_file)
+    ] = None,
 ) -> None:
     """Evaluate what `smn train` saved: k-NN, linear probe, accuracy, and probes on few labels."""
     accelerator = Accelerator(cpu=cpu)

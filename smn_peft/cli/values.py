@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of options by their type, from the text of a command line."""
+"""Values of options from the text of a command line: by their type, and files to write results into."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import typer
+
 from ..objectives.values import NONE, describe, members_of
 
-__all__ = ["choices_of", "from_text", "is_optional"]
+__all__ = ["choices_of", "from_text", "is_optional", "output_file"]
 
 
 def is_optional(annotation: Any) -> bool:
@@ -47,3 +49,16 @@ def from_text(text: str, annotation: Any) -> Any:
             except ValueError:
                 continue
     raise ValueError(f"must be {describe(annotation)}; got {text!r}")
+
+
+def output_file(path: Path | None) -> Path | None:
+    """The file that an option names for the results, refused before the work if it cannot be written.
+
+    Raises:
+        typer.BadParameter: If its folder does not exist, or it is one.
+    """
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder: name a file.")
+    if path is not None and not path.parent.is_dir():
+        raise typer.BadParameter(f"the folder {path.parent} does not exist: make it first.")
+    return path

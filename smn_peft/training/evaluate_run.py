@@ -73,7 +73,7 @@ def evaluate_run(
         FileNotFoundError: If nothing is saved in the folder.
     """
     check_metrics(metrics)
-    _check(low_shot, seeds, limit)
+    _check(low_shot, seeds=seeds, limit=limit, batch_size=batch_size)
     run, loaded = load_run(folder, base=base, backbone=backbone)
     arguments = evaluation_arguments(run, loaded, Path(folder), dataset, split, limit)
     zero_shot = run is not None and run.objective == "zero_shot"
@@ -122,10 +122,10 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str] = METRICS) -> Non
             raise ValueError(f"Unknown metric {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
-def _check(low_shot: Sequence[float], seeds: int, limit: int | None) -> None:
+def _check(low_shot: Sequence[float], **counts: int | None) -> None:
     if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
         raise ValueError(f"A low-shot fraction must lie in (0, 1]; got {wrong[0]}: 10 % of the labels is 0.1.")
-    for what, value in (("seeds", seeds), ("limit", limit)):
+    for what, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"{what} must be at least 1; got {value}.")
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,8 +62,12 @@ class LoopArguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("lr", "head_lr", "momentum", "weight_decay", "head_weight_decay", "warmup_epochs"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative or NaN; got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0; got {getattr(self, name)}.")
+        if self.momentum >= 1:
+            raise ValueError(f"momentum must lie in [0, 1), or nothing is ever forgotten; got {self.momentum}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32); got {self.seed}.")
         for name in ("max_steps", "checkpoint_every", "evaluate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

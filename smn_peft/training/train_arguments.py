@@ -89,9 +89,12 @@ class TrainArguments(LoopArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+        for name, least in (("knn_k", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}.")
-        for name in ("limit", "class_limit", "eval_limit", "knn_limit", "mask_stages", "lora_rank"):
+        for name in ("image_size", "limit", "class_limit", "eval_limit", "knn_limit", "mask_stages", "lora_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None; got {value}.")

@@ -141,12 +141,20 @@ def test_other_settings_are_refused(fitted, arguments, tmp_path):
     shutil.rmtree(checkpoint)  # to save space: what is done needs it no more
     train_experts(moved, OPTIONS, [0, 1])
     options = replace(OPTIONS, router="kmeans", experts=3, ensemble=False)
+    (tmp_path / "moved" / "cascade.json").unlink()  # a whole one would stay as it is
     prepare(moved, options)
-    assert not (tmp_path / "moved" / "cascade.json").exists()  # it would be of another router
     before, after = (np.load(root / "clusters" / "expert-0.npy") for root in (fitted, tmp_path / "moved"))
     assert before.tolist() != after.tolist()
     with pytest.raises(ValueError, match=r"expert-0/run\.json was written .*other settings(?s:.*)indices: was"):
         train_experts(moved, options, [0])
+
+
+def test_a_finished_cascade_stays_where_another_router_is_asked_for(fitted, arguments, tmp_path):
+    whole = copy_of(fitted, arguments, tmp_path / "whole", *PARTS)
+    before = contents(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"whole holds a finished cascade of other settings \(experts: was 2, is 3\)"):
+        prepare(whole, replace(OPTIONS, experts=3, ensemble=False))
+    assert contents(tmp_path / "whole") == before
 
 
 def test_the_run_of_an_expert_can_be_repeated_alone(fitted, tmp_path):

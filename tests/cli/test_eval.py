@@ -52,6 +52,14 @@ def test_the_table_and_the_file_are_the_reports(finished, tmp_path):
     ]
 
 
+def test_what_cannot_be_is_said_before_the_work(tmp_path):
+    gone = tmp_path / "gone"
+    for file, message in ((tmp_path / "no" / "a.json", "does not exist: make it first"), (tmp_path, "name a file")):
+        said = smn_eval(gone, "--json", file, code=2).stderr.replace("│", "")
+        assert message in " ".join(said.split())
+    assert "batch_size must be at least 1; got 0" in smn_eval(gone, "--cpu", "--batch-size", 0, code=1).stderr
+
+
 def test_options_reach_the_evaluation(finished):
     options = ["--metric", "linear_probe", "--low-shot", 0.5, "--low-shot", 0.25, "--seeds", 2]
     options += ["--limit", 24, "--batch-size", 7, "--split", "train"]
