@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from ..training import (
     run,
     run_many,
 )
+from ..training.checkpoint import latest_checkpoint
 from ..training.many import EXPECTED, check_tasks
 from .errors import one_line
 from .launch import SETTINGS, check_rest, launch_processes
@@ -67,6 +69,9 @@ def command(
         if sum([_planned(name, task) for name, task in chosen.items()]):
             raise typer.Exit(1)
         return
+    new = tasks is None and arguments.resume and latest_checkpoint(arguments.output_dir) is None
+    if new and os.environ.get("RANK", "0") == "0":
+        typer.echo(f"{arguments.output_dir} holds no checkpoint to resume: the run starts at step 0.", err=True)
     try:
         came = run_many(chosen) if tasks is not None else [("", run(arguments))]
         failed = sum(_said(name, each) for name, each in came)

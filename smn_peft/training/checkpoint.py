@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["latest_checkpoint", "list_checkpoints", "load_checkpoint", "load_tensors", "save_checkpoint"]
+__all__ = ["latest_checkpoint", "list_checkpoints", "load_checkpoint", "load_tensors", "read_state", "save_checkpoint"]
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _UNFINISHED = ".checkpoint-"
@@ -126,6 +126,22 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON facts of a checkpoint, with `step`.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    path = Path(path)
+    try:
+        state: dict[str, Any] = json.loads((path / STATE_NAME).read_text("utf-8"))
+        if missing := sorted({"step", "param_groups"} - set(state)):
+            raise ValueError(f"{STATE_NAME} has no {missing[0]!r}")
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise _damaged(path, error) from error
+    return state
+
+
 def load_checkpoint(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
@@ -147,8 +163,8 @@ def load_checkpoint(
         ValueError: If the checkpoint does not fit: names or shapes differ, or a file is damaged.
     """
     path = Path(path)
+    state = read_state(path)
     try:
-        state: dict[str, Any] = json.loads((path / STATE_NAME).read_text("utf-8"))
         momentum = load_file(path / "optimizer.safetensors") if optimizer is not None else {}
     except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise _damaged(path, error) from error

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed_version
@@ -20,7 +19,7 @@ from safetensors.torch import save
 
 from ..data import ImageDataset
 from ..hub import RUN_NAME, full_bytes, write_card
-from ..storage import adapter_sizes, atomic_write, tensor_digest
+from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, tensor_digest
 from .accelerator import build_accelerator
 from .assemble import build_task, build_train_loader
 from .checkpoint import latest_checkpoint
@@ -51,7 +50,7 @@ class RunSummary:
         loss: Mean loss of the last logged window.
         density: Fraction of the masked weights that are active, None without a mask.
         steps: Optimizer steps.
-        seconds: Time of the training loop, evaluations included.
+        seconds: Time of the training loop in all sessions, evaluations included.
         images_per_second: Median over the logged windows.
         sizes: Bytes of the adapter's file by part; `full` is what a checkpoint of all weights would have.
         versions: Versions of what computed it.
@@ -127,14 +126,12 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     }
     evaluation = evaluator_of(arguments, images, backbone, accelerator) if evaluate else None
     trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
-    started = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - started
     folder = Path(arguments.output_dir)
     found: list[RunSummary | None] = [None]
     if accelerator.is_main_process:
         _save_model(task, folder)
-        summary = _summary(trainer, task, folder, seconds)
+        summary = _summary(trainer, task, folder)
         summary.save(folder)
         if task.mask_config is not None:
             write_card(folder)
@@ -207,6 +204,9 @@ def _check_folder(arguments: TrainArguments) -> None:
             f"{folder} holds {RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}: choose another "
             "output_dir, or delete it."
         )
+    ours = any((folder / name).is_file() for name in (RUN_NAME, METRICS_NAME)) or latest_checkpoint(folder)
+    if (folder / CONFIG_NAME).is_file() and not ours:
+        raise ValueError(f"{folder} holds an adapter ({CONFIG_NAME}) that no run wrote: choose another output_dir.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -226,7 +226,7 @@ def _save_model(task: TrainingTask, folder: Path) -> None:
         file.write(save(tensors))
 
 
-def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float) -> RunSummary:
+def _summary(trainer: Trainer, task: TrainingTask, folder: Path) -> RunSummary:
     lines = read_metrics(folder / METRICS_NAME)
     losses = [line for line in lines if "loss" in line]
     before = [line for line in lines if "knn" in line and line["step"] == 0 and trainer.comparable]
@@ -242,7 +242,7 @@ def _summary(trainer: Trainer, task: TrainingTask, folder: Path, seconds: float)
         loss=losses[-1]["loss"] if losses else None,
         density=task.density(),
         steps=trainer.step,
-        seconds=seconds,
+        seconds=trainer.seconds,
         images_per_second=_median(losses, "images_per_second"),
         sizes=sizes,
         versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},

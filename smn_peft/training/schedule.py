@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 
-__all__ = ["warmup_cosine"]
+__all__ = ["check_warmup", "warmup_cosine"]
 
 
 def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
@@ -24,3 +25,13 @@ def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
     if total <= warmup:
         return 1.0
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (position - warmup) / (total - warmup))))
+
+
+def check_warmup(warmup: float, epochs: float) -> None:
+    """Warn of a warm-up that takes the whole run, whose learning rate then never falls."""
+    if warmup >= epochs:
+        warnings.warn(
+            f"warmup_epochs={warmup:g} is the whole run of {epochs:g} epochs: its learning rate only rises. Shorten "
+            "the warm-up, or train longer.",
+            stacklevel=3,
+        )

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
-from torch import Tensor
 from tqdm import tqdm
 
 from .accelerator import build_accelerator
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from .facts import as_facts, check_same, evaluated_alike
 from .guards import CollapseWatch, check_loss, check_masks
 from .heap import held_heap
 from .interrupt import StopRequest
 from .loop_arguments import LoopArguments
-from .memory import enable_gradient_checkpointing
+from .memory import channels_last, enable_gradient_checkpointing
 from .metrics import MetricsLog, Window, postfix
 from .narrow import narrow_scores, widen_scores
 from .optimizer import build_optimizer, set_learning_rates
-from .schedule import warmup_cosine
+from .schedule import check_warmup, warmup_cosine
 from .sync_batch_norm import synchronise_batch_norm
 from .task import TrainingTask
 
@@ -93,7 +92,10 @@ class Trainer:
                 f"An epoch has {len(loader)} batches, fewer than accumulate={arguments.accumulate}: lower it."
             )
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
+        if self.accelerator.is_main_process:
+            check_warmup(arguments.warmup_epochs, self.total_steps / self.steps_per_epoch)
         self.step, self.comparable = 0, True
+        self._earlier, self._started = 0.0, time.perf_counter()
         task.objective.begin(self.total_steps)
         self.history: list[dict[str, Any]] = []
         self._loss = torch.zeros(())
@@ -120,13 +122,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self, path: Path) -> None:
-        saved = json.loads((path / "trainer_state.json").read_text("utf-8"))["facts"]
+        saved = read_state(path).get("facts", {})
         check_same(saved, self.facts, path)
         state = load_checkpoint(path, self.task.training_state(), self.optimizer)
-        self.step, self.comparable = (
-            state["step"],
-            state.get("comparable", True) and evaluated_alike(saved, self.facts),
-        )
+        self.step, self._earlier = state["step"], state.get("seconds", 0.0)
+        self.comparable = state.get("comparable", True) and evaluated_alike(saved, self.facts)
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -144,11 +144,16 @@ class Trainer:
         if self.accelerator.is_main_process and latest_checkpoint(self.arguments.output_dir) != path:
             scaler = self.accelerator.scaler
             facts = {"facts": self.facts, "scaler": scaler.state_dict() if scaler is not None else None}
-            facts["comparable"] = self.comparable
+            facts |= {"comparable": self.comparable, "seconds": self.seconds}
             state, keep = self.task.training_state(), self.arguments.keep_checkpoints
             save_checkpoint(self.arguments.output_dir, self.step, state, self.optimizer, facts, keep)
         self.accelerator.wait_for_everyone()
         return path
+
+    @property
+    def seconds(self) -> float:
+        """Time of the loop, evaluations included, and that of earlier sessions until their last checkpoint."""
+        return self._earlier + time.perf_counter() - self._started
 
     # --- The loop ----------------------------------------------------------------------------------------------------
 
@@ -159,6 +164,7 @@ class Trainer:
             TrainingFailure: If the loss is not finite, a mask is empty, or what is learned has collapsed and stays so.
             Interrupted: After Ctrl-C or SIGTERM, once a checkpoint of the last whole step is written.
         """
+        self._started = time.perf_counter()
         if self.step == 0 and self.evaluate is not None:
             self._try_batch()
             self._evaluate()
@@ -186,7 +192,7 @@ class Trainer:
         self.loader.set_epoch(0)
         batch = send_to_device(next(iter(self.loader)), self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
-            self.task.eval()(_channels_last(batch) if self.arguments.channels_last else batch)
+            self.task.eval()(channels_last(batch) if self.arguments.channels_last else batch)
 
     def _epoch(self, bar: Any, stop: StopRequest) -> None:
         arguments, done = self.arguments, self.step % self.steps_per_epoch
@@ -228,7 +234,7 @@ class Trainer:
             with window.waiting():
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
             if arguments.channels_last:
-                batch = _channels_last(batch)
+                batch = channels_last(batch)
             with accelerator.accumulate(self._wrapped):
                 outputs = self._wrapped(batch)
                 accelerator.backward(outputs["loss"])
@@ -279,13 +285,3 @@ class Trainer:
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
-
-
-def _channels_last(batch: Mapping[str, Any]) -> dict[str, Any]:
-    def convert(value: Any) -> Any:
-        if isinstance(value, list):
-            return [convert(item) for item in value]
-        four = isinstance(value, Tensor) and value.ndim == 4
-        return value.to(memory_format=torch.channels_last) if four else value
-
-    return {key: convert(value) for key, value in batch.items()}

@@ -81,6 +81,12 @@ def test_a_recipe_and_what_the_line_changes(recipe, tmp_path):
     assert "knn: 0." in result.stdout
 
 
+def test_a_run_that_finds_nothing_to_resume_says_so(recipe, tmp_path):
+    said = f"{tmp_path / 'out'} holds no checkpoint to resume: the run starts at step 0."
+    assert said in train(*recipe, "--max-steps", 1, "--resume").stderr
+    assert said not in train(*recipe, "--max-steps", 1, "--resume").stderr
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path):
     text = train(*recipe, "--dry-run", "--epochs", 3).stdout
     for part in ("16 features", f"{TRAIN} images of", "12 steps of 12 images", "evaluation  none"):

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from smn_peft.training import checkpoint
-from smn_peft.training.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from smn_peft.training.checkpoint import (
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
 
 
 def stepped(optimizer_class, seed=0, **kwargs):
@@ -34,6 +40,17 @@ def advance(parameters, optimizer):
 
 def named(parameters):
     return {f"p{i}": parameter for i, parameter in enumerate(parameters)}
+
+
+@pytest.mark.parametrize("text", ['{"step": 3', "[]", '{"param_groups": []}'])
+def test_damaged_facts_are_named(tmp_path, text):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(text)
+    for read in (read_state, lambda path: load_checkpoint(path, {})):
+        with pytest.raises(
+            ValueError, match=r"checkpoint-3 is damaged: .*Delete it; an older checkpoint is then taken"
+        ):
+            read(tmp_path / "checkpoint-3")
 
 
 @pytest.mark.parametrize(

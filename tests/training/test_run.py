@@ -215,6 +215,19 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_an_adapter_that_no_run_wrote_is_not_overwritten(tmp_path):
+    arguments = tiny_arguments(tmp_path, epochs=1, eval_split=None)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"out holds an adapter \(adapter_config\.json\) that no run wrote: choose another"
+    ):
+        run(arguments)
+    assert (tmp_path / "out" / "adapter_config.json").read_text() == "{}"
+    (tmp_path / "out" / "metrics.jsonl").touch()  # of a run that was killed
+    run(arguments)
+
+
 def test_a_plan_builds_everything_and_writes_nothing(tmp_path):
     arguments = tiny_arguments(tmp_path, eval_limit=10)
     text = plan(arguments)

@@ -8,13 +8,21 @@ import math
 import pytest
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smn_peft.training.schedule import warmup_cosine
+from smn_peft.training.schedule import check_warmup, warmup_cosine
 
 
 def test_warmup_starts_at_one_part_and_not_at_zero():
     assert [warmup_cosine(e, 150, 40) for e in range(3)] == pytest.approx([1 / 40, 2 / 40, 3 / 40])
     assert warmup_cosine(39, 150, 40) == 1.0
     assert warmup_cosine(40, 150, 40) == 1.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warmup_of_the_whole_run_is_warned_of():
+    check_warmup(0.0, 0.1)
+    check_warmup(5.0, 5.5)
+    with pytest.warns(UserWarning, match=r"warmup_epochs=10 is the whole run of 2\.5 epochs: its learning rate only"):
+        check_warmup(10.0, 2.5)
 
 
 def test_cosine_is_torchs_after_the_warmup():

@@ -142,6 +142,27 @@ def test_settings_that_differ_are_listed_and_refused(tmp_path):
     trained(tmp_path, resume=True, log_every=3)  # moves no weight
 
 
+def test_damaged_facts_of_a_checkpoint_are_named_on_resuming(tmp_path):
+    trained(tmp_path, steps=2)
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: .*Delete it"):
+        trained(tmp_path, resume=True)
+
+
+def test_seconds_are_of_all_sessions(tmp_path):
+    first = trained(tmp_path, steps=2)
+    first._earlier = 100.0  # as after a session before
+    first.step = 3
+    first.save()
+    resumed = trained(tmp_path, resume=True)
+    assert 100 < resumed.seconds < 200
+
+
+def test_a_warmup_of_the_whole_run_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="warmup_epochs=3 is the whole run of 3 epochs"):
+        Trainer(supervised_task(), Batches(), loop(tmp_path, warmup_epochs=3))
+
+
 def test_a_used_folder_is_not_overwritten(tmp_path):
     trained(tmp_path, steps=2)
     with pytest.raises(ValueError, match="holds checkpoint-2 of an earlier run: pass resume"):
