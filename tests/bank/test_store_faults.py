@@ -248,6 +248,57 @@ def test_other_files_and_later_versions(copy):
         DiskStore.open(copy)
 
 
+def test_a_writer_removes_no_file_that_is_not_its_own(copy, tmp_path):
+    foreign = [copy / "shards" / name for name in ("train-0.tar", ".hidden", "0" * 32 + ".safetensors.bak")]
+    secret = tmp_path / "secret.safetensors"
+    left = [copy / "shards" / name for name in ("0" * 32 + ".safetensors", "." + "0" * 32 + ".safetensors.ab_d123e")]
+    for path in [*foreign, secret, *left]:
+        path.write_bytes(b"content")
+    with DiskStore.open(copy) as store:
+        store.add("more", adapter(9))
+    assert all(path.exists() for path in foreign)
+    assert not any(path.exists() for path in left)
+    edit(copy, "UPDATE shard SET file = '../../secret.safetensors' WHERE id = 1")
+    with DiskStore.open(copy) as store:
+        store.remove_many([name for name in store.names() if name != "more"])
+    assert secret.exists()
+
+
+def test_a_lost_index_costs_no_shard(copy):
+    held = {path: path.read_bytes() for path in (copy / "shards").iterdir()}
+    (copy / "index.sqlite").write_bytes(b"")
+    for read_only in (False, True):
+        with pytest.raises(AdapterFileError, match=r"shards holds 1 files .*index.sqlite is lost or empty"):
+            DiskStore.open(copy, read_only=read_only)
+    (copy / "index.sqlite").unlink()
+    with pytest.raises(AdapterFileError, match="lost or empty"):
+        DiskStore.open(copy)
+    assert not (copy / "index.sqlite").exists()
+    assert {path: path.read_bytes() for path in (copy / "shards").iterdir()} == held
+
+
+def test_an_index_beside_other_shards_costs_none_of_them(copy):
+    (file,) = (copy / "shards").iterdir()
+    other = file.with_name("0" * 32 + ".safetensors")
+    file.rename(other)
+    with DiskStore.open(copy) as store:
+        store.add("more", adapter(9))
+    assert other.exists()
+
+
+def test_a_linked_folder_of_shards_is_not_written_to(copy, tmp_path):
+    (copy / "shards").rename(tmp_path / "elsewhere")
+    (copy / "shards").symlink_to(tmp_path / "elsewhere")
+    unknown = tmp_path / "elsewhere" / ("0" * 32 + ".safetensors")
+    unknown.write_bytes(b"another bank's")
+    with DiskStore.open(copy) as store:
+        assert number_of(store.read("t1")) == 1
+        with pytest.raises(ValueError, match="shards is a link, and a bank writes only to a folder of its own"):
+            store.add("more", adapter(9))
+        assert len(store) == 5
+    assert unknown.exists()
+
+
 def test_a_damaged_index_gives_the_right_tasks_or_an_error(five, tmp_path):
     """Bits flipped and ends cut off at random: no crash, no hang, no other content."""
     generator, refused = random.Random(0), 0

@@ -43,7 +43,7 @@ def test_two_hundred_killed_writers(tmp_path):
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     with DiskStore.open(tmp_path) as store:
         store.add("a", adapter(0))
-    for name in (".x.safetensors.abc", f"{'0' * 32}.safetensors"):
+    for name in (f".{'1' * 32}.safetensors.abcd_123", f"{'0' * 32}.safetensors"):
         (tmp_path / "shards" / name).write_bytes(b"half")
     with DiskStore.open(tmp_path) as store:
         assert number_of(store.read("a")) == 0

@@ -24,6 +24,7 @@ from .schema import check_schema, create_schema, is_new
 __all__ = ["Index", "StoreBusyError"]
 
 INDEX_NAME = "index.sqlite"
+SHARDS_NAME = "shards"
 _WRITER_NAME = "writer"  # who holds the lock, for the message of those who do not get it
 _PATIENCE = 30.0  # seconds for which a reader waits for a commit, which takes milliseconds
 _AT_ONCE = 0.2  # seconds after which a second writer is refused: longer than a commit or the undoing of one
@@ -51,7 +52,7 @@ class Index:
         """Open it; an empty one is made where there is none, unless `read_only`.
 
         Raises:
-            AdapterFileError: If it is damaged.
+            AdapterFileError: If it is damaged, or lost while the shards are there.
             FileNotFoundError: If there is none and `read_only`.
             ValueError: If there is another database, or the folder holds something else.
         """
@@ -64,14 +65,23 @@ class Index:
         self._reader = self._open_reader()
 
     def _create(self) -> None:
+        shards = self.path.parent / SHARDS_NAME
+        held = sorted(os.listdir(shards)) if shards.is_dir() else []
+        if held and not (self.path.is_file() and self.path.stat().st_size):  # else another process was faster
+            raise AdapterFileError(
+                f"{shards} holds {len(held)} files ({held[0]}), and {self.path} is lost or empty: put the index back "
+                "from a copy, or build the bank anew in another folder. Nothing was changed."
+            )
         if self.read_only:
             raise FileNotFoundError(f"{self.path.parent} holds no bank: name its folder, or make one: smn bank build.")
         with suppress(FileNotFoundError):
-            if unknown := sorted(set(os.listdir(self.path.parent)) - {INDEX_NAME, f"{INDEX_NAME}-journal", "shards"}):
+            if unknown := sorted(
+                set(os.listdir(self.path.parent)) - {INDEX_NAME, f"{INDEX_NAME}-journal", SHARDS_NAME}
+            ):
                 raise ValueError(
                     f"{self.path.parent} is no bank and holds other files ({unknown[0]}): name another folder."
                 )
-        (self.path.parent / "shards").mkdir(parents=True, exist_ok=True)
+        shards.mkdir(parents=True, exist_ok=True)
         with self._translated(), closing(self._connect("rwc", _PATIENCE)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             if is_new(connection):  # another process may have been faster

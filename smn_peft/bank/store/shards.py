@@ -31,6 +31,7 @@ SHARD_TASKS = 512
 """Adapters after which it takes no further one: the header of a safetensors file has a limit too."""
 _MAPPED = 32  # shards held open; each is one mapping of address space and no file handle
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
+_UNFINISHED = re.compile(rf"\.{_NAME.pattern}\.[a-z0-9_]{{8}}")  # the temporary names of atomic_write
 
 
 def is_shard_name(file: object) -> bool:
@@ -151,17 +152,30 @@ class Shards:
             return mapped
 
     def remove(self, files: Iterable[str]) -> None:
-        """Remove shards that no index names; who has one mapped keeps its bytes."""
+        """Remove shards that no index names; who has one mapped keeps its bytes. Other files are left alone."""
         for file in files:
+            if not (is_shard_name(file) or _UNFINISHED.fullmatch(str(file))):
+                continue
             with self._lock:
                 self._mapped.pop(file, None)
             with suppress(OSError):  # what cannot go is swept by the next writer
                 (self.folder / file).unlink()
 
     def sweep(self, known: Iterable[str]) -> None:
-        """Remove what a writer left that did not come to its end."""
+        """Remove what a writer left that did not come to its end; a file of another name is not the bank's.
+
+        Raises:
+            ValueError: If the folder is a link: what it leads to may be another bank's.
+        """
+        if self.folder.is_symlink():
+            raise ValueError(
+                f"{self.folder} is a link, and a bank writes only to a folder of its own: move the shards here, or "
+                "link to the bank's whole folder."
+            )
         if self.folder.is_dir():
-            self.remove(set(os.listdir(self.folder)) - set(known))
+            there, named = {e.name for e in os.scandir(self.folder) if e.is_file(follow_symlinks=False)}, set(known)
+            if named <= there:  # else index and folder do not belong together, and what is unknown may be needed
+                self.remove(there - named)
 
     def close(self) -> None:
         """Let go of all mappings that no tensor uses."""
