@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .active import ActiveTask
 from .cache import BankStats, TaskCache
 from .check import BaseCheck
 from .live import LiveModel
-from .mixed import MixedForward
+from .mixed import MixedForward, one_per_sample
 from .named_forward import NamedForward
 from .reading import task_from_tensors
 from .source import MemorySource, TaskSource, read_adapter, unknown_task
@@ -51,11 +51,10 @@ class MaskBank:
         self._source = source
         self._live = LiveModel(base)
         self.model = base
-        self._check = BaseCheck(base)
+        self._check = BaseCheck(self._live)
         self._cache = TaskCache(ram_budget, self.stats)
-        self._exclusive = exclusive
-        self._active: str | None = None
-        self._lock = threading.RLock()
+        self._active = ActiveTask(self._live, self._looked_up, self.stats, exclusive=exclusive)
+        self._closed = False
         self._pool = ThreadPoolExecutor(1, "smn-bank")
         self._mixed = MixedForward(self._live)
         self._named = NamedForward(base, self.forward)
@@ -94,12 +93,15 @@ class MaskBank:
             source = DiskStore.open(where, read_only=read_only)
         else:
             source = MemorySource()
-        bank = cls(source, base, ram_budget=ram_budget, exclusive=exclusive)
-        if not isinstance(where, (str, os.PathLike)):
-            for adapter in where:
+        with ExitStack() as undo:
+            undo.callback(source.close)
+            bank = cls(source, base, ram_budget=ram_budget, exclusive=exclusive)
+            undo.callback(bank.close)
+            for adapter in () if isinstance(where, (str, os.PathLike)) else where:
                 bank.add(str(adapter).rstrip("/").rpartition("/")[2], adapter)
-        for name in hot:
-            bank.pin(name)
+            for name in hot:
+                bank.pin(name)
+            undo.pop_all()
         return bank
 
     # --- Tasks -------------------------------------------------------------------------------------------------------
@@ -144,24 +146,22 @@ class MaskBank:
         self._decode(name, stored.config, stored.tensors)
         self._source.add(name, stored, replace=replace)
         self._cache.drop(name)
+        self._active.replace(name, name)
 
     def remove(self, name: str) -> None:
         """Take a task out of the bank; KeyError for an unknown name."""
         self._source.remove(name)
-        self._forget(name)
+        self._cache.forget(name)
+        self._active.replace(name, None)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name; KeyError for an unknown one, ValueError for one that is taken."""
         if new == BASE:
             raise ValueError(f"{BASE!r} names the base itself: choose another name.")
         self._source.rename(old, new)
-        self._forget(old)
-
-    def _forget(self, name: str) -> None:
-        self._cache.drop(name)
-        with self._lock:
-            if self._active == name:
-                self.activate(None)
+        if self._cache.forget(old):
+            self.pin(new)
+        self._active.replace(old, new)
 
     def info(self, name: str) -> dict[str, Any]:
         """Config, density and bytes of a task; KeyError for an unknown name."""
@@ -185,19 +185,14 @@ class MaskBank:
         return self.task(task) if isinstance(task, str) else task
 
     def _decode(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
-        needs_base = config.get("trainable_fraction", 1.0) < 1.0 or config.get("codec") == "archival"
-        with self._lock if needs_base else nullcontext():
-            if needs_base:  # what is selected, or how it is coded, follows from the base's own weights
-                self._live.switch(None)
-            task = task_from_tensors(name, tensors, self.model, config, may_be_sparse=self._live.may_be_sparse)
-        with self._lock:
-            self._check(task, self._live)
+        task = task_from_tensors(name, tensors, self._live, config)
+        self._check(task)
         return task
 
     def pin(self, name: str) -> None:
         """Decode a task and keep it decoded."""
-        self._cache.pinned.add(name)
-        self.task(name)
+        with self._cache.pinning(name):
+            self.task(name)
 
     def unpin(self, name: str) -> None:
         """Let a task make room again."""
@@ -209,7 +204,8 @@ class MaskBank:
 
         def decode() -> None:
             for name in names:
-                self.task(name)
+                if not self._closed:
+                    self.task(name)
 
         return self._pool.submit(decode)
 
@@ -217,34 +213,17 @@ class MaskBank:
 
     def activate(self, name: str | None) -> None:
         """Make a task live until further notice; None (or "__base__") for the base. KeyError for an unknown name."""
-        with self._lock:
-            self._switch(name)
-            self._active = None if name == BASE else name
+        self._active.activate(name)
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[nn.Module]:
         """The model under a task, for this thread alone; afterwards it is what it was before."""
-        with self._lock:
-            before = self._active
-            self._switch(name)
-            self._active = None if name == BASE else name
-            try:
-                yield self.model
-            finally:
-                self._active = before
-                self._put_back()
+        with self._active.instead(name):
+            yield self.model
 
-    def _switch(self, name: str | None) -> None:
-        task = self._looked_up(name)
-        if task is not self._live.current:
-            self.stats.switches += 1
-            self._live.switch(task)
-
-    def _put_back(self) -> None:
-        if not self._exclusive or self._active is not None:
-            self._switch(self._active)
-
-    def forward(self, inputs: Tensor, tasks: Sequence[str | Task | None] | str | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, inputs: Tensor, tasks: Sequence[str | Task | None] | str | Task | None = None, **kwargs: Any
+    ) -> Any:
         """A batch whose samples may be of different tasks.
 
         Args:
@@ -259,30 +238,31 @@ class MaskBank:
 
         Raises:
             KeyError: For an unknown task.
+            TypeError: If a task is not named by text.
             ValueError: If the number of names is not the number of samples.
         """
-        names = [tasks] * len(inputs) if tasks is None or isinstance(tasks, str) else list(tasks)
-        if len(names) != len(inputs):
-            raise ValueError(f"There are {len(inputs)} samples and {len(names)} tasks: name one task per sample.")
-        with self._lock, torch.no_grad():
+        names = one_per_sample(tasks, len(inputs))
+        with self._active.aside(), torch.no_grad():
             decoded = {name: self._looked_up(name) for name in dict.fromkeys(names)}
-            try:
-                generation = self._live.generation
-                return self._mixed([decoded[name] for name in names], inputs, **kwargs)
-            finally:
-                self.stats.switches += self._live.generation - generation
-                self._put_back()
+            return self._mixed([decoded[name] for name in names], inputs, **kwargs)
 
     __call__ = forward
 
     def close(self) -> None:
-        """Put the base back as it was, and let go of the store."""
-        with self._lock:
-            self._pool.shutdown()
+        """Put the base back as it was, and let go of the store; a second time does nothing.
+
+        Raises:
+            RuntimeError: If somebody else wrote to weights that a task was in.
+        """
+        self._closed, closed = True, self._closed
+        if closed:
+            return
+        self._pool.shutdown(cancel_futures=True)  # before the lock is taken, which what is under way may wait for
+        with self._active.lock, ExitStack() as last:
+            last.callback(self._source.close)
+            last.callback(self._cache.clear)
+            last.callback(self._live.close)
             self._named.remove()
-            self._live.close()
-            self._cache.clear()
-            self._source.close()
 
     def __enter__(self) -> MaskBank:
         """Use the bank, and close it afterwards."""

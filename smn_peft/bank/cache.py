@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .task import Task
@@ -62,10 +63,29 @@ class TaskCache:
         return task
 
     def drop(self, name: str) -> None:
-        """Forget a task."""
+        """Let go of a task; one that comes in its place is pinned if it was."""
         with self._lock:
             self._drop(name)
+
+    def forget(self, name: str) -> bool:
+        """Let go of a name, and tell whether it was pinned."""
+        with self._lock:
+            self._drop(name)
+            pinned = name in self.pinned
             self.pinned.discard(name)
+            return pinned
+
+    @contextmanager
+    def pinning(self, name: str) -> Iterator[None]:
+        """Keep what is decoded under a name from now on, unless the block fails."""
+        new = name not in self.pinned
+        self.pinned.add(name)
+        try:
+            yield
+        except BaseException:
+            if new:
+                self.pinned.discard(name)
+            raise
 
     def clear(self) -> None:
         """Forget all."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 
-from torch import nn
+import torch
 
 from ..storage import fingerprint, tensor_digest
 from ..tuner.base_name import base_name
@@ -16,19 +16,18 @@ __all__ = ["BaseCheck"]
 
 
 class BaseCheck:
-    """Compares tasks with a base whose weights are hashed once."""
+    """Compares tasks with a base whose weights are hashed once. Safe from any thread."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, live: LiveModel) -> None:
         """Nothing is hashed before the first task comes."""
-        self._base = base
-        self._digests: dict[str, str] = {}
+        self._live = live
+        self._digests: dict[tuple[str, torch.dtype], str] = {}
 
-    def __call__(self, task: Task, live: LiveModel) -> None:
+    def __call__(self, task: Task) -> None:
         """Refuse a task of another base; its adapter's ``check_base=False`` overrides.
 
         Args:
             task: The task, with its adapter's config as `info`.
-            live: The model; it goes back to the base's own weights if some of them have to be hashed.
 
         Raises:
             ValueError: If the fingerprints differ; names both bases.
@@ -36,16 +35,16 @@ class BaseCheck:
         expected = task.info.get("base_fingerprint")
         if expected is None or not task.info.get("check_base", True):
             return
-        parameters = {name: self._base.get_parameter(name) for name in task.masks}
-        if missing := parameters.keys() - self._digests.keys():
-            live.switch(None)
-            self._digests.update({name: tensor_digest(parameters[name]) for name in missing})
-        dtype = next(iter(parameters.values())).dtype
-        present = fingerprint((self._digests[name] for name in parameters), dtype)
+        base = self._live.model
+        wanted = [(name, base.get_parameter(name).dtype) for name in task.masks]
+        for name, dtype in wanted:
+            if (name, dtype) not in self._digests:
+                self._digests[name, dtype] = tensor_digest(self._live.values(name))
+        present = fingerprint((self._digests[key] for key in wanted), wanted[0][1])
         if present == expected:
             return
         names = f"made for {task.info.get('base_model_name_or_path') or 'a base without a name'} ({expected}), this "
-        names += f"bank's base is {base_name(self._base) or type(self._base).__name__} ({present})"
+        names += f"bank's base is {base_name(base) or type(base).__name__} ({present})"
         if str(expected).partition(":")[0] == present.partition(":")[0]:
             raise ValueError(
                 f"Task {task.name!r} does not belong to this base model: {names}. Open the bank over the base that "

@@ -126,7 +126,7 @@ class _Complemented:
         starts = removed.new_zeros(len(weight) + 1)
         torch.cumsum(torch.bincount(rows, minlength=len(weight)), 0, out=starts[1:])
         columns = removed.sub(rows, alpha=weight.shape[1])
-        values = weight.detach().view(-1).index_select(0, removed)
+        values = weight.detach().reshape(-1).index_select(0, removed)
         return torch.sparse_csc_tensor(starts, columns, values, tuple(weight.shape[::-1]), check_invariants=False)
 
     def _heads(self, input: Tensor) -> Tensor:

@@ -96,22 +96,72 @@ class LiveTensor:
     """A parameter of the base, whose storage stays where it is.
 
     A sparse task is undone by the values that it removed; a dense one needs a copy of the base's tensor, which is made
-    when the first such task comes.
+    when the first such task comes, and so does every task where the memory is in another order than the shape
+    (channels_last).
 
     With `scales_outside` the tensor never holds 1/σ: its layer multiplies by `outside`, so that a sparse task touches
     only what it removes.
+
+    Its methods are called without gradients.
     """
 
     def __init__(self, parameter: Tensor, *, scales_outside: bool) -> None:
-        """Bind a contiguous parameter; nothing is written."""
+        """Bind a parameter; nothing is written."""
         self.scales_outside = scales_outside
+        self._bind(parameter)
+
+    def _bind(self, parameter: Tensor) -> None:
         self.outside = 1.0
-        self._flat = parameter.detach().view(-1)
+        self._parameter, self._tensor = parameter, parameter.detach()
+        self._flat = self._tensor.view(-1) if self._tensor.is_contiguous() else None
         self._undo: tuple[Tensor, Tensor] | None = None
         self._original: Tensor | None = None
         self._dirty = False
+        self._place, self._version = _place(parameter), _version(parameter)
 
-    @torch.no_grad()
+    @property
+    def touched(self) -> bool:
+        """Whether some of the values are a task's."""
+        return self._dirty or self._undo is not None
+
+    def follow(self, name: str, parameter: Tensor) -> bool:
+        """Notice what became of the parameter since it was bound; costs a microsecond where nothing did.
+
+        Args:
+            name: Of the parameter, for the message.
+            parameter: What the layer has now.
+
+        Returns:
+            Whether it has another dtype, device or memory format; it is then bound there, with the base's values.
+
+        Raises:
+            RuntimeError: If somebody else wrote other values to it.
+        """
+        version = _version(parameter)
+        if parameter is self._parameter and version == self._version and _place(parameter) == self._place:
+            return False
+        if parameter is not self._parameter or version != self._version or parameter.shape != self._tensor.shape:
+            raise RuntimeError(
+                f"{name} was written to, or replaced, since a bank uses it: what the bank's tasks were checked "
+                "against, and would be put back, is not the model's any more. Close the bank before the base is "
+                "changed, and open it again afterwards."
+            )
+        own = self.values() if self.touched else None
+        self._bind(parameter)
+        if own is not None:
+            self._tensor.copy_(own)
+            self._version = _version(parameter)
+        return True
+
+    def values(self) -> Tensor:
+        """The base's own values, whatever is live: of the parameter's shape, and nobody writes to them."""
+        values = self._original
+        if values is None:
+            values = self._tensor.clone(memory_format=torch.contiguous_format).view(-1)
+            if self._undo is not None:
+                values.index_copy_(0, *self._undo)
+        return values.view(self._tensor.shape)
+
     def apply(self, mask: TaskMask) -> None:
         """Make the tensor the task's; what was there before is gone, whichever task's it was."""
         if mask.packed is not None:
@@ -120,32 +170,58 @@ class LiveTensor:
             assert mask.removed is not None
             assert self.scales_outside or mask.active == mask.numel
             self.restore()
-            removed = mask.removed.to(self._flat.device, non_blocking=True).long()
-            self._undo = removed, self._flat.index_select(0, removed)
-            self._flat.index_fill_(0, removed, 0)
+            self._remove(mask.removed.to(self._tensor.device, non_blocking=True).long())
         self.outside = mask.scale if self.scales_outside else 1.0
+        self._version = _version(self._parameter)
 
     def _write(self, packed: Tensor, scale: float) -> None:
+        original = self._keep_original()
+        self._undo, self._dirty = None, True
+        out = torch.empty_like(original) if self._flat is None else self._flat
+        write_masked(out, original, packed.to(out.device, non_blocking=True), scale)
+        if self._flat is None:
+            self._tensor.copy_(out.view(self._tensor.shape))
+
+    def _remove(self, removed: Tensor) -> None:
+        if self._flat is not None:
+            self._undo = removed, self._flat.index_select(0, removed)
+            self._flat.index_fill_(0, removed, 0)
+        elif len(removed):
+            self._dirty, left = True, self._keep_original().index_fill(0, removed, 0)
+            self._tensor.copy_(left.view(self._tensor.shape))
+
+    def _keep_original(self) -> Tensor:
         if self._original is None:
             self.restore()
-            self._original = self._flat.clone()
-        self._undo, self._dirty = None, True
-        write_masked(self._flat, self._original, packed.to(self._flat.device, non_blocking=True), scale)
+            self._original = self.values().view(-1)
+        return self._original
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Put the base's values back, bit for bit; nothing happens where they are."""
         self.outside = 1.0
+        if not self.touched:
+            return
         if self._dirty:
             assert self._original is not None
-            self._flat.copy_(self._original)
+            self._tensor.copy_(self._original.view(self._tensor.shape))
             self._dirty = False
         if self._undo is not None:
+            assert self._flat is not None
             self._flat.index_copy_(0, *self._undo)
             self._undo = None
+        self._version = _version(self._parameter)
 
     @property
     def nbytes(self) -> int:
         """Bytes held to undo."""
         held = [self._original, *(self._undo or ())]
         return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def _place(parameter: Tensor) -> tuple[object, ...]:
+    return parameter.data_ptr(), parameter.dtype, parameter.stride()
+
+
+def _version(parameter: Tensor) -> int:
+    """Grows with every change in place, whoever makes it."""
+    return -1 if parameter.is_inference() else parameter._version

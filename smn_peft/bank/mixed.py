@@ -13,10 +13,28 @@ from .complement import NotPerSample, Rows, can_complement, complemented
 from .live import LiveModel
 from .task import Task
 
-__all__ = ["COMPLEMENT_BELOW", "MixedForward"]
+__all__ = ["COMPLEMENT_BELOW", "MixedForward", "one_per_sample"]
 
 COMPLEMENT_BELOW = 6
 """Samples per task from which on a switch for each task is cheaper than what its removed weights cost."""
+
+
+def one_per_sample(tasks: Sequence[str | Task | None] | str | Task | None, count: int) -> list[str | Task | None]:
+    """What a caller says of a batch as one task for each of its samples; of an empty one, a task all the same.
+
+    Raises:
+        TypeError: If a task is named by something else than text.
+        ValueError: If their number is another.
+    """
+    if tasks is None or isinstance(tasks, (str, Task)):
+        return [tasks] * max(count, 1)
+    names = list(tasks)
+    if len(names) != count:
+        raise ValueError(f"There are {count} samples and {len(names)} tasks: name one task per sample.")
+    for name in names:
+        if not (name is None or isinstance(name, (str, Task))):
+            raise TypeError(f"tasks holds {name!r} ({type(name).__name__}): name a task by its text.")
+    return names or [None]
 
 
 class MixedForward:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..storage.codec import BLOB_NAME
 from ..tuner.forms import mask_layer_for
+from .live import LiveModel
 from .task import SPARSE_BELOW, Task, TaskMask
 from .unpacking import blob_in, decode_blob
 
@@ -23,27 +24,24 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 def task_from_tensors(
     name: str,
     tensors: Mapping[str, Tensor],
-    base: nn.Module,
+    live: LiveModel,
     config: Mapping[str, Any] | None = None,
-    *,
-    may_be_sparse: Callable[[str], bool] = lambda _: False,
 ) -> Task:
     """Lay an adapter's tensors over a base.
 
     Args:
         name: Of the task.
         tensors: By key of the adapter file, masks bit-packed or coded.
-        base: A plain timm or transformers model, or a `Classifier` around one; the adapter may have been made on
-            either, as long as the layers are the same. Its own weights are live if the adapter masks a selection.
+        live: Of the base: a plain timm or transformers model, or a `Classifier` around one; the adapter may have been
+            made on either, as long as the layers are the same.
         config: The adapter's; kept with the task.
-        may_be_sparse: Whether a mask may be held as indices, by parameter name.
 
     Raises:
         AdapterFileError: If a mask is damaged.
         TypeError: If a mask is not uint8.
         ValueError: If there is no mask, a layer is not found in the base, or a size does not fit.
     """
-    config = dict(config or {})
+    config, base = dict(config or {}), live.model
     bare = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     coded = blob_in(bare)
     prefix, names = ("", []) if coded is None else (coded[0], [entry.name for entry in coded[1].entries])
@@ -58,7 +56,7 @@ def task_from_tensors(
 
     if coded is not None:
         bare = {key: tensor for key, tensor in bare.items() if _split(key)[1] != BLOB_NAME}
-        bare |= decode_blob(*coded, base, locate, config)
+        bare |= decode_blob(*coded, live, locate, config)
     masks: dict[str, TaskMask] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in bare.items():
@@ -69,9 +67,13 @@ def task_from_tensors(
             rest[f"{rename(path)}.{leaf.removeprefix('smn_')}"] = tensor
         elif _is_mask(leaf):
             parameter = locate(key)[0]
-            below = SPARSE_BELOW if may_be_sparse(parameter) else 0.0
-            numel = base.get_parameter(parameter).numel()
+            below = SPARSE_BELOW if live.may_be_sparse(parameter) else 0.0
+            numel = live.shape(parameter).numel()
             scaled = bool(config.get("scale", True))
+            try:
+                live.check_alone(parameter)
+            except ValueError as error:
+                raise ValueError(f"Task {name!r} cannot be taken: {error}") from error
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
     return Task(name, masks, _checked(name, _plain_heads(rest, base), base), config)
 

@@ -37,6 +37,10 @@ class ScaledLinear:
         """Take the scale of the task that was switched to; a compiled graph reads it from the same place."""
         self._scale.fill_(self._live.outside)
 
+    def move(self) -> None:
+        """Go to the device where the layer is now."""
+        self._scale = self._scale.to(self._layer.weight.device)
+
     def remove(self) -> None:
         """Give the layer its own forward back."""
         del self._layer.forward

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional.packing import packed_size
 from ..functional.selection import seeded_generator, select_trainable
 from ..storage import AdapterFileError
 from ..storage.codec import BLOB_NAME, MaskBlob, accelerate, decode_masks
+from .live import LiveModel
 
 __all__ = ["blob_in", "decode_blob"]
 
@@ -46,7 +47,7 @@ def blob_in(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
 def decode_blob(
     prefix: str,
     blob: MaskBlob,
-    base: nn.Module,
+    live: LiveModel,
     locate: Callable[[str], tuple[str, str]],
     config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ def decode_blob(
     Args:
         prefix: What the keys have before the names in the blob.
         blob: The coded masks.
-        base: The base model, its own weights live where a selection or the codec builds on them.
+        live: Of the base, on whose own weights a selection or the codec may build.
         locate: From a key to the name of the base's parameter and its path from the masked layer.
         config: The adapter's.
 
@@ -65,14 +66,14 @@ def decode_blob(
     """
     _accelerate_once()
     for entry in blob.entries:
-        numel = base.get_parameter(locate(prefix + entry.name)[0]).numel()
+        numel = live.shape(locate(prefix + entry.name)[0]).numel()
         if entry.size != packed_size(numel):
             raise ValueError(
                 f"{prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights there: "
                 "open the bank over the base that adapter_config.json names."
             )
 
-    masks = decode_masks(blob, blob.size, _Base(base, prefix, locate, config))
+    masks = decode_masks(blob, blob.size, _Base(live, prefix, locate, config))
     return {prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
 
 
@@ -80,7 +81,7 @@ def decode_blob(
 class _Base:
     """What the codec asks of the base."""
 
-    model: nn.Module
+    live: LiveModel
     prefix: str
     locate: Callable[[str], tuple[str, str]]
     config: Mapping[str, Any]
@@ -92,10 +93,10 @@ class _Base:
         parameter, path = self.locate(self.prefix + name)
         layer = (self.prefix + name).rpartition(".")[0]
         generator = seeded_generator(self.config.get("seed", 0), f"{layer}.{path}.select")
-        weight = self.model.get_parameter(parameter).detach()
+        weight = self.live.values(parameter)
         return select_trainable(weight, fraction, self.config["select"], generator).reshape(-1).cpu().numpy()
 
     def weight(self, name: str) -> NDArray[np.floating]:
-        weight = self.model.get_parameter(self.locate(self.prefix + name)[0]).detach()
+        weight = self.live.values(self.locate(self.prefix + name)[0])
         wide = weight.double() if weight.dtype == torch.float64 else weight.float()  # exact: the order stays
         return wide.reshape(-1).cpu().numpy()

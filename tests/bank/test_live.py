@@ -29,10 +29,7 @@ def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_nor
     before, addresses = state_of(base), {k: p.data_ptr() for k, p in base.named_parameters()}
     live = LiveModel(base)
     made = [adapter(name, density, i, batch_norm=batch_norm) for i, density in enumerate((0.999, 0.6, 0.99, 0.9))]
-    tasks = [
-        task_from_tensors(f"t{i}", tensors, base, may_be_sparse=live.may_be_sparse)
-        for i, (tensors, _) in enumerate(made)
-    ]
+    tasks = [task_from_tensors(f"t{i}", tensors, live) for i, (tensors, _) in enumerate(made)]
     with torch.no_grad():
         own = base(IMAGES)
         expected = [model(IMAGES) for _, model in made]
@@ -51,7 +48,7 @@ def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_nor
 def test_a_switch_that_fails_leaves_the_base(monkeypatch):
     base = build("vit")
     before, live = state_of(base), LiveModel(base)
-    tasks = [task_from_tensors(str(d), adapter("vit", d, 1)[0], base, may_be_sparse=live.may_be_sparse)
+    tasks = [task_from_tensors(str(d), adapter("vit", d, 1)[0], live)
              for d in (0.995, 0.5)]  # fmt: skip
     live.switch(tasks[0])
     calls = []
@@ -77,7 +74,7 @@ def test_a_head_of_other_classes_and_back():
     assert {key.partition(".")[0] for key in missing.missing_keys} == {"head"}
     live = LiveModel(base)
     tensors, model = adapter("vit", 0.99, 3)
-    task = task_from_tensors("four", tensors, base, may_be_sparse=live.may_be_sparse)
+    task = task_from_tensors("four", tensors, live)
     with torch.no_grad():
         own = base(IMAGES)
         live.switch(task)
@@ -158,7 +155,7 @@ def test_compiled_graph_stays_valid():
     base = build("vit")
     live = LiveModel(base)
     made = [adapter("vit", density, i) for i, density in enumerate((0.999, 0.7, 0.99))]
-    tasks = [task_from_tensors(str(i), t, base, may_be_sparse=live.may_be_sparse) for i, (t, _) in enumerate(made)]
+    tasks = [task_from_tensors(str(i), t, live) for i, (t, _) in enumerate(made)]
     live.switch(tasks[0])
     compiled = torch.compile(base, backend="eager", fullgraph=True)
     with torch.no_grad():
