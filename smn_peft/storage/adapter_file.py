@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 __all__ = [
@@ -35,6 +37,15 @@ CONFIG_NAME = "adapter_config.json"
 REST_CHECKSUM = "smn_rest_checksum"
 """Metadata key of the checksum of all tensors that are not masks, see [`rest_checksum`]."""
 _MAX_HEADER = 25_000_000  # a ViT-g header has 60 kB
+_MAX_DIM = 16
+_PIECE = 1 << 20  # bytes that are read at a time for a checksum
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
+"""Bits of a number, by the names that safetensors gives dtypes."""
 
 
 class AdapterFileError(ValueError):
@@ -77,43 +88,68 @@ def purpose_of(name: str) -> str:
 
 def rest_checksum(parts: Mapping[str, bytes]) -> str:
     """CRC-32 of the names and bytes of tensors, by name; masks have a checksum of their own."""
+    return _rest_checksum((name, [parts[name]]) for name in sorted(parts))
+
+
+def _rest_checksum(parts: Iterable[tuple[str, Iterable[bytes]]]) -> str:
     checksum = 0
-    for name in sorted(parts):
-        checksum = zlib.crc32(parts[name], zlib.crc32(name.encode(), checksum))
+    for name, pieces in parts:
+        checksum = zlib.crc32(name.encode(), checksum)
+        for piece in pieces:
+            checksum = zlib.crc32(piece, checksum)
     return f"crc32:{checksum:08x}"
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Entries by tensor name, metadata, and where the tensors start."""
+def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Entries by tensor name, metadata, and where the tensors start; each byte after that is of one tensor.
+
+    Args:
+        path: Of the file, for messages.
+        file: At its start.
+    """
     advice = "The download or copy is incomplete or the file is damaged: fetch it again."
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise AdapterFileError(f"{path} is truncated: {size} bytes. {advice}")
-        (length,) = struct.unpack("<Q", start)
-        if length > _MAX_HEADER or length > size - 8:
-            raise AdapterFileError(f"{path} promises a header of {length} bytes but has {size} bytes. {advice}")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise AdapterFileError(f"{path} has an unreadable header. {advice}") from error
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(8)
+    if len(start) < 8:
+        raise AdapterFileError(f"{path} is truncated: {size} bytes. {advice}")
+    (length,) = struct.unpack("<Q", start)
+    if length > _MAX_HEADER or length > size - 8:
+        raise AdapterFileError(f"{path} promises a header of {length} bytes but has {size} bytes. {advice}")
+    try:
+        header = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} has an unreadable header. {advice}") from error
     if not isinstance(header, dict):
         raise AdapterFileError(f"{path} has an unreadable header. {advice}")
     metadata = header.pop("__metadata__", None)
-    end = 0
     for name, entry in header.items():
-        try:
-            first, last = entry["data_offsets"]
-            valid = type(first) is type(last) is int and 0 <= first <= last
-        except (TypeError, KeyError, ValueError):
-            valid = False
-        if not valid:
+        if not _is_readable(entry):
             raise AdapterFileError(f"{path}: the header entry of {name!r} is unreadable. {advice}")
-        end = max(end, last)
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        if first != end:
+            raise AdapterFileError(f"{path}: {name!r} starts at byte {first}, the one before ends at {end}. {advice}")
+        end = last
+        if 8 * (last - first) != math.prod(entry["shape"]) * _BITS.get(entry["dtype"], -1):
+            raise AdapterFileError(
+                f"{path}: {name!r} has {last - first} bytes, which are no {entry['dtype']} of shape {entry['shape']}. "
+                f"{advice}"
+            )
     if 8 + length + end != size:
         raise AdapterFileError(f"{path} has {size} bytes, its header promises {8 + length + end}. {advice}")
     return header, metadata if isinstance(metadata, dict) else {}, 8 + length
+
+
+def _is_readable(entry: Any) -> bool:
+    try:
+        numbers = [*entry["data_offsets"], *entry["shape"]]
+        first, last = entry["data_offsets"]
+        known = isinstance(entry["dtype"], str) and len(entry["shape"]) <= _MAX_DIM and first <= last
+        return known and all(type(number) is int and 0 <= number < 1 << 64 for number in numbers)
+    except (TypeError, KeyError, ValueError):
+        return False
 
 
 def check_adapter_file(path: str | os.PathLike[str]) -> None:
@@ -125,22 +161,27 @@ def check_adapter_file(path: str | os.PathLike[str]) -> None:
         path: The file, or the folder that holds `adapter_model.safetensors`.
 
     Raises:
-        AdapterFileError: If the file is truncated, its header is unreadable, it promises more bytes than it has, or
-            the checksum differs.
+        AdapterFileError: If the file is truncated, its header is unreadable or does not say of every byte once whose
+            it is, or the checksum differs.
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
-    header, metadata, offset = _read_header(path)
+    with path.open("rb") as file:
+        _check(path, file)
+
+
+def _check(path: Path, file: BinaryIO) -> None:
+    header, metadata, offset = _read_header(path, file)
     if (expected := metadata.get(REST_CHECKSUM)) is None:
         return
-    parts = {}
-    with path.open("rb") as file:
-        for name, entry in header.items():
-            if purpose_of(name) != "mask":
-                first, last = entry["data_offsets"]
-                file.seek(offset + first)
-                parts[name] = file.read(last - first)
-    if (found := rest_checksum(parts)) != expected:
+
+    def pieces(first: int, last: int) -> Iterator[bytes]:
+        file.seek(offset + first)
+        for position in range(first, last, _PIECE):
+            yield file.read(min(_PIECE, last - position))
+
+    rest = sorted(name for name in header if purpose_of(name) != "mask")
+    if (found := _rest_checksum((name, pieces(*header[name]["data_offsets"])) for name in rest)) != expected:
         raise AdapterFileError(
             f"{path}: head and statistics have the checksum {found}, the file says {expected}: it is damaged. "
             "Fetch it again."
@@ -157,11 +198,13 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         AdapterFileError: If the header is unreadable.
         FileNotFoundError: If there is no such file.
     """
-    return _read_header(_weights_path(path))[1]
+    path = _weights_path(path)
+    with path.open("rb") as file:
+        return _read_header(path, file)[1]
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read an adapter file after checking it.
+    """Read an adapter file once, check what was read, and keep nothing of the file: it may change afterwards.
 
     Args:
         path: The file, or the folder that holds `adapter_model.safetensors`.
@@ -170,12 +213,13 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         Tensors by checkpoint key, on the CPU.
 
     Raises:
-        AdapterFileError: As [`check_adapter_file`], or if a tensor's shape and bytes disagree.
+        AdapterFileError: As [`check_adapter_file`].
     """
     path = _weights_path(path)
-    check_adapter_file(path)
+    data = path.read_bytes()
+    _check(path, io.BytesIO(data))
     try:
-        return load_file(path)
+        return load(data)
     except SafetensorError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
 
@@ -188,7 +232,10 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
     """
     path = _weights_path(path)
     sums = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
-    for name, entry in _read_header(path)[0].items():
+    with path.open("rb") as file:
+        header, _, _ = _read_header(path, file)
+        total = file.seek(0, os.SEEK_END)
+    for name, entry in header.items():
         first, last = entry["data_offsets"]
         sums[purpose_of(name)] += last - first
-    return AdapterSizes(**sums, total=path.stat().st_size)
+    return AdapterSizes(**sums, total=total)

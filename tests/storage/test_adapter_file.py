@@ -150,7 +150,9 @@ def test_an_entry_that_makes_no_sense(path, bad):
 def test_tensors_that_contradict_themselves_are_not_read(path, header):
     size = max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
     write(path, header, b"\0" * size)
-    with pytest.raises(AdapterFileError, match=r"cannot be read|unreadable|promises"):
+    with pytest.raises(
+        AdapterFileError, match=r"cannot be read|unreadable|promises|starts at byte|bytes, which are no"
+    ):
         read_adapter_file(path)
 
 
@@ -200,3 +202,21 @@ def test_sizes_are_split_by_purpose(tmp_path, save_scores):
     assert isinstance(sizes, AdapterSizes)
     parts = sizes.mask + sizes.scores + sizes.statistics + sizes.head
     assert parts < sizes.total < parts + 4000
+
+
+def test_tensors_that_lie_over_each_other_cost_no_memory(path):
+    size = 1 << 20
+    header = {f"t{index}": entry(0, size, shape=[size]) for index in range(500)}
+    write(path, {**header, "__metadata__": {"smn_rest_checksum": "crc32:00000000"}}, bytes(size))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert_refused(path, "'t1' starts at byte 0, the one before ends at 1048576")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+def test_what_was_read_stays_whatever_becomes_of_the_file(path):
+    read = read_adapter_file(path)
+    data = path.read_bytes()
+    with path.open("r+b") as file:  # overwritten in place, then cut: a map of the file would follow, or crash
+        file.write(bytes(len(data)))
+        file.truncate(0)
+    assert all(torch.equal(tensor, TENSORS[key]) for key, tensor in read.items())
