@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from smn_peft.bank.source import StoredAdapter
 from smn_peft.bank.store import DiskStore, StoreBusyError
 from tests.bank import kill_writer
 from tests.bank.kill_writer import fork
@@ -201,3 +202,25 @@ def test_bytes_reach_the_disk_before_the_row_that_names_them(tmp_path, monkeypat
         assert wanted == ["BEGIN", "fsync", "replace", "fsync", "INSERT", "INSERT", "COMMIT"]
         (level,) = store._index._reader.connection.execute("PRAGMA synchronous").fetchone()
         assert level == 3
+
+
+def test_readers_go_on_beside_a_change_of_any_size(tmp_path, monkeypatch):
+    """Rows of more bytes than SQLite keeps in memory by itself."""
+    monkeypatch.setattr("smn_peft.bank.store.index._PATIENCE", 0.5)
+    few, reads = adapter(1), []
+    wide = StoredAdapter({**few.config, "target_modules": ["layer" * 1000]}, few.tensors)
+    with DiskStore.open(tmp_path) as store, DiskStore.open(tmp_path) as reader:
+        store.add("first", few)
+
+        def read():
+            if len(reads) in (0, 599):
+                assert number_of(reader.read("first")) == 1
+            reads.append(len(reader) if len(reads) > 595 else 1)
+
+        store.add_many(((f"t{number}", wide) for number in range(600)), progress=read)
+        assert set(reads) == {1}
+        with pytest.raises(KeyError, match="no task 'none'; it has 0"):
+            store.remove_many([*store.names(), "none"])
+        with pytest.raises(KeyError, match="no task 'none'; it has 601"):
+            store.rename("none", "other")
+        assert len(reader) == 601

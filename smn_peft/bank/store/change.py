@@ -40,6 +40,11 @@ class Change:
         ).fetchone()
         return found
 
+    def count(self) -> int:
+        """Number of tasks, asked of the transaction itself: another connection could have to wait for it."""
+        ((count,),) = self.connection.execute("SELECT count(*) FROM task").fetchall()
+        return int(count)
+
     def delete(self, name: str) -> bool:
         """Take a task out, if there is one of this name."""
         if (found := self.find(name)) is None:

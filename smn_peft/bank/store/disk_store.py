@@ -167,7 +167,7 @@ class DiskStore:
         with self._changing() as change:
             for name in names:
                 if not change.delete(name):
-                    raise unknown_task(name, len(self))
+                    raise unknown_task(name, change.count())
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name.
@@ -179,7 +179,7 @@ class DiskStore:
         check_name(new)
         with self._changing() as change:
             if (found := change.find(old)) is None:
-                raise unknown_task(old, len(self))
+                raise unknown_task(old, change.count())
             if old != new and change.find(new) is not None:
                 raise ValueError(f"The bank has a task {new!r} already: remove it first.")
             change.connection.execute("UPDATE task SET name = ? WHERE id = ?", (new, found[0]))

@@ -154,6 +154,7 @@ class Index:
         if self.read_only:
             raise PermissionError(f"The bank at {self.path.parent} was opened read-only.")
         with self._writing, self._translated(), closing(self._connect("rw", _AT_ONCE)) as connection:
+            connection.execute("PRAGMA cache_spill = OFF")  # a spill would lock readers out until the commit
             try:
                 connection.execute("BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
