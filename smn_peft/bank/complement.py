@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .removal import remove
 from .task import Task, TaskMask
 
-__all__ = ["NotPerSample", "Rows", "can_complement", "complemented"]
+__all__ = ["NotPerSample", "Padded", "PaddingUsed", "Rows", "can_complement", "complemented"]
 
 warnings.filterwarnings("ignore", message="Sparse CS. tensor support is in beta")
 
@@ -28,6 +28,22 @@ _PRODUCTS = (torch.float32, torch.float64)
 
 class NotPerSample(Exception):
     """A layer got an input whose first dimension is not the batch: only switching serves this model."""
+
+
+class PaddingUsed(Exception):
+    """The model made something of logits that a task does not have: tasks with other numbers of classes take turns."""
+
+
+class Padded(NamedTuple):
+    """Logits of a sorted batch whose tasks have different numbers of classes, those that a task lacks being zeros.
+
+    Attributes:
+        output: (batch, most classes).
+        widths: Classes of each run of samples.
+    """
+
+    output: Tensor
+    widths: Sequence[int]
 
 
 class Rows(NamedTuple):
@@ -63,16 +79,21 @@ def _of(task: Task, owner: str) -> set[str]:
 
 
 @contextmanager
-def complemented(model: nn.Module, rows: Sequence[Rows], count: int) -> Iterator[None]:
-    """While this lasts, the model (the base's own weights live) treats each run of samples as its task says."""
+def complemented(model: nn.Module, rows: Sequence[Rows], count: int) -> Iterator[list[Padded]]:
+    """While this lasts, the model (the base's own weights live) treats each run of samples as its task says.
+
+    Yields:
+        What heads of different widths gave, as they give it.
+    """
+    padded: list[Padded] = []
     names = {name.rpartition(".")[0] for run in rows if run.task for name in (*run.task.masks, *run.task.tensors)}
     with ExitStack() as stack:
         for name in sorted(names):
             layer: Any = model.get_submodule(name)
             own = layer.__dict__.get("forward")
-            layer.forward = _Complemented(layer, name, rows, count)
+            layer.forward = _Complemented(layer, name, rows, count, padded)
             stack.callback(_restore, layer, own)
-        yield
+        yield padded
 
 
 def _restore(layer: Any, own: Any) -> None:
@@ -85,8 +106,8 @@ def _restore(layer: Any, own: Any) -> None:
 class _Complemented:
     """Forward of one Linear over a sorted batch."""
 
-    def __init__(self, layer: nn.Linear, name: str, rows: Sequence[Rows], count: int) -> None:
-        self._layer, self._rows, self._count = layer, rows, count
+    def __init__(self, layer: nn.Linear, name: str, rows: Sequence[Rows], count: int, padded: list[Padded]) -> None:
+        self._layer, self._rows, self._count, self._padded = layer, rows, count, padded
         self._weight, self._bias = f"{name}.weight", f"{name}.bias"
 
     def __call__(self, input: Tensor) -> Tensor:
@@ -130,12 +151,16 @@ class _Complemented:
         return torch.sparse_csc_tensor(starts, columns, values, tuple(weight.shape[::-1]), check_invariants=False)
 
     def _heads(self, input: Tensor) -> Tensor:
-        """A head per task; the logits that a task with fewer classes lacks are zeros, cut off afterwards."""
+        """A head per task; the logits that a task with fewer classes lacks are zeros, to be cut off afterwards."""
         outputs = []
         for task, start, stop in self._rows:
             own: Mapping[str, Tensor] = {} if task is None else task.tensors
             weight = own.get(self._weight, self._layer.weight).to(input.device, input.dtype)
             bias = own.get(self._bias, self._layer.bias)
             outputs.append(F.linear(input[start:stop], weight, None if bias is None else bias.to(input)))
-        width = max(output.shape[-1] for output in outputs)
-        return torch.cat([F.pad(output, (0, width - output.shape[-1])) for output in outputs])
+        widths = [output.shape[-1] for output in outputs]
+        if len(set(widths)) == 1:
+            return torch.cat(outputs)
+        joined = torch.cat([F.pad(output, (0, max(widths) - output.shape[-1])) for output in outputs])
+        self._padded.append(Padded(joined, widths))
+        return joined

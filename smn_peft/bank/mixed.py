@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .complement import NotPerSample, Rows, can_complement, complemented
+from .complement import NotPerSample, PaddingUsed, Rows, can_complement, complemented
 from .live import LiveModel
+from .outputs import joined, run_of
 from .task import Task
 
 __all__ = ["COMPLEMENT_BELOW", "MixedForward", "one_per_sample"]
@@ -43,7 +43,7 @@ class MixedForward:
     def __init__(self, live: LiveModel) -> None:
         """Run on a live model."""
         self._live = live
-        self._per_sample = True
+        self._per_sample = self._pads = True
 
     def __call__(self, tasks: Sequence[Task | None], inputs: Tensor, **kwargs: Any) -> Any:
         """(batch, …) under one task per sample; rows come back in the order of the batch."""
@@ -53,33 +53,49 @@ class MixedForward:
             return self._live.model(inputs, **kwargs)
         if self._shared(list(groups), len(tasks)):
             try:
-                return self._complement(groups, inputs, **kwargs)
+                return self._complement(groups, inputs, kwargs)
             except NotPerSample:
                 self._per_sample = False
+            except PaddingUsed:
+                self._pads = False
         parts = []
         for task, positions in groups.items():
             self._live.switch(task)
-            parts.append((positions, self._live.model(inputs[positions], **kwargs)))
-        return _join(parts, len(tasks))
+            chosen = _rows_of(kwargs, positions, len(tasks))
+            parts.append((positions, self._live.model(inputs[positions], **chosen)))
+        return joined(parts, len(tasks))
 
     def _shared(self, tasks: list[Task | None], count: int) -> bool:
         return (
             self._per_sample
             and count < COMPLEMENT_BELOW * len(tasks)
             and can_complement(tasks, self._live.scalable, self._live.model)
+            and (self._pads or self._as_wide(tasks))
         )
 
-    def _complement(self, groups: Mapping[Task | None, list[int]], inputs: Tensor, **kwargs: Any) -> Any:
+    def _as_wide(self, tasks: list[Task | None]) -> bool:
+        """Whether no head has another number of classes under another task."""
+        heads = {name for task in tasks if task is not None for name in task.tensors}
+        own = {name: self._live.shape(name) for name in heads}
+        return all(
+            len(
+                {own[name] if task is None or name not in task.tensors else task.tensors[name].shape for task in tasks}
+            )
+            == 1
+            for name in heads
+        )
+
+    def _complement(self, groups: Mapping[Task | None, list[int]], inputs: Tensor, kwargs: Mapping[str, Any]) -> Any:
         self._live.switch(None)
         rows: list[Rows] = []
         for task, positions in groups.items():
             start = rows[-1].stop if rows else 0
             rows.append(Rows(task, start, start + len(positions)))
         order = [position for positions in groups.values() for position in positions]
-        with complemented(self._live.model, rows, len(order)):
-            output = self._live.model(inputs[order], **kwargs)
-        parts = [(positions, _cut(output, run)) for run, positions in zip(rows, groups.values(), strict=True)]
-        return _join(parts, len(order))
+        with complemented(self._live.model, rows, len(order)) as padded:
+            output = self._live.model(inputs[order], **_rows_of(kwargs, order, len(order)))
+        parts = [(at, run_of(output, number, rows, padded)) for number, at in enumerate(groups.values())]
+        return joined(parts, len(order))
 
 
 def _group(tasks: Sequence[Task | None], live: Task | None) -> dict[Task | None, list[int]]:
@@ -90,25 +106,9 @@ def _group(tasks: Sequence[Task | None], live: Task | None) -> dict[Task | None,
     return groups
 
 
-def _cut(output: Any, rows: Rows) -> Any:
-    """The rows of one task, without the padding of its logits."""
-    if isinstance(output, Mapping):
-        return type(output)(**{key: _cut(value, rows) for key, value in output.items()})
-    part = output[rows.start : rows.stop]
-    widths = [] if rows.task is None else [len(t) for name, t in rows.task.tensors.items() if name.endswith(".weight")]
-    return part[..., : widths[0]] if len(widths) == 1 and part.dim() == 2 else part
-
-
-def _join(parts: Sequence[tuple[list[int], Any]], count: int) -> Any:
-    """Rows of several outputs in the order of the batch; a list where their shapes differ."""
-    first = parts[0][1]
-    if isinstance(first, Mapping):
-        keys = [key for key, value in first.items() if isinstance(value, Tensor)]
-        return type(first)(**{key: _join([(at, output[key]) for at, output in parts], count) for key in keys})
-    if len({rows.shape[1:] for _, rows in parts}) == 1:
-        result = first.new_empty(count, *first.shape[1:])
-        for positions, rows in parts:
-            result[torch.as_tensor(positions, device=rows.device)] = rows
-        return result
-    by_position = {position: row for positions, rows in parts for position, row in zip(positions, rows, strict=True)}
-    return [by_position[position] for position in range(count)]
+def _rows_of(kwargs: Mapping[str, Any], positions: list[int], count: int) -> dict[str, Any]:
+    """The model's other arguments, for some samples: tensors that have a row for each sample are cut to theirs."""
+    return {
+        key: value[positions] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+        for key, value in kwargs.items()
+    }

@@ -55,7 +55,7 @@ class ServedModel(nn.Module):
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> dict[str, Tensor]:
         """(batch, 3, height, width) -> "logits" (batch, classes) and "features" (batch, 1, feature_dim).
 
-        The second dimension tells features from logits where a bank cuts the padding of a mixed batch's logits.
+        The second dimension tells features from logits where a bank looks for what was made of a mixed batch's logits.
         """
         features = pooled_features(self.backbone, pixel_values, **kwargs)
         head = self.get_submodule(self.head_name)

@@ -7,12 +7,14 @@ import random
 import threading
 import time
 import warnings
+from typing import NamedTuple
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
-from smn_peft import MaskBank
+from smn_peft import MaskBank, MaskConfig
 from smn_peft.storage import AdapterFileError
 from smn_peft.storage.codec import BLOB_NAME
 from smn_peft.storage.repack import pack_adapter
@@ -85,6 +87,77 @@ def test_mixed_batches_by_switching_and_over_a_shared_product(bank, saved, monke
         bank(IMAGES, ["sparse", "mixed"])
     with pytest.raises(KeyError, match="no task 'other'"):
         bank(IMAGES, "other")
+
+
+class Outputs(nn.Module):
+    """A model that gives more than logits, and takes a gain for each sample."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.form = nn.Linear(64, 64), nn.Linear(64, 5), form
+
+    def forward(self, inputs, gain=None):
+        features = self.body(inputs) if gain is None else self.body(inputs) * gain
+        return self.form(self.head(features), features)
+
+
+class Pair(NamedTuple):
+    logits: torch.Tensor
+    parts: list
+
+
+FORMS = {
+    "tensor": lambda logits, features: logits,
+    "mapping": lambda logits, features: {"logits": logits, "features": features, "nothing": None},
+    "tuple": lambda logits, features: (logits, features),
+    "named": lambda logits, features: Pair(logits, [features]),
+    "probabilities": lambda logits, features: {"logits": logits, "probabilities": logits.softmax(-1)},
+    "constant": lambda logits, features: (logits, torch.tensor(3.0)),
+}
+
+
+def flat(output):
+    if isinstance(output, dict):
+        output = [value for value in output.values() if value is not None]
+    return [output] if isinstance(output, torch.Tensor) else [t for part in output for t in flat(part)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("below", [0, 6])
+def test_mixed_batches_of_models_that_give_more_than_logits(form, below, tmp_path, monkeypatch):
+    """Tasks of 2, 3 and, without a head of its own, the base's 5 classes; 64 features, as many as no head has."""
+    monkeypatch.setattr("smn_peft.bank.mixed.COMPLEMENT_BELOW", below)
+    base, generator = Outputs(FORMS[form]).eval(), torch.Generator().manual_seed(1)
+    classes = {"two": 2, "three": 3, "headless": None}
+    for name, count in classes.items():
+        model = Outputs(FORMS[form])
+        if count is not None:
+            model.head = nn.Linear(64, count)
+        saved = ["head"] if count is not None else None
+        peft = get_peft_model(model, MaskConfig(target_modules=["body"], modules_to_save=saved))
+        with torch.no_grad():
+            for key, parameter in peft.named_parameters():
+                if "smn_" in key:
+                    parameter.copy_(0.99 - torch.rand(parameter.shape, generator=generator))
+        peft.save_pretrained(tmp_path / name)
+    inputs, gain = torch.randn(6, 64, generator=generator), torch.arange(1.0, 7.0).view(6, 1)
+    tasks = ["two", "__base__", "three", "headless", "two", "three"]
+    with MaskBank.open([tmp_path / name for name in classes], base) as bank:
+        for _ in range(2):
+            rows = [bank(inputs[i : i + 1], [task], gain=gain[i : i + 1]) for i, task in enumerate(tasks)]
+            mixed = bank(inputs, tasks, gain=gain)
+            assert type(mixed) is type(rows[0]) or form == "tensor"
+            if form == "tensor":
+                assert [len(row) for row in mixed] == [2, 5, 3, 5, 2, 3]
+                mixed = [mixed]
+            for index, alone in enumerate(zip(*map(flat, rows), strict=True)):
+                found = list(mixed.values())[index] if isinstance(mixed, dict) else mixed[index]
+                found = found[0] if form == "named" and index else found
+                for i, row in enumerate(alone):
+                    close(found[i] if row.dim() else found, row[0] if row.dim() else row)
+        same = bank(inputs[:2], ["two", "two"], gain=gain[:2])
+        assert flat(same)[0].shape == (2, 2)
 
 
 def test_mixed_batches_in_half_precision(saved):
@@ -216,7 +289,6 @@ def test_exclusive_banks_leave_the_last_task_live(saved):
 
 
 def test_selected_weights_and_a_classifier(tmp_path):
-    from smn_peft import MaskConfig
     from smn_peft.backbones import Classifier
 
     def classifier():
