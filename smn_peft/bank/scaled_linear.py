@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import inspect
+from types import CodeType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,13 +18,48 @@ _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # these use thei
 
 
 def scalable_weights(model: nn.Module) -> set[str]:
-    """Names of the weights of plain Linear layers that are always called: there σ may stay out of the weight."""
-    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _READERS))
+    """Names of the weights of plain Linear layers that are always called: there σ may stay out of the weight.
+
+    A layer is not among them if the code of a module around it names both the layer and `weight`, as timm's BEiT, EVA
+    and Swin V2 do, whose attention calls ``F.linear(x, self.qkv.weight, …)``.
+    """
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, _READERS))
+    names = {kind: _names(kind) for kind in {type(module) for module in modules.values()}}
+    readers = {name: names[type(module)] for name, module in modules.items() if "weight" in names[type(module)]}
+
+    def is_called(path: str) -> bool:
+        *parents, leaf = path.split(".")
+        around = (".".join(parents[:depth]) for depth in range(len(parents) + 1))
+        return not any(leaf in readers.get(name, ()) for name in around)
+
     return {
         f"{name}.weight"
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and not f"{name}.".startswith(inside) and "forward" not in module.__dict__
+        for name, module in modules.items()
+        if type(module) is nn.Linear
+        and not f"{name}.".startswith(inside)
+        and "forward" not in module.__dict__
+        and is_called(name)
     }
+
+
+def _names(kind: type[nn.Module]) -> set[str]:
+    """Attributes that a class's forward uses, and the methods that it calls; of torch's own modules none."""
+    names: set[str] = set()
+    waiting = [] if kind.__module__.startswith("torch.nn.") else ["forward"]
+    while waiting:
+        found = _names_in(getattr(inspect.unwrap(getattr(kind, waiting.pop())), "__code__", None))
+        waiting += [name for name in found - names if inspect.isfunction(getattr(kind, name, None))]
+        names |= found
+    return names
+
+
+def _names_in(code: CodeType | None) -> set[str]:
+    """Of a function, and of those that are written inside it."""
+    if code is None:
+        return set()
+    inner = [_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 class ScaledLinear:

@@ -8,8 +8,10 @@ import sys
 import types
 
 import pytest
+import timm
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
+from torch import nn
 
 from smn_peft import MaskConfig
 from smn_peft.bank.accelerated import fast_write
@@ -168,3 +170,45 @@ def test_a_wrapped_model_is_refused():
     with pytest.raises(ValueError, match=r"plain base model.*unload"):
         LiveModel(get_peft_model(build("vit"), MaskConfig()))
     assert isinstance(LiveModel(copy.deepcopy(build("vit"))), LiveModel)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("beit_base_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}),
+        ("eva02_tiny_patch14_224", {"img_size": 28, "depth": 2, "embed_dim": 32, "num_heads": 2}),
+        ("eva_giant_patch14_224", {"img_size": 28, "depth": 2, "embed_dim": 32, "num_heads": 2}),
+        (
+            "swinv2_tiny_window8_256",
+            {"img_size": 64, "depths": (1, 1), "embed_dim": 16, "num_heads": (1, 2), "window_size": 4},
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_models_that_use_a_weight_without_its_layer(architecture, options):
+    def made():
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, num_classes=4, **options).eval().double()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)  # else the attention hardly counts
+        return model
+
+    base, generator = made(), torch.Generator().manual_seed(1)
+    images = torch.randn(2, 3, *base.patch_embed.img_size, generator=generator).double()
+    live = LiveModel(base)
+    for density in (0.98, 0.6):
+        masked = get_peft_model(made(), MaskConfig(target_modules="all-linear")).eval()
+        with torch.no_grad():
+            for key, parameter in masked.named_parameters():
+                if "smn_" in key:
+                    parameter.copy_(density - torch.rand(parameter.shape, generator=generator))
+            live.switch(task_from_tensors(str(density), get_peft_model_state_dict(masked), live))
+            expected = masked.merge_and_unload()(images)
+            torch.testing.assert_close(base(images), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_layers_that_are_called_keep_their_scale_outside(name):
+    base = build(name)
+    linears = {f"{key}.weight" for key, module in base.named_modules() if type(module) is nn.Linear}
+    assert LiveModel(base).scalable == linears
