@@ -72,6 +72,7 @@ async def read_question(request: Request, limits: Limits) -> Question:
     tasks = [given] if isinstance(given, str) else given
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
         raise _wrong("No task is named.", "Send 'task' with a name, or several; GET /v1/tasks lists them.")
+    _check_text("'task'", *tasks)
     tasks = list(dict.fromkeys(tasks))
     if len(tasks) > limits.tasks:
         raise _wrong(f"{len(tasks)} tasks are named.", f"Ask {limits.tasks} at a time at most.")
@@ -91,6 +92,7 @@ async def read_adding(request: Request, limits: Limits) -> Adding:
         value = values.get(key)
         if value is not None and not isinstance(value, str):
             raise _wrong(f"{key!r} is no text.", f"Send one {key!r}.")
+        _check_text(repr(key), value or "")
         texts[key] = value
     files = {}
     for key in ("config", "weights"):
@@ -109,6 +111,7 @@ async def read_adding(request: Request, limits: Limits) -> Adding:
         classes = _json(classes.encode(), "'classes'")
     if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise _wrong("'classes' is no list of names.", 'Send JSON, as in ["cat", "dog"].')
+    _check_text("'classes'", *(classes or ()))
     replace = _flag(values.get("replace", False), "replace")
     return Adding(name, classes=classes, replace=replace, **texts, **files)  # type: ignore[arg-type]
 
@@ -148,6 +151,12 @@ def _json(data: bytes, what: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ServingError(400, f"{what} is no JSON: {error}", "Send JSON.") from error
+
+
+def _check_text(what: str, *texts: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can hold and no answer, file or database can."""
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise _wrong(f"{what} holds half a character (a lone surrogate).", "Send text that UTF-8 can encode.")
 
 
 def _number(value: Any) -> int:

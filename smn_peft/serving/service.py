@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import difflib
 import functools
 import os
@@ -32,6 +33,7 @@ from .requests import Adding, Question
 __all__ = ["Service"]
 
 T = TypeVar("T")
+_COMPARED = 64
 
 
 class Service:
@@ -209,7 +211,11 @@ class Service:
         return await self._in(self._writer, work)
 
     def _unknown(self, name: str) -> ServingError:
-        close = difflib.get_close_matches(name, self.bank.names, n=3)
+        names = self.bank.names
+        if len(names) > _COMPARED:  # comparing takes 0.1 ms a name: those that begin alike stand side by side
+            place = bisect.bisect(names, name)
+            names = names[max(0, place - _COMPARED // 2) : place + _COMPARED // 2]
+        close = difflib.get_close_matches(name, names, n=3)
         fix = f"Did you mean {', '.join(close)}?" if close else "GET /v1/tasks lists the tasks."
         return ServingError(404, f"There is no task {name!r}.", fix)
 

@@ -10,6 +10,7 @@ import pickle
 import re
 import shlex
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_questions_that_cannot_be_answered(client):
     refused(client.post("/v1/predict", **files(IMAGES[0], "birds", top="many")), 422, "'top'")
     refused(client.post("/v1/predict", json={"image": "???", "task": "birds"}), 422, "base64")
     refused(client.post("/v1/predict", json=[]), 422, "object")
+    half = {"image": base64.b64encode(IMAGES[0]).decode(), "task": "\ud800"}
+    half = {"content": json.dumps(half), "headers": {"Content-Type": "application/json"}}
+    refused(client.post("/v1/predict", **half), 422, "'task' holds half a character")
     broken = {"content": "[" * 100_000, "headers": {"Content-Type": "application/json"}}
     refused(client.post("/v1/predict", **broken), 400, "no JSON")
     form = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -225,6 +229,12 @@ def test_adapters_that_are_not_added(client, saved, tmp_path):
         ({"name": "x", "folder": str(root / "ships"), "replace": "maybe"}, "'replace'"),
     ]:
         refused(client.post("/v1/tasks", json=body, headers=BEARER), 422, error)
+    for body in ({"name": "\ud800"}, {"name": "x", "classes": ["a", "\udfff"]}, {"name": "x", "hub_id": "a/\udc00"}):
+        body = json.dumps({"folder": str(root / "ships"), **body})
+        if "hub_id" in body:
+            body = body.replace("folder", "nowhere")
+        headers = {**BEARER, "Content-Type": "application/json"}
+        refused(client.post("/v1/tasks", content=body, headers=headers), 422, "holds half a character")
     offline = client.post("/v1/tasks", json={"name": "x", "hub_id": "no/such"}, headers=BEARER)
     assert offline.status_code in (422, 502, 503)
     assert client.get("/v1/tasks").json()["total"] == 3
@@ -253,12 +263,17 @@ def test_metrics_count_requests_batches_and_the_bank(client):
         client.post("/v1/predict", **files(IMAGES[0], "ships", "birds"))
     client.post("/v1/predict", **files(IMAGES[0], "shops"))
     client.get("/nowhere/else")
+    for number in range(3):
+        client.request(f"M{number}", "/")
     response = client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
     figures = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
     assert figures['smn_requests_total{method="POST",route="/v1/predict",status="200"}'] == "2.0"
     assert figures['smn_requests_total{method="POST",route="/v1/predict",status="404"}'] == "1.0"
     assert figures['smn_requests_total{method="GET",route="other",status="404"}'] == "1.0"
+    assert {key: value for key, value in figures.items() if 'method="other"' in key and "_total" in key} == {
+        'smn_requests_total{method="other",route="/",status="405"}': "3.0"
+    }
     assert figures['smn_request_seconds_count{route="/v1/predict"}'] == "3.0"
     assert figures["smn_batch_samples_sum"] == "4.0"
     assert figures["smn_bank_tasks"] == "3.0"
@@ -294,3 +309,20 @@ def test_the_readme_s_requests_work(saved, tmp_path):
             path = words[-1].removeprefix("http://127.0.0.1:8000")
             response = client.request(method, path, files=parts or None, headers=headers)
             assert response.status_code in (200, 201), (line, response.text)
+
+
+def test_an_unknown_task_among_many_costs_little(saved):
+    served = service(saved[0])
+    source = served.bank._source
+    for number in range(10_000):
+        source._adapters[f"customer-{number:05d}-birds-of-the-region"] = source._adapters["birds"]
+    with TestClient(build_app(served)) as client:
+        began = time.process_time()
+        for _ in range(3):
+            refused(
+                client.post("/v1/predict", **files(IMAGES[0], "customer-0417-birds-of-the-region")),
+                404,
+                "0417",
+                "customer-0417",
+            )
+        assert time.process_time() - began < 1.0  # it took a second each
