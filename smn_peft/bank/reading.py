@@ -75,7 +75,7 @@ def task_from_tensors(
             except ValueError as error:
                 raise ValueError(f"Task {name!r} cannot be taken: {error}") from error
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
-    return Task(name, masks, _checked(name, _plain_heads(rest, base), base), config)
+    return Task(name, masks, _checked(name, _plain_heads(rest, base), live), config)
 
 
 def _is_mask(leaf: str) -> bool:
@@ -136,18 +136,45 @@ def _module(base: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _checked(name: str, tensors: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
+def _checked(name: str, tensors: dict[str, Tensor], live: LiveModel) -> dict[str, Tensor]:
+    """What a task brings along whole: each with the base's shape, but for a head's number of classes."""
+    base = live.model
+    heads = _heads(base)
     for key, tensor in tensors.items():
-        path, leaf = _split(key)
-        own = getattr(_module(base, path), leaf, None)
-        if not isinstance(own, Tensor):
+        try:
+            own = live.shape(key)
+        except AttributeError:
             raise ValueError(
                 f"Task {name!r} brings {key}, for which the base has no place. For a head, make the base with one: "
                 f"timm.create_model(…, num_classes=1), or load_classifier(…)."
+            ) from None
+        if own[1:] != tensor.shape[1:] or len(own) != tensor.dim():
+            raise ValueError(f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}.")
+        if own != tensor.shape and _split(key)[0] not in heads:
+            raise ValueError(
+                f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}, and is no head, whose "
+                "number of classes could be any: open the bank over the base that the adapter was made on."
             )
-        grows = isinstance(_module(base, path), nn.Linear)
-        if own.dim() != tensor.dim() or own.shape[1:] != tensor.shape[1:] or (not grows and own.shape != tensor.shape):
-            raise ValueError(f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own.shape)}.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"Task {name!r}: {key} holds values that are not finite: the adapter is damaged.")
+    for path in {_split(key)[0] for key in tensors} & heads:
+        rows = {
+            leaf: len(tensors[key]) if (key := f"{path}.{leaf}") in tensors else live.shape(key)[0]
+            for leaf, own in base.get_submodule(path).named_parameters(recurse=False)
+        }
+        if len(set(rows.values())) > 1:
+            told = " and ".join(f"a {leaf} of {count}" for leaf, count in rows.items())
+            raise ValueError(f"Task {name!r}: its head {path} would have {told} classes: the adapter is damaged.")
     return tensors
+
+
+def _heads(base: nn.Module) -> set[str]:
+    """Paths of the Linear layers that may be a head: those at the top, the last of all, and what timm says."""
+    linears = {path: module for path, module in base.named_modules() if isinstance(module, nn.Linear)}
+    get_classifier: Any = getattr(base, "get_classifier", tuple)
+    found = get_classifier()
+    named = [found] if isinstance(found, nn.Module) else [module for module in found if isinstance(module, nn.Module)]
+    inside = {id(module) for classifier in named for module in classifier.modules()}
+    return {path for path, module in linears.items() if "." not in path or id(module) in inside} | {
+        *list(linears)[-1:]
+    }

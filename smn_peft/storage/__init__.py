@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from .adapter_config import check_config
 from .adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -40,6 +41,7 @@ __all__ = [
     "adapter_sizes",
     "atomic_write",
     "check_adapter_file",
+    "check_config",
     "check_folder_weights",
     "check_format_version",
     "check_hub_weights",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .adapter_config import check_config
 from .adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -25,7 +26,6 @@ from .adapter_file import (
 from .atomic import atomic_write
 from .codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
 from .finish import write_adapter_file
-from .formats import check_format_version
 
 __all__ = [
     "MAX_UNPACKED",
@@ -139,7 +139,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """An adapter's config as a dictionary, its format version checked.
 
     Raises:
-        AdapterFileError: If it is no JSON object.
+        AdapterFileError: If it is no JSON object, or a field is not of its kind.
         FileNotFoundError: If there is none.
         ValueError: If its format is not known.
     """
@@ -150,10 +150,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is damaged ({error}): fetch it again.") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError(f"{path} is damaged: fetch it again.")
-    check_format_version(config.get("format_version", 1))
-    return config
+    try:
+        return check_config(config)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{path} is damaged: {error}") from error
 
 
 def _is_packed_mask(name: str) -> bool:

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 import warnings
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
+from smn_peft.bank.source import StoredAdapter, read_adapter
 from smn_peft.bank.store import DiskStore
+from smn_peft.storage import WEIGHTS_NAME, AdapterFileError
 from tests.bank.tiny import IMAGES, adapter, build, state_of
 
 DENSITIES = {"a": 0.999, "b": 0.7, "c": 0.99}
@@ -280,3 +284,33 @@ def test_empty_batches_and_wrong_names(bank):
         assert bank(IMAGES[:0], tasks).shape == (0, 4)
     with pytest.raises(TypeError, match=r"tasks holds 1 \(int\)"):
         bank(IMAGES, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head.bias": (3,)}, r"its head head would have a weight of 4 and a bias of 3 classes"),
+        ({"head.weight": (3, 32)}, r"a weight of 3 and a bias of 4 classes"),
+        ({"head.weight": (3, 31), "head.bias": (3,)}, r"head.weight has shape \(3, 31\), the base \(4, 32\)"),
+        ({"blocks.0.mlp.fc2.weight": (7, 128)}, r"fc2.weight has shape \(7, 128\), .* and is no head"),
+        ({"blocks.0.norm1.weight": (7,)}, r"norm1.weight has shape \(7,\)"),
+        ({"blocks.0.norm1.running_mean": (7,)}, "for which the base has no place"),
+    ],
+)
+def test_adapters_that_could_not_run_are_not_taken(change, message, saved, tmp_path):
+    shutil.copytree(saved / "a", tmp_path / "x")
+    tensors = {key: tensor.clone() for key, tensor in load_file(tmp_path / "x" / WEIGHTS_NAME).items()}
+    tensors |= {f"base_model.model.{key}": torch.zeros(shape) for key, shape in change.items()}
+    save_file(tensors, tmp_path / "x" / WEIGHTS_NAME)
+    with MaskBank.open([], build("vit")) as bank:
+        with pytest.raises(ValueError, match=message):
+            bank.add("x", tmp_path / "x")
+        bank.add("a", saved / "a")
+        assert bank(IMAGES, "a").shape == (3, 4)
+
+
+def test_an_adapter_whose_config_is_damaged_is_not_taken(saved, tmp_path):
+    with DiskStore.open(tmp_path / "bank") as store:
+        good = read_adapter(saved / "a")
+        with pytest.raises(AdapterFileError, match="the task 'bad' is damaged: trainable_fraction in"):
+            store.add("bad", StoredAdapter({**good.config, "trainable_fraction": "abc"}, good.tensors))

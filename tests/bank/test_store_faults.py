@@ -152,6 +152,7 @@ def table(*rows: object) -> bytes:
         ("config", b"[1]"),
         ("config", b"{" * 100_000),
         ("config", b'{"format_version": 77}'),
+        ("config", b'{"trainable_fraction": "abc"}'),
     ],
 )
 def test_a_hostile_row(copy, column, value):

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...storage import AdapterFileError, check_format_version
+from ...storage import AdapterFileError, check_config
 from ..source import StoredAdapter
 from .record import DTYPES, checksum_of, read_table
 from .shards import Shards, is_shard_name
@@ -103,17 +103,14 @@ def read_config_text(text: bytes) -> dict[str, Any]:
     """adapter_config.json as a dictionary.
 
     Raises:
-        AdapterFileError: If it is no JSON object.
+        AdapterFileError: If it is no JSON object, or a field is not of its kind.
         ValueError: If its format is not known.
     """
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"its config is unreadable ({error})") from error
-    if not isinstance(config, dict):
-        raise AdapterFileError("its config is no JSON object")
-    check_format_version(config.get("format_version", 1))
-    return config
+    return check_config(config)
 
 
 @contextmanager
