@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 __all__ = ["atomic_write"]
+
+_TRIES = 100
 
 
 @contextmanager
@@ -31,16 +33,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        mode = _mode(path)
+        file, temporary = _created(path, 0o666 if mode is None else 0o600)
     except OSError as error:
         message = f"Cannot write {path}: {error.strerror}. Free some space or choose another folder"
         raise OSError(error.errno, message) from error
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _mode(path))
+        if mode is not None:
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -52,10 +56,24 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise
 
 
-def _mode(path: Path) -> int:
-    """Permissions of the file that is replaced, or what `open` would give a new one."""
+def _created(path: Path, mode: int) -> tuple[IO[bytes], Path]:
+    """A new file beside the path; what the process's umask takes from `mode` is the system's affair."""
+
+    def opened(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
+    for attempt in range(_TRIES):
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            return open(temporary, "xb", opener=opened), temporary
+        except FileExistsError:
+            if attempt == _TRIES - 1:
+                raise
+    raise AssertionError
+
+
+def _mode(path: Path) -> int | None:
+    """Permissions of the file that is replaced; None if there is none."""
     with suppress(OSError):
         return path.stat().st_mode & 0o777
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
+    return None
