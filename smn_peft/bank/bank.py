@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class MaskBank:
 
         Args:
             where: Folder of a store; or a list of adapter folders and Hub ids, which are held in memory, each under
-                the last part of its name.
+                the last part of its name; [`add`] takes other names.
             base: A plain timm or transformers model, or a `Classifier`; goes to eval mode.
             ram_budget: Bytes that decoded tasks may take.
             hot: Tasks that are decoded at once, and kept.
@@ -98,7 +99,13 @@ class MaskBank:
             bank = cls(source, base, ram_budget=ram_budget, exclusive=exclusive)
             undo.callback(bank.close)
             for adapter in () if isinstance(where, (str, os.PathLike)) else where:
-                bank.add(str(adapter).rstrip("/").rpartition("/")[2], adapter)
+                name = Path(os.path.abspath(adapter)).name
+                if name in bank:
+                    raise ValueError(
+                        f"Two of the adapters would be called {name!r}: leave one out, and put it in by "
+                        f"bank.add(another_name, {str(adapter)!r})."
+                    )
+                bank.add(name, adapter)
             for name in hot:
                 bank.pin(name)
             undo.pop_all()

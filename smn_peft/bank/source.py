@@ -74,9 +74,11 @@ def read_adapter(adapter: str | os.PathLike[str], *, revision: str | None = None
         FileNotFoundError: If there is no adapter.
         ValueError: If its format is not known.
     """
-    folder = Path(adapter)
+    folder, name = Path(adapter), str(adapter)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(adapter), revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"{name} does not exist: name the folder of an adapter, or user/name on the Hub.")
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
     return StoredAdapter(read_config(folder), read_adapter_file(folder))
 
 

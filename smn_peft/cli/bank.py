@@ -48,6 +48,8 @@ def _named(adapters: Sequence[str]) -> list[tuple[str, str]]:
         name, is_named, place = adapter.partition("=")
         if not is_named or Path(adapter).is_dir():
             name, place = Path(adapter).resolve().name, adapter
+        elif not (name and place):
+            raise ValueError(f"{adapter!r} lacks one of its halves: NAME=FOLDER, as in birds=runs/birds/adapter.")
         pairs.append((name, place))
     return pairs
 

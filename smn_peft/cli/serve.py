@@ -15,19 +15,19 @@ def command(
     bank: Annotated[Path, typer.Argument(help="Folder of a bank, of an adapter, or of several adapters' folders.")],
     base: Annotated[str, typer.Option(help="Base of the tasks: Hub id, timm name, folder, or file.py:function.")],
     weights: Annotated[Path | None, typer.Option(help="safetensors file for a timm architecture.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images in pixels.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None,
     head: Annotated[str, typer.Option(help="Where adapters have their head; in plain timm models fc, …")] = "head",
     device: Annotated[str, typer.Option(help="Where the model is: cpu, cuda, …")] = "cpu",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable with the key for changes; none are taken without.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Images in one forward.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(help="How long an image waits for others.")] = 5.0,
-    queue: Annotated[int, typer.Option(help="Images held at a time; more are answered with 429.")] = 256,
+    max_batch: Annotated[int, typer.Option(min=1, help="Images in one forward.")] = 32,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long an image waits for others.")] = 5.0,
+    queue: Annotated[int, typer.Option(min=1, help="Images held at a time; more are answered with 429.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 30.0,
-    ram_budget: Annotated[int, typer.Option(help="MiB that decoded tasks may take.")] = 1024,
+    ram_budget: Annotated[int, typer.Option(min=0, help="MiB that decoded tasks may take.")] = 1024,
 ) -> None:
     """Serve predictions and embeddings of a bank's tasks over HTTP, with a page to try them at /."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.registry import DATASETS
 from ..evaluation import EvalReport, merge_reports
-from ..storage import CONFIG_NAME, AdapterSizes, adapter_sizes
+from ..storage import CONFIG_NAME, AdapterSizes, adapter_sizes, check_config
 from .loading import base_code
 from .names import hub_id, shown_name
 
@@ -90,7 +90,7 @@ def facts_of_folder(
     """
     folder = Path(folder)
     config = _read_json(folder / CONFIG_NAME, "name the output folder of smn train, or a folder with an adapter")
-    sizes = adapter_sizes(folder)
+    config, sizes = check_config(config), adapter_sizes(folder)
     base = config.get("base_model_name_or_path")
     run = _read_json(folder / RUN_NAME, "") if (folder / RUN_NAME).is_file() else {}
     arguments = run.get("arguments", {})

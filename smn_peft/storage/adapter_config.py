@@ -66,7 +66,7 @@ def check_config(config: Any) -> dict[str, Any]:
     for name, (is_valid, kind) in _FIELDS.items():
         if name in config and not is_valid(config[name]):
             raise AdapterFileError(
-                f"{name} in adapter_config.json is {str(config[name])[:80]!r}, and must be {kind}: fetch it again, or "
+                f"{name} in adapter_config.json is {repr(config[name])[:80]}, and must be {kind}: fetch it again, or "
                 "have its author correct it."
             )
     try:

@@ -126,13 +126,16 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, 
     for name, entry in header.items():
         if not _is_readable(entry):
             raise AdapterFileError(f"{path}: the header entry of {name!r} is unreadable. {advice}")
+        if entry["dtype"] not in _BITS:
+            known = ", ".join(_BITS)
+            raise AdapterFileError(f"{path}: {name!r} is unreadable: its dtype is {entry['dtype']!r}, not in {known}.")
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
         if first != end:
             raise AdapterFileError(f"{path}: {name!r} starts at byte {first}, the one before ends at {end}. {advice}")
         end = last
-        if 8 * (last - first) != math.prod(entry["shape"]) * _BITS.get(entry["dtype"], -1):
+        if 8 * (last - first) != math.prod(entry["shape"]) * _BITS[entry["dtype"]]:
             raise AdapterFileError(
                 f"{path}: {name!r} has {last - first} bytes, which are no {entry['dtype']} of shape {entry['shape']}. "
                 f"{advice}"
@@ -170,10 +173,12 @@ def check_adapter_file(path: str | os.PathLike[str]) -> None:
         _check(path, file)
 
 
-def _check(path: Path, file: BinaryIO) -> None:
+def _check(path: Path, file: BinaryIO) -> list[str]:
+    """Names of the tensors, in the order of their bytes."""
     header, metadata, offset = _read_header(path, file)
+    names = sorted(header, key=lambda name: (header[name]["data_offsets"], name))
     if (expected := metadata.get(REST_CHECKSUM)) is None:
-        return
+        return names
 
     def pieces(first: int, last: int) -> Iterator[bytes]:
         file.seek(offset + first)
@@ -186,6 +191,7 @@ def _check(path: Path, file: BinaryIO) -> None:
             f"{path}: head and statistics have the checksum {found}, the file says {expected}: it is damaged. "
             "Fetch it again."
         )
+    return names
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -217,9 +223,10 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     path = _weights_path(path)
     data = path.read_bytes()
-    _check(path, io.BytesIO(data))
+    names = _check(path, io.BytesIO(data))
     try:
-        return load(data)
+        tensors = load(data)
+        return {name: tensors[name] for name in names}
     except SafetensorError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from smn_peft import MaskConfig
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.bank.store import DiskStore, TaskInfo, shards
-from smn_peft.storage import WEIGHTS_NAME
+from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
 from tests.bank.stores import PREFIX, adapter, assert_is, number_of
 
 
@@ -267,3 +268,25 @@ def test_an_adapter_of_peft_goes_in_and_comes_out_unchanged(store, tmp_path, opt
     assert torch.equal(again(images), expected)
     with pytest.raises(FileExistsError, match="holds an adapter already"):
         store.export("a", tmp_path / "out")
+
+
+@pytest.mark.parametrize("stopped", [CONFIG_NAME, WEIGHTS_NAME])
+def test_an_export_that_did_not_come_to_its_end_is_taken_up(store, tmp_path, monkeypatch, stopped):
+    store.add("a", adapter(0))
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == stopped:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            store.export("a", tmp_path / "out")
+    store.export("a", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == [CONFIG_NAME, WEIGHTS_NAME]
+    store.add("b", adapter(1))
+    (tmp_path / "out" / WEIGHTS_NAME).unlink()
+    with pytest.raises(FileExistsError):  # what is there is another adapter's
+        store.export("b", tmp_path / "out")

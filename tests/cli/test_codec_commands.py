@@ -148,6 +148,9 @@ def test_what_is_no_adapter_is_refused(tmp_path, command):
     for config, message in (("{", "damaged"), ("[]", "damaged"), ('{"format_version": 99}', "format version 99")):
         (tmp_path / "empty" / CONFIG_NAME).write_text(config)
         assert message in smn(command, tmp_path / "empty", "-o", tmp_path / "out", code=1)
+    for field in ('"trainable_fraction": null', '"base_fingerprint": 5'):
+        (tmp_path / "empty" / CONFIG_NAME).write_text(f"{{{field}}}")
+        assert "must be" in smn(command, tmp_path / "empty", "-o", tmp_path / "out", code=1)
     (tmp_path / "empty" / CONFIG_NAME).write_text("{}")
     if command == "pack":
         assert "holds no mask" in smn(command, tmp_path / "empty", "-o", tmp_path / "out", code=1)

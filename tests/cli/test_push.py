@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from smn_peft.cli.main import app
 from smn_peft.evaluation import EvalReport
+from smn_peft.storage import CONFIG_NAME
 from tests.hub.conftest import hub, waits  # noqa: F401  (fixtures)
 from tests.hub.folders import write_run
 
@@ -74,6 +75,11 @@ def test_mistakes_are_one_line_with_the_fix(hub, tmp_path, monkeypatch):  # noqa
     hub.fail("POST", "^/api/repos/create", status=429, headers={"Retry-After": "600"})
     assert "push again in 600 seconds" in error(tmp_path, "user/x")
     assert "Your token may not write to other/x" in error(tmp_path, "other/x")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    for field, value in (("auto_mapping", 5), ("base_model_name_or_path", ["x"])):
+        (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, field: value}))
+        assert f"{field} in adapter_config.json is {value!r}" in error(tmp_path, "user/x", "--dry-run")
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
     (tmp_path / "reports.json").write_text(json.dumps([{"format": 1}]))
     assert "lacks" in error(tmp_path, "user/x", "--reports", tmp_path / "reports.json")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

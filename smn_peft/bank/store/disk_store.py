@@ -165,9 +165,9 @@ class DiskStore:
     def remove_many(self, names: Iterable[str]) -> None:
         """Take tasks out, all or none; KeyError if one is unknown."""
         with self._changing() as change:
-            for name in names:
+            for removed, name in enumerate(names):
                 if not change.delete(name):
-                    raise unknown_task(name, change.count())
+                    raise unknown_task(name, change.count() + removed)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name.

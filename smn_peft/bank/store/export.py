@@ -27,12 +27,13 @@ def write_adapter(folder: str | os.PathLike[str], adapter: StoredAdapter, config
         OSError: If the disk refuses.
     """
     path = Path(folder)
-    if any((path / name).exists() for name in (CONFIG_NAME, WEIGHTS_NAME)):
+    begun = path / CONFIG_NAME  # written first: an export that did not come to its end is taken up again
+    if (path / WEIGHTS_NAME).exists() or (begun.exists() and begun.read_bytes() != config):
         raise FileExistsError(f"{path} holds an adapter already: name another folder.")
     tensors = {key: tensor.clone() for key, tensor in adapter.tensors.items()}  # safetensors wants a memory for each
     if adapter.config.get("codec", "bits") == "bits":
         tensors = unpack_tensors(tensors, MAX_UNPACKED)
     path.mkdir(parents=True, exist_ok=True)
-    write_adapter_file(path / WEIGHTS_NAME, tensors, adapter.config.get("base_fingerprint"))
-    with atomic_write(path / CONFIG_NAME) as file:
+    with atomic_write(begun) as file:
         file.write(config)
+    write_adapter_file(path / WEIGHTS_NAME, tensors, adapter.config.get("base_fingerprint"))
