@@ -59,7 +59,7 @@ def moved(model: PeftModel) -> torch.Tensor:
 def test_a_second_adapter_s_copies_are_the_base_s(saved, batch_norm, tmp_path: Path):
     model = get_peft_model(TwoNorms(), config(batch_norm=batch_norm), adapter_name="one")
     first = moved(model)
-    model.add_adapter("two", config(saved))
+    model.add_adapter("two", config(saved, batch_norm))
     model.set_adapter("two")
     second = moved(model)
     copies = [m for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]

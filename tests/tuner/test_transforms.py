@@ -15,6 +15,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torch.optim.swa_utils import AveragedModel
 
 from smn_peft import MaskConfig
+from smn_peft.tuner.buffers import ResidentBuffers
 
 from .nets import TwoNorms
 
@@ -63,6 +64,13 @@ def test_a_trace_is_the_model(no_grad):
     with torch.set_grad_enabled(not no_grad):
         traced = torch.jit.trace(model, X)
         torch.testing.assert_close(traced(X[:3]), model(X[:3]))
+
+
+def test_a_place_that_was_withdrawn_is_not_replaced():
+    buffers = ResidentBuffers()
+    buffers.expect("default", torch.zeros(3, dtype=torch.uint8))
+    del buffers["default"]  # as a tracer leaves it that restores a module's attributes and not its buffers
+    assert not buffers.replaced
 
 
 @pytest.mark.parametrize("native", [False, True])
