@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -62,14 +63,11 @@ def _created(path: Path, mode: int) -> tuple[IO[bytes], Path]:
     def opened(name: str, flags: int) -> int:
         return os.open(name, flags, mode)
 
-    for attempt in range(_TRIES):
+    for _ in range(_TRIES):
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
+        with suppress(FileExistsError):
             return open(temporary, "xb", opener=opened), temporary
-        except FileExistsError:
-            if attempt == _TRIES - 1:
-                raise
-    raise AssertionError
+    raise FileExistsError(errno.EEXIST, f"{_TRIES} temporary names are taken")
 
 
 def _mode(path: Path) -> int | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, KeysView
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -38,6 +38,20 @@ class ScoreDict(nn.ParameterDict):
         return self
 
 
+class _Offer(NamedTuple):
+    """A place where a loader may write.
+
+    Attributes:
+        buffer: The place.
+        version: Its version before anybody wrote.
+        content: What it held then.
+    """
+
+    buffer: Tensor
+    version: int
+    content: Tensor
+
+
 class ResidentBuffers(BufferDict):
     """Buffers by adapter name, of which only the newest is a registered buffer.
 
@@ -52,14 +66,12 @@ class ResidentBuffers(BufferDict):
     def __init__(self) -> None:
         super().__init__(persistent=True)
         self.older: dict[str, Tensor] = {}
-        self._expected: dict[str, tuple[Tensor, int] | None] = {}
-        self._offered: dict[str, Tensor] = {}
+        self._expected: dict[str, _Offer | None] = {}
 
     def expect(self, key: str, buffer: Tensor) -> None:
         """Offer a place where a loader may write, for an adapter whose state is elsewhere."""
         self[key] = buffer
-        self._expected[key] = (buffer, buffer._version)
-        self._offered[key] = buffer.clone()
+        self._expected[key] = _Offer(buffer, buffer._version, buffer.clone())
 
     def take_arrived(self, key: str) -> Tensor | None:
         """What a loader wrote to an expected buffer, or None; the place is withdrawn either way."""
@@ -69,18 +81,17 @@ class ResidentBuffers(BufferDict):
         current = self[key]
         del self[key]
         self._expected[key] = None
-        offered = self._offered.pop(key)
-        if current is expected[0] and current._version == expected[1]:
+        if current is expected.buffer and current._version == expected.version:
             return None
         # DistributedDataParallel writes every buffer, with what is there already.
-        same = current.device.type != "meta" and offered.device.type != "meta"
-        return None if same and torch.equal(current, offered.to(current.device)) else current
+        known = "meta" not in (current.device.type, expected.content.device.type)
+        return None if known and torch.equal(current, expected.content.to(current.device)) else current
 
     @property
     def replaced(self) -> bool:
         """Whether another buffer stands where one is expected, as transformers' loader leaves it."""
         return any(
-            place is not None and (key in self._buffers or key in self.older) and self[key] is not place[0]
+            place is not None and (key in self._buffers or key in self.older) and self[key] is not place.buffer
             for key, place in self._expected.items()
         )
 
@@ -89,7 +100,6 @@ class ResidentBuffers(BufferDict):
         if key in self._buffers or key in self.older:
             del self[key]
         self._expected.pop(key, None)
-        self._offered.pop(key, None)
 
     def __getitem__(self, key: str) -> Tensor:
         buffer = self._buffers.get(key)
@@ -131,10 +141,10 @@ class ResidentBuffers(BufferDict):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.older = {key: fn(buffer) for key, buffer in self.older.items()}
         for key, before in moved.items():  # a move to another device is not a loader's write
-            place, version = self._expected[key]  # type: ignore[misc]
-            current = self[key]
-            if before is place and before._version == version and current is not None:
-                self._expected[key] = (current, current._version)
+            place, current = self._expected[key], self[key]
+            assert place is not None
+            if before is place.buffer and before._version == place.version and current is not None:
+                self._expected[key] = place._replace(buffer=current, version=current._version)
         return self
 
     def _load_from_state_dict(

@@ -156,6 +156,13 @@ def test_tensors_that_contradict_themselves_are_not_read(path, header):
         read_adapter_file(path)
 
 
+@pytest.mark.parametrize("wrong", [entry(0, 4, "F32"), entry(0, 4, shape=(5,)), entry(0, 4, shape=(1 << 40, 1 << 40))])
+def test_bytes_and_shape_disagree_before_anything_is_read(path, wrong):
+    write(path, {"a": wrong}, b"\0" * 4)
+    with pytest.raises(AdapterFileError, match=r"'a' has 4 bytes, which are no (F32|U8) of shape \["):
+        check_adapter_file(path)
+
+
 def test_bits_flipped_anywhere_never_crash(path):
     data = bytearray(path.read_bytes())
     generator = torch.Generator().manual_seed(0)
