@@ -264,6 +264,15 @@ def test_a_collapse_that_passes_only_warns():
         watch.see(30, "alike.", 30)
 
 
+@pytest.mark.filterwarnings("ignore:Step 1")
+def test_a_collapse_has_to_show_in_five_lines():
+    watch = CollapseWatch(steps_per_epoch=1)
+    for step in (1, 11, 21, 31):
+        watch.see(step, "alike.", 0)
+    with pytest.raises(TrainingFailure, match="Step 41, and since step 1: alike"):
+        watch.see(41, "alike.", 0)
+
+
 def test_nothing_to_train_is_said(tmp_path):
     task = supervised_task()
     task.requires_grad_(False)
