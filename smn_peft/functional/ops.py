@@ -9,31 +9,17 @@ weight and the scores, which are there anyway (one pass over the weight), and wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import ConvGeometry, convolution_backward
 from .masking import MaskSpec
 from .passes import build, inner, rebuild, score_gradient
 
-__all__ = ["ConvGeometry", "masked_conv", "masked_linear"]
-
-
-class ConvGeometry(NamedTuple):
-    """Geometry of a convolution, as `aten.convolution` takes it."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-    transposed: bool
-    output_padding: Sequence[int]
-    groups: int
-
-
-_convolution_backward = torch.ops.aten.convolution_backward.default
+__all__ = ["masked_conv", "masked_linear"]
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -100,7 +86,7 @@ class _MaskedConv(torch.autograd.Function):
         x, weight, scores, trainable = ctx.saved_tensors  # once: gradient checkpointing recomputes them here
         spec, found = ctx.spec, ctx.found
         wants_x, _, wants_scores, wants_bias, *_ = ctx.needs_input_grad
-        back, options = _convolution_backward, (ctx.bias_sizes, *ctx.geometry)
+        back, options = convolution_backward, (ctx.bias_sizes, ctx.geometry)
         with_total, total = wants_scores and spec.scale and spec.scale_gradient, None
         effective, factor = rebuild(weight, scores, spec, trainable, found, x.dtype)
         if wants_x and x.numel() < weight.numel() and x.dtype == weight.dtype:
@@ -116,7 +102,9 @@ class _MaskedConv(torch.autograd.Function):
         else:
             if factor is not None:
                 effective, factor = effective.mul_(factor), None
-            grad_x, g, grad_bias = back(grad, x, effective, *options, [wants_x, wants_scores, wants_bias])
+            grad_x, g, grad_bias = convolution_backward(
+                grad, x, effective, *options, [wants_x, wants_scores, wants_bias]
+            )
             total = inner(g, effective, found) if with_total else None
         grad_scores = score_gradient(g, weight, scores, trainable, found, total, factor) if wants_scores else None
         return grad_x, None, grad_scores, grad_bias, None, None, None

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.ops import ConvGeometry, masked_conv, masked_linear
+from ..functional.convolution import ConvGeometry
+from ..functional.ops import masked_conv, masked_linear
 from .cache import Training
 from .kinds import kind_of
 from .layer import MaskLayer

@@ -20,7 +20,7 @@ from smn_peft.functional import (
     passes,
 )
 from smn_peft.functional import straight_through as through
-from smn_peft.functional.ops import ConvGeometry
+from smn_peft.functional.convolution import ConvGeometry
 
 from ..kernels import compiles, interpret, scalar_accesses
 

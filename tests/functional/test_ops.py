@@ -25,7 +25,7 @@ from smn_peft.functional import (
     scale_of,
 )
 from smn_peft.functional import straight_through as through
-from smn_peft.functional.ops import ConvGeometry
+from smn_peft.functional.convolution import ConvGeometry
 
 SPECS = {
     "threshold": MaskSpec(),
