@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ConvGeometry", "convolution_backward"]
+__all__ = ["ConvGeometry", "convolution", "convolution_backward"]
 
 _PIXELS_PER_CHANNEL = 4  # from 8 on oneDNN is the faster one
 
@@ -57,6 +57,42 @@ def convolution_backward(
         return _backward(grad, x, weight, bias_sizes, *geometry, [wants_x, wants_weight, wants_bias])  # type: ignore[no-any-return]
     grad_x = _backward(grad, x, weight, None, *geometry, [True, False, False])[0] if wants_x else None
     return grad_x, _product(grad, x, weight, geometry), grad.sum((0, 2, 3)) if wants_bias else None
+
+
+class _Convolution(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+        return torch.convolution(x, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.geometry = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradients = convolution_backward(grad, x, weight, ctx.bias_sizes, ctx.geometry, ctx.needs_input_grad[:3])
+        return *gradients, None
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """A convolution whose weight trains, with the gradients of [`convolution_backward`], twice differentiable.
+
+    Args:
+        x: Input (batch, in_channels, …).
+        weight: Weight, as `aten.convolution` takes it.
+        bias: Bias (out_channels,) or None.
+        geometry: Of the convolution.
+
+    Returns:
+        Output (batch, out_channels, …).
+    """
+    result: Tensor = _Convolution.apply(x, weight, bias, geometry)
+    return result
 
 
 def _has_few_pixels(grad: Tensor, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> bool:

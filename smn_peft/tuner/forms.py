@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.convolution import ConvGeometry
+from ..functional.convolution import ConvGeometry, convolution
 from ..functional.ops import masked_conv, masked_linear
 from .cache import Training
 from .kinds import kind_of
@@ -21,7 +21,7 @@ from .substitution import call_with
 __all__ = ["Conv", "Embedding", "Linear", "LinearConv1D", "MultiheadAttention", "Substituted", "mask_layer_for"]
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(*tensors: Tensor | None) -> list[Any]:
     """Cast as autocast would, before a fused node hides the operation from it."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.is_autocast_enabled(device):
@@ -62,7 +62,7 @@ class Linear(MaskLayer):
 
     def train_on(self, training: Training, input: Tensor) -> Tensor:
         """[`masked_forward`] as one autograd node."""
-        input, bias = _autocast(input, training.bias)  # type: ignore[assignment]
+        input, bias = _autocast(input, training.bias)
         return masked_linear(input, training.weight, training.scores, bias, training.spec, training.trainable)
 
     def run(self, tensors: Sequence[Tensor], input: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Conv(MaskLayer):
         weight, scores, spec, trainable = training.weight, training.scores, training.spec, training.trainable
 
         def convolve(x: Tensor, geometry: ConvGeometry) -> Tensor:
-            x, bias = _autocast(x, training.bias)  # type: ignore[assignment]
+            x, bias = _autocast(x, training.bias)
             return masked_conv(x, weight, scores, bias, geometry, spec, trainable)
 
         return self._batched(convolve, input, output_size)
@@ -92,7 +92,15 @@ class Conv(MaskLayer):
     def run(self, tensors: Sequence[Tensor], input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """See [`masked_forward`]; `tensors` are weight and bias."""
         weight, bias = tensors if len(tensors) == 2 else (tensors[0], None)
-        return self._batched(lambda x, geometry: torch.convolution(x, weight, bias, *geometry), input, output_size)
+        trains = weight.requires_grad and torch.is_grad_enabled()
+
+        def convolve(x: Tensor, geometry: ConvGeometry) -> Tensor:
+            x, kernel, shift = _autocast(x, weight, bias)  # on a CPU it would leave `torch.convolution` alone
+            if trains:
+                return convolution(x, kernel, shift, geometry)
+            return torch.convolution(x, kernel, shift, *geometry)
+
+        return self._batched(convolve, input, output_size)
 
     def _batched(
         self, convolve: Callable[[Tensor, ConvGeometry], Tensor], input: Tensor, output_size: list[int] | None

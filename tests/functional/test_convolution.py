@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from smn_peft.functional import convolution
 from smn_peft.functional.convolution import ConvGeometry, convolution_backward
@@ -138,3 +140,54 @@ def test_an_empty_batch_has_no_gradient():
     found = convolution_backward(grad, x, weight, None, geometry, [False, True, False])[1]
     assert found.shape == weight.shape
     assert not found.any()
+
+
+@pytest.mark.parametrize("name", [*FEW, "many pixels", "one tap", "grouped", "transposed", "1d"])
+def test_autograd_goes_through_twice(name):
+    x, weight, options = (FEW | ELSEWHERE)[name]
+    x, weight = (min(x[0], 2), 4, *x[2:]), (4, 4 // options.get("groups", 1), *weight[2:])
+    _, images, kernel, geometry = problem(x, weight, torch.float64, **options)
+    bias = torch.randn(4, dtype=torch.float64)
+    leaves = [tensor.requires_grad_() for tensor in (images, kernel, bias)]
+
+    def run(*tensors: Tensor) -> Tensor:
+        return convolution.convolution(*tensors, geometry)
+
+    assert run(*leaves).equal(torch.convolution(*leaves, *geometry))
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_transforms_of_torch_func_go_through(products):
+    _, x, weight, geometry = problem((6, 16, 2, 2), (24, 16, 3, 3), torch.float64)
+    bias = torch.zeros(24, dtype=torch.float64)
+
+    def loss(kernel: Tensor, image: Tensor, run) -> Tensor:
+        return run(image[None], kernel, bias).square().sum()
+
+    ours, plain = (
+        torch.func.vmap(torch.func.grad(loss), (None, 0, None))(weight, x, run)
+        for run in (lambda *t: convolution.convolution(*t, geometry), lambda *t: torch.convolution(*t, *geometry))
+    )
+    assert products
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_product_is_part_of_a_compiled_graph(dynamic):
+    graphs: list[str] = []
+
+    def keep(module: torch.fx.GraphModule, _):
+        graphs.append(module.code)
+        return make_boxed_func(module.forward)
+
+    grad, x, weight, geometry = problem((6, 16, 2, 2), (24, 16, 3, 3))
+    leaf = weight.requires_grad_()
+    compiled = torch.compile(
+        convolution.convolution, backend=aot_autograd(fw_compiler=keep), fullgraph=True, dynamic=dynamic
+    )
+    compiled(x, leaf, None, geometry).backward(grad)
+    assert len(graphs) == 2
+    assert "aten.mm" in graphs[1]
+    assert "convolution_backward" not in graphs[1]
+    check((leaf.grad,), reference(grad, x, weight, geometry)[1:2], 1e-5)

@@ -335,6 +335,30 @@ def test_autocast_runs_forward_and_backward(case):
         torch.testing.assert_close(model(x), expected, rtol=5e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("name", ["conv2d", "conv2d-same", "conv2d-grouped", "conv1d", "transposed2d", "linear"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_adapters_train_under_autocast(name, compiled):
+    case = BY_NAME[name]
+    x, model = case.inputs(), masked_model(case, case.random(1))
+    model.add_adapter("second", case.random(2))
+    model.base_model.set_adapter(["default", "second"])
+    torch._dynamo.reset()
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    gradients = []
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = forward(x)
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        out.float().square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            assert forward(x).dtype == out.dtype
+    for wide, narrow in zip(*gradients, strict=True):
+        assert narrow.dtype == torch.float32
+        assert (narrow - wide).norm() < 0.05 * wide.norm()
+
+
 @every_case
 def test_state_dicts_round_trip_strictly(case):
     x, first, second = case.inputs(), masked_model(case, case.random(1)), masked_model(case, case.random(2))
