@@ -56,8 +56,8 @@ def _indicator(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor
 def _count(indicator: Tensor) -> float:
     """Number of ones, exactly."""
     wide = torch.float64 if indicator.dtype == torch.float64 else torch.float32
-    if indicator.numel() <= _EXACT:
-        return float(indicator.sum(dtype=wide))
+    if indicator.dtype == wide and indicator.is_contiguous() and indicator.numel() <= _EXACT:
+        return float(torch.dot(indicator.view(-1), indicator.view(-1)))  # with cold caches quicker than a sum
     return float(sum(part.sum(dtype=wide).item() for part in indicator.reshape(-1).split(_EXACT)))
 
 
@@ -210,7 +210,7 @@ def score_gradient(
             result.mul_(scale)
     elif isinstance(scale, float):  # one pass
         share = (1.0 if factor is None else factor) / (2.0 * max(active, 1.0))
-        shift = total.to(dtype).mul_(-share)
+        shift = total.fill_(-share * float(total)).to(dtype)
         torch.addcmul(shift, weight.to(dtype), result, value=scale, out=result)
     else:
         result.mul_(weight).mul_(scale).sub_(total / (2 * active.clamp(min=1)))
