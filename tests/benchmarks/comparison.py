@@ -63,7 +63,7 @@ def verdict(old: Row, new: Row) -> str:
         margin = EXACT
     elif new.unit == "ratio":
         margin = SPREAD if spread else LONE
-    elif any(old.machine[fact] != new.machine[fact] for fact in ("cpu", "cores", "threads")):
+    elif any(old.machine.get(fact) != new.machine.get(fact) for fact in ("cpu", "vectors", "cores", "threads")):
         return "passed_over"
     else:
         margin = ABSOLUTE
@@ -87,10 +87,10 @@ def compare(baseline: Sequence[Row], measured: Sequence[Row]) -> Comparison:
     for pair in pairs:
         getattr(found, verdict(*pair)).append(pair)
     changes = (
-        f"{fact} {old.machine[fact]}, now {new.machine[fact]}"
+        f"{fact} {old.machine.get(fact, 'not recorded')}, now {now}"
         for old, new in pairs
-        for fact in old.machine
-        if old.machine[fact] != new.machine.get(fact)
+        for fact, now in new.machine.items()
+        if old.machine.get(fact) != now
     )
     found.machines = list(dict.fromkeys(changes))
     return found

@@ -57,7 +57,8 @@ def _machines(rows: Sequence[Row]) -> str:
     found, threads = [], {}
     for row in rows:
         facts, device = row.machine, row.machine["device"]
-        where = f"{facts['cpu']}, {facts['cores']} cores" + ("" if device == "cpu" else f", {device}")
+        vectors = f" with {facts['vectors']}" if "vectors" in facts else ""
+        where = f"{facts['cpu']}{vectors}, {facts['cores']} cores" + ("" if device == "cpu" else f", {device}")
         found.append(f"{where}, torch {facts['torch']}")
         threads.setdefault(facts["threads"], {})[row.benchmark] = None
     used = "; ".join(f"{count} for {', '.join(names)}" for count, names in sorted(threads.items()))

@@ -75,12 +75,13 @@ class Row:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What a figure depends on: processor, cores, threads, torch, and "cpu" or the GPU's name."""
+    """What a figure depends on: processor and its vectors, cores, threads, torch, and "cpu" or the GPU's name."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -44,12 +44,13 @@ def test_what_is_in_a_unit_has_a_wide_margin_and_its_machine(scripts, row):
     assert scripts.comparison.verdict(old, row(13.0, unit="ms")) == "worse"
     assert scripts.comparison.verdict(old, row(13.0, unit="ms", machine={"cpu": "two"})) == "passed_over"
     assert scripts.comparison.verdict(old, row(13.0, unit="ms", machine={"torch": "2.1"})) == "worse"
+    assert scripts.comparison.verdict(old, row(13.0, unit="ms", machine={"vectors": "AVX2"})) == "passed_over"
 
 
 def test_rows_are_put_where_they_belong(scripts, row):
     old = [row(name="same"), row(name="worse"), row(name="better"), row(name="gone"), row(name="gpu")]
     new = [
-        row(name="same", target=0.9, machine={"torch": "2.1"}),
+        row(name="same", target=0.9, machine={"torch": "2.1", "vectors": "AVX2"}),
         row(2.0, name="worse"),
         row(0.5, name="better"),
         row(name="added"),
@@ -63,6 +64,7 @@ def test_rows_are_put_where_they_belong(scripts, row):
     assert [row.name for row in found.misses] == ["same"]
     assert found.text().splitlines() == [
         "another machine: torch 2.0, now 2.1",
+        "another machine: vectors not recorded, now AVX2",
         "worse: training, mine / its, worse: 1 -> 2",
         "better: training, mine / its, better: 1 -> 0.5",
         "missing: training, mine / its, gone: 1",

@@ -31,7 +31,7 @@ def test_rounds_become_median_and_quartiles(scripts, path):
         "better": "lower",
         "target": 1.1,
     }
-    assert facts.keys() == {"cpu", "cores", "threads", "torch", "device"}
+    assert facts.keys() == {"cpu", "vectors", "cores", "threads", "torch", "device"}
     assert facts["threads"] == torch.get_num_threads()
     assert all(facts.values())
 

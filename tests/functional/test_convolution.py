@@ -15,6 +15,12 @@ from smn_peft.functional.convolution import ConvGeometry, convolution_backward
 LAST = torch.channels_last
 
 
+@pytest.fixture(autouse=True)
+def border(monkeypatch) -> None:
+    """The same one on every processor."""
+    monkeypatch.setattr(convolution, "_PIXELS_PER_CHANNEL", 4)
+
+
 @pytest.fixture
 def products(monkeypatch) -> list[Tensor]:
     """The products that were taken."""
