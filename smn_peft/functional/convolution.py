@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward of a convolution: torch's, but for the weight's gradient over few pixels, which is one matrix product.
 
-Of small images a ResNet's last stages see 2 to 7 pixels a side and hundreds of channels. There oneDNN may unfold and sum
-image by image: on a processor with AVX2, for a weight of 512 × 512 × 3 × 3 over 2 × 2 pixels, in a scratch of eight
-times the weight and four times the product's time.
+Of small images a ResNet's last stages see 2 to 7 pixels a side and hundreds of channels. There oneDNN may unfold and
+sum image by image: on a processor with AVX2, for a weight of 512 × 512 × 3 × 3 over 2 × 2 pixels, in a scratch of
+eight times the weight and four times the product's time.
 """
 
 from __future__ import annotations
