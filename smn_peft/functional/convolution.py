@@ -52,7 +52,7 @@ def convolution_backward(
         weight: Weight; of it only the gradient of the input depends on the values.
         bias_sizes: Shape of the bias, None without one.
         geometry: Of the convolution.
-        wanted: Which of the three to compute; None stands for the others.
+        wanted: Which of the three to compute; the others mean nothing.
     """
     wants_x, wants_weight, wants_bias = wanted
     if not (wants_weight and _has_few_pixels(grad, x, weight, geometry)):

@@ -418,3 +418,11 @@ def test_the_scale_is_that_of_evaluation(total):
     for dtype in (torch.float32, torch.float64):
         found = torch.tensor([passes._scale(count, total, dtype) for count in counts.tolist()], dtype=dtype)
         assert torch.equal(found, scale_of(counts, total, dtype))
+
+
+@pytest.mark.parametrize(
+    ("numel", "dtype"),
+    [(1000, torch.bfloat16), (1000, torch.float64), (2**24, torch.float32), (2**24 + 3, torch.float32)],
+)
+def test_every_weight_counts(numel, dtype):
+    assert passes._count(torch.ones(numel, dtype=dtype)) == numel
