@@ -422,7 +422,7 @@ def test_the_scale_is_that_of_evaluation(total):
 
 @pytest.mark.parametrize(
     ("numel", "dtype"),
-    [(1000, torch.bfloat16), (1000, torch.float64), (2**24, torch.float32), (2**24 + 3, torch.float32)],
+    [(1001, torch.bfloat16), (1000, torch.float64), (2**24, torch.float32), (2**24 + 3, torch.float32)],
 )
 def test_every_weight_counts(numel, dtype):
     assert passes._count(torch.ones(numel, dtype=dtype)) == numel
