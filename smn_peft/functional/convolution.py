@@ -17,8 +17,8 @@ from torch import Tensor
 
 __all__ = ["ConvGeometry", "convolution", "convolution_backward"]
 
-# Up to here the product is quicker, for weights of 3 × 3 and AVX2; with other vectors oneDNN has other kernels, and it
-# is taken only where the weight is larger than the unfolded input.
+# Output pixels of the whole batch per output channel, up to which the product is quicker: measured with AVX2, weights
+# of 3 × 3. With other vectors oneDNN has other kernels: unmeasured, only if the weight outgrows the unfolded input.
 _PIXELS_PER_CHANNEL = 4 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
 
 

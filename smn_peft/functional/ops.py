@@ -103,9 +103,7 @@ class _MaskedConv(torch.autograd.Function):
         else:
             if factor is not None:
                 effective, factor = effective.mul_(factor), None
-            grad_x, g, grad_bias = convolution_backward(
-                grad, x, effective, *options, [wants_x, wants_scores, wants_bias]
-            )
+            grad_x, g, grad_bias = back(grad, x, effective, *options, [wants_x, wants_scores, wants_bias])
             total = inner(g, effective, found) if with_total else None
         grad_scores = score_gradient(g, weight, scores, trainable, found, total, factor) if wants_scores else None
         return grad_x, None, grad_scores, grad_bias, None, None, None
