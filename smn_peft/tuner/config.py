@@ -93,6 +93,15 @@ class MaskConfig(PeftConfig):
     check_base: bool = _option(True, "Refuse a base model whose masked weights are not those the mask was learned on.")
     format_version: int = _option(FORMAT_VERSION, "Version of the adapter format.")
     base_fingerprint: str | None = _option(None, "Fingerprint of the masked base weights; filled in on saving.")
+    unmasked_fingerprint: str | None = _option(
+        None, "Fingerprint of what else the features depend on: unmasked weights and statistics; filled in on saving."
+    )
+    preprocessing: dict[str, Any] | None = _option(
+        None, "Images the mask was trained on: image_size, mean, std, interpolation, crop_pct; filled in by training."
+    )
+    id2label: dict[int, str] | None = _option(
+        None, "Names of the head's classes by index, as transformers has them; filled in by training."
+    )
 
     def __post_init__(self) -> None:
         """Check the options against each other, before a model is touched."""
