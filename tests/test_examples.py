@@ -17,6 +17,7 @@ NO_EXAMPLE = "not an example by itself"
 # Scripts that run as they are, offline: their arguments, and what their output has to match.
 ALONE: dict[str, tuple[list[str], list[str]]] = {
     "custom_objective.py": ([], [r"step 0: loss [2-9]\.\d+, accuracy", r"step 19: loss 0\.[0-4]\d+, accuracy"]),
+    "nano_smn.py": ([], [r"accuracy 0\.9\d+, density 0\.9\d+, file \d+ bytes", r"reloaded, logits identical: True"]),
     "plain_pytorch.py": (
         [],
         [r"accuracy (1\.0|0\.9\d)\d+, density 0\.9\d+, file \d+ bytes", r"reloaded, logits identical: True"],
