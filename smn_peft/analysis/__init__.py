@@ -3,13 +3,34 @@
 
 from __future__ import annotations
 
-from .clusters import ClusterComposition, cluster_composition, plot_clusters
-from .curves import Series, mean_curve, plot_curves, smooth
-from .density import LayerDensity, average_densities, layer_densities, plot_densities
-from .embedding import EmbeddingMap, embedding_map, plot_embedding_maps
-from .low_shot import low_shot_series, low_shot_table, plot_low_shot
-from .selective import SelectiveRow, plot_selective, selective_series
-from .similarity import Similarity, mask_similarity, plot_similarity, similarity_matrix
+from .masks import (
+    ClusterComposition,
+    EmbeddingMap,
+    LayerDensity,
+    Similarity,
+    average_densities,
+    cluster_composition,
+    embedding_map,
+    layer_densities,
+    mask_similarity,
+    similarity_matrix,
+)
+from .plots import (
+    SelectiveRow,
+    Series,
+    low_shot_series,
+    low_shot_table,
+    mean_curve,
+    plot_clusters,
+    plot_curves,
+    plot_densities,
+    plot_embedding_maps,
+    plot_low_shot,
+    plot_selective,
+    plot_similarity,
+    selective_series,
+    smooth,
+)
 
 __all__ = [
     "ClusterComposition",

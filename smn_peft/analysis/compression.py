@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What compressors make of masks and of fp32 weights, beside this package's codec (the paper's Tables 6 and 7).
+"""Sizes of masks and of fp32 weights under compressors, beside this package's codec (Tables 6 and 7).
 
 The paper reports reductions of 78 to 83 %. They fit its own fractions (1.3 % of fp32) only if the mask before
 compression counts two bits for each weight; against bit-packed masks lzma takes away about 62 to 67 %. So every row
@@ -31,18 +31,31 @@ from ..storage.repack import unpack_tensors
 
 __all__ = ["CompressionRow", "CompressionTable", "adapter_compression", "compression_table", "format_compression"]
 
-_EXTRA = "pip install 'smn_peft[compression]'"
+
+def _cramjam() -> Any:
+    return importlib.import_module("cramjam")
+
+
+#: Compressors by name; the last three raise ImportError where cramjam is not installed.
+_COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
+    "gzip": lambda data: gzip.compress(data, 9, mtime=0),
+    "bz2": lambda data: bz2.compress(data, 9),
+    "lzma": lambda data: lzma.compress(data, preset=6),
+    "lz4": lambda data: _cramjam().lz4.compress_block(data),
+    "snappy": lambda data: _cramjam().snappy.compress_raw(data),
+    "zstd": lambda data: _cramjam().zstd.compress(data, 19),
+}
 
 
 @dataclass(frozen=True)
 class CompressionRow:
-    """One compressor.
+    """Sizes under one compressor.
 
     Attributes:
         method: Its name.
         mask_bytes: Bytes of all masks.
         bits_per_weight: The same in bits for each masked weight.
-        weight_bytes: Bytes of the fp32 weights; None if there are none, or it does not apply.
+        weight_bytes: Bytes of the fp32 weights; None without weights, and for this package's codec.
     """
 
     method: str
@@ -72,55 +85,38 @@ class CompressionTable:
     missing: tuple[str, ...]
 
 
-def _cramjam(module: str, function: str, *arguments: Any) -> Callable[[bytes], int] | None:
-    try:
-        compress = getattr(getattr(importlib.import_module("cramjam"), module), function)
-    except ImportError:
-        return None
-    return lambda data: len(compress(data, *arguments))
-
-
-def _methods() -> dict[str, Callable[[bytes], int] | None]:
-    return {
-        "gzip": lambda data: len(gzip.compress(data, 9, mtime=0)),
-        "bz2": lambda data: len(bz2.compress(data, 9)),
-        "lzma": lambda data: len(lzma.compress(data, preset=6)),
-        "lz4": _cramjam("lz4", "compress_block"),
-        "snappy": _cramjam("snappy", "compress_raw"),
-        "zstd": _cramjam("zstd", "compress", 19),
-    }
-
-
 def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | None = None) -> CompressionTable:
-    """Compress masks, all layers in one string of packed bits, and weights by every compressor there is.
+    """Compress masks, all layers in one string of packed bits, and weights by every installed compressor.
 
     Args:
         masks: Packed bits by name.
         weights: fp32 weights as bytes, such as those of a fully fine-tuned model.
 
     Raises:
-        ValueError: If there is no mask.
+        ValueError: There is no mask.
     """
     if not masks:
         raise ValueError("There is no mask to compress: name the folder of an adapter.")
     packed = b"".join(masks[name].tobytes() for name in sorted(masks))
-    counts = {name: (int(np.unpackbits(mask).sum()), 8 * len(mask)) for name, mask in masks.items()}
+    counts = [(int(np.unpackbits(mask).sum()), 8 * len(mask)) for mask in masks.values()]
     total, missing = 8 * len(packed), []
     rows = [CompressionRow("uncompressed", len(packed), 1.0, None if weights is None else len(weights))]
-    for method, size in _methods().items():
-        if size is None:
+    for method, compress in _COMPRESSORS.items():
+        try:
+            size = len(compress(packed))
+        except ImportError:
             missing.append(method)
-            continue
-        found = size(packed)
-        rows.append(CompressionRow(method, found, 8 * found / total, None if weights is None else size(weights)))
+        else:
+            of_weights = None if weights is None else len(compress(weights))
+            rows.append(CompressionRow(method, size, 8 * size / total, of_weights))
     coded = len(encode_masks(masks))
     rows.append(CompressionRow("smn_peft", coded, 8 * coded / total))
     return CompressionTable(
         rows=tuple(rows),
         mask_weights=total,
         weight_count=0 if weights is None else len(weights) // 4,
-        density=sum(active for active, _ in counts.values()) / total,
-        entropy=sum(binary_entropy(active / bits) * bits for active, bits in counts.values() if bits) / total,
+        density=sum(active for active, _ in counts) / total,
+        entropy=sum(binary_entropy(active / bits) * bits for active, bits in counts if bits) / total,
         missing=tuple(missing),
     )
 
@@ -128,7 +124,7 @@ def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | N
 def adapter_compression(
     folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> CompressionTable:
-    """The table of an adapter in a folder.
+    """Compress the masks of an adapter.
 
     Args:
         folder: Adapter, bit-packed or coded.
@@ -136,9 +132,9 @@ def adapter_compression(
             ``model.safetensors``.
 
     Raises:
-        AdapterFileError: If the adapter's file is damaged.
-        FileNotFoundError: If there is no such file.
-        ValueError: If the adapter's masks take its base to decode, or there is none, or the weights cannot be read.
+        AdapterFileError: The adapter's file is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The masks can only be decoded with their base, there are none, or the weights cannot be read.
     """
     tensors = unpack_tensors(read_adapter_file(folder), MAX_UNPACKED)
     masks = {name: tensor.numpy() for name, tensor in tensors.items() if purpose_of(name) == "mask"}
@@ -156,23 +152,27 @@ def adapter_compression(
 
 
 def format_compression(table: CompressionTable) -> str:
-    """A Markdown table, and a line on what it means and what is missing."""
+    """Render a table as Markdown, with the entropy and the missing compressors below it."""
     rows = []
     for row in table.rows:
-        bits = row.bits_per_weight
-        cells = {"compressor": row.method, "mask bytes": f"{row.mask_bytes:,}", "bits per weight": f"{bits:.4f}"}
-        cells |= {"× entropy": f"{bits / table.entropy:.3f}" if table.entropy else "–"}
-        cells |= {"less than packed %": f"{100 * (1 - bits):.1f}", "of fp32 %": f"{100 * bits / 32:.3f}"}
+        bits, size = row.bits_per_weight, row.weight_bytes
+        cells = {
+            "compressor": row.method,
+            "mask bytes": f"{row.mask_bytes:,}",
+            "bits per weight": f"{bits:.4f}",
+            "× entropy": f"{bits / table.entropy:.3f}" if table.entropy else "–",
+            "less than packed %": f"{100 * (1 - bits):.1f}",
+            "of fp32 %": f"{100 * bits / 32:.3f}",
+        }
         if table.weight_count:
-            size = row.weight_bytes
-            cells |= {"fp32 weights": "–" if size is None else f"{size:,}"}
-            cells |= {"of them %": "–" if size is None else f"{100 * size / (4 * table.weight_count):.1f}"}
+            cells["fp32 weights"] = "–" if size is None else f"{size:,}"
+            cells["of them %"] = "–" if size is None else f"{100 * size / (4 * table.weight_count):.1f}"
         rows.append(cells)
-    lines = [
-        markdown_table(rows),
-        "",
-        f"{table.mask_weights:,} masked weights, density {table.density:.4f}, entropy {table.entropy:.4f} bits each.",
-    ]
+    text = (
+        f"{markdown_table(rows)}\n\n{table.mask_weights:,} masked weights, density {table.density:.4f}, "
+        f"entropy {table.entropy:.4f} bits each."
+    )
     if table.missing:
-        lines.append(f"Not installed and left out: {', '.join(table.missing)} ({_EXTRA}).")
-    return "\n".join(lines)
+        missing = ", ".join(table.missing)
+        text += f"\nNot installed and left out: {missing} (pip install 'smn_peft[compression]')."
+    return text

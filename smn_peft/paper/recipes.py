@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..analysis import plot_curves
-from ..analysis.curves import Series, mean_curve
+from ..analysis import Series, mean_curve, plot_curves
 from .artefact import Artefact, Cell
 from .scale import Scale
 

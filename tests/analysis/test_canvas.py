@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from smn_peft.analysis.canvas import canvas, legend_outside
+from smn_peft.analysis.plots import canvas
 
 
 def test_a_picture_is_white_and_the_users_settings_stay(tmp_path):
@@ -15,7 +15,6 @@ def test_a_picture_is_white_and_the_users_settings_stay(tmp_path):
     with canvas(tmp_path / "new" / "a.png", columns=2) as axes:
         assert len(axes) == 2
         axes[0].plot([0, 1], [0, 1], label="line")
-        legend_outside(axes[0])
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert image.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
     assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What masks, clusters and features look like, as data: densities, similarity, composition, maps."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..evaluation import Features
+
+__all__ = [
+    "ClusterComposition",
+    "EmbeddingMap",
+    "LayerDensity",
+    "Similarity",
+    "average_densities",
+    "cluster_composition",
+    "embedding_map",
+    "layer_densities",
+    "mask_similarity",
+    "similarity_matrix",
+]
+
+_BLOCK = re.compile(
+    r"(?:^|\.)(?P<block>(?:layers?|stages?|blocks?|resblocks)[._]?\d+(?:\.(?:blocks?\.)?\d+(?=\.))?)\.(?P<rest>.+)$"
+)
+
+
+@dataclass(frozen=True)
+class LayerDensity:
+    """Density of one masked tensor; the paper calls it sparsity.
+
+    Attributes:
+        name: Name of the tensor in the model.
+        block: The block it lies in, "blocks.3" or "layer2.0"; "" outside of blocks.
+        kind: Its name within the block, "attn.qkv.weight" or "conv1.weight".
+        weights: Number of its weights.
+        density: Fraction that is active; after averaging the mean.
+        spread: Standard deviation over the averaged masks, None for one.
+    """
+
+    name: str
+    block: str
+    kind: str
+    weights: int
+    density: float
+    spread: float | None = None
+
+
+def layer_densities(masks: Mapping[str, Tensor]) -> list[LayerDensity]:
+    """Density of every masked tensor, in the model's order.
+
+    Args:
+        masks: Bool masks by tensor name, as `model.masks()` returns them.
+
+    Raises:
+        ValueError: There is no mask.
+    """
+    if not masks:
+        raise ValueError("There are no masks: the adapter masks nothing.")
+    rows = []
+    for name, mask in masks.items():
+        found = _BLOCK.search(name)
+        block, kind = (found["block"], found["rest"]) if found else ("", name)
+        kind = re.sub(r"\.\d+(?=\.)", "", kind)
+        rows.append(LayerDensity(name, block, kind, mask.numel(), int(mask.count_nonzero()) / max(1, mask.numel())))
+    return rows
+
+
+def average_densities(runs: Sequence[Sequence[LayerDensity]]) -> list[LayerDensity]:
+    """Mean and standard deviation of the densities of several masks.
+
+    Raises:
+        ValueError: There are no masks, or they mask different layers.
+    """
+    if not runs or any([row.name for row in run] != [row.name for row in runs[0]] for run in runs):
+        raise ValueError(
+            "Only masks of the same layers are averaged: name runs of one backbone and one set of layers."
+        )
+    averaged = []
+    for rows in zip(*runs, strict=True):
+        values = [row.density for row in rows]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        averaged.append(replace(rows[0], density=statistics.fmean(values), spread=spread))
+    return averaged
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Two masks of the same weights compared by their inactive weights, which are few.
+
+    Attributes:
+        first: Name of the first mask.
+        second: Name of the second.
+        jaccard: Weights inactive in both over those inactive in either; 1 where neither has any.
+        jaccard_chance: The same, expected of random masks with each layer's own densities.
+        hamming: Fraction of the weights on which the masks differ.
+        hamming_chance: The same by chance.
+    """
+
+    first: str
+    second: str
+    jaccard: float
+    jaccard_chance: float
+    hamming: float
+    hamming_chance: float
+
+
+def mask_similarity(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str] = ("first", "second")
+) -> Similarity:
+    """Compare two masks with each other, and with random masks of the same density in every tensor.
+
+    Args:
+        first: Bool masks by tensor name.
+        second: Masks of the same tensors.
+        names: Names of the two in the result and in errors.
+
+    Raises:
+        ValueError: The tensors or their shapes differ.
+    """
+    shapes = [{name: tuple(mask.shape) for name, mask in masks.items()} for masks in (first, second)]
+    if shapes[0] != shapes[1] or not first:
+        differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
+        where = f", such as {differing[0][0]}" if differing else ""
+        raise ValueError(f"{names[0]} and {names[1]} mask other tensors{where}: name runs of one backbone and layers.")
+    off = both = total = 0
+    by_chance = 0.0
+    for name, mask in first.items():
+        one, two = ~mask.cpu(), ~second[name].cpu()
+        counts = int(one.count_nonzero()), int(two.count_nonzero())
+        both += int((one & two).count_nonzero())
+        by_chance += counts[0] * counts[1] / max(1, one.numel())
+        off += sum(counts)
+        total += one.numel()
+
+    def jaccard(common: float) -> float:
+        return common / (off - common) if off else 1.0
+
+    def hamming(common: float) -> float:
+        return (off - 2 * common) / total
+
+    return Similarity(*names, jaccard(both), jaccard(by_chance), hamming(both), hamming(by_chance))
+
+
+def similarity_matrix(masks: Mapping[str, Mapping[str, Tensor]]) -> list[Similarity]:
+    """Compare every pair of the named masks once.
+
+    Raises:
+        ValueError: There are fewer than two masks, or they mask different tensors.
+    """
+    names = list(masks)
+    if len(names) < 2:
+        raise ValueError(f"Similarity is between two masks or more; got {len(names)}.")
+    return [
+        mask_similarity(masks[one], masks[two], (one, two)) for i, one in enumerate(names) for two in names[i + 1 :]
+    ]
+
+
+@dataclass(frozen=True)
+class ClusterComposition:
+    """Classes in one cluster of a router.
+
+    Attributes:
+        cluster: Index of the cluster.
+        images: Number of images in it.
+        cumulative: Share of its images in its most common class, in its two most common, and so on.
+    """
+
+    cluster: int
+    images: int
+    cumulative: tuple[float, ...]
+
+
+def cluster_composition(
+    assignments: Tensor, labels: Tensor, num_classes: int | None = None
+) -> list[ClusterComposition]:
+    """Composition of every cluster that has an image (Figure 11).
+
+    Args:
+        assignments: int64 (n,), the cluster of each image.
+        labels: int64 (n,), the class of each image.
+        num_classes: Number of classes; None: the largest label + 1.
+
+    Raises:
+        ValueError: There are no images, or the shapes differ.
+    """
+    if assignments.ndim != 1 or assignments.shape != labels.shape or not len(labels):
+        raise ValueError(
+            f"Assignments and labels must be (n,) of the same images; got {tuple(assignments.shape)} and "
+            f"{tuple(labels.shape)}."
+        )
+    count = int(labels.max()) + 1 if num_classes is None else num_classes
+    found = []
+    for cluster in assignments.unique().tolist():
+        mine = torch.bincount(labels[assignments == cluster], minlength=count).sort(descending=True).values
+        shares = (mine.cumsum(0).double() / mine.sum()).tolist()
+        found.append(ClusterComposition(int(cluster), int(mine.sum()), tuple(shares)))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingMap:
+    """Features laid out in the plane: what was embedded, fp32 points (n, 2), and int64 labels (n,)."""
+
+    label: str
+    points: Tensor
+    labels: Tensor
+
+
+def embedding_map(
+    features: Features, label: str, *, classes: int | None = 20, perplexity: float = 30.0, seed: int = 0
+) -> EmbeddingMap:
+    """Lay out L2-normalised features by scikit-learn's t-SNE, initialised by PCA (Figure 10).
+
+    Distances between far points of such a map mean nothing, nor do its axes.
+
+    Args:
+        features: Labelled features.
+        label: Title of the map.
+        classes: Take the first so many classes only, as the figure does; None takes all.
+        perplexity: t-SNE's, lowered where there are too few points for it.
+        seed: t-SNE's.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: There are no labels, or fewer than 4 points.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError(
+            "An embedding map is made by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
+        ) from error
+    labels = features.labels_for("An embedding map")
+    chosen = torch.ones_like(labels, dtype=torch.bool) if classes is None else labels < classes
+    count = int(chosen.sum())
+    if count < 4:
+        raise ValueError(
+            f"An embedding map needs 4 points at least; there are {count} of the first {classes} classes."
+        )
+    vectors = torch.nn.functional.normalize(features.features[chosen], dim=1).numpy()
+    layout = TSNE(2, perplexity=min(perplexity, (count - 1) / 3), init="pca", random_state=seed)
+    return EmbeddingMap(label, torch.from_numpy(layout.fit_transform(vectors)).float(), labels[chosen])

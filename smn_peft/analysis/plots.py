@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines as data, and plots: every `plot_…` function draws into `path`, a .png, .svg or .pdf file."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..evaluation import EvalReport, format_fraction, markdown_table
+from ..storage import atomic_write
+from .masks import ClusterComposition, EmbeddingMap, LayerDensity, Similarity
+
+__all__ = [
+    "SelectiveRow",
+    "Series",
+    "canvas",
+    "low_shot_series",
+    "low_shot_table",
+    "mean_curve",
+    "plot_clusters",
+    "plot_curves",
+    "plot_densities",
+    "plot_embedding_maps",
+    "plot_low_shot",
+    "plot_selective",
+    "plot_similarity",
+    "selective_series",
+    "smooth",
+]
+
+# Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLES = ("-", "--", "-.", ":")
+_SETTINGS = {
+    "axes.axisbelow": True,
+    "axes.facecolor": "white",
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "white",
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",  # text stays text
+}
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot.
+
+    Attributes:
+        label: Its name in the legend.
+        x: Positions.
+        y: Values, as many.
+        spread: Standard deviation of each value; empty if unknown.
+
+    Raises:
+        ValueError: The lengths differ.
+    """
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    spread: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("x", "y", "spread"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if len(self.x) != len(self.y) or len(self.spread) not in (0, len(self.y)):
+            raise ValueError(
+                f"{self.label!r} has {len(self.x)} positions, {len(self.y)} values and {len(self.spread)} spreads."
+            )
+
+
+def _averaged(label: str, values: Mapping[float, Sequence[float]]) -> Series:
+    """Mean at every position; standard deviation too if every position has several values."""
+    points = sorted(values.items())
+    spread = tuple(statistics.stdev(y) for _, y in points) if all(len(y) > 1 for _, y in points) else ()
+    return Series(label, tuple(x for x, _ in points), tuple(statistics.fmean(y) for _, y in points), spread)
+
+
+def mean_curve(label: str, curves: Sequence[Mapping[float, float]]) -> Series:
+    """Mean and standard deviation of several curves, at the positions that all of them have.
+
+    Args:
+        label: Name of the line.
+        curves: Value by position, one mapping per seed.
+
+    Raises:
+        ValueError: There are no curves, or they have no position in common.
+    """
+    common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    if not common:
+        raise ValueError(f"The {len(curves)} curves of {label!r} have no position in common.")
+    return _averaged(label, {x: [curve[x] for curve in curves] for x in common})
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Trailing mean over at most `window` values.
+
+    Raises:
+        ValueError: The window is below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window must be at least 1; got {window}.")
+    return [statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def _label_fraction(report: EvalReport) -> float:
+    if "label_fraction" not in report.settings:
+        raise ValueError(f"The report of {report.label!r} has no label_fraction in its settings: it is not low-shot.")
+    return float(report.settings["label_fraction"])
+
+
+def low_shot_series(reports: Sequence[EvalReport]) -> list[Series]:
+    """A line per label: accuracy in percent over the labelled fraction in percent.
+
+    Args:
+        reports: From `low_shot_reports`, each with its `label_fraction`.
+
+    Raises:
+        ValueError: A report is not of a low-shot run.
+    """
+    series = []
+    for label in dict.fromkeys(report.label for report in reports):
+        mine = sorted((report for report in reports if report.label == label), key=_label_fraction)
+        x, y = [100 * _label_fraction(report) for report in mine], [100 * report.value for report in mine]
+        known = all(report.spread is not None for report in mine)
+        series.append(Series(label, tuple(x), tuple(y), tuple(100 * (r.spread or 0.0) for r in mine) if known else ()))
+    return series
+
+
+def low_shot_table(reports: Sequence[EvalReport]) -> str:
+    """A Markdown table in percent: a row per method, a column per fraction."""
+    columns = {_label_fraction(report): f"{100 * _label_fraction(report):g} % of labels" for report in reports}
+    rows: dict[str, dict[str, str]] = {}
+    for report in reports:
+        row = rows.setdefault(report.label, {"method": report.label, **dict.fromkeys(columns.values(), "–")})
+        row[columns[_label_fraction(report)]] = format_fraction(report.value, report.spread)
+    return markdown_table(list(rows.values()))
+
+
+@dataclass(frozen=True)
+class SelectiveRow:
+    """Accuracy of a run, and the share of the maskable weights that its mask may touch; both from 0 to 1."""
+
+    label: str
+    share: float
+    accuracy: float
+
+
+def selective_series(rows: Sequence[SelectiveRow]) -> list[Series]:
+    """A line per label: accuracy in percent over the share in percent, averaged over runs of one share."""
+    lines: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        lines.setdefault(row.label, {}).setdefault(100 * row.share, []).append(100 * row.accuracy)
+    return [_averaged(label, values) for label, values in lines.items()]
+
+
+@contextmanager
+def canvas(path: PathLike, columns: int = 1, size: tuple[float, float] = (6.0, 4.0)) -> Iterator[list[Any]]:
+    """Axes to draw on, saved as a picture when the block ends without an error.
+
+    Args:
+        path: File to write; its suffix names the format.
+        columns: Number of axes side by side.
+        size: Width and height of each in inches.
+
+    Yields:
+        The axes, one per column.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: The suffix names no format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path} must end in .png, .svg or .pdf, which names the format of the picture.")
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Plots are drawn by matplotlib, which is not installed: pip install 'smn_peft[plot]'."
+        ) from error
+    style: Any = {**matplotlib.rcParamsDefault, **_SETTINGS, "backend": "agg"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield list(figure.subplots(1, columns, squeeze=False)[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
+
+
+def _legend_outside(axes: Any, **options: Any) -> None:
+    """Put the legend right of the axes, where it covers no data."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, **options)
+
+
+def _draw_points(axes: Any, series: Sequence[Series]) -> None:
+    """Draw lines with markers and error bars."""
+    for index, line in enumerate(series):
+        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
+        axes.errorbar(line.x, line.y, line.spread or None, marker=marker, color=colour, capsize=2, label=line.label)
+
+
+def _draw_bands(axes: Any, series: Sequence[Series]) -> None:
+    """Draw lines with bands of ± the spread; each is thinner and more broken, and shows an equal one below it."""
+    last = len(series) - 1
+    for index, line in enumerate(series):
+        colour = _COLOURS[index % len(_COLOURS)]
+        form = {"linewidth": 1.5 + 4.0 * (last - index) / max(1, last), "alpha": 1.0 if index == last else 0.5}
+        axes.plot(line.x, line.y, _STYLES[index % 4], color=colour, label=line.label, **form)
+        if line.spread:
+            low, high = ([y + sign * s for y, s in zip(line.y, line.spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def plot_curves(
+    panels: Mapping[str, Sequence[Series]],
+    path: PathLike,
+    *,
+    xlabel: str = "optimizer step",
+    ylabel: str = "training loss (nats)",
+    markers: bool = False,
+) -> None:
+    """Draw lines, a panel per title side by side (Figure 5 has two).
+
+    Args:
+        panels: Lines by the panel's title.
+        path: File to write.
+        xlabel: Label of the x-axes, with the unit.
+        ylabel: Label of the y-axes, with the unit.
+        markers: Draw markers and error bars, and let each panel have its own scale; else bands, all on one scale.
+    """
+    with canvas(path, columns=len(panels), size=(5.5, 4.0)) as axes:
+        ends = [value for lines in panels.values() for line in lines for value in line.y]
+        margin = 0.05 * (max(ends) - min(ends) or 1.0)
+        for part, (title, lines) in zip(axes, panels.items(), strict=True):
+            (_draw_points if markers else _draw_bands)(part, lines)
+            part.set(xlabel=xlabel, ylabel=ylabel, title=title)
+            if not markers:
+                part.set_ylim(min(ends) - margin, max(ends) + margin)
+            part.legend(frameon=False)
+
+
+def plot_low_shot(series: Sequence[Series], path: PathLike, *, title: str = "") -> None:
+    """Draw accuracy over the labelled fraction, on a logarithmic axis (Figure 3)."""
+    with canvas(path) as (axes,):
+        _draw_points(axes, series)
+        ticks = sorted({x for line in series for x in line.x})
+        axes.set(xscale="log", xlabel="labelled training images (%)", ylabel="test accuracy (%)", title=title)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+
+
+def plot_selective(
+    series: Sequence[Series],
+    path: PathLike,
+    *,
+    frozen: float | None = None,
+    title: str = "",
+    ylabel: str = "k-NN accuracy (%)",
+) -> None:
+    """Draw accuracy over the share of maskable weights (Figures 8, 9), and that of the frozen base (0 to 1) as a level."""
+    with canvas(path) as (axes,):
+        _draw_points(axes, series)
+        if frozen is not None:
+            axes.axhline(100 * frozen, color="0.4", linestyle=":", label="frozen base")
+        axes.set(xscale="log", xlabel="weights that a mask may touch (%)", ylabel=ylabel, title=title)
+        ticks = [tick for tick in (0.1, 1, 10, 100) if tick >= min(x for line in series for x in line.x) / 2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.legend(frameon=False)
+
+
+def plot_densities(groups: Mapping[str, Sequence[LayerDensity]], path: PathLike, *, title: str = "") -> None:
+    """Draw density over the layers in the model's order.
+
+    One group is drawn as a line per kind of layer over the blocks (Figure 6), several as a line each over all layers
+    (Figure 7).
+
+    Args:
+        groups: Rows by label.
+        path: File to write.
+        title: Title of the picture.
+    """
+    lines: dict[str, list[tuple[int, LayerDensity]]] = {}
+    (first, *others) = groups.values()
+    if others:
+        lines = {label: list(enumerate(rows)) for label, rows in groups.items()}
+        starts = [i for i, row in enumerate(first) if i == 0 or row.block != first[i - 1].block]
+        ticks = {i: first[i].block or first[i].name.split(".")[-2] for i in starts}
+    else:
+        blocks = list(dict.fromkeys(row.block for row in first))
+        ticks = {i: block or "outside" for i, block in enumerate(blocks)}
+        for row in first:
+            lines.setdefault(row.kind, []).append((blocks.index(row.block), row))
+    with canvas(path, size=(9.0, 4.5)) as (axes,):
+        for index, (label, points) in enumerate(lines.items()):
+            axes.errorbar(
+                [x for x, _ in points],
+                [100 * row.density for _, row in points],
+                [100 * (row.spread or 0.0) for _, row in points],
+                marker=_MARKERS[index % len(_MARKERS)],
+                color=_COLOURS[index % len(_COLOURS)],
+                linestyle="-" if index < len(_COLOURS) else "--",
+                markersize=4,
+                capsize=2,
+                label=label,
+            )
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=90)
+        axes.set(xlabel="block, from the input to the output", ylabel="active weights (%)", title=title)
+        _legend_outside(axes, title=None if others else "tensor", borderaxespad=0.0)
+
+
+def plot_similarity(rows: Sequence[Similarity], path: PathLike, *, title: str = "") -> None:
+    """Draw a square per pair: the Jaccard index of the inactive weights below the diagonal, chance above it."""
+    names = list(dict.fromkeys(name for row in rows for name in (row.first, row.second)))
+    values: list[list[float]] = [[float("nan")] * len(names) for _ in names]
+    for row in rows:
+        i, j = sorted((names.index(row.first), names.index(row.second)))
+        values[j][i], values[i][j] = 100 * row.jaccard, 100 * row.jaccard_chance
+    highest = max(100 * max(row.jaccard, row.jaccard_chance) for row in rows) or 1.0
+    side = max(4.5, 0.9 * len(names) + 2.0)
+    with canvas(path, size=(side + 1.2, side)) as (axes,):
+        axes.grid(False)
+        image = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest)
+        for j, line in enumerate(values):
+            for i, value in enumerate(line):
+                colour, text = "white" if value > 0.6 * highest else "black", "–" if i == j else f"{value:.1f}"
+                axes.text(i, j, text, ha="center", va="center", color=colour)
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(title or "below the diagonal: measured; above: by chance")
+        axes.figure.colorbar(image, ax=axes, label="Jaccard index of the inactive weights (%)")
+
+
+def plot_clusters(clusters: Sequence[ClusterComposition], path: PathLike, *, title: str = "") -> None:
+    """Draw the composition of every cluster, and of a cluster in which all classes are equally common."""
+    with canvas(path) as (axes,):
+        classes = max(len(cluster.cumulative) for cluster in clusters)
+        x = range(1, classes + 1)
+        for index, cluster in enumerate(clusters):
+            label = f"cluster {cluster.cluster + 1}: {cluster.images:,} images"
+            style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": "-" if index < len(_COLOURS) else "--"}
+            axes.plot(x, [100 * share for share in cluster.cumulative], label=label, **style)
+        axes.plot(x, [100 * count / classes for count in x], color="0.4", linestyle=":", label="all classes alike")
+        axes.set(xlabel="most common classes of the cluster", ylabel="images of the cluster (%)", title=title)
+        axes.set_ylim(0, 103)
+        axes.legend(frameon=False, loc="lower right")
+
+
+def plot_embedding_maps(maps: Sequence[EmbeddingMap], path: PathLike, *, names: Sequence[str] | None = None) -> None:
+    """Draw maps of the same classes side by side, a colour per class, named in the legend by `names`."""
+    with canvas(path, columns=len(maps), size=(4.5, 4.5)) as axes:
+        import matplotlib
+
+        present = sorted({int(label) for one in maps for label in one.labels.unique()})
+        palette = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20"]
+        for part, one in zip(axes, maps, strict=True):
+            for index, label in enumerate(present):
+                points = one.points[one.labels == label]
+                name = names[label] if names is not None and label < len(names) else f"class {label}"
+                part.scatter(points[:, 0], points[:, 1], s=8, color=palette(index % palette.N), label=name)
+            part.set(title=one.label, xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)", xticks=[], yticks=[])
+            part.grid(False)
+        _legend_outside(axes[-1], markerscale=2, fontsize=8)
