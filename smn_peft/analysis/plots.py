@@ -274,7 +274,7 @@ def plot_selective(
     title: str = "",
     ylabel: str = "k-NN accuracy (%)",
 ) -> None:
-    """Draw accuracy over the share of maskable weights (Figures 8, 9), and that of the frozen base (0 to 1) as a level."""
+    """Draw accuracy over the share of maskable weights (Figures 8, 9); `frozen` (0 to 1) is drawn as a level."""
     with canvas(path) as (axes,):
         _draw_points(axes, series)
         if frozen is not None:
