@@ -17,9 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from smn_peft.paper import ARTEFACTS
+from smn_peft.paper import ARTEFACTS, render
 from smn_peft.paper.claims import CLAIMS, claims_table
-from smn_peft.paper.record import render
 
 RECORDS = Path(__file__).with_name("records") / "paper"
 PAGE = Path(__file__).with_name("RESULTS.md")

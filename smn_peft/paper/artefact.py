@@ -1,21 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Artefact`: a table or figure of the paper as data: its runs, what is read from each, the paper's numbers."""
+"""`Artefact`: a table or figure as data. `reproduce` makes its runs, its record (JSON), its Markdown and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .run_spec import RunSpec
-from .scale import Scale
-from .store import RunStore
+import yaml
 
-__all__ = ["Artefact", "Cell", "Numbers"]
+from ..evaluation import library_versions, markdown_table
+from ..storage import atomic_write
+from ..training.shared import share
+from .runs import RunSpec, RunStore, missing_files
+from .scales import Scale
 
-#: Numbers of the paper: fractions (or what the section says) by section, row and column.
+__all__ = [
+    "Artefact",
+    "Cell",
+    "Numbers",
+    "Record",
+    "Reproduction",
+    "artefact",
+    "by_section",
+    "make_record",
+    "needed_runs",
+    "render",
+    "reproduce",
+]
+
+#: Numbers of the paper by section, row and column: fractions, unless the section says otherwise.
 Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]
+#: What `make_record` returns, or the JSON of it.
+Record = Mapping[str, Any]
+# Unit, factor and digits of metrics that are not percentages with one digit.
+_FORMATS = {
+    "bytes": ("kB", 1e-3, 1),
+    "cascade_bytes": ("kB", 1e-3, 1),
+    "loss": ("nats", 1.0, 4),
+    "density": ("", 100, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -23,11 +52,11 @@ class Cell:
     """One number of a table: a metric of a run, over the seeds.
 
     Attributes:
-        section: Table that it stands in, where an artefact has several.
+        section: Sub-table; "" where there is one only.
         row: Row.
         column: Column.
         run: The run, without its seed.
-        metric: See `smn_peft.paper.metrics`.
+        metric: See `RunStore.measure`.
     """
 
     section: str
@@ -36,6 +65,11 @@ class Cell:
     run: RunSpec
     metric: str
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the metric is the frozen base's, which is the same for every seed."""
+        return self.metric.startswith("frozen_")
+
 
 @dataclass(frozen=True)
 class Artefact:
@@ -43,23 +77,196 @@ class Artefact:
 
     Attributes:
         name: "table2", "figure8".
-        title: What it shows.
+        title: Heading.
         cells: Its numbers at a scale; every run that it needs is the run of a cell.
         paper: The paper's numbers, where it prints some.
-        note: What to know when reading it: how it differs from the paper's.
-        details: What else is shown, from finished runs: (store, scale, seeds) -> what JSON can hold; its
-            "markdown", if it has any, stands below the table.
-        draw: Makes pictures: (record, folder, stem of the files' names) -> their paths.
-        seeds: Seeds that it takes if none are asked for.
+        note: How it differs from the paper's, and what to know when reading it.
+        details: (store, cells, seeds) -> further data as JSON; its "markdown", if any, is shown below the table.
+        draw: (record, stem of the files' names) -> the pictures that it wrote.
+        seeds: Default number of seeds.
         each_seed: Show every seed's value beside their mean.
     """
 
     name: str
     title: str
-    cells: Callable[[Scale], Sequence[Cell]]
-    paper: Numbers = field(default_factory=dict)
+    cells: Callable[[Scale], list[Cell]]
+    paper: Numbers
     note: str = ""
-    details: Callable[[RunStore, Scale, Sequence[int]], Any] | None = None
-    draw: Callable[[Mapping[str, Any], Path, str], list[Path]] | None = None
+    details: Callable[[RunStore, Sequence[Cell], Sequence[int]], Any] | None = None
+    draw: Callable[[Record, Path], list[Path]] | None = None
     seeds: int = 3
     each_seed: bool = False
+
+
+def artefact(name: str, title: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell]]], Artefact]:
+    """Decorate the function that lists the cells of an artefact; `options` are the other attributes of `Artefact`."""
+    return lambda cells: Artefact(name, title, cells, _papers_numbers().get(name, {}), **options)
+
+
+@cache
+def _papers_numbers() -> Mapping[str, Numbers]:
+    """The paper's numbers by artefact, from ``numbers.yaml``, which names the columns of a table once."""
+    content = yaml.safe_load(resources.files(__package__).joinpath("numbers.yaml").read_text("utf-8"))
+    return {
+        name: {
+            section: {row: dict(zip(table["columns"], values, strict=True)) for row, values in rows.items()}
+            for section, rows in table["sections"].items()
+        }
+        for name, table in content.items()
+    }
+
+
+def needed_runs(artefact: Artefact, scale: Scale, seeds: Sequence[int]) -> list[RunSpec]:
+    """The runs of an artefact, each once; a run whose density another takes comes before it."""
+    found: dict[str, RunSpec] = {}
+    for seed in seeds:
+        for cell in artefact.cells(scale):
+            if cell.frozen and seed != seeds[0]:
+                continue
+            spec = cell.run.seeded(seed)
+            if spec.found is not None:
+                found.setdefault(spec.found.id, spec.found)
+            found.setdefault(spec.id, spec)
+    return list(found.values())
+
+
+def make_record(artefact: Artefact, scale: Scale, store: RunStore, seeds: Sequence[int]) -> dict[str, Any]:
+    """Read the numbers of an artefact from its finished runs, as JSON-compatible data."""
+    cells, rows, failures = artefact.cells(scale), [], {}
+    for cell in cells:
+        specs = [cell.run.seeded(seed) for seed in (seeds[:1] if cell.frozen else seeds)]
+        failures.update({spec.id: reason for spec in specs if (reason := store.failure(spec)) is not None})
+        place = {name: getattr(cell, name) for name in ("section", "row", "column", "metric")}
+        values = [store.measure(spec, cell.metric) for spec in specs]
+        rows.append({**place, "values": values, "runs": [spec.id for spec in specs]})
+    return {
+        "format": 1,
+        "name": artefact.name,
+        "title": artefact.title,
+        "note": artefact.note,
+        "scale": scale.name,
+        "seeds": list(seeds),
+        "each_seed": artefact.each_seed,
+        "cells": rows,
+        "failures": failures,
+        "paper": artefact.paper,
+        "details": None if artefact.details is None else artefact.details(store, cells, seeds),
+        "versions": library_versions(),
+    }
+
+
+def by_section(record: Record) -> dict[str, list[Mapping[str, Any]]]:
+    """Cells of a record by section."""
+    sections: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in record["cells"]:
+        sections.setdefault(cell["section"], []).append(cell)
+    return sections
+
+
+def render(record: Record) -> str:
+    """Render a record as Markdown: what was measured, then the paper's numbers."""
+    seeds = len(record["seeds"])
+    over = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    parts = [f"## {record['title']}", f"Scale `{record['scale']}`, {over}; accuracies and densities in percent."]
+    parts += [record["note"]] if record["note"] else []
+    for section, cells in by_section(record).items():
+        parts += [f"### {section}"] if section else []
+        parts.append(_each_seed(cells) if record["each_seed"] else _table(map(_mean, cells)))
+    if isinstance(record["details"], Mapping) and "markdown" in record["details"]:
+        parts.append(record["details"]["markdown"])
+    parts += [f"Run {id} failed: {' '.join(reason.split())}" for id, reason in record["failures"].items()]
+    if record["paper"]:
+        parts.append("### The paper's numbers")
+        for section, rows in record["paper"].items():
+            parts += [f"{section}:"] if section else []
+            values = ((row, column, f"{100 * rows[row][column]:.1f}") for row in rows for column in rows[row])
+            parts.append(_table(values))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(cells: Iterable[tuple[str, str, str]]) -> str:
+    """Markdown of (row, column, text)."""
+    cells = list(cells)
+    columns = dict.fromkeys((column for _, column, _ in cells), "–")
+    rows: dict[str, dict[str, str]] = {}
+    for row, column, text in cells:
+        rows.setdefault(row, {"": row, **columns})[column] = text
+    return markdown_table(list(rows.values()))
+
+
+def _mean(cell: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Row, column with its unit, and mean with its standard deviation."""
+    unit, factor, digits = _FORMATS.get(cell["metric"].partition("@")[0], ("", 100.0, 1))
+    values, column = cell["values"], f"{cell['column']} ({unit})" if unit else cell["column"]
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return cell["row"], column, f"{len(values) - len(known)} of {len(values)} failed"
+    spread = f" ± {factor * statistics.stdev(known):,.{digits}f}" if len(known) > 1 else ""
+    return cell["row"], column, f"{factor * statistics.fmean(known):,.{digits}f}{spread}"
+
+
+def _each_seed(cells: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the percentages of every seed, their mean and standard deviation."""
+    rows = []
+    for cell in cells:
+        known = [value for value in cell["values"] if value is not None]
+        row = {f"R{i + 1}": "failed" if v is None else f"{100 * v:.1f}" for i, v in enumerate(cell["values"])}
+        row["mean"] = f"{100 * statistics.fmean(known):.1f}" if known else "–"
+        row["std"] = f"{100 * statistics.stdev(known):.1f}" if len(known) > 1 else "–"
+        rows.append({"": f"{cell['row']}, {cell['column']}", **row})
+    return markdown_table(rows)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """Result of `reproduce`: the record, its Markdown, and the files written (record, Markdown, pictures)."""
+
+    record: dict[str, Any]
+    text: str
+    files: tuple[Path, ...]
+
+
+def reproduce(
+    artefact: Artefact,
+    scale: Scale,
+    *,
+    seeds: int | None = None,
+    output: str | Path = "runs/paper",
+    say: Callable[[str], None] = lambda text: None,
+) -> Reproduction:
+    """Make a table or figure; runs that are done, for this one or for another, are not done again.
+
+    Args:
+        artefact: The table or figure.
+        scale: Its size.
+        seeds: Number of seeds; None: the artefact's default.
+        output: Folder of the runs and of what is written.
+        say: Called with a line of text when a run starts.
+
+    Raises:
+        ValueError: Files that the runs read are missing; nothing is run then.
+        Interrupted: After Ctrl-C; the same call goes on.
+    """
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {seeds}.")
+    chosen, store = range(seeds or artefact.seeds), RunStore(output)
+    specs = needed_runs(artefact, scale, chosen)
+    todo = [spec for spec in specs if not store.is_done(spec)]
+    if problem := missing_files(todo):
+        raise ValueError(f"{artefact.name} at scale {scale.name!r}: {problem}")
+    with share():
+        for number, spec in enumerate(todo, 1):
+            say(f"{artefact.name}: run {number} of {len(todo)} ({len(specs) - len(todo)} were done), {spec.id}")
+            store.ensure(spec)
+    # As JSON holds it, so that text and pictures are what the file gives.
+    content = json.dumps(make_record(artefact, scale, store, chosen), indent=1, ensure_ascii=False)
+    record = json.loads(content)
+    text, stem = render(record), store.folder / f"{artefact.name}-{scale.name}"
+    files = [Path(f"{stem}.json"), Path(f"{stem}.md")]
+    store.folder.mkdir(parents=True, exist_ok=True)
+    for path, written in zip(files, (content + "\n", text), strict=True):
+        with atomic_write(path) as file:
+            file.write(written.encode())
+    if artefact.draw is not None:
+        files += artefact.draw(record, stem)
+    return Reproduction(record, text, tuple(files))

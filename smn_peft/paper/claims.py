@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's claims as comparisons of two rows of a table, judged by records: holds, does not, or cannot be told."""
+"""The paper's claims, each a comparison of two rows of a table, judged by its record."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from ..evaluation import markdown_table
+from .artefact import Record
 
 __all__ = ["CLAIMS", "Claim", "Verdict", "claims_table", "judge"]
 
@@ -19,11 +20,11 @@ class Claim:
 
     Attributes:
         text: The claim in words.
-        artefact: Name of the table or figure whose record judges it.
+        artefact: Name of the table or figure that judges it.
         row: The row that should be above.
         than: The row that it is compared with.
         short: By how much it may fall short (a fraction of 1).
-        of_paper: Whether the paper says so; else it is a control that the paper lacks.
+        of_paper: Whether the paper makes it; else it is a control that the paper lacks.
     """
 
     text: str
@@ -34,62 +35,33 @@ class Claim:
     of_paper: bool = True
 
 
-_RECIPES = "mask, the small recipe", "mask, the paper's recipe"
+_Control = partial(Claim, of_paper=False)
+_FULL, _CASCADE, _STATISTICS = "full fine-tuning", "cascade, unconditional", "BatchNorm statistics alone"
+_SMALL_RECIPE, _PAPER_RECIPE = "mask, the small recipe", "mask, the paper's recipe"
 
+#: What is judged, in the order of the paper; a text that starts with "…" continues the claim before it.
 CLAIMS = (
     Claim("a mask with labels beats k-NN on the frozen base", "table1", "mask", "k-NN, frozen base"),
-    Claim("a mask with labels comes within a point of full fine-tuning", "table1", "mask", "full fine-tuning", 0.01),
-    Claim(
-        "… by the paper's recipe too",
-        "table1",
-        "mask, SGD and a random head",
-        "full fine-tuning",
-        0.01,
-    ),
-    Claim("… beats a linear probe", "table1", "mask", "linear probe, frozen base", of_paper=False),
-    Claim("… beats LoRA of at most its bytes", "table1", "mask", "LoRA of at most the mask's bytes", of_paper=False),
-    Claim(
-        "… is more than statistics that adapt",
-        "table1",
-        "mask",
-        "new head, BatchNorm statistics alone",
-        of_paper=False,
-    ),
+    Claim("a mask with labels comes within a point of full fine-tuning", "table1", "mask", _FULL, 0.01),
+    Claim("… by the paper's recipe too", "table1", "mask, SGD and a random head", _FULL, 0.01),
+    _Control("… beats a linear probe", "table1", "mask", "linear probe, frozen base"),
+    _Control("… beats LoRA of at most its bytes", "table1", "mask", "LoRA of at most the mask's bytes"),
+    _Control("… is more than statistics that adapt", "table1", "mask", f"new head, {_STATISTICS}"),
     Claim("a mask without labels beats the frozen base", "table2", "threshold", "frozen base"),
     Claim("thresholds beat topk at 50 %", "table2", "threshold", "topk 50 %"),
     Claim("thresholds are no worse than topk at the density they found", "table2", "threshold", "topk, found density"),
-    Claim("… is more than statistics that adapt", "table2", "threshold", "BatchNorm statistics alone", of_paper=False),
-    Claim("… beats fine-tuning without labels", "table2", "threshold", "full fine-tuning", of_paper=False),
+    _Control("… is more than statistics that adapt", "table2", "threshold", _STATISTICS),
+    _Control("… beats fine-tuning without labels", "table2", "threshold", _FULL),
     Claim("a conditional cascade beats its dispatcher", "table3", "cascade, conditional", "dispatcher"),
-    Claim("an unconditional cascade beats its dispatcher", "table3", "cascade, unconditional", "dispatcher"),
-    Claim(
-        "… is more than whitening",
-        "table3",
-        "cascade, unconditional",
-        "dispatcher, whitened",
-        of_paper=False,
-    ),
-    Claim(
-        "… is more than as many dispatchers of other seeds",
-        "table3",
-        "cascade, unconditional",
-        "dispatchers of 4 seeds",
-        of_paper=False,
-    ),
+    Claim("an unconditional cascade beats its dispatcher", "table3", _CASCADE, "dispatcher"),
+    _Control("… is more than whitening", "table3", _CASCADE, "dispatcher, whitened"),
+    _Control("… is more than as many dispatchers of other seeds", "table3", _CASCADE, "dispatchers of 4 seeds"),
     Claim("masking a tenth of the weights beats the frozen base", "figure8", "random: 10 %", "frozen base"),
     Claim("masking half of the weights loses at most a point", "figure8", "random: 50 %", "all weights", 0.01),
     Claim("the largest tenth is a better choice than a random one", "figure9", "magnitude: 10 %", "random: 10 %"),
-    Claim("the small recipe beats the paper's", "recipes", *_RECIPES, of_paper=False),
-    Claim(
-        "the small recipe comes within a point of full fine-tuning",
-        "recipes",
-        "mask, the small recipe",
-        "full fine-tuning",
-        0.01,
-        of_paper=False,
-    ),
+    _Control("the small recipe beats the paper's", "recipes", _SMALL_RECIPE, _PAPER_RECIPE),
+    _Control("the small recipe comes within a point of full fine-tuning", "recipes", _SMALL_RECIPE, _FULL, 0.01),
 )
-"""What is judged, in the order of the paper; a text that starts with "…" goes on from the claim before it."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +69,17 @@ class Verdict:
     """A claim in one section of its artefact.
 
     Attributes:
-        claim: What was judged.
         where: A backbone, a metric, a length of training, or several of these.
-        differences: Row less `than`, by seed (fractions of 1).
+        differences: `row` less `than`, by seed (fractions of 1).
         says: "holds", "does not hold" or "cannot be told".
     """
 
-    claim: Claim
     where: str
     differences: tuple[float, ...]
     says: str
 
 
-def judge(claim: Claim, record: Mapping[str, Any]) -> list[Verdict]:
+def judge(claim: Claim, record: Record) -> list[Verdict]:
     """Compare the rows of a claim in every section that has both, seed by seed.
 
     It holds if every seed says so and the mean is two standard errors away from the margin, and does not hold if
@@ -117,22 +87,22 @@ def judge(claim: Claim, record: Mapping[str, Any]) -> list[Verdict]:
 
     Args:
         claim: The claim.
-        record: Of its artefact, see [`smn_peft.paper.record`].
+        record: Record of its artefact, from `smn reproduce`.
     """
     cells: dict[tuple[str, str], dict[str, Sequence[float | None]]] = {}
     for cell in record["cells"]:
         if cell["row"] in (claim.row, claim.than) and "bytes" not in cell["metric"] and cell["metric"] != "density":
             cells.setdefault((cell["section"], cell["column"]), {})[cell["row"]] = cell["values"]
-    verdicts = []
     both = {place: rows for place, rows in cells.items() if len(rows) == 2}
+    sections = [section for section, _ in both]
+    verdicts = []
     for (section, column), rows in both.items():
         own, other = rows[claim.row], rows[claim.than]
-        wide = max(len(own), len(other))
+        wide = max(len(own), len(other))  # the frozen base has one value
         pairs = zip(*(list(row) * (wide if len(row) == 1 else 1) for row in (own, other)), strict=True)
         differences = tuple(a - b for a, b in pairs if a is not None and b is not None)
-        alone = sum(other == section for other, _ in both) == 1
-        where = section if alone else f"{section}, {column}"
-        verdicts.append(Verdict(claim, where, differences, _says([d + claim.short for d in differences])))
+        where = section if sections.count(section) == 1 else f"{section}, {column}"
+        verdicts.append(Verdict(where, differences, _says([d + claim.short for d in differences])))
     return verdicts
 
 
@@ -146,7 +116,7 @@ def _says(margins: Sequence[float]) -> str:
     return "cannot be told"
 
 
-def claims_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+def claims_table(records: Mapping[str, Record]) -> str:
     """Markdown of all claims whose artefact has a record.
 
     Args:
@@ -163,7 +133,7 @@ def claims_table(records: Mapping[str, Mapping[str, Any]]) -> str:
                     "claim": claim.text if claim.of_paper else f"{claim.text} (not in the paper)",
                     "where": verdict.where or records[claim.artefact]["title"],
                     "points": mean + spread,
-                    "seeds": f"{len(points)}",
+                    "seeds": str(len(points)),
                     "at this scale it": verdict.says,
                 }
             )

@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from smn_peft.paper import RunStore, Scale, Setting
-from smn_peft.paper.run_spec import merged
+from smn_peft.paper.runs import merged
 from tests.training.tiny import SWAV, write_model, write_npz
 
 
@@ -52,13 +52,13 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         "full": merged(swav, {"adapt": "full", "lr": 0.01}),
         "statistics": merged(swav, {"adapt": "statistics"}),
     }
-    net = Setting("Net", base, supervised, ("colours",), 0.1, True)
+    net = Setting("Net", base, supervised, ("colours",), 0.1)
     return Scale(
         name="tiny",
         machine="any",
         datasets={"colours": {"dataset": str(tiny_folder / "set.npz")}},
         supervised={"net": net},
-        unsupervised={"net": Setting("Net", base, unsupervised, ("colours",), 0.1, True)},
+        unsupervised={"net": Setting("Net", base, unsupervised, ("colours",), 0.1)},
         main="net",
         varied="net",
         vit="net",
@@ -69,7 +69,6 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
             "table3_options": {"colours": {"batch_size": 8}},
             "figure10": "colours",
-            "figure10_classes": 3,
             "figure11": "colours",
             "table5": ("colours",),
             "table5_prototypes": (4, 6, 200),
@@ -81,8 +80,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "figure3": ("colours",),
             "figure3_fractions": (0.5,),
             "figure3_options": {},
-            "figure5": "colours",
-            "figure5_method": "mask",
+            "figure5": ("colours", "mask"),
             "figure6": ("colours",),
             "figure7": ("colours",),
             "figure8": "colours",

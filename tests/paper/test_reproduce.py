@@ -7,9 +7,7 @@ import json
 
 import pytest
 
-from smn_peft.paper import ARTEFACTS, RunStore, reproduce
-from smn_peft.paper.metrics import measure
-from smn_peft.paper.record import render
+from smn_peft.paper import ARTEFACTS, RunStore, render, reproduce
 from smn_peft.training import RunSummary
 
 
@@ -99,8 +97,8 @@ def test_nothing_runs_without_its_files(monkeypatch, tmp_path):
 
 def test_unknown_metrics(store, tiny_scale):
     with pytest.raises(ValueError, match="Unknown metric 'knm'; there are knn, "):
-        measure(store, tiny_scale.self_supervised("mask", "colours"), "knm")
+        store.measure(tiny_scale.self_supervised("mask", "colours"), "knm")
     spec = tiny_scale.self_supervised("mask", "colours")
     store.ensure(spec)
     with pytest.raises(ValueError, match="has no 'accuracy': its arguments do not ask for it"):
-        measure(store, spec, "accuracy")
+        store.measure(spec, "accuracy")

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's figures, and accuracy over the length of training by the small recipe and by the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..analysis import masks, plots
+from ..cascade import Cascade
+from ..evaluation import extract_features
+from ..training import load_masks
+from ..training.assemble import build_images, evaluation_of, load_base
+from ..training.metrics import METRICS_NAME, read_metrics
+from .artefact import Cell, Record, artefact, by_section
+from .runs import RunStore
+from .scales import Scale
+from .tables import frozen_cells
+
+__all__ = ["FIGURES", "RECIPES"]
+
+
+def _lines(cells: Sequence[Mapping[str, Any]]) -> list[plots.Series]:
+    """A line per row: percent over the number that the column begins with, averaged over the seeds."""
+    rows: dict[str, dict[float, list[float]]] = {}
+    for cell in cells:
+        if None not in cell["values"]:
+            rows.setdefault(cell["row"], {})[float(cell["column"].split()[0])] = cell["values"]
+    lines = []
+    for row, points in rows.items():
+        seeds = range(min(len(values) for values in points.values()))
+        lines.append(plots.mean_curve(row, [{x: 100 * y[seed] for x, y in points.items()} for seed in seeds]))
+    return lines
+
+
+def _draw_low_shot(record: Record, stem: Path) -> list[Path]:
+    files = []
+    for dataset, cells in by_section(record).items():
+        files.append(Path(f"{stem}-{dataset}.png"))
+        plots.plot_low_shot(_lines(cells), files[-1], title=dataset)
+    return files
+
+
+@artefact(
+    "figure3",
+    "Figure 3: few labels",
+    note=(
+        "Linear probes are the mean over three draws of the labels. The paper's text does not name the three datasets "
+        "of its figure, nor prints its numbers."
+    ),
+    draw=_draw_low_shot,
+)
+def _figure3(scale: Scale) -> list[Cell]:
+    supervised, options = scale.supervised[scale.resnet], scale.choices["figure3_options"]
+    cells = []
+    for dataset in scale.choices["figure3"]:
+        mask = scale.self_supervised("mask", dataset)
+        for fraction in scale.choices["figure3_fractions"]:
+            few = {**options, "fraction": fraction, "eval_probe": False}
+            full, own = (scale.run(supervised, method, dataset, **few) for method in ("full", "mask"))
+            for row, run, metric in (
+                ("linear probe, frozen base", mask, f"frozen_low_shot@{fraction:g}"),
+                ("full fine-tuning", full, "accuracy"),
+                ("mask with these labels", own, "accuracy"),
+                ("mask without labels, linear probe", mask, f"low_shot@{fraction:g}"),
+            ):
+                cells.append(Cell(dataset, row, f"{100 * fraction:g} %", run, metric))
+    return cells
+
+
+# Factor of the learning rate λ, initial score S⁰, threshold μ; the first two are equivalent.
+_HYPERPARAMETERS = ((1.0, 1.0, 0.0), (2.0, 2.5, 0.5), (2.0, 1.0, 0.0), (1.0, 2.0, 0.0), (1.0, 1.0, 0.5))
+
+
+def _losses(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> dict[str, Any]:
+    """Steps and losses by row and seed."""
+    curves = {}
+    for row, run in {cell.row: cell.run for cell in cells}.items():
+        logs = [read_metrics(store.path(run.seeded(seed)) / METRICS_NAME) for seed in seeds]
+        curves[row] = [[[line["step"], line["loss"]] for line in log if line.get("loss") is not None] for log in logs]
+    return curves
+
+
+def _draw_losses(record: Record, stem: Path) -> list[Path]:
+    lines = [
+        plots.mean_curve(name, [{float(step): loss for step, loss in seed} for seed in seeds])
+        for name, seeds in record["details"].items()
+    ]
+    path = Path(f"{stem}.png")
+    plots.plot_curves({"Equivalent": lines[:2], "One of them changed": [lines[0], *lines[2:]]}, path)
+    return [path]
+
+
+@artefact(
+    "figure5",
+    "Figure 5: equivalent hyper-parameters",
+    note=(
+        "The first two rows are equivalent by Theorems 1 and 2, and so are the third and the last. On one machine "
+        "without randomness they are the same runs up to rounding."
+    ),
+    details=_losses,
+    draw=_draw_losses,
+    seeds=1,
+)
+def _figure5(scale: Scale) -> list[Cell]:
+    dataset, method = scale.choices["figure5"]
+    run, cells = scale.run(scale.supervised[scale.resnet], method, dataset), []
+    for factor, score, threshold in _HYPERPARAMETERS:
+        lr = factor * run.arguments["lr"]
+        varied = run.at(lr=lr, mask={"init_score": score, "threshold": threshold})
+        for metric, column in (("loss", "last loss"), ("density", "density"), ("accuracy", "accuracy")):
+            cells.append(Cell("", f"λ = {lr:g}, S⁰ = {score:g}, μ = {threshold:g}", column, varied, metric))
+    return cells
+
+
+def _averaged_densities(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> dict[str, Any]:
+    """Density of every layer by row, over datasets and seeds, without failed runs."""
+    rows: dict[str, list[list[masks.LayerDensity]]] = {cell.row: [] for cell in cells}
+    for cell in cells:
+        for spec in map(cell.run.seeded, seeds):
+            if store.failure(spec) is None:
+                loaded = load_masks(store.path(spec), backbone=spec.backbone)
+                body = {name: mask for name, mask in loaded.items() if not name.startswith("head.")}
+                rows[cell.row].append(masks.layer_densities(body))  # a head's size is its dataset's
+    return {row: [asdict(one) for one in masks.average_densities(runs)] if runs else [] for row, runs in rows.items()}
+
+
+def _draw_densities(record: Record, stem: Path) -> list[Path]:
+    details = record["details"]
+    groups = {row: [masks.LayerDensity(**layer) for layer in layers] for row, layers in details.items() if layers}
+    if not groups:
+        return []
+    path = Path(f"{stem}.png")
+    title = "Density per layer" if len(details) > 1 else f"{next(iter(groups))}, with labels"
+    plots.plot_densities(groups, path, title=title)
+    return [path]
+
+
+@artefact("figure6", "Figure 6: density per layer of a transformer", details=_averaged_densities, draw=_draw_densities)
+def _figure6(scale: Scale) -> list[Cell]:
+    setting, datasets = scale.supervised[scale.vit], scale.choices["figure6"]
+    return [Cell("", setting.label, name, scale.run(setting, "mask", name), "density") for name in datasets]
+
+
+@artefact("figure7", "Figure 7: density per layer of a ResNet", details=_averaged_densities, draw=_draw_densities)
+def _figure7(scale: Scale) -> list[Cell]:
+    settings = {"without labels": scale.unsupervised[scale.main], "with labels": scale.supervised[scale.resnet]}
+    return [
+        Cell("", row, dataset, scale.run(setting, "mask", dataset), "density")
+        for row, setting in settings.items()
+        for dataset in scale.choices["figure7"]
+    ]
+
+
+def _selective_cells(scale: Scale, dataset: str, varied: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    whole, where = scale.variation("mask", dataset), scale.unsupervised[scale.varied].label
+    cells = [Cell(where, "frozen base", "k-NN", whole, "frozen_knn"), Cell(where, "all weights", "k-NN", whole, "knn")]
+    return cells + [Cell(where, row, "k-NN", whole.at(**changes), "knn") for row, changes in varied.items()]
+
+
+def _shares(shares: Sequence[float], select: str) -> dict[str, dict[str, Any]]:
+    return {f"{select}: {100 * s:g} %": {"mask": {"trainable_fraction": s, "select": select}} for s in shares}
+
+
+def _stage_shares(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> dict[str, float]:
+    """Share of the weights in the first stages, from the sizes of the packed masks."""
+    runs = {cell.row: cell.run.seeded(seeds[0]) for cell in cells if cell.row.startswith(("all", "first stages"))}
+    sizes = {row: store.summary(spec).sizes["mask"] for row, spec in runs.items() if store.failure(spec) is None}
+    whole = sizes.pop("all weights", None)
+    return {row: size / whole for row, size in sizes.items()} if whole else {}
+
+
+def _draw_selective(record: Record, stem: Path) -> list[Path]:
+    """Draw the rows "label: share %", and those whose share is in the details; each line ends in all weights."""
+    values = {cell["row"]: [value for value in cell["values"] if value is not None] for cell in record["cells"]}
+    rows = []
+    for row, accuracies in values.items():
+        label, _, rest = row.partition(": ")
+        share = float(rest[:-2]) / 100 if rest.endswith(" %") else (record["details"] or {}).get(row)
+        rows += [plots.SelectiveRow(label, share, accuracy) for accuracy in accuracies if share is not None]
+    labels = dict.fromkeys(row.label for row in rows)
+    rows += [plots.SelectiveRow(label, 1.0, accuracy) for label in labels for accuracy in values["all weights"]]
+    path, frozen = Path(f"{stem}.png"), values["frozen base"]
+    plots.plot_selective(plots.selective_series(rows), path, frozen=frozen[0] if frozen else None)
+    return [path]
+
+
+@artefact(
+    "figure8",
+    "Figure 8: the first stages, or a random share of the weights",
+    details=_stage_shares,
+    draw=_draw_selective,
+)
+def _figure8(scale: Scale) -> list[Cell]:
+    stages = {f"first stages: {count}": {"mask_stages": count} for count in scale.choices["figure8_stages"]}
+    shares = _shares(scale.choices["figure8_shares"], "random")
+    return _selective_cells(scale, scale.choices["figure8"], {**stages, **shares})
+
+
+@artefact(
+    "figure9",
+    "Figure 9: a random share of the weights, or the largest",
+    note="The paper prints no numbers beside the figure.",
+    draw=_draw_selective,
+)
+def _figure9(scale: Scale) -> list[Cell]:
+    random, largest = (_shares(scale.choices["figure9_shares"], select) for select in ("random", "magnitude"))
+    return _selective_cells(scale, scale.choices["figure9"], {**random, **largest})
+
+
+_IMAGES, _CLASSES = 1000, 20
+
+
+def _cascade(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> Cascade | None:
+    spec = cells[0].run.seeded(seeds[0])
+    return None if store.failure(spec) is not None else Cascade.load(store.path(spec), backbone=spec.backbone)
+
+
+def _maps(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Test images laid out by t-SNE under the base, the dispatcher and the whole cascade."""
+    cascade = _cascade(store, cells, seeds)
+    if cascade is None:
+        return []
+    arguments = cascade.arguments
+    test = build_images(arguments).test
+    assert test is not None
+    assert test.labels is not None
+    chosen = (test.labels < _CLASSES).nonzero().squeeze(1)
+    evenly = torch.linspace(0, len(chosen) - 1, min(_IMAGES, len(chosen))).long()  # a dataset may be sorted by class
+    shown = test.subset(chosen[evenly].tolist())
+    base = load_base(arguments)
+    options: dict[str, Any] = {"batch_size": arguments.batch_size}
+    features = {
+        "base": extract_features(base.model, shown, evaluation_of(base), **options),
+        "dispatcher": cascade.embed(shown, "dispatcher", **options),
+        "cascade": cascade.embed(shown, "unconditional", **options),
+    }
+    found = []
+    for label, part in features.items():
+        layout = masks.embedding_map(part, label, classes=None)
+        points = [[round(float(value), 2) for value in point] for point in layout.points]
+        found.append({"label": label, "points": points, "labels": layout.labels.tolist(), "names": test.classes})
+    return found
+
+
+def _draw_maps(record: Record, stem: Path) -> list[Path]:
+    if not record["details"]:
+        return []
+    details, path = record["details"], Path(f"{stem}.png")
+    maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in details]
+    plots.plot_embedding_maps(maps, path, names=details[0]["names"])
+    return [path]
+
+
+@artefact(
+    "figure10",
+    "Figure 10: embeddings",
+    note=f"At most {_IMAGES:,} test images of the first classes, first seed; the numbers are k-NN of all.",
+    details=_maps,
+    draw=_draw_maps,
+    seeds=1,
+)
+def _figure10(scale: Scale) -> list[Cell]:
+    return _cascade_cells(scale, scale.choices["figure10"], "dispatcher", "cascade, unconditional")
+
+
+def _cascade_cells(scale: Scale, dataset: str, *rows: str) -> list[Cell]:
+    return [Cell("", row, dataset, scale.cascade(dataset), f"cascade_knn@{row}") for row in rows]
+
+
+def _clusters(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Composition of the router's clusters on the training images."""
+    cascade = _cascade(store, cells, seeds)
+    if cascade is None:
+        return []
+    images = build_images(cascade.arguments)
+    features = cascade.embed(images.train, "dispatcher", batch_size=cascade.arguments.batch_size)
+    assert cascade.router is not None
+    labels = features.labels_for("Figure 11")
+    return [asdict(row) for row in masks.cluster_composition(cascade.router.assign(features.features), labels)]
+
+
+def _draw_clusters(record: Record, stem: Path) -> list[Path]:
+    if not record["details"]:
+        return []
+    path = Path(f"{stem}.png")
+    plots.plot_clusters(
+        [masks.ClusterComposition(**row) for row in record["details"]], path, title="Clusters of the training images"
+    )
+    return [path]
+
+
+@artefact(
+    "figure11",
+    "Figure 11: what clusters are made of",
+    note="Clusters of the first seed's router.",
+    details=_clusters,
+    draw=_draw_clusters,
+    seeds=1,
+)
+def _figure11(scale: Scale) -> list[Cell]:
+    return _cascade_cells(scale, scale.choices["figure11"], "cascade, conditional")
+
+
+def _draw_recipes(record: Record, stem: Path) -> list[Path]:
+    panels = {section: _lines(cells) for section, cells in by_section(record).items()}
+    panels = {section: lines for section, lines in panels.items() if len({x for line in lines for x in line.x}) > 1}
+    if not panels:
+        return []
+    path = Path(f"{stem}.png")
+    plots.plot_curves(panels, path, xlabel="epochs", ylabel="accuracy (%)", markers=True)
+    return [path]
+
+
+@artefact(
+    "recipes",
+    "The small recipe against the paper's",
+    note=(
+        "Not in the paper. The paper's recipe as far as it fits: SGD on the scores, a random head, statistics that "
+        "adapt. The small one: AdamW, a head that starts from a linear probe, a warm-up, frozen statistics. Both were "
+        "tuned on CIFAR-10; nothing was tuned on the other images, nor on ResNet-56."
+    ),
+    draw=_draw_recipes,
+)
+def _recipes(scale: Scale) -> list[Cell]:
+    cells = []
+    for setting, dataset, lengths in scale.choices["recipes"]:
+        section = f"{setting.label}, {dataset}"
+        for epochs in lengths:
+            column, runs = f"{epochs} {'epoch' if epochs == 1 else 'epochs'}", {}
+            for row, method in scale.choices["recipes_methods"].items():
+                recipe = scale.run(setting, method, dataset)
+                runs[row] = recipe.at(epochs=epochs)
+                if rising := recipe.arguments.get("warmup_epochs"):  # the same share of the run
+                    runs[row] = runs[row].at(warmup_epochs=rising * epochs / recipe.arguments["epochs"])
+            cells += frozen_cells(section, column, next(iter(runs.values())))
+            cells += [Cell(section, row, column, run, "accuracy") for row, run in runs.items()]
+    return cells
+
+
+FIGURES = (_figure3, _figure5, _figure6, _figure7, _figure8, _figure9, _figure10, _figure11)
+RECIPES = _recipes
