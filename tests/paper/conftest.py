@@ -84,7 +84,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "figure6": ("colours",),
             "figure7": ("colours",),
             "figure8": "colours",
-            "figure8_stages": (1, 2),
+            "figure8_stages": (1,),
             "figure8_shares": (0.1,),
             "figure9": "colours",
             "figure9_shares": (0.1,),

@@ -49,6 +49,15 @@ def test_an_interrupted_run_goes_on_to_the_same_mask(tiny_scale, tmp_path):
     assert (store.path(spec) / "run.json").stat().st_mtime_ns == before
 
 
+def test_unknown_metrics(tiny_scale, store):
+    spec = tiny_scale.self_supervised("mask", "colours")
+    with pytest.raises(ValueError, match="Unknown metric 'knm'; there are knn, "):
+        store.measure(spec, "knm")
+    store.ensure(spec)
+    with pytest.raises(ValueError, match="has no 'accuracy': its arguments do not ask for it"):
+        store.measure(spec, "accuracy")
+
+
 def test_a_run_that_cannot_go_on_is_not_tried_again(tiny_scale, tmp_path):
     store = RunStore(tmp_path)
     spec = tiny_scale.self_supervised("mask", "colours", head_lr=1e38, max_steps=4)
