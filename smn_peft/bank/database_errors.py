@@ -31,7 +31,7 @@ def explanation(error: Exception, path: Path) -> Exception:
         )
     if "full" in text:
         return OSError(f"Cannot write {path} ({text}): free some space. The bank is as it was.")
-    if "LOCK" in kind or "SHM" in kind:
+    if "LOCK" in kind:
         return OSError(f"{path} is on a disk without locks ({kind}): open a copy on another disk.")
     if "disk I/O" in text:
         return OSError(f"Cannot read or write {path} ({kind or text}): check the disk and its free space.")
