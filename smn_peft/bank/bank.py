@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from .active import ActiveTask
@@ -19,6 +20,7 @@ from .check import BaseCheck
 from .live import LiveModel
 from .mixed import MixedForward, one_per_sample
 from .named_forward import NamedForward
+from .on_hub import open_store, push_source
 from .reading import task_from_tensors
 from .source import MemorySource, TaskSource, read_adapter, unknown_task
 from .task import Task
@@ -70,28 +72,29 @@ class MaskBank:
         hot: Sequence[str] = (),
         exclusive: bool = False,
         read_only: bool = False,
+        revision: str | None = None,
     ) -> MaskBank:
         """Open a bank; an empty one is made where there is none.
 
         Args:
-            where: Folder of a store; or a list of adapter folders and Hub ids, which are held in memory, each under
-                the last part of its name; [`add`] takes other names.
+            where: Folder of a store, which holds it as bank.sqlite, or that file; "user/name" of one on the Hub, where
+                there is no such folder and no folder "user"; or a list of adapter folders and Hub ids, which are held
+                in memory, each under the last part of its name; [`add`] takes other names.
             base: A plain timm or transformers model, or a `Classifier`; goes to eval mode.
             ram_budget: Bytes that decoded tasks may take.
             hot: Tasks that are decoded at once, and kept.
             exclusive: The model is used through the bank only: what a call left live stays live until another task
                 is asked for, which saves a write. Otherwise the base (or the activated task) is put back.
-            read_only: Do not create a store, and refuse changes.
+            read_only: Do not create a store, and refuse changes. One from the Hub is read-only.
+            revision: Branch, tag or commit of a store on the Hub.
 
         Raises:
-            FileNotFoundError: If there is no store and `read_only`, or an adapter is not found.
+            FileNotFoundError: If there is no store and `read_only` or on the Hub, or an adapter is not found.
             ValueError: If an adapter does not belong to the base.
         """
         source: TaskSource
         if isinstance(where, (str, os.PathLike)):
-            from .store import DiskStore
-
-            source = DiskStore.open(where, read_only=read_only)
+            source = open_store(where, read_only=read_only, revision=revision)
         else:
             source = MemorySource()
         with ExitStack() as undo:
@@ -169,6 +172,15 @@ class MaskBank:
         if self._cache.forget(old):
             self.pin(new)
         self._active.replace(old, new)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Push all tasks as one file, which [`open`] takes by the repository's name.
+
+        Args:
+            repo_id: Repository, "user/name"; made where it does not exist.
+            options: `private`, `revision`, `commit_message` and `token`, as of PEFT's method.
+        """
+        return push_source(self._source, repo_id, **options)
 
     def info(self, name: str) -> dict[str, Any]:
         """Config, density and bytes of a task; KeyError for an unknown name."""

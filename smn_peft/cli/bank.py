@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn bank build|add|rm|rename|ls|info|verify|compact|export`: thousands of adapters in one folder."""
+"""`smn bank build|add|rm|rename|ls|info|verify|compact|export`: thousands of adapters in one file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..evaluation import format_fraction, markdown_table
 
 __all__ = ["app"]
 
-app = typer.Typer(help="A bank: thousands of adapters over one base, in one folder.")
+app = typer.Typer(help="A bank: thousands of adapters over one base, in one file.")
 
-Bank = Annotated[Path, typer.Argument(help="Folder of the bank.")]
+Bank = Annotated[Path, typer.Argument(help="Folder of the bank, or its .sqlite file.")]
 Name = Annotated[str, typer.Argument(help="Name of a task.")]
 Adapters = Annotated[
     list[str],
@@ -32,7 +32,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @contextmanager
 def _opened(bank: Path, *, read_only: bool = False, create: bool = False) -> Iterator[DiskStore]:
     """A store, whose unknown names are errors of one line."""
-    if not create and not bank.is_dir():
+    if not create and not bank.exists():
         raise FileNotFoundError(f"{bank} holds no bank: name its folder, or make one: smn bank build.")
     with DiskStore.open(bank, read_only=read_only) as store:
         try:
@@ -138,30 +138,25 @@ def info(
 
 @app.command()
 def verify(bank: Bank) -> None:
-    """Check every task, down to its decoded masks; exit code 1 if one is damaged."""
+    """Check every task, down to its decoded masks, and the file; exit code 1 if something is damaged."""
     with _opened(bank, read_only=True) as store:
-        found = list(tqdm(store.verify(), total=len(store), desc="verifying", unit="task", disable=None))
-    bad = [check for check in found if check.error is not None]
-    for check in bad:
-        typer.echo(f"{check.name!r} in {check.shard}: {check.error}", err=True)
+        count, bad = 0, 0
+        for check in tqdm(store.verify(), total=len(store), desc="verifying", unit="task", disable=None):
+            count += 1
+            if check.error is not None:
+                bad += 1
+                typer.echo(f"{check.name!r}: {check.error}", err=True)
     if bad:
-        raise ValueError(f"{len(bad):,} of {len(found):,} tasks are damaged: add them again with --replace, or rm.")
-    typer.echo(f"{bank}: {len(found):,} tasks, all whole")
+        raise ValueError(f"{bad:,} of {count:,} tasks are damaged: add them again with --replace, or rm.")
+    typer.echo(f"{bank}: {count:,} tasks, all whole")
 
 
 @app.command()
 def compact(bank: Bank) -> None:
-    """Merge small shards and free what was removed; whoever reads meanwhile is not disturbed."""
-    with _opened(bank) as store, tqdm(desc="compacting", unit="task", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = store.compact(show)
-    for name in found.damaged:
-        typer.echo(f"{name!r} is damaged and was left where it is", err=True)
-    typer.echo(f"{bank}: {found.moved:,} tasks moved, {found.before:,} -> {found.after:,} bytes")
+    """Give the room of removed tasks back to the disk; whoever reads meanwhile is not disturbed."""
+    with _opened(bank) as store:
+        before, after = store.compact()
+    typer.echo(f"{bank}: {before:,} -> {after:,} bytes")
 
 
 @app.command()

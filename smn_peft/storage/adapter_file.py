@@ -26,6 +26,7 @@ __all__ = [
     "AdapterSizes",
     "adapter_sizes",
     "check_adapter_file",
+    "parse_adapter_file",
     "purpose_of",
     "read_adapter_file",
     "read_metadata",
@@ -100,7 +101,7 @@ def _rest_checksum(parts: Iterable[tuple[str, Iterable[bytes]]]) -> str:
     return f"crc32:{checksum:08x}"
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], int]:
+def _read_header(path: str | os.PathLike[str], file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Entries by tensor name, metadata, and where the tensors start; each byte after that is of one tensor.
 
     Args:
@@ -173,7 +174,7 @@ def check_adapter_file(path: str | os.PathLike[str]) -> None:
         _check(path, file)
 
 
-def _check(path: Path, file: BinaryIO) -> list[str]:
+def _check(path: str | os.PathLike[str], file: BinaryIO) -> list[str]:
     """Names of the tensors, in the order of their bytes."""
     header, metadata, offset = _read_header(path, file)
     names = sorted(header, key=lambda name: (header[name]["data_offsets"], name))
@@ -222,13 +223,28 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         AdapterFileError: As [`check_adapter_file`].
     """
     path = _weights_path(path)
-    data = path.read_bytes()
-    names = _check(path, io.BytesIO(data))
+    return parse_adapter_file(path.read_bytes(), path)
+
+
+def parse_adapter_file(data: bytes, where: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read an adapter file's bytes, after checking them.
+
+    Args:
+        data: The whole file.
+        where: What errors call it.
+
+    Returns:
+        Tensors by checkpoint key, on the CPU.
+
+    Raises:
+        AdapterFileError: As [`check_adapter_file`].
+    """
+    names = _check(where, io.BytesIO(data))
     try:
         tensors = load(data)
         return {name: tensors[name] for name in names}
     except SafetensorError as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
+        raise AdapterFileError(f"{where} cannot be read: {error}. Fetch or save it again.") from error
 
 
 def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:

@@ -1,27 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store's contract: what goes in comes out, names, versions, shards, compaction, and PEFT at both ends."""
+"""The store's contract: what goes in comes out, names, versions, one file, compaction, and PEFT at both ends."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-import shutil
 import sqlite3
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors.torch import load
 
 from smn_peft import MaskConfig
 from smn_peft.bank.source import StoredAdapter
-from smn_peft.bank.store import DiskStore, TaskInfo, shards
+from smn_peft.bank.store import DiskStore, TaskInfo
 from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+from tests.bank.kill_writer import fork
 from tests.bank.stores import PREFIX, adapter, assert_is, number_of
 
 
@@ -29,10 +30,6 @@ from tests.bank.stores import PREFIX, adapter, assert_is, number_of
 def store(tmp_path):
     with DiskStore.open(tmp_path / "bank") as store:
         yield store
-
-
-def shard_files(store: DiskStore) -> list[Path]:
-    return sorted((store.path / "shards").iterdir())
 
 
 def test_what_goes_in_comes_out_and_another_process_sees_it(store):
@@ -46,7 +43,8 @@ def test_what_goes_in_comes_out_and_another_process_sees_it(store):
     with DiskStore.open(store.path, read_only=True) as other:
         for number in range(3):
             assert_is(other.read(f"task {number}"), adapter(number))
-    assert sorted(path.name for path in store.path.iterdir()) == ["index.sqlite", "shards"]
+    store.close()
+    assert os.listdir(store.path.parent) == ["bank.sqlite"]
 
 
 def test_replacing_renaming_and_removing(store):
@@ -92,99 +90,80 @@ def test_names_that_are_odd_and_fine(store):
     assert [number_of(store.read(name)) for name in odd] == list(range(len(odd)))
 
 
-def test_many_are_added_at_once_or_not_at_all(store, monkeypatch):
+def test_many_are_added_at_once_or_not_at_all(store):
     store.add("old", adapter(0))
     damaged = StoredAdapter({}, {f"{PREFIX}fc.smn_mask": torch.zeros(3)})
     no_mask = StoredAdapter({}, {f"{PREFIX}fc.weight": torch.zeros(3)})
     later = StoredAdapter({"format_version": 99}, adapter(1).tensors)
-    monkeypatch.setattr("smn_peft.bank.store.adding.SHARD_BYTES", 1)
     for bad, message in ((damaged, "'bad' is damaged"), (no_mask, "holds no mask"), (later, "format version 99")):
         with pytest.raises(ValueError, match=message):
             store.add_many([("a", adapter(1)), ("old", adapter(1)), ("bad", bad)], replace=True)
         assert store.names() == ["old"]
         assert number_of(store.read("old")) == 0
-        assert len(shard_files(store)) == 1
     with pytest.raises(ValueError, match="Two adapters are to be the task 'a'"):
         store.add_many([("a", adapter(1)), ("a", adapter(2))])
     seen = []
     store.add_many([(f"a{n}", adapter(n)) for n in range(5)], progress=lambda: seen.append(len(store)))
     assert seen == [1] * 5  # nothing is seen before all is
-    assert len(shard_files(store)) == 6
 
 
-def test_shards_are_ordinary_safetensors(store):
+def test_a_row_is_an_ordinary_safetensors_file(store):
     store.add_many((f"t{number}", adapter(number, head=15 + 3 * number)) for number in range(4))
-    (file,) = shard_files(store)
-    with safe_open(file, "pt") as shard:
+    store.close()
+    with closing(sqlite3.connect(store.path)) as connection:
         for number in range(4):
-            key = f"{store.version(f't{number}')}/{PREFIX}head.weight"
-            assert torch.equal(shard.get_tensor(key), adapter(number, 15 + 3 * number).tensors[f"{PREFIX}head.weight"])
-            assert f"{store.version(f't{number}')}/{PREFIX}blocks.smn_masks" in shard.keys()
+            (blob,) = connection.execute("SELECT blob FROM task WHERE name = ?", (f"t{number}",)).fetchone()
+            tensors = load(blob)
+            expected = adapter(number, 15 + 3 * number).tensors[f"{PREFIX}head.weight"]
+            assert torch.equal(tensors[f"{PREFIX}head.weight"], expected)
+            assert f"{PREFIX}blocks.smn_masks" in tensors
 
 
-def test_tensors_are_the_files_own_bytes_and_stay_whatever_happens(store):
+def test_tensors_stay_whatever_happens(store):
     store.add("a", adapter(0, head=30_000))
-    key = f"{PREFIX}head.weight"
     held = store.read("a")
-    assert held.tensors[key].untyped_storage().nbytes() == shard_files(store)[0].stat().st_size
     with DiskStore.open(store.path) as other:
-        other.read("a").tensors[key].zero_()  # memory of this process, copied on write: not the file's
+        other.read("a").tensors[f"{PREFIX}head.weight"].zero_()
     assert number_of(store.read("a")) == 0
     store.add("b", adapter(1))
     store.remove("a")
     store.compact()
     store.close()
-    shutil.rmtree(store.path)
+    store.path.unlink()
     assert_is(held, adapter(0, head=30_000))
 
 
-def test_compaction_merges_and_drops_and_keeps_versions(store, monkeypatch):
-    for number in range(12):
-        store.add(f"t{number}", adapter(number, head=300))
-    store.add_many((f"m{number}", adapter(100 + number, head=300)) for number in range(12))
-    store.remove_many([f"m{number}" for number in range(0, 12, 2)])
+def test_removed_room_is_filled_or_given_back(store):
+    store.add_many((f"t{number}", adapter(number, head=3000)) for number in range(24))
     versions = {name: store.version(name) for name in store.names()}
+    store.remove_many([f"t{number}" for number in range(0, 24, 2)])
     before = store.summary()
-    assert before.shards == 13
-    assert before.dead > 6 * 1200
-    monkeypatch.setattr("smn_peft.bank.store.compaction.SHARD_BYTES", 8000)
-    calls = []
+    assert before.free > 12 * 9000
+    store.add("t0", adapter(0, head=3000))
+    assert store.summary().free < before.free
+    store.remove("t0")
     with DiskStore.open(store.path) as reader:
-        held = reader.read("t3")
-        found = store.compact(lambda done, total: calls.append((done, total)))
-        assert number_of(held) == 3
-        assert all(number_of(reader.read(f"t{number}")) == number for number in range(12))
-    after = store.summary()
-    assert found.moved == 18
-    assert found.damaged == ()
-    assert calls[-1] == (18, 18)
-    assert after.dead == 0
-    assert 2 <= after.shards <= 6
-    assert found.before == before.bytes > found.after == after.bytes
-    assert sorted(file.name for file in shard_files(store)) == sorted({c.shard for c in store.verify()})
-    assert {name: store.version(name) for name in store.names()} == versions
-    assert all(number_of(store.read(f"m{number}")) == 100 + number for number in range(1, 12, 2))
-    files = shard_files(store)
-    monkeypatch.undo()
-    store.compact()
-    store.compact()
-    assert len(shard_files(store)) == 1 < len(files)
-    assert store.compact().moved == 0
+        assert reader.names() == store.names()
+        first, after = store.compact()
+        assert all(number_of(reader.read(f"t{number}")) == number for number in range(1, 24, 2))
+    assert after < first - 12 * 9000
+    assert store.summary().free == 0
+    assert {name: store.version(name) for name in store.names()} == {name: versions[name] for name in store.names()}
 
 
-def test_a_shard_that_vanishes_between_index_and_file_is_looked_up_again(store, monkeypatch):
-    store.add("a", adapter(0))
-    store.add("b", adapter(1))
-    original = shards.Shards.map
-    with DiskStore.open(store.path) as reader:
-
-        def late(self, file, size):
-            monkeypatch.setattr(shards.Shards, "map", original)
-            store.compact()
-            return original(self, file, size)
-
-        monkeypatch.setattr(shards.Shards, "map", late)
-        assert number_of(reader.read("b")) == 1
+def test_a_copy_is_the_bank_as_it_was_when_it_was_asked_for(store, tmp_path):
+    store.add_many([("a", adapter(0, head=30_000)), ("b", adapter(1))])
+    store.remove("a")
+    store.add_many(
+        [("c", adapter(2)), ("d", adapter(3))],
+        progress=lambda: (tmp_path / "x.sqlite").exists() or (store.copy(tmp_path / "x.sqlite")),
+    )
+    with pytest.raises(FileExistsError, match="name another file"):
+        store.copy(tmp_path / "x.sqlite")
+    with DiskStore.open(tmp_path / "x.sqlite", read_only=True, immutable=True) as copy:
+        assert copy.names() == ["b"]
+        assert number_of(copy.read("b")) == 1
+        assert copy.path.stat().st_size < 30_000
 
 
 def test_info(store):
@@ -201,8 +180,13 @@ def test_info(store):
     assert (info.sizes.head, info.sizes.statistics, info.sizes.scores) == (66, 8, 0)
     assert 0 < info.sizes.mask < bits.size
     assert info.sizes.total > info.sizes.mask + 66 + 8
-    assert before <= time.mktime(time.strptime(info.added[:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone + 2
-    assert store.summary().bytes == sum(f.stat().st_size for f in [store.path / "index.sqlite", *shard_files(store)])
+    moment = datetime.fromisoformat(info.added)
+    assert moment.tzinfo is not None
+    assert before <= moment.timestamp() <= time.time()
+    store.close()
+    with DiskStore.open(store.path) as store:
+        assert store.summary().bytes == store.path.stat().st_size
+        assert (store.summary().tasks, store.summary().version) == (1, 1)
 
 
 def test_opening(tmp_path):
@@ -216,20 +200,56 @@ def test_opening(tmp_path):
         store.add("a", adapter(0))
     with pytest.raises(ValueError, match="is closed"):
         store.read("a")
+    with DiskStore.open(tmp_path / "deep" / "bank" / "bank.sqlite") as store:
+        assert store.names() == ["a"]
+    with DiskStore.open(tmp_path / "mine.sqlite") as store:  # a file may lie among others
+        store.add("b", adapter(1))
+    with DiskStore.open(tmp_path / "mine.sqlite", read_only=True) as store:
+        assert store.names() == ["b"]
     with DiskStore.open(tmp_path / "deep" / "bank", read_only=True) as store:
         assert number_of(store.read("a")) == 0
         with pytest.raises(PermissionError, match="read-only"):
             store.remove("a")
 
 
+def unwritable(path, mode):
+    return mode != os.W_OK
+
+
 def test_a_store_on_a_disk_that_cannot_be_written(store, monkeypatch):
     store.add("a", adapter(0))
     store.close()
-    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(os, "access", unwritable)
     with DiskStore.open(store.path) as reader:
         assert number_of(reader.read("a")) == 0
+        assert os.listdir(store.path.parent) == ["bank.sqlite"]
+        for pragma in ("user_version = 2", "query_only = OFF"):
+            with suppress(sqlite3.OperationalError):
+                reader._database._connection.execute(f"PRAGMA {pragma}")
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            reader._index._reader.connection.execute("PRAGMA user_version = 2")
+            reader._database._connection.execute("DELETE FROM task")
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="only root can be another user")
+def test_a_store_in_another_users_folder(store, tmp_path):
+    """Left in write-ahead mode, as by a reader that was open: without files beside it, it cannot be read as usual."""
+    store.add("a", adapter(0))
+    with DiskStore.open(store.path, read_only=True) as reader:
+        reader.names()
+        store.close()
+    assert store.path.read_bytes()[18:20] == b"\2\2"
+    for folder in (store.path.parent, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+
+    def work():
+        os.setuid(65534)
+        with DiskStore.open(store.path) as mine:
+            assert number_of(mine.read("a")) == 0
+            with pytest.raises(PermissionError, match="check the permissions"):
+                mine.remove("a")
+
+    assert os.waitpid(fork(work), 0)[1] == 0
+    assert os.listdir(store.path.parent) == ["bank.sqlite"]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from smn_peft.bank import database
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.bank.store import DiskStore, StoreBusyError
 from tests.bank import kill_writer
@@ -38,22 +41,11 @@ def test_killed_writers_leave_the_last_good_state(tmp_path):
 def test_two_hundred_killed_writers(tmp_path):
     outcome = check_kills(tmp_path / "bank", 200, seed=2)
     assert outcome.during.keys() >= {"add", "remove", "rename", "compact"}
-    assert outcome.leftovers > 0  # some were killed between shard and index; the next writer removed it
+    assert outcome.logs > 100
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
-    with DiskStore.open(tmp_path) as store:
-        store.add("a", adapter(0))
-    for name in (f".{'1' * 32}.safetensors.abcd_123", f"{'0' * 32}.safetensors"):
-        (tmp_path / "shards" / name).write_bytes(b"half")
-    with DiskStore.open(tmp_path) as store:
-        assert number_of(store.read("a")) == 0
-        assert len(os.listdir(tmp_path / "shards")) == 3
-        store.add("b", adapter(1))
-        assert len(os.listdir(tmp_path / "shards")) == 2
-
-
-def test_a_second_writer_is_told_at_once_and_a_dead_one_leaves_no_lock(tmp_path):
+def test_a_second_writer_waits_a_little_and_a_dead_one_leaves_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "_WRITER_WAIT", 0.5)
     with DiskStore.open(tmp_path) as store:
         store.add("a", adapter(0))
     (ready, report), (_, never) = os.pipe(), os.pipe()
@@ -71,9 +63,9 @@ def test_a_second_writer_is_told_at_once_and_a_dead_one_leaves_no_lock(tmp_path)
     try:
         with DiskStore.open(tmp_path) as store:
             before = time.monotonic()
-            with pytest.raises(StoreBusyError, match=f"process {child} is writing to .*{tmp_path}.*try again"):
+            with pytest.raises(StoreBusyError, match=f"Another process is writing to {tmp_path}.*try again"):
                 store.add("d", adapter(3))
-            assert time.monotonic() - before < 5
+            assert 0.5 <= time.monotonic() - before < 5
             for change in (lambda: store.remove("a"), lambda: store.rename("a", "b")):
                 with pytest.raises(StoreBusyError, match="Nothing was changed"):
                     change()
@@ -89,13 +81,14 @@ def test_a_second_writer_is_told_at_once_and_a_dead_one_leaves_no_lock(tmp_path)
             os.close(handle)
 
 
-def test_two_writers_in_one_process(tmp_path):
-    """Threads of one store take turns; a second `DiskStore` is refused as another process is."""
+def test_two_writers_in_one_process(tmp_path, monkeypatch):
+    """Threads of one store take turns; a second `DiskStore` waits, and is refused, as another process is."""
+    monkeypatch.setattr(database, "_WRITER_WAIT", 0.1)
     with DiskStore.open(tmp_path) as store, DiskStore.open(tmp_path) as other:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda number: store.add(f"t{number}", adapter(number)), range(16)))
         assert [number_of(store.read(f"t{number}")) for number in range(16)] == list(range(16))
-        with pytest.raises(StoreBusyError, match=f"process {os.getpid()} is writing"):
+        with pytest.raises(StoreBusyError, match="Another process is writing"):
             store.add_many([("a", adapter(0))], progress=lambda: other.add("b", adapter(1)))
         assert len(store) == 16
 
@@ -150,77 +143,107 @@ def test_sixty_four_threads_read_while_another_process_changes_and_compacts(tmp_
     os.close(report)
 
 
-def test_a_forked_child_reads_on_its_own(tmp_path):
+def test_a_forked_child_reads_and_writes_on_its_own(tmp_path):
+    """Forked while other threads read and write: no lock and no connection crosses."""
     with DiskStore.open(tmp_path) as store:
         store.add_many((f"t{number}", adapter(number)) for number in range(4))
-        held = store.read("t0")
-        inside, leave = threading.Event(), threading.Event()
+        held, stop = store.read("t0"), threading.Event()
 
-        def sit_on_the_locks() -> None:
-            with store._shards._lock, store._index._reader.lock:
-                inside.set()
-                leave.wait()
+        def read() -> None:
+            while not stop.is_set():
+                number_of(store.read("t1"))
 
         def work() -> None:
+            signal.alarm(60)
             assert number_of(held) == 0
-            signal.alarm(20)
             assert [number_of(store.read(f"t{number}")) for number in range(4)] == [0, 1, 2, 3]
+            store.add("t1", adapter(1), replace=True)
+            store.close()
 
-        # Forked in the middle of a change: the child must neither see it nor undo it.
-        codes = []
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            assert [os.waitpid(fork(work), 0)[1] for _ in range(5)] == [0] * 5
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert store.version("t1") > 8
+
+
+def test_a_child_that_is_forked_in_the_middle_of_a_change_neither_sees_nor_undoes_it(tmp_path):
+    with DiskStore.open(tmp_path) as store:
+        store.add("old", adapter(1))
+
+        def leave() -> None:
+            assert store.names() == ["old"]
+            assert number_of(store.read("old")) == 1
 
         def fork_now() -> None:
-            thread = threading.Thread(target=sit_on_the_locks)
-            thread.start()
-            inside.wait()
-            codes.append(os.waitpid(fork(work), 0)[1])
-            leave.set()
-            thread.join()
+            child = os.fork()
+            if child == 0:
+                leave()
+                raise SystemExit(0)  # out through the change, whose end is the parent's alone
+            codes.append(os.waitpid(child, 0)[1])
 
-        store.add_many([("new", adapter(9))], progress=fork_now)
-        assert codes == [0]
-        assert number_of(store.read("new")) == 9
+        codes: list[int] = []
+        parent = os.getpid()
+        try:
+            store.add_many([("new", adapter(9)), ("other", adapter(8))], progress=fork_now)
+        finally:
+            if os.getpid() != parent:
+                os._exit(0 if sys.exc_info()[0] is SystemExit else 1)
+        assert codes == [0, 0]
+        assert store.names() == ["new", "old", "other"]
+        assert not any(check.error for check in store.verify())
 
 
-def test_bytes_reach_the_disk_before_the_row_that_names_them(tmp_path, monkeypatch):
-    events: list[str] = []
-    for name in ("fsync", "replace"):
-        original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, _n=name, _o=original: events.append(_n) or _o(*a))
-    connect = sqlite3.connect
+def test_commits_are_on_the_disk(tmp_path, monkeypatch):
+    connect, found = sqlite3.connect, []
 
-    def traced(*args: object, **kwargs: object) -> sqlite3.Connection:
-        connection = connect(*args, **kwargs)
-        connection.set_trace_callback(lambda text: events.append(text.split()[0]))
-        return connection
+    class Traced(sqlite3.Connection):
+        def close(self) -> None:
+            found.append(
+                self.execute("PRAGMA synchronous").fetchone() + self.execute("PRAGMA journal_mode").fetchone()
+            )
+            super().close()
 
-    monkeypatch.setattr(sqlite3, "connect", traced)
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=Traced, **k))
     with DiskStore.open(tmp_path) as store:
-        events.clear()
+        found.clear()
         store.add("a", adapter(0))
-        wanted = [event for event in events if event in ("fsync", "replace", "INSERT", "BEGIN", "COMMIT")]
-        assert wanted == ["BEGIN", "fsync", "replace", "fsync", "INSERT", "INSERT", "COMMIT"]
-        (level,) = store._index._reader.connection.execute("PRAGMA synchronous").fetchone()
-        assert level == 3
+        assert found == [(3, "wal")]  # EXTRA: each commit is synced, in either mode
 
 
-def test_readers_go_on_beside_a_change_of_any_size(tmp_path, monkeypatch):
-    """Rows of more bytes than SQLite keeps in memory by itself."""
-    monkeypatch.setattr("smn_peft.bank.store.index._PATIENCE", 0.5)
-    few, reads = adapter(1), []
+@pytest.mark.parametrize("network", [False, True])
+def test_readers_go_on_beside_a_change_of_any_size(tmp_path, monkeypatch, network):
+    """Rows of more bytes than SQLite keeps in memory by itself; on a network disk, as many as it does."""
+    monkeypatch.setattr(database, "_PATIENCE", 0.5)
+    monkeypatch.setattr(database, "_is_on_network", lambda path: network)
+    few, reads, count = adapter(1), [], 50 if network else 600
     wide = StoredAdapter({**few.config, "target_modules": ["layer" * 1000]}, few.tensors)
     with DiskStore.open(tmp_path) as store, DiskStore.open(tmp_path) as reader:
         store.add("first", few)
 
         def read():
-            if len(reads) in (0, 599):
+            if len(reads) in (0, count - 1):
                 assert number_of(reader.read("first")) == 1
-            reads.append(len(reader) if len(reads) > 595 else 1)
+            reads.append(len(reader) if len(reads) > count - 5 else 1)
 
-        store.add_many(((f"t{number}", wide) for number in range(600)), progress=read)
+        store.add_many(((f"t{number}", wide) for number in range(count)), progress=read)
         assert set(reads) == {1}
-        with pytest.raises(KeyError, match="no task 'none'; it has 601"):
+        with pytest.raises(KeyError, match=f"no task 'none'; it has {count + 1}"):
             store.remove_many([*store.names(), "none"])
-        with pytest.raises(KeyError, match="no task 'none'; it has 601"):
+        with pytest.raises(KeyError, match=f"no task 'none'; it has {count + 1}"):
             store.rename("none", "other")
-        assert len(reader) == 601
+        assert len(reader) == count + 1
+        assert Path(f"{store.path}-wal").exists() is not network
+
+
+def test_the_kind_of_disk(tmp_path, monkeypatch):
+    mounts = f"/dev/sda / ext4 rw 0 0\nhost:/share {tmp_path} nfs4 rw 0 0\n/dev/sdb {tmp_path}/local xfs rw 0 0\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: mounts)
+    assert not database._is_on_network(Path("/home/bank.sqlite"))
+    assert database._is_on_network(tmp_path / "bank.sqlite")
+    assert not database._is_on_network(tmp_path / "local" / "bank.sqlite")

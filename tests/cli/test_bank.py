@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sqlite3
+from contextlib import closing
 
 import pytest
 import timm
@@ -12,7 +15,6 @@ from peft import PeftModel, get_peft_model
 from typer.testing import CliRunner
 
 from smn_peft import MaskConfig
-from smn_peft.bank.store import DiskStore
 from smn_peft.cli.main import app
 from smn_peft.storage import WEIGHTS_NAME
 
@@ -65,7 +67,10 @@ def test_a_bank_from_adapters_to_adapters(adapters, tmp_path):
     assert "config peft_type" in run("info", bank, "cars")
     assert "3 tasks, all whole" in run("verify", bank)
     run("rm", bank, "odd=name")
-    assert "2 tasks moved" in run("compact", bank)
+    before, after = (int(n.replace(",", "")) for n in re.findall(r"[\d,]+", run("compact", bank).rpartition(":")[2]))
+    assert 0 < after < before
+    assert [path.name for path in bank.iterdir()] == ["bank.sqlite"]
+    assert "2 tasks, all whole" in run("verify", bank / "bank.sqlite")
     for name in ("birds", "cars"):
         run("export", bank, name, tmp_path / name)
         assert (tmp_path / name / WEIGHTS_NAME).read_bytes() == (adapters / name / WEIGHTS_NAME).read_bytes()
@@ -88,11 +93,12 @@ def test_what_it_says_when_something_is_wrong(adapters, tmp_path):
     run("build", bank, adapters / "birds", adapters / "cars")
     for command, *rest in (["rm", "cars", "boats"], ["info", "boats"], ["export", "boats", tmp_path / "out"]):
         assert f"no task 'boats'; it has 2: see smn bank ls {bank}" in run(command, bank, *rest, code=1)
-    with DiskStore.open(bank) as store:
-        shard = bank / "shards" / next(check.shard for check in store.verify() if check.name == "birds")
-    content = bytearray(shard.read_bytes())
-    content[-9] ^= 1
-    shard.write_bytes(content)
+    with closing(sqlite3.connect(bank / "bank.sqlite")) as connection, connection:
+        connection.execute("UPDATE task SET blob = substr(blob, 1, length(blob) - 1) || x'07' WHERE name = 'birds'")
     output = run("verify", bank, code=1)
     assert "1 of 2 tasks are damaged" in output
-    assert "checksum" in output
+    assert "'birds': its checksum is" in output
+    content = bytearray((bank / "bank.sqlite").read_bytes())
+    content[28:32] = (7).to_bytes(4, "big")  # pages of the file, as its header counts them
+    (bank / "bank.sqlite").write_bytes(content)
+    assert "bank.sqlite is damaged" in run("verify", bank, code=1)

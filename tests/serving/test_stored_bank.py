@@ -55,11 +55,12 @@ def test_without_a_budget_a_task_is_decoded_once_per_batch(stored):
         assert (service.bank.stats.misses, service.bank.stats.evictions) == (3, 3)
 
 
-def test_while_another_writes_changes_are_put_off(stored, saved):
+def test_while_another_writes_changes_are_put_off(stored, saved, monkeypatch):
+    monkeypatch.setattr("smn_peft.bank.database._WRITER_WAIT", 0.1)
     path, make = stored
     new = {"name": "new", "folder": str(saved[0] / "birds")}
     with TestClient(build_app(make(), api_key=KEY)) as client:
-        with DiskStore.open(path) as other, other._index.writing():
+        with DiskStore.open(path) as other, other._database.writing():
             for answer in (
                 client.post("/v1/tasks", json=new, headers=BEARER),
                 client.delete("/v1/tasks/birds", headers=BEARER),

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter as a row of a bank's file: config, a safetensors blob with coded masks, and facts for listings."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from ..storage import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdapterFileError,
+    AdapterSizes,
+    atomic_write,
+    check_adapter_file,
+    check_config,
+    purpose_of,
+)
+from ..storage.adapter_file import parse_adapter_file
+from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
+from ..storage.finish import write_adapter_file
+from ..storage.repack import MAX_UNPACKED, read_config, shared_prefix, unpack_tensors
+from .source import StoredAdapter, read_adapter
+from .task_info import MAX_FACTS, TaskInfo, check_name
+
+__all__ = ["MAX_BLOB", "MAX_CONFIG", "Adapter", "TaskRow", "checked", "encoded"]
+
+MAX_CONFIG = 1 << 24
+"""Bytes of the longest config."""
+MAX_BLOB = 900_000_000
+"""Bytes of the largest adapter; SQLite holds 1e9 in a row."""
+
+
+Adapter: TypeAlias = StoredAdapter | str | os.PathLike[str]
+"""An adapter, its folder, or its Hub id."""
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task's row. What it says is checked before it is used, as the file may come from elsewhere.
+
+    Attributes:
+        facts: Of a [`TaskInfo`].
+        config: adapter_config.json.
+        blob: A safetensors file of the tensors, masks coded.
+    """
+
+    facts: str
+    config: bytes
+    blob: bytes
+
+    def adapter(self) -> StoredAdapter:
+        """Config and tensors, after comparing them with their checksum.
+
+        Raises:
+            AdapterFileError: If they are damaged.
+            ValueError: If the adapter's format is not known.
+        """
+        expected = TaskInfo.parse("", self.facts).checksum
+        if not isinstance(self.config, bytes) or not isinstance(self.blob, bytes):
+            raise AdapterFileError("its config or its tensors are missing or too large")
+        if (found := zlib.crc32(self.blob, zlib.crc32(self.config))) != expected:
+            raise AdapterFileError(f"its checksum is {found:08x}, the bank says {expected:08x}")
+        return StoredAdapter(_parsed(self.config), parse_adapter_file(self.blob, "its blob"))
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter's folder; see [`DiskStore.export`]."""
+        adapter = self.adapter()
+        path = Path(folder)
+        begun = path / CONFIG_NAME  # written first: an export that did not come to its end is taken up again
+        if (path / WEIGHTS_NAME).exists() or (begun.exists() and begun.read_bytes() != self.config):
+            raise FileExistsError(f"{path} holds an adapter already: name another folder.")
+        tensors = dict(adapter.tensors)
+        if adapter.config.get("codec", "bits") == "bits":
+            tensors = unpack_tensors(tensors, MAX_UNPACKED)
+        path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(begun) as file:
+            file.write(self.config)
+        write_adapter_file(path / WEIGHTS_NAME, tensors, adapter.config.get("base_fingerprint"))
+
+    def check(self) -> None:
+        """Decode the masks too, and compare the facts with what they are about.
+
+        Masks of which only the selected weights are coded are compared with the checksum alone: to decode them takes
+        the base.
+
+        Raises:
+            AdapterFileError: If something is damaged.
+            ValueError: If the adapter's format is not known.
+        """
+        facts, adapter = TaskInfo.parse("", self.facts), self.adapter()
+        for key, tensor in adapter.tensors.items():
+            if _is_coded(key):
+                _check_masks(tensor)
+        if facts != _info(adapter.config, adapter.tensors, self.config, self.blob, facts.added):
+            raise AdapterFileError("its facts are not those of its config and tensors")
+
+
+def checked(adapters: Iterable[tuple[str, Adapter]]) -> list[tuple[str, Adapter]]:
+    """Adapters under names that are allowed and differ; of folders header and config are read."""
+    adapters, seen = list(adapters), set()
+    for name, adapter in adapters:
+        check_name(name)
+        if name in seen:
+            raise ValueError(f"Two adapters are to be the task {name!r}: give them different names.")
+        seen.add(name)
+        if not isinstance(adapter, StoredAdapter) and Path(adapter).is_dir():
+            read_config(adapter)
+            check_adapter_file(adapter)
+    return adapters
+
+
+def encoded(adapters: Iterable[tuple[str, Adapter]]) -> Iterator[tuple[str, TaskRow]]:
+    """Read and code adapters, each when it is asked for; a folder's config to the letter."""
+    for name, adapter in adapters:
+        try:
+            stored = adapter if isinstance(adapter, StoredAdapter) else read_adapter(adapter)
+            if not isinstance(adapter, StoredAdapter) and Path(adapter).is_dir():
+                config = (Path(adapter) / CONFIG_NAME).read_bytes()
+            else:
+                config = json.dumps(dict(stored.config), indent=2, sort_keys=True).encode()
+            row = _encode(config, stored.tensors)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"The adapter for the task {name!r} is damaged: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"The adapter for the task {name!r} cannot be taken: {error}") from error
+        yield name, row
+
+
+def _encode(config: bytes, tensors: Mapping[str, Tensor]) -> TaskRow:
+    """Code an adapter's masks, if they are not, and make its row.
+
+    Args:
+        config: adapter_config.json.
+        tensors: By key of the adapter's file.
+
+    Raises:
+        AdapterFileError: If a mask or the config is damaged.
+        ValueError: If there is no mask, or something is too large.
+    """
+    if len(config) > MAX_CONFIG:
+        raise ValueError(f"its config has {len(config):,} bytes, and a bank takes up to {MAX_CONFIG:,}: shorten it.")
+    parsed, coded = _parsed(config), _coded(tensors)
+    blob = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in coded.items()}, {"format": "pt"})
+    if len(blob) > MAX_BLOB:
+        raise ValueError(
+            f"it has {len(blob):,} bytes, and a bank takes up to {MAX_BLOB:,}: save it without scores "
+            "(save_scores=False)."
+        )
+    parse_adapter_file(blob, "it")  # what could not be read again is not taken
+    facts = _info(parsed, coded, config, blob, datetime.now(timezone.utc).isoformat(timespec="seconds")).facts()
+    if len(facts) > MAX_FACTS:
+        raise ValueError("its config has a name of the base, a fingerprint or a codec of thousands of characters.")
+    return TaskRow(facts, config, blob)
+
+
+def _parsed(config: bytes) -> dict[str, Any]:
+    try:
+        return check_config(json.loads(config))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise AdapterFileError(f"its config is unreadable ({error})") from error
+
+
+def _info(config: Mapping[str, Any], tensors: Mapping[str, Tensor], text: bytes, blob: bytes, added: str) -> TaskInfo:
+    sizes = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
+    weights = inactive = 0
+    for key, tensor in tensors.items():
+        sizes[purpose_of(key)] += tensor.nbytes
+        if _is_coded(key):
+            masks = MaskBlob.parse(tensor.numpy().data)
+            weights += 8 * masks.size
+            inactive += sum(layer.inactive for layer in masks.entries)
+    return TaskInfo(
+        name="",
+        base=config.get("base_model_name_or_path"),
+        fingerprint=config.get("base_fingerprint"),
+        codec=config.get("codec", "bits"),
+        weights=weights,
+        density=(weights - inactive) / max(weights, 1),
+        sizes=AdapterSizes(**sizes, total=len(text) + len(blob)),
+        checksum=zlib.crc32(blob, zlib.crc32(text)),
+        added=added,
+    )
+
+
+def _coded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the masks in one blob."""
+    masks = {key: tensor for key, tensor in tensors.items() if purpose_of(key) == "mask"}
+    if not masks:
+        raise ValueError("it holds no mask: a bank takes adapters of MaskConfig.")
+    for key, tensor in masks.items():
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise AdapterFileError(f"{key} is {tensor.dtype} {tuple(tensor.shape)} and no mask: fetch the file again.")
+    coded = [tensor for key, tensor in masks.items() if _is_coded(key)]
+    if coded:
+        for tensor in coded:
+            _check_masks(tensor)
+        return dict(tensors)
+    shared = shared_prefix(masks)
+    data = encode_masks({key.removeprefix(shared): tensor.numpy() for key, tensor in masks.items()})
+    rest = {key: tensor for key, tensor in tensors.items() if key not in masks}
+    return {**rest, f"{shared}{BLOB_NAME}": torch.from_numpy(np.frombuffer(data, np.uint8).copy())}
+
+
+def _is_coded(key: str) -> bool:
+    return key.rpartition(".")[2] == BLOB_NAME
+
+
+def _check_masks(tensor: Tensor) -> None:
+    """Decode coded masks and compare them with their own checksum, where that does not take the base."""
+    blob = MaskBlob.parse(tensor.numpy().data)
+    if not blob.needs_base:
+        decode_masks(blob, MAX_UNPACKED)
