@@ -15,8 +15,10 @@ from .transforms import (
     ForeignTransform,
     ImageTransform,
     PilTransform,
+    check_preprocessing,
     evaluation_transform,
     multi_crop_transform,
+    preprocessing_transform,
     supervised_transform,
 )
 
@@ -35,11 +37,13 @@ __all__ = [
     "SupervisedOptions",
     "TrainingLoader",
     "build_loader",
+    "check_preprocessing",
     "dataset_spec",
     "evaluation_transform",
     "label_subset",
     "list_datasets",
     "load_images",
     "multi_crop_transform",
+    "preprocessing_transform",
     "supervised_transform",
 ]

@@ -17,10 +17,10 @@ from ..data import (
     ImageDataset,
     NoLabelsError,
     build_loader,
-    evaluation_transform,
     label_subset,
     load_images,
     multi_crop_transform,
+    preprocessing_transform,
     supervised_transform,
 )
 from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
@@ -229,8 +229,8 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
 
 
 def evaluation_of(backbone: Backbone) -> Any:
-    """How images are prepared to evaluate on them: the backbone's size, mean and standard deviation."""
-    return evaluation_transform(backbone.image_size, backbone.mean, backbone.std)
+    """How images are prepared to evaluate on them: as the backbone says, without randomness."""
+    return preprocessing_transform(backbone.preprocessing)
 
 
 def build_train_loader(
