@@ -42,6 +42,9 @@ def command(
     limit: Annotated[
         int | None, typer.Option(help="A seeded choice of at most this many training and test images.")
     ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Another side of the images in pixels than they had in training.")
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even where there is a GPU.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the reports into this file.", callback=output_file)
@@ -64,6 +67,7 @@ def command(
             batch_size=batch_size,
             num_workers=num_workers,
             limit=limit,
+            image_size=image_size,
             accelerator=accelerator,
         )
     ]

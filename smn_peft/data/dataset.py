@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -96,6 +97,26 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if self.labels is None:
             return None
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
+
+    def digest(self, images: int = 64) -> str:
+        """SHA-256, as hex, of number and labels, and of the files of a sample of the images.
+
+        It is the same wherever the images lie, and in whatever form: a folder, or an npz of the same files.
+
+        Args:
+            images: How many are read, evenly over the dataset; all where there are fewer.
+
+        Raises:
+            OSError: An image of the sample cannot be read.
+        """
+        digest = hashlib.sha256(str(len(self)).encode())
+        if self.labels is not None:
+            digest.update(self.labels.to(torch.int64).contiguous().numpy().tobytes())
+        for index in torch.linspace(0, len(self) - 1, min(images, len(self))).long().tolist():
+            data, _ = self.source.read(int(self.rows[index]))
+            content = data.contiguous().numpy().tobytes() if isinstance(data, Tensor) else data
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
 
     def subset(self, indices: Iterable[int] | Tensor) -> ImageDataset:
         """The images at these indices, in this order, counted from 0 anew.

@@ -24,6 +24,7 @@ from ..data import (
     supervised_transform,
 )
 from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
+from ..storage import fingerprint, tensor_digest
 from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from ..tuner.stages import stage_targets
@@ -164,21 +165,30 @@ def build_task(
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
+    base = _fingerprint(backbone.model)  # while it is what was loaded
     if kind.views == "crops":
         check_crops(arguments, backbone)
     if arguments.head == "probe" and num_classes is not None:
         backbone.model.to(device)
         _start_from_probe(backbone, images, arguments)
-    model = _adapted(arguments, backbone.model, num_classes is not None)
+    model = _adapted(arguments, backbone, num_classes is not None, images.train.classes)
     torch.manual_seed(arguments.seed)
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
-    task = TrainingTask(model, objective, adapt_statistics=arguments.adapt == "statistics")
+    task = TrainingTask(model, objective, adapt_statistics=arguments.adapt == "statistics", base=base)
     if arguments.init_from is not None:
         start_from(task, arguments.init_from)
     return task, backbone
 
 
-def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.Module:
+def _fingerprint(model: nn.Module) -> str:
+    """Fingerprint of all that a base's features depend on, its head left out."""
+    state = getattr(model, "backbone", model).state_dict()
+    first = next((tensor.dtype for tensor in state.values()), torch.float32)
+    return fingerprint((tensor_digest(tensor) for tensor in state.values()), first)
+
+
+def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, classes: list[str] | None) -> nn.Module:
+    model: Any = backbone.model
     if arguments.adapt == "full":
         return model.requires_grad_(True)
     if arguments.adapt in ("head", "statistics"):
@@ -189,6 +199,9 @@ def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.
             model.head.requires_grad_(True)
         return model
     config: MaskConfig = copy.deepcopy(arguments.mask)  # it is filled in when the masks are made
+    # What whoever uses the adapter has to know, who may have its two files only.
+    config.preprocessing = backbone.preprocessing
+    config.id2label = dict(enumerate(classes)) if has_head and classes is not None else None
     config.seed = config.seed or arguments.seed
     if arguments.mask_stages is not None:
         config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)

@@ -50,6 +50,7 @@ def evaluate_run(
     batch_size: int | None = None,
     num_workers: int | None = None,
     limit: int | None = None,
+    image_size: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[EvalReport]:
     """Evaluate what a run saved; on its own dataset as it was evaluated at the end of training.
@@ -66,6 +67,7 @@ def evaluate_run(
         batch_size: Images per forward; None: the run's.
         num_workers: Processes that read images; None: the run's.
         limit: Use a seeded choice of at most this many images on either side.
+        image_size: Another side of the images than in training; a warning says so.
         accelerator: Names the device and shares the work; None: a new one.
 
     Raises:
@@ -73,8 +75,8 @@ def evaluate_run(
         FileNotFoundError: If nothing is saved in the folder.
     """
     check_metrics(metrics)
-    _check(low_shot, seeds=seeds, limit=limit, batch_size=batch_size)
-    run, loaded = load_run(folder, base=base, backbone=backbone)
+    _check(low_shot, seeds=seeds, limit=limit, batch_size=batch_size, image_size=image_size)
+    run, loaded = load_run(folder, base=base, backbone=backbone, image_size=image_size)
     arguments = evaluation_arguments(run, loaded, Path(folder), dataset, split, limit)
     zero_shot = run is not None and run.objective == "zero_shot"
     has_head = run is not None and _head_classes(folder) is not None

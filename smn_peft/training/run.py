@@ -120,6 +120,10 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     facts = {
         **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
         **({"indices": indices_digest(images.train)} if arguments.indices_file is not None else {}),
+        "base": task.base,
+        # Of a run that needs no labels they are known only where something is evaluated.
+        "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
+        "preprocessing": backbone.preprocessing,
         "images": len(images.train),
         "classes": images.train.classes,
         "head_classes": images.num_classes if task.objective.consumes == "logits" else None,

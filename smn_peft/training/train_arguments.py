@@ -98,6 +98,8 @@ class TrainArguments(LoopArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None; got {value}.")
+        if self.image_size is not None and self.image_size > 4096:
+            raise ValueError(f"image_size must be at most 4096; got {self.image_size}.")
         if self.head == "masked" and self.adapt != "mask":
             raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
         if self.adapt == "head" and self.objective != "cross_entropy":
