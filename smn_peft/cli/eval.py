@@ -24,6 +24,9 @@ def command(
     backbone: Annotated[str | None, typer.Option(help="Where the base is now, if not where the folder says.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Another dataset than the run's.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to test on; the run's if not given.")] = None,
+    eval_fraction: Annotated[
+        float | None, typer.Option(help="Test on this part of the training images, held out; as the run if not given.")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -61,6 +64,7 @@ def command(
             backbone=backbone,
             dataset=dataset,
             split=split,
+            eval_fraction=eval_fraction,
             metrics=metric or (),
             low_shot=low_shot or (),
             seeds=seeds,

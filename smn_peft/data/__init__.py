@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from .dataset import ImageDataset
 from .decoding import ImageError
-from .errors import NoLabelsError
+from .errors import NoLabelsError, NoSplitError
 from .images import load_images
 from .loading import AugmentedDataset, ShardedBatches, TrainingLoader, build_loader
 from .options import AugmentationOptions, MultiCropOptions, SupervisedOptions
 from .registry import DatasetSpec, dataset_spec, list_datasets
-from .subsets import label_subset
+from .subsets import held_out, label_subset
 from .transforms import (
     ForeignTransform,
     ImageTransform,
@@ -32,6 +32,7 @@ __all__ = [
     "ImageTransform",
     "MultiCropOptions",
     "NoLabelsError",
+    "NoSplitError",
     "PilTransform",
     "ShardedBatches",
     "SupervisedOptions",
@@ -40,6 +41,7 @@ __all__ = [
     "check_preprocessing",
     "dataset_spec",
     "evaluation_transform",
+    "held_out",
     "label_subset",
     "list_datasets",
     "load_images",

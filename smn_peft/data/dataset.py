@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..functional.whole import whole_numbers
 from .decoding import decode_rgb
 from .errors import WITHOUT_LABELS, NoLabelsError
 
@@ -32,7 +33,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Args:
         source: Where the images are read.
-        labels: (n,) int64, or None.
+        labels: (n,) whole numbers, or None.
         classes: Names by label, or None if there are none.
         name: What was loaded.
         split: Its split.
@@ -40,7 +41,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         rows: (n,) int64 rows of the source that this dataset has, in order.
 
     Raises:
-        ValueError: No images, or labels that do not fit the images or the classes.
+        ValueError: No images, or labels that are no whole numbers or do not fit the images or the classes.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if labels is not None:
             if len(labels) != len(rows):
                 raise ValueError(f"{name} has {len(rows)} images but {len(labels)} labels.")
+            labels = whole_numbers(labels, f"{name}, split {split!r}")
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
                 raise NoLabelsError(
@@ -124,7 +126,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         Raises:
             ValueError: An index is outside, or there are none.
         """
-        chosen = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64)
+        given = indices if isinstance(indices, Tensor) else list(indices)
+        chosen = whole_numbers(given, f"A subset of {self.name}", "index")
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
             raise ValueError(
                 f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."

@@ -167,7 +167,7 @@ class Trainer:
 
         Raises:
             TrainingFailure: If the loss is not finite, a mask is empty, or what is learned has collapsed and stays so.
-            Interrupted: After Ctrl-C or SIGTERM, once a checkpoint of the last whole step is written.
+            Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once a checkpoint of the last whole step is written.
         """
         self._started = time.perf_counter()
         if self.step == 0 and self.evaluate is not None:

@@ -86,7 +86,7 @@ def test_another_size_is_said(tmp_path):
     arguments = tiny_arguments(tmp_path, image_size=24, epochs=1)
     run(arguments)
     with pytest.warns(UserWarning, match=r"out was trained on images of 24 pixels, and is used on 16, as image_size"):
-        _, loaded = load_run(tmp_path / "out", image_size=16)
+        _, loaded = load_run(tmp_path / "out", image_size=16, backbone=arguments.backbone)
     assert loaded.image_size == 16
     (tmp_path / "out" / "run.json").unlink()
     with pytest.warns(UserWarning, match="trained on images of 24 pixels, and is used on 32"):
@@ -96,13 +96,14 @@ def test_another_size_is_said(tmp_path):
 
 @pytest.mark.parametrize("adapt", ["lora", "head"])
 def test_what_has_no_config_of_ours_has_run_json(tmp_path, adapt):
-    run(tiny_arguments(tmp_path, adapt=adapt, image_size=24, epochs=1))
+    arguments = tiny_arguments(tmp_path, adapt=adapt, lora_rank=1, image_size=24, epochs=1)
+    run(arguments)
     model = tmp_path / "model.py"
     model.write_text(model.read_text().replace("(0.25,) * 3, 16", "(0.3,) * 3, 20"))  # of the base as it is now
-    _, loaded = load_run(tmp_path / "out")
+    _, loaded = load_run(tmp_path / "out", backbone=arguments.backbone)
     assert (loaded.image_size, loaded.std) == (24, (0.25,) * 3)
     with pytest.warns(UserWarning, match="trained on images of 24 pixels, and is used on 16"):
-        load_run(tmp_path / "out", image_size=16)
+        load_run(tmp_path / "out", image_size=16, backbone=arguments.backbone)
 
 
 def test_without_a_head_there_are_no_names_and_a_masked_head_has_them(tmp_path):
