@@ -19,11 +19,14 @@ from ..data.loading import STOP_SIGNALS
 __all__ = ["SETTINGS", "check_rest", "launch_environment", "launch_processes"]
 
 # accelerate's own way in, without the traceback for a process that failed: that process has said why.
-# Signals are for the processes, which are waited for; where accelerate has a way of its own with them, it takes it.
+# The processes are waited for, since they save and then end. Several of them get a signal from accelerate's agent, which
+# knows no SIGUSR1; a single one has had it already.
 _LAUNCHER = """
 import signal, subprocess, sys
-for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-    signal.signal(getattr(signal, name), lambda *_: None)
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+if hasattr(signal, "SIGUSR1"):
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
 from accelerate.commands.launch import main
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 try:
