@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ class Backbone:
         image_size: Side of the square input in pixels.
         mean: Mean per channel that the transform subtracts, of images in [0, 1].
         std: Standard deviation per channel that it divides by.
+        interpolation: How this package resizes images to train and evaluate, whatever `transform` does.
+        crop_pct: Part of the resized shorter side that it keeps.
     """
 
     model: nn.Module
@@ -50,6 +52,30 @@ class Backbone:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop_pct: float = 1.0
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared, JSON-compatible: image_size, mean, std, interpolation, crop_pct."""
+        return {
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+        }
+
+    def prepared_as(self, preprocessing: Mapping[str, Any]) -> Backbone:
+        """The same model for images prepared in another way, as an adapter's config says; `transform` stays its own.
+
+        Args:
+            preprocessing: As [`Backbone.preprocessing`]; what it lacks stays as it is. A model that takes one size
+                only has to be loaded at that size.
+        """
+        known = {name: preprocessing[name] for name in self.preprocessing if name in preprocessing}
+        known |= {name: tuple(known[name]) for name in ("mean", "std") if name in known}
+        return replace(self, **known)
 
     def features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Pooled features of a batch, (batch, 3, height, width) -> (batch, feature_dim).

@@ -24,6 +24,9 @@ def command(
     backbone: Annotated[str | None, typer.Option(help="Where the base is now, if not where the folder says.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Another dataset than the run's.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to test on; the run's if not given.")] = None,
+    eval_fraction: Annotated[
+        float | None, typer.Option(help="Test on this part of the training images, held out; as the run if not given.")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -42,6 +45,9 @@ def command(
     limit: Annotated[
         int | None, typer.Option(help="A seeded choice of at most this many training and test images.")
     ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Another side of the images in pixels than they had in training.")
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even where there is a GPU.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the reports into this file.", callback=output_file)
@@ -58,12 +64,14 @@ def command(
             backbone=backbone,
             dataset=dataset,
             split=split,
+            eval_fraction=eval_fraction,
             metrics=metric or (),
             low_shot=low_shot or (),
             seeds=seeds,
             batch_size=batch_size,
             num_workers=num_workers,
             limit=limit,
+            image_size=image_size,
             accelerator=accelerator,
         )
     ]

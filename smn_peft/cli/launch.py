@@ -8,15 +8,25 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from typing import Any
 
 import torch
 import typer
 
+from ..data.loading import STOP_SIGNALS
+
 __all__ = ["SETTINGS", "check_rest", "launch_environment", "launch_processes"]
 
 # accelerate's own way in, without the traceback for a process that failed: that process has said why.
+# The processes are waited for, since they save and then end. Several of them get a signal from accelerate's agent, which
+# knows no SIGUSR1; a single one has had it already.
 _LAUNCHER = """
-import subprocess, sys
+import signal, subprocess, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+if hasattr(signal, "SIGUSR1"):
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
 from accelerate.commands.launch import main
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 try:
@@ -26,6 +36,8 @@ except ChildFailedError as failure:
 except subprocess.CalledProcessError as failure:
     sys.exit(failure.returncode)
 """
+
+_HANG_UP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))  # the terminal was closed
 
 #: What belongs to `accelerate launch` is unknown to the command, and kept in the context.
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -51,12 +63,25 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
     cpu = cpu or not torch.accelerator.is_available()
     line = _line(command, sys.argv[sys.argv.index(command[-1]) + 1 :], extra, cpu)
     interrupted: list[int] = []
-    # Ctrl-C reaches the processes too; here they are waited for, since they save and then end.
-    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: Any = None) -> None:
+        interrupted.append(number)
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, *_HANG_UP)}
     try:
-        code = subprocess.Popen(line, env=launch_environment(cpu)).wait()
+        # In a session of their own the processes get each signal once, from here, whoever else its sender meant; here
+        # they are waited for, since they save and then end.
+        started.append(subprocess.Popen(line, env=launch_environment(cpu), start_new_session=True))
+        for number in list(interrupted):  # it came while they were started
+            pass_on(number)
+        code = started[0].wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 130 if interrupted else code
 
 

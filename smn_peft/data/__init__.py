@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from .dataset import ImageDataset
 from .decoding import ImageError
-from .errors import NoLabelsError
+from .errors import NoLabelsError, NoSplitError
 from .images import load_images
 from .loading import AugmentedDataset, ShardedBatches, TrainingLoader, build_loader
 from .options import AugmentationOptions, MultiCropOptions, SupervisedOptions
 from .registry import DatasetSpec, dataset_spec, list_datasets
-from .subsets import label_subset
+from .subsets import held_out, label_subset
 from .transforms import (
     ForeignTransform,
     ImageTransform,
     PilTransform,
+    check_preprocessing,
     evaluation_transform,
     multi_crop_transform,
+    preprocessing_transform,
     supervised_transform,
 )
 
@@ -30,16 +32,20 @@ __all__ = [
     "ImageTransform",
     "MultiCropOptions",
     "NoLabelsError",
+    "NoSplitError",
     "PilTransform",
     "ShardedBatches",
     "SupervisedOptions",
     "TrainingLoader",
     "build_loader",
+    "check_preprocessing",
     "dataset_spec",
     "evaluation_transform",
+    "held_out",
     "label_subset",
     "list_datasets",
     "load_images",
     "multi_crop_transform",
+    "preprocessing_transform",
     "supervised_transform",
 ]

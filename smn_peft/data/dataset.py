@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..functional.whole import whole_numbers
 from .decoding import decode_rgb
 from .errors import WITHOUT_LABELS, NoLabelsError
 
@@ -31,7 +33,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     Args:
         source: Where the images are read.
-        labels: (n,) int64, or None.
+        labels: (n,) whole numbers, or None.
         classes: Names by label, or None if there are none.
         name: What was loaded.
         split: Its split.
@@ -39,7 +41,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         rows: (n,) int64 rows of the source that this dataset has, in order.
 
     Raises:
-        ValueError: No images, or labels that do not fit the images or the classes.
+        ValueError: No images, or labels that are no whole numbers or do not fit the images or the classes.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if labels is not None:
             if len(labels) != len(rows):
                 raise ValueError(f"{name} has {len(rows)} images but {len(labels)} labels.")
+            labels = whole_numbers(labels, f"{name}, split {split!r}")
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
                 raise NoLabelsError(
@@ -97,13 +100,34 @@ class ImageDataset(Dataset[dict[str, Any]]):
             return None
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
 
+    def digest(self, images: int = 64) -> str:
+        """SHA-256, as hex, of number and labels, and of the files of a sample of the images.
+
+        It is the same wherever the images lie, and in whatever form: a folder, or an npz of the same files.
+
+        Args:
+            images: How many are read, evenly over the dataset; all where there are fewer.
+
+        Raises:
+            OSError: An image of the sample cannot be read.
+        """
+        digest = hashlib.sha256(str(len(self)).encode())
+        if self.labels is not None:
+            digest.update(self.labels.to(torch.int64).contiguous().numpy().tobytes())
+        for index in torch.linspace(0, len(self) - 1, min(images, len(self))).long().tolist():
+            data, _ = self.source.read(int(self.rows[index]))
+            content = data.contiguous().numpy().tobytes() if isinstance(data, Tensor) else data
+            digest.update(hashlib.sha256(content).digest())
+        return digest.hexdigest()
+
     def subset(self, indices: Iterable[int] | Tensor) -> ImageDataset:
         """The images at these indices, in this order, counted from 0 anew.
 
         Raises:
             ValueError: An index is outside, or there are none.
         """
-        chosen = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices), dtype=torch.int64)
+        given = indices if isinstance(indices, Tensor) else list(indices)
+        chosen = whole_numbers(given, f"A subset of {self.name}", "index")
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
             raise ValueError(
                 f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from .dataset import ImageDataset
-from .errors import WITHOUT_LABELS, NoLabelsError
+from .errors import WITHOUT_LABELS, NoLabelsError, NoSplitError
 
 __all__ = ["TableImages", "load_hub", "load_parquet"]
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target")
+_UNKNOWN_SPLIT = re.compile(r"(?i)unknown split .*should be one of (\[.*\])", re.DOTALL)  # as `datasets` says it
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
@@ -70,23 +71,28 @@ def load_hub(
 
 
 def load_parquet(
-    path: str,
+    path: str | Mapping[str, list[str]],
     split: str,
     *,
     image_column: str | None = None,
     label_column: str | None = None,
     labelled: bool = True,
+    name: str | None = None,
 ) -> ImageDataset:
-    """Images of parquet files, all of them the split "train"; arguments and errors as of `load_hub`.
+    """Images of parquet files; arguments and errors as of `load_hub`.
 
     Args:
-        path: A file, or a pattern such as "folder/train-*.parquet".
+        path: A file, or a pattern such as "folder/train-*.parquet", of which all is the split "train"; or files by
+            split.
         split: "train", or a part of it such as "train[:10%]".
         image_column: Column of the images.
         label_column: Column of the class.
         labelled: False leaves labels out.
+        name: Name of the result, `path` by default.
     """
-    return _load("parquet", None, split, image_column, label_column, None, labelled, path, data_files=path)
+    return _load(
+        "parquet", None, split, image_column, label_column, None, labelled, name or str(path), data_files=path
+    )
 
 
 def _load(
@@ -109,7 +115,9 @@ def _load(
     try:
         table = datasets.load_dataset(builder, config, split=split, revision=revision, **options)
     except ValueError as error:  # split and configuration; the library names those that exist
-        raise ValueError(f"{name}, split {split!r}: {error}") from error
+        if (found := _UNKNOWN_SPLIT.search(str(error))) is None:
+            raise ValueError(f"{name}, split {split!r}: {error}") from error
+        raise NoSplitError(f"{name}, split {split!r}: {error}", re.findall(r"'([^']*)'", found[1])) from error
     except datasets.exceptions.DatasetNotFoundError as error:
         raise OSError(
             f"{name} does not exist on the Hub, or cannot be read without logging in (hf auth login): {error}"

@@ -8,7 +8,7 @@ import os
 from .dataset import ImageDataset
 from .errors import WITHOUT_LABELS, NoLabelsError
 from .hub import load_hub, load_parquet
-from .local import load_folder, load_npz
+from .local import load_folder, load_npz, parquet_files, standard_split
 from .registry import dataset_spec
 
 __all__ = ["load_images"]
@@ -29,8 +29,8 @@ def load_images(
     Args:
         name_or_path: A dataset of the paper ("cifar10", see `list_datasets`), whose columns and splits are known; any
             id on the Hub ("user/dataset", or "user/dataset:config"); a folder of images (``split/class/…``,
-            ``class/…`` or unlabelled); a parquet file or pattern; or an npz of `jpeg` and `offsets`. What exists on
-            disk comes first.
+            ``class/…`` or unlabelled) or of parquet files; a parquet file or pattern; or an npz of `jpeg` and
+            `offsets`. What exists on disk comes first.
         split: "train" or "test"; for a Hub id whatever it has.
         image_column: Column of the images (Hub and parquet), found by itself where there is only one.
         label_column: Column of the class (Hub and parquet).
@@ -69,6 +69,8 @@ def _load(
     columns = {"image_column": image_column, "label_column": label_column}
     if name.endswith(".parquet"):
         return load_parquet(name, split, **columns, labelled=labelled)
+    if os.path.isdir(name) and revision is None and (tables := parquet_files(name)):
+        return load_parquet(tables, standard_split(split), **columns, labelled=labelled, name=name)
     if os.path.isdir(name) or name.endswith(".npz"):
         given = [key for key, value in {**columns, "revision": revision}.items() if value is not None]
         if given:

@@ -4,17 +4,28 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .transforms import ImageTransform
 
-__all__ = ["AugmentedDataset", "ShardedBatches", "TrainingLoader", "build_loader"]
+__all__ = [
+    "STOP_SIGNALS",
+    "AugmentedDataset",
+    "PatientLoader",
+    "ShardedBatches",
+    "TrainingLoader",
+    "build_loader",
+    "check_map_style",
+]
 
 
 def _seed_of(*parts: int | str) -> int:
@@ -22,8 +33,60 @@ def _seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _leave_interrupts_to_the_main_process(_worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the trainer first finishes its step
+#: What asks a run to stop; of SLURM and systemd all its processes get it at once.
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+def _leave_signals_to_the_main_process(_worker: int) -> None:
+    """It first finishes its step, for which it needs the workers; SIGTERM from itself still ends a worker."""
+    for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody says who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_the_end, daemon=True).start()
+
+
+def _await_the_end() -> None:
+    main: Any = multiprocessing.parent_process()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main.pid:
+        pass
+    os._exit(0)
+
+
+class PatientLoader(DataLoader[dict[str, Any]]):
+    """A `DataLoader` whose workers leave signals to the main process, and end with it."""
+
+    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
+        """Take what a `DataLoader` takes but `worker_init_fn`.
+
+        Raises:
+            ValueError: The dataset can only be read in order.
+        """
+        check_map_style(dataset)
+        super().__init__(dataset, *args, worker_init_fn=_leave_signals_to_the_main_process, **kwargs)
+
+    def __iter__(self) -> Any:
+        if self.num_workers == 0 or not hasattr(signal, "sigwaitinfo"):
+            return super().__iter__()
+        # Workers start with what is blocked here: a signal must not end one before it has come to leave it alone.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def check_map_style(dataset: Any) -> None:
+    """Refuse a dataset that cannot be read by index, as a seeded order and several processes need it.
+
+    Raises:
+        ValueError: Naming its type and what to do.
+    """
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise ValueError(
+            f"A {type(dataset).__name__} can only be read in order, and images are read by index here: load it "
+            "without streaming=True, or give list(dataset) if it fits into memory."
+        )
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):
@@ -159,8 +222,8 @@ class ShardedBatches(Sampler[list[int]]):
                 yield start, end
 
 
-class TrainingLoader(DataLoader[dict[str, Any]]):
-    """A `DataLoader` over `AugmentedDataset` and `ShardedBatches` that knows epochs; made by `build_loader`."""
+class TrainingLoader(PatientLoader):
+    """A [`PatientLoader`] over `AugmentedDataset` and `ShardedBatches` that knows epochs; made by `build_loader`."""
 
     dataset: AugmentedDataset
     batch_sampler: ShardedBatches
@@ -202,8 +265,9 @@ def build_loader(
         pin_memory: Put batches into page-locked memory, for a GPU.
 
     Raises:
-        ValueError: Sizes that do not fit, see `ShardedBatches`.
+        ValueError: Sizes that do not fit, see `ShardedBatches`, or a dataset that can only be read in order.
     """
+    check_map_style(dataset)
     batches = ShardedBatches(
         len(dataset),
         batch_size,
@@ -219,7 +283,6 @@ def build_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
         # Otherwise every iteration would take a number from the caller's generator.
         generator=torch.Generator().manual_seed(_seed_of("workers", seed)),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..functional.whole import whole_numbers
 from .dataset import ImageDataset
-from .errors import WITHOUT_LABELS, NoLabelsError
+from .errors import WITHOUT_LABELS, NoLabelsError, NoSplitError
 
-__all__ = ["EncodedImages", "ImageFiles", "load_folder", "load_npz"]
+__all__ = ["EncodedImages", "ImageFiles", "load_folder", "load_npz", "parquet_files", "standard_split"]
 
 _SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val"), "test": ("test", "testing")}
@@ -61,12 +63,12 @@ def load_folder(path: str | os.PathLike[str], split: str, *, labelled: bool) -> 
     """
     root = Path(path)
     splits = {folder.name: folder for folder in _folders(root) if folder.name.lower() in sum(_SPLITS.values(), ())}
-    standard = next((key for key, names in _SPLITS.items() if split in names), split)
+    standard = standard_split(split)
     start = next((splits[name] for name in (split, *_SPLITS.get(standard, ())) if name in splits), None)
     if start is None:
         if splits or split != "train":
             there = ", ".join(splits) if splits else "no folders of splits, so only split='train'"
-            raise ValueError(f"{root} has no split {split!r}: it has {there}.")
+            raise NoSplitError(f"{root} has no split {split!r}: it has {there}.", splits or ("train",))
         start = root
     if not labelled:
         return _files(root, split, [(file, 0) for file in _images(start)], None)
@@ -104,6 +106,40 @@ def _files(root: Path, split: str, found: list[tuple[Path, int]], classes: list[
     )
 
 
+def parquet_files(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Files of a folder of parquet by split: "train", "validation", "test"; empty where it holds an image.
+
+    The split is told by a word in the name of a file or of a folder above it ("data/train-00000-of-00002.parquet", as
+    on the Hub); where none tells any, all are "train".
+
+    Raises:
+        ValueError: Some names tell their split, and others do not.
+    """
+    root, found = Path(path), []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(Path(file).suffix.lower() in _SUFFIXES for file in files):
+            return {}
+        found += [Path(folder) / file for file in sorted(files) if file.endswith(".parquet") and file[0] != "."]
+    splits: dict[str, list[str]] = {}
+    for file in found:
+        words = re.split(r"[^a-z]+", str(file.relative_to(root)).lower())
+        split = next((key for key, names in _SPLITS.items() if {*names} & {*words}), "")
+        splits.setdefault(split, []).append(str(file))
+    unknown = splits.pop("", [])
+    if unknown and splits:
+        raise ValueError(
+            f"{root}: the name of {unknown[0]} tells no split, and that of {next(iter(splits.values()))[0]} does: "
+            "name a file, or a pattern such as 'folder/train-*.parquet'."
+        )
+    return {"train": unknown} if unknown else splits
+
+
+def standard_split(split: str) -> str:
+    """The usual name of a split: "validation" for "val"."""
+    return next((key for key, names in _SPLITS.items() if split in names), split)
+
+
 def load_npz(path: str | os.PathLike[str], split: str, *, labelled: bool) -> ImageDataset:
     """Images of an npz with `jpeg`, `offsets` and, as far as there are any, `label`, `split` and `classes`.
 
@@ -115,7 +151,7 @@ def load_npz(path: str | os.PathLike[str], split: str, *, labelled: bool) -> Ima
     """
     name = os.fspath(path)
     if split not in ("train", "test"):
-        raise ValueError(f"{name} has no split {split!r}: an npz has 'train' and 'test'.")
+        raise NoSplitError(f"{name} has no split {split!r}: an npz has 'train' and 'test'.", ("train", "test"))
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("jpeg", "offsets", "label", "split", "classes") if key in archive}
@@ -142,10 +178,10 @@ def load_npz(path: str | os.PathLike[str], split: str, *, labelled: bool) -> Ima
     parts = arrays.get("split", np.zeros(number, dtype=np.uint8))
     rows = torch.from_numpy(np.flatnonzero(parts == ("train", "test").index(split)))
     if len(rows) == 0:
-        raise ValueError(f"{name}, split {split!r}, has no images.")
+        raise NoSplitError(f"{name}, split {split!r}, has no images.", {"train", "test"} - {split})
     return ImageDataset(
         EncodedImages(torch.from_numpy(jpeg), torch.from_numpy(offsets), name),
-        labels=torch.from_numpy(arrays["label"].astype(np.int64))[rows] if labelled else None,
+        labels=whole_numbers(arrays["label"], name)[rows] if labelled else None,
         classes=[str(label) for label in arrays["classes"]] if labelled and "classes" in arrays else None,
         name=name,
         split=split,

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label-efficient subsets: a fraction or a number per class, balanced or not, seeded and nested."""
+"""Subsets by label: few labels to learn from, nested and seeded, and images held out to evaluate on."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["label_subset"]
+from ..functional.whole import whole_numbers
+
+__all__ = ["held_out", "label_subset"]
 
 
 def label_subset(
@@ -42,7 +44,7 @@ def label_subset(
         raise ValueError("Pass either fraction= or per_class=.")
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels must be a vector of at least one label; got the shape {tuple(labels.shape)}.")
-    total = len(labels)
+    labels, total = whole_numbers(labels, "labels"), len(labels)
     classes, counts = labels.unique(return_counts=True)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     if fraction is not None and not 0 < fraction <= 1:
@@ -60,3 +62,33 @@ def label_subset(
     number = max(1, round(fraction * total / len(classes))) if fraction is not None else (per_class or 0)
     shuffled = labels[order]
     return torch.cat([order[shuffled == label][:number] for label in classes]).sort().values
+
+
+def held_out(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+    """Indices of a part to evaluate on, evenly of every class; what is left is to train on.
+
+    Of each class ``round(fraction · n)`` images, one at least and never all; of a class with a single image none.
+
+    Args:
+        labels: (n,) whole numbers.
+        fraction: Part of the images, in (0, 1).
+        seed: Of the choice.
+
+    Returns:
+        Sorted indices, (m,) int64.
+
+    Raises:
+        ValueError: The fraction is out of range, or no class has two images.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"A fraction to hold out must lie in (0, 1); got {fraction}. 20 % is 0.2.")
+    labels = whole_numbers(labels, "labels")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled, found = labels[order], []
+    for label in labels.unique():
+        of_class = order[shuffled == label]
+        count = len(of_class)
+        found.append(of_class[: min(max(1, round(fraction * count)), count - 1)])
+    if not sum(map(len, found)):
+        raise ValueError("No class has two images, so none can be held out to evaluate on.")
+    return torch.cat(found).sort().values

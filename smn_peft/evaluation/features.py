@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..backbones import Backbone, pooled_features
 from ..backbones.backbone import EvalTransform
+from ..data.loading import PatientLoader, check_map_style
 from ..functional.finite import require_finite_rows
+from ..functional.whole import whole_numbers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,7 +54,7 @@ class Features:
                     f"{len(self.features)} features need as many labels, ({len(self.features)},); got "
                     f"{tuple(self.labels.shape)}."
                 )
-            object.__setattr__(self, "labels", self.labels.detach().cpu().long())
+            object.__setattr__(self, "labels", whole_numbers(self.labels.detach().cpu(), "Features"))
         require_finite_rows(self.features, "Features")
 
     def __len__(self) -> int:
@@ -92,8 +94,10 @@ class _Inputs(Dataset[dict[str, Any]]):
             from torchvision.transforms.functional import to_pil_image
 
             image = to_pil_image(image)  # the model's own library reads PIL images
-        found = {"pixel_values": self.transform(image)}
-        return found if item.get("label") is None else {**found, "label": int(item["label"])}
+        found: dict[str, Any] = {"pixel_values": self.transform(image)}
+        return (
+            found if item.get("label") is None else {**found, "label": int(whole_numbers(item["label"], "An image"))}
+        )
 
 
 def extract_features(
@@ -131,13 +135,14 @@ def extract_features(
         model = model.model
     if transform is None:
         raise ValueError("Pass transform=…: only a Backbone knows its own; a bare model does not.")
+    check_map_style(dataset)
     if not len(dataset):
         raise ValueError("The dataset is empty: there is nothing to extract features of. Check its split.")
     count, processes = len(dataset), accelerator.num_processes if accelerator else 1
     share = -(-count // processes)
     start = share * (accelerator.process_index if accelerator else 0)
     device = accelerator.device if accelerator else _device(model)
-    loader = DataLoader(
+    loader = PatientLoader(
         _Inputs(dataset, transform, start, start + share),
         batch_size,
         num_workers=num_workers,

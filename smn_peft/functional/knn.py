@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .finite import require_finite_rows
+from .whole import whole_numbers
 
 __all__ = ["knn_votes"]
 
@@ -45,7 +46,7 @@ def knn_votes(
     """
     classes = _check(train_features, train_labels, features, k, temperature, num_classes, chunk)
     device = train_features.device
-    labels = train_labels.to(device, torch.int64)
+    labels = whole_numbers(train_labels, "k-NN").to(device)
     parts = []
     with torch.autocast(device.type, enabled=False):  # similarities in bf16 would tie
         train = F.normalize(train_features.float(), dim=1)

@@ -15,7 +15,7 @@ from .adapter_file import (
     read_adapter_file,
     read_metadata,
 )
-from .atomic import atomic_write
+from .atomic import atomic_write, to_disk
 from .codec import CODECS
 from .fingerprint import fingerprint, tensor_digest
 from .finish import finish_adapter_file
@@ -58,6 +58,7 @@ __all__ = [
     "rounded",
     "size_change",
     "tensor_digest",
+    "to_disk",
     "unpack_adapter",
     "verify_adapter_file",
 ]

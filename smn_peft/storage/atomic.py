@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "to_disk"]
 
 _TRIES = 100
 
@@ -55,6 +55,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
                 error.errno, f"Cannot write {path}: {error.strerror}. The old file, if any, is untouched"
             ) from error
         raise
+
+
+def to_disk(path: str | os.PathLike[str]) -> None:
+    """Wait until what was written to a file, or into a folder's list of names, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _created(path: Path, mode: int) -> tuple[IO[bytes], Path]:

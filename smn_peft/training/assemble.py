@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,26 +13,19 @@ from torch import nn
 
 from ..backbones import Backbone, load_backbone, load_classifier
 from ..backbones.from_file import is_file_spec, load_from_file
-from ..data import (
-    ImageDataset,
-    NoLabelsError,
-    build_loader,
-    evaluation_transform,
-    label_subset,
-    load_images,
-    multi_crop_transform,
-    supervised_transform,
-)
+from ..data import build_loader, multi_crop_transform, preprocessing_transform, supervised_transform
 from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
+from ..storage import fingerprint, tensor_digest
 from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from ..tuner.stages import stage_targets
 from ..tuner.targets import resolve_targets
 from .crops import check_crops
+from .images import Images, build_images
 from .lora import lora_config
 from .objective import build_objective, objective_kind
-from .shared import base_features, decoded
-from .start import read_indices, start_from
+from .shared import base_features
+from .start import start_from
 from .task import TrainingTask
 from .train_arguments import TrainArguments
 
@@ -44,86 +37,6 @@ __all__ = [
     "evaluation_of",
     "load_base",
 ]
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of a run: to train on, and, where labels are known, to vote in k-NN and to be tested on."""
-
-    train: ImageDataset
-    bank: ImageDataset | None
-    test: ImageDataset | None
-    num_classes: int | None = None
-    """Of the whole training split, of which `train` may lack some."""
-
-
-def build_images(arguments: TrainArguments) -> Images:
-    """Open the dataset and choose the subsets that the arguments ask for.
-
-    Raises:
-        ValueError: If labels are needed and missing, a subset is empty, or `indices_file` does not fit.
-        NoLabelsError: If labels are missing.
-    """
-    needs_labels = objective_kind(arguments).needs_labels
-    where: dict[str, Any] = {
-        "image_column": arguments.image_column,
-        "label_column": arguments.label_column,
-        "revision": arguments.dataset_revision,
-    }
-    labelled = needs_labels or arguments.eval_split is not None
-    key = (arguments.dataset, *where.values(), labelled, arguments.subset_seed, arguments.class_limit)
-    full = _load(arguments, arguments.train_split, labelled, where)
-    train = full
-    if arguments.limit is not None and arguments.limit < len(train):
-        train = train.subset(_choose(len(train), arguments.limit, arguments.subset_seed))
-    if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
-        train = decoded(train, "train", (*key, arguments.train_split, arguments.limit))
-    bank = train
-    if arguments.fraction < 1.0:
-        labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
-        train = train.subset(
-            label_subset(
-                labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.fraction_seed
-            )
-        )
-    if arguments.indices_file is not None:
-        train = train.subset(read_indices(arguments.indices_file, len(train)))
-    if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
-        raise ValueError(
-            f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images are all of one class, "
-            "from which nothing can be learned. Take another split, or more images."
-        )
-    if arguments.eval_split is None:
-        return Images(train, None, None, full.num_classes)
-    try:
-        test = _load(arguments, arguments.eval_split, True, where)
-    except NoLabelsError:
-        raise
-    except ValueError as error:
-        raise ValueError(
-            f"{error} It was opened to evaluate on: name another split; training can do without, by --eval-split none."
-        ) from error
-    if arguments.eval_limit is not None and arguments.eval_limit < len(test):
-        test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
-    if arguments.cache_images:
-        test = decoded(test, "test", (*key, arguments.eval_split, arguments.eval_limit))
-    if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
-        bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
-    return Images(train, bank, test, full.num_classes)
-
-
-def _load(arguments: TrainArguments, split: str, labelled: bool, where: dict[str, Any]) -> ImageDataset:
-    labelled = labelled or arguments.class_limit is not None
-    try:
-        found = load_images(arguments.dataset, split, labelled=labelled, **where)
-    except NoLabelsError as error:
-        raise NoLabelsError(f"{error} In training: an objective such as swav, and --eval-split none.") from error
-    return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)
-
-
-def _choose(count: int, wanted: int, seed: int) -> list[int]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[:wanted].tolist())
 
 
 def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
@@ -164,21 +77,30 @@ def build_task(
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
+    base = _fingerprint(backbone.model)  # while it is what was loaded
     if kind.views == "crops":
         check_crops(arguments, backbone)
     if arguments.head == "probe" and num_classes is not None:
         backbone.model.to(device)
         _start_from_probe(backbone, images, arguments)
-    model = _adapted(arguments, backbone.model, num_classes is not None)
+    model = _adapted(arguments, backbone, num_classes is not None, images.train.classes)
     torch.manual_seed(arguments.seed)
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
-    task = TrainingTask(model, objective, adapt_statistics=arguments.adapt == "statistics")
+    task = TrainingTask(model, objective, adapt_statistics=arguments.adapt == "statistics", base=base)
     if arguments.init_from is not None:
         start_from(task, arguments.init_from)
     return task, backbone
 
 
-def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.Module:
+def _fingerprint(model: nn.Module) -> str:
+    """Fingerprint of all that a base's features depend on, its head left out."""
+    state = getattr(model, "backbone", model).state_dict()
+    first = next((tensor.dtype for tensor in state.values()), torch.float32)
+    return fingerprint((tensor_digest(tensor) for tensor in state.values()), first)
+
+
+def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, classes: list[str] | None) -> nn.Module:
+    model: Any = backbone.model
     if arguments.adapt == "full":
         return model.requires_grad_(True)
     if arguments.adapt in ("head", "statistics"):
@@ -189,6 +111,9 @@ def _adapted(arguments: TrainArguments, model: nn.Module, has_head: bool) -> nn.
             model.head.requires_grad_(True)
         return model
     config: MaskConfig = copy.deepcopy(arguments.mask)  # it is filled in when the masks are made
+    # What whoever uses the adapter has to know, who may have its two files only.
+    config.preprocessing = backbone.preprocessing
+    config.id2label = dict(enumerate(classes)) if has_head and classes is not None else None
     config.seed = config.seed or arguments.seed
     if arguments.mask_stages is not None:
         config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
@@ -229,8 +154,8 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
 
 
 def evaluation_of(backbone: Backbone) -> Any:
-    """How images are prepared to evaluate on them: the backbone's size, mean and standard deviation."""
-    return evaluation_transform(backbone.image_size, backbone.mean, backbone.std)
+    """How images are prepared to evaluate on them: as the backbone says, without randomness."""
+    return preprocessing_transform(backbone.preprocessing)
 
 
 def build_train_loader(

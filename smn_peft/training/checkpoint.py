@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,11 +18,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["latest_checkpoint", "list_checkpoints", "load_checkpoint", "load_tensors", "read_state", "save_checkpoint"]
+from ..storage import to_disk
+
+__all__ = [
+    "checkpoint_name",
+    "file_digest",
+    "latest_checkpoint",
+    "list_checkpoints",
+    "load_checkpoint",
+    "load_tensors",
+    "read_state",
+    "save_checkpoint",
+]
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _UNFINISHED = ".checkpoint-"
 STATE_NAME = "trainer_state.json"
+_DIGESTS = "digests"  # in the state: SHA-256 by file name, the state's own over all else that it holds
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
@@ -33,6 +46,11 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint, or None."""
     return next(reversed(list_checkpoints(folder)), None)
+
+
+def checkpoint_name(path: Path | None) -> str | None:
+    """A checkpoint by its step and content, by which processes on several disks know that it is the same."""
+    return None if path is None else f"{path.name} (sha256 {file_digest(path / STATE_NAME)[:16]})"
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -91,14 +109,17 @@ def save_checkpoint(
         for part, content in (("model", tensors), ("optimizer", momentum)):
             content = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
             save_file(content, temporary / f"{part}.safetensors")
-        text = json.dumps({**state, "step": step, "param_groups": groups}, indent=1)
+        # As it is read again: what JSON makes of a tuple is a list.
+        said = json.loads(json.dumps({**state, "step": step, "param_groups": groups}))
+        digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
+        text = json.dumps({**said, _DIGESTS: {**digests, STATE_NAME: _state_digest(said)}}, indent=1)
         (temporary / STATE_NAME).write_text(text, "utf-8")
         for path in temporary.iterdir():
-            _to_disk(path)
+            to_disk(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _to_disk(folder)
+        to_disk(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise _refused(error, final) from error
@@ -118,12 +139,34 @@ def _refused(error: Exception, path: Path) -> OSError:
     return OSError(getattr(error, "errno", None), f"Cannot write {path}: {reason}. {left}")
 
 
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, as hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in state.items() if name != _DIGESTS}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digest(name: str, state: Mapping[str, Any], found: str) -> None:
+    """Refuse a file that is not what was written; checkpoints of earlier versions say nothing of theirs."""
+    if _DIGESTS in state and state[_DIGESTS].get(name) != found:
+        raise ValueError(f"{name} is not what was written, by its SHA-256")
+
+
+def _read(path: Path, part: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, once its digest is checked."""
+    file = path / f"{part}.safetensors"
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        _check_digest(file.name, state, file_digest(file))
+        return load_file(file)
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise _damaged(path, error) from error
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -137,7 +180,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((path / STATE_NAME).read_text("utf-8"))
         if missing := sorted({"step", "param_groups"} - set(state)):
             raise ValueError(f"{STATE_NAME} has no {missing[0]!r}")
-    except (ValueError, TypeError, FileNotFoundError) as error:
+        _check_digest(STATE_NAME, state, _state_digest(state))
+    except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:
         raise _damaged(path, error) from error
     return state
 
@@ -164,10 +208,7 @@ def load_checkpoint(
     """
     path = Path(path)
     state = read_state(path)
-    try:
-        momentum = load_file(path / "optimizer.safetensors") if optimizer is not None else {}
-    except (SafetensorError, ValueError, FileNotFoundError) as error:
-        raise _damaged(path, error) from error
+    momentum = _read(path, "optimizer", state) if optimizer is not None else {}
     load_tensors(path, tensors, "Resume with the arguments that the run was started with.")
     if optimizer is not None:
         optimizer.load_state_dict(_unflatten(momentum, state["param_groups"]))
@@ -195,10 +236,7 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor], fix: str, ignore: Co
     Raises:
         ValueError: If names or shapes differ, or the file is damaged.
     """
-    try:
-        loaded = load_file(path / "model.safetensors")
-    except (SafetensorError, ValueError, FileNotFoundError) as error:
-        raise _damaged(path, error) from error
+    loaded = _read(path, "model", read_state(path))
     if missing := sorted(set(tensors) ^ (set(loaded) - set(ignore))):
         raise ValueError(
             f"{path} belongs to another model or objective: {len(missing)} tensors are on one side only, such as "
@@ -215,4 +253,9 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor], fix: str, ignore: Co
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged: {error}. Delete it; an older checkpoint is then taken.")
+    number = _NAME.match(path.name)
+    older = [old.name for old in list_checkpoints(path.parent) if number and int(old.name[11:]) < int(number[1])]
+    then = (
+        f"{older[-1]}, the one before, is then taken" if older else "there is none before it, and the run starts anew"
+    )
+    return ValueError(f"{path} is damaged: {error}. Delete it; {then}.")

@@ -25,7 +25,8 @@ from ..evaluation import (
     low_shot_reports,
 )
 from ..objectives import list_objectives
-from .assemble import Images, build_images, evaluation_of
+from .assemble import evaluation_of
+from .images import Images, build_images
 from .objective import build_objective
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
@@ -50,6 +51,8 @@ def evaluate_run(
     batch_size: int | None = None,
     num_workers: int | None = None,
     limit: int | None = None,
+    eval_fraction: float | None = None,
+    image_size: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[EvalReport]:
     """Evaluate what a run saved; on its own dataset as it was evaluated at the end of training.
@@ -66,6 +69,8 @@ def evaluate_run(
         batch_size: Images per forward; None: the run's.
         num_workers: Processes that read images; None: the run's.
         limit: Use a seeded choice of at most this many images on either side.
+        eval_fraction: Test on this part of the training split's images, held out as in training; None: as the run did.
+        image_size: Another side of the images than in training; a warning says so.
         accelerator: Names the device and shares the work; None: a new one.
 
     Raises:
@@ -73,9 +78,9 @@ def evaluate_run(
         FileNotFoundError: If nothing is saved in the folder.
     """
     check_metrics(metrics)
-    _check(low_shot, seeds=seeds, limit=limit, batch_size=batch_size)
-    run, loaded = load_run(folder, base=base, backbone=backbone)
-    arguments = evaluation_arguments(run, loaded, Path(folder), dataset, split, limit)
+    _check(low_shot, seeds=seeds, limit=limit, batch_size=batch_size, image_size=image_size)
+    run, loaded = load_run(folder, base=base, backbone=backbone, image_size=image_size)
+    arguments = evaluation_arguments(run, loaded, Path(folder), dataset, split, limit, eval_fraction)
     zero_shot = run is not None and run.objective == "zero_shot"
     has_head = run is not None and _head_classes(folder) is not None
     same = run is not None and arguments.dataset == run.dataset
@@ -137,6 +142,7 @@ def evaluation_arguments(
     dataset: str | None,
     split: str | None,
     limit: int | None,
+    eval_fraction: float | None = None,
 ) -> TrainArguments:
     """Arguments that name the images to evaluate a run on: its own, or another dataset as a fresh run would read it.
 
@@ -157,6 +163,7 @@ def evaluation_arguments(
             "label_column",
             "train_split",
             "eval_split",
+            "eval_fraction",
             "templates",
             "limit",
             "class_limit",
@@ -164,6 +171,8 @@ def evaluation_arguments(
         arguments = replace(run, dataset=dataset, **{name: getattr(own, name) for name in names})
     changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None}
     changes["eval_split"] = split or arguments.eval_split or "test"
+    if split is not None or eval_fraction is not None:
+        changes["eval_fraction"] = eval_fraction
     if arguments.objective not in list_objectives():
         changes["objective"] = "swav"  # to evaluate takes none: a user's own need not be there any more
     if limit is not None:

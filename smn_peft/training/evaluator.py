@@ -12,8 +12,9 @@ from peft import PeftModel
 from ..backbones import Backbone
 from ..data import ImageDataset
 from ..evaluation import Features, evaluate_accuracy, evaluate_knn, extract_features, linear_probe
-from .assemble import Images, evaluation_of
+from .assemble import evaluation_of
 from .checkpoint import latest_checkpoint
+from .images import Images
 from .shared import base_features
 from .task import TrainingTask
 from .train_arguments import TrainArguments

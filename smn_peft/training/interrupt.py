@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`StopRequest`: Ctrl-C and SIGTERM end a run between two steps, a second one after a while at once."""
+"""`StopRequest`: Ctrl-C, SIGTERM and SIGUSR1 end a run between two steps, a second one after a while at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import time
 from types import FrameType
 from typing import Any
 
+from ..data.loading import STOP_SIGNALS
+
 __all__ = ["StopRequest"]
 
 _SAME_REQUEST = 1.0  # seconds
 
 
 class StopRequest:
-    """While entered, a first SIGINT or SIGTERM only sets `requested`; a later one does what it always does.
+    """While entered, a first SIGINT, SIGTERM or SIGUSR1 only sets `requested`; a later one does what it always does.
 
     Within a second, others are taken for the same request: a launcher passes on what the terminal has sent to all.
     Outside the main thread, where Python allows no handlers, it never is requested.
@@ -30,7 +32,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         """Take over the signals."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

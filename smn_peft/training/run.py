@@ -7,19 +7,21 @@ import json
 import statistics
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors.torch import save
 
 from ..data import ImageDataset
 from ..hub import RUN_NAME, full_bytes, write_card
-from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, tensor_digest
+from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, tensor_digest, to_disk
 from .accelerator import build_accelerator
 from .assemble import build_task, build_train_loader
 from .checkpoint import latest_checkpoint
@@ -27,8 +29,10 @@ from .evaluator import evaluator_of
 from .facts import as_facts, check_same
 from .lora import lora_sizes
 from .metrics import METRICS_NAME, read_metrics
+from .run_lock import run_lock
 from .start import start_digest
 from .task import TrainingTask
+from .together import together
 from .train_arguments import TrainArguments
 from .trainer import Trainer
 from .unlabelled import images_of_run
@@ -110,16 +114,28 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     Raises:
         ValueError: For arguments, data or a checkpoint that do not go together, before training starts.
         TrainingFailure: If training cannot go on usefully.
-        Interrupted: After Ctrl-C, once a checkpoint is written.
+        Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once a checkpoint is written.
+        RuntimeError: If another run is at work in `output_dir`, or another process of this one failed.
     """
     accelerator = build_accelerator(arguments)
-    _check_folder(arguments)
+    together(accelerator, lambda: _check_folder(arguments))
+    lock = run_lock(arguments.output_dir) if accelerator.is_main_process else nullcontext()
+    with ExitStack() as held:
+        together(accelerator, lambda: held.enter_context(lock))
+        return _run(arguments, accelerator, evaluate)
+
+
+def _run(arguments: TrainArguments, accelerator: Accelerator, evaluate: bool) -> RunSummary:
     arguments, images = images_of_run(arguments)
     task, backbone = build_task(arguments, images, accelerator.device)
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
     facts = {
         **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
         **({"indices": indices_digest(images.train)} if arguments.indices_file is not None else {}),
+        "base": task.base,
+        # Of a run that needs no labels they are known only where something is evaluated.
+        "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
+        "preprocessing": backbone.preprocessing,
         "images": len(images.train),
         "classes": images.train.classes,
         "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
@@ -127,18 +143,22 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     evaluation = evaluator_of(arguments, images, backbone, accelerator) if evaluate else None
     trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
     trainer.train()
-    folder = Path(arguments.output_dir)
-    found: list[RunSummary | None] = [None]
-    if accelerator.is_main_process:
-        _save_model(task, folder)
-        summary = _summary(trainer, task, folder)
-        summary.save(folder)
-        if task.mask_config is not None:
-            write_card(folder)
-        found = [summary]
-    broadcast_object_list(found)  # the others see neither the log nor, on another machine, the folder
+    # The other processes see neither the log nor, on another machine, the folder.
+    found = [together(accelerator, lambda: _saved(trainer, task) if accelerator.is_main_process else None)]
+    broadcast_object_list(found)
     assert found[0] is not None
     return found[0]
+
+
+def _saved(trainer: Trainer, task: TrainingTask) -> RunSummary:
+    """Save what was trained, and only then say that the run is finished."""
+    folder = Path(trainer.arguments.output_dir)
+    _save_model(task, folder)
+    summary = _summary(trainer, task, folder)
+    summary.save(folder)
+    if task.mask_config is not None:
+        write_card(folder)
+    return summary
 
 
 def indices_digest(images: ImageDataset) -> str:
@@ -220,10 +240,14 @@ def _check_folder(arguments: TrainArguments) -> None:
 def _save_model(task: TrainingTask, folder: Path) -> None:
     if isinstance(task.model, PeftModel):
         task.model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the Hub
+        for path in folder.glob("adapter_*"):
+            to_disk(path)
+        to_disk(folder)
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.model.state_dict().items()}
     with atomic_write(folder / MODEL_NAME) as file:
         file.write(save(tensors))
+    to_disk(folder)
 
 
 def _summary(trainer: Trainer, task: TrainingTask, folder: Path) -> RunSummary:

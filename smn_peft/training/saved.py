@@ -18,6 +18,7 @@ from ..backbones.from_file import is_file_spec, load_from_file
 from ..storage import CONFIG_NAME, WEIGHTS_NAME
 from .assemble import load_base
 from .checkpoint import latest_checkpoint
+from .preparation import loaded_at, prepared, saved_preprocessing
 from .run import MODEL_NAME, RUN_NAME, RunSummary
 from .train_arguments import TrainArguments
 
@@ -35,14 +36,15 @@ def arguments_of(summary: RunSummary) -> TrainArguments:
 
 
 def load_run(
-    folder: str | Path, *, base: bool = False, backbone: str | None = None
+    folder: str | Path, *, base: bool = False, backbone: str | None = None, image_size: int | None = None
 ) -> tuple[TrainArguments | None, Backbone]:
-    """The model that a run saved, ready to evaluate.
+    """The model that a run saved, ready to evaluate on images prepared as they were in training.
 
     Args:
         folder: The run's `output_dir`, or any folder with an adapter.
         base: The frozen base alone, without adapter and head.
         backbone: Where the base is now, if not where the folder says.
+        image_size: Another side of the images than in training; a warning says so.
 
     Returns:
         The run's arguments, None where there is no ``run.json``; and the backbone, its model a `PeftModel` over the
@@ -57,12 +59,17 @@ def load_run(
         summary = RunSummary.load(folder)
         arguments = arguments_of(summary)
         check_base_file(backbone or arguments.backbone, folder, given=backbone is not None)
-        arguments = replace(arguments, backbone=backbone or arguments.backbone)
+        arguments = replace(
+            arguments, backbone=backbone or arguments.backbone, image_size=image_size or arguments.image_size
+        )
+        saved = saved_preprocessing(folder, summary.arguments)
         loaded = load_base(arguments, None if base else summary.arguments.get("head_classes"))
         adapted = arguments.adapt in ("mask", "lora")
     else:
-        arguments, adapted = None, True
-        loaded = _base_of_adapter(folder, base=base, backbone=backbone)
+        arguments, adapted, saved = None, True, saved_preprocessing(folder)
+        size = image_size or (saved or {}).get("image_size")
+        loaded = loaded_at(lambda at: _base_of_adapter(folder, base=base, backbone=backbone, image_size=at), size)
+    loaded = prepared(loaded, saved, image_size, folder)
     if base:
         return arguments, loaded
     if adapted:
@@ -91,7 +98,7 @@ def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, 
     return masks
 
 
-def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None) -> Backbone:
+def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None, image_size: int | None) -> Backbone:
     """The base that ``adapter_config.json`` names, with a head where the adapter's file holds one."""
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no {RUN_NAME} and no {CONFIG_NAME}{_unfinished(folder)}.")
@@ -106,7 +113,8 @@ def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None) -> Backb
         loaded = load_from_file(name)
     else:
         kind = (config.get("auto_mapping") or {}).get("base_model_class", "")
-        loaded = load_backbone(name, revision=config.get("revision"), projection="WithProjection" in kind)
+        options: dict[str, Any] = {"revision": config.get("revision"), "projection": "WithProjection" in kind}
+        loaded = load_backbone(name, image_size=image_size, **options)
     if base:
         return loaded
     shapes = _shapes(folder / WEIGHTS_NAME)

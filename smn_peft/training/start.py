@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import latest_checkpoint, load_tensors
+from .checkpoint import file_digest, latest_checkpoint, load_tensors
 from .task import TrainingTask
 
 __all__ = ["read_indices", "start_digest", "start_from"]
@@ -42,11 +41,7 @@ def start_digest(folder: str | Path) -> str:
     Raises:
         FileNotFoundError: If the folder holds no checkpoint.
     """
-    digest = hashlib.sha256()
-    with (_checkpoint(folder) / "model.safetensors").open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    return file_digest(_checkpoint(folder) / "model.safetensors")
 
 
 def _checkpoint(folder: str | Path) -> Path:

@@ -28,14 +28,17 @@ class TrainingTask(nn.Module):
         model: A vision model: under a mask adapter, or bare for full fine-tuning.
         objective: Turns the model's features or logits into a loss.
         adapt_statistics: Whether the BatchNorm statistics of a bare model move though none of its weights train.
+        base: Fingerprint of the frozen base, by which a run knows it again; None if nobody took it.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, *, adapt_statistics: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, objective: Objective, *, adapt_statistics: bool = False, base: str | None = None
+    ) -> None:
         """Take both as they are."""
         super().__init__()
         self.model: Any = model
         self.objective: Any = objective
-        self.adapt_statistics = adapt_statistics
+        self.adapt_statistics, self.base = adapt_statistics, base
         self._run = self._outputs
 
     def train(self, mode: bool = True) -> TrainingTask:

@@ -10,9 +10,12 @@ from typing import Any, Literal, get_origin, get_type_hints
 from ..data import MultiCropOptions, SupervisedOptions
 from ..tuner import MaskConfig
 from .loop_arguments import LoopArguments, option
+from .paths import absolute
 from .suggestion import did_you_mean
 
 __all__ = ["TrainArguments"]
+
+_PLACES = ("backbone", "weights", "dataset", "init_from", "indices_file", "objective")
 
 
 @dataclass
@@ -45,6 +48,10 @@ class TrainArguments(LoopArguments):
     label_column: str | None = option(None, "Column of the labels, if the dataset does not say.")
     train_split: str = option("train", "Split to train on.")
     eval_split: str | None = option("test", "Split to evaluate on; None: do not evaluate.")
+    eval_fraction: float | None = option(
+        None,
+        "Evaluate on this part of the images of train_split instead, evenly of every class, and train on the rest.",
+    )
     eval_limit: int | None = option(None, "Evaluate on a seeded choice of this many images of eval_split.")
     knn_limit: int | None = option(None, "k-NN votes with at most this many labelled training images.")
     knn_k: int = option(200, "Neighbours of the k-NN evaluation; all where there are fewer.")
@@ -83,6 +90,9 @@ class TrainArguments(LoopArguments):
         for name, example in (("backbone", "timm/resnet50.a1_in1k"), ("dataset", "cifar10")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: name one, such as {name}={example!r}.")
+        for name in _PLACES:
+            if getattr(self, name):
+                setattr(self, name, absolute(getattr(self, name)))
         for name, allowed in (
             ("adapt", ("mask", "full", "head", "lora", "statistics")),
             ("head", ("trained", "probe", "masked")),
@@ -94,10 +104,16 @@ class TrainArguments(LoopArguments):
                 raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction must lie in (0, 1]; got {self.fraction}.")
+        if self.eval_fraction is not None and not 0.0 < self.eval_fraction < 1.0:
+            raise ValueError(f"eval_fraction must lie in (0, 1), or be None; got {self.eval_fraction}.")
+        if self.eval_fraction is not None and self.eval_split is None:
+            raise ValueError("eval_fraction holds images out to evaluate on, and eval_split=None evaluates on none.")
         for name in ("image_size", "limit", "class_limit", "eval_limit", "knn_limit", "mask_stages", "lora_rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None; got {value}.")
+        if self.image_size is not None and self.image_size > 4096:
+            raise ValueError(f"image_size must be at most 4096; got {self.image_size}.")
         if self.head == "masked" and self.adapt != "mask":
             raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
         if self.adapt == "head" and self.objective != "cross_entropy":

@@ -28,6 +28,7 @@ from .optimizer import build_optimizer, set_learning_rates
 from .schedule import check_warmup, warmup_cosine
 from .sync_batch_norm import synchronise_batch_norm
 from .task import TrainingTask
+from .together import agree_on_start, together
 
 __all__ = ["Interrupted", "Trainer"]
 
@@ -105,7 +106,8 @@ class Trainer:
             task.compile()
         self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)
         if self._resume_from is not None:  # after wrapping: the scaler of fp16 is made there
-            self._resume(self._resume_from)
+            path = self._resume_from
+            together(self.accelerator, lambda: self._resume(path))
         self.log = MetricsLog(arguments.output_dir, self.step) if self.accelerator.is_main_process else None
         if arguments.log_with is not None:
             self.accelerator.init_trackers("smn_peft", config={k: str(v) for k, v in self.facts.items()})
@@ -113,13 +115,14 @@ class Trainer:
     # --- Folder and checkpoints --------------------------------------------------------------------------------------
 
     def _prepare_folder(self) -> None:
-        self._resume_from = latest_checkpoint(self.arguments.output_dir)
-        if self._resume_from is not None and not self.arguments.resume:
+        found = latest_checkpoint(self.arguments.output_dir)
+        agree_on_start(self.accelerator, found, self.facts)
+        if found is not None and not self.arguments.resume:
             raise ValueError(
-                f"{self.arguments.output_dir} holds {self._resume_from.name} of an earlier run: pass resume to go on "
+                f"{self.arguments.output_dir} holds {found.name} of an earlier run: pass resume to go on "
                 "from it, choose another output_dir, or delete it."
             )
-        self.accelerator.wait_for_everyone()
+        self._resume_from = found
 
     def _resume(self, path: Path) -> None:
         saved = read_state(path).get("facts", {})
@@ -141,14 +144,16 @@ class Trainer:
         path = Path(self.arguments.output_dir) / f"checkpoint-{self.step}"
         check_loss(self.task, self._loss, self.step)
         check_masks(self.task, self.step)  # scores that are NaN count as off, and the loss stays finite
-        if self.accelerator.is_main_process and latest_checkpoint(self.arguments.output_dir) != path:
+        together(self.accelerator, lambda: self._write_checkpoint(path))
+        return path
+
+    def _write_checkpoint(self, path: Path) -> None:
+        if self.accelerator.is_main_process and latest_checkpoint(path.parent) != path:
             scaler = self.accelerator.scaler
             facts = {"facts": self.facts, "scaler": scaler.state_dict() if scaler is not None else None}
             facts |= {"comparable": self.comparable, "seconds": self.seconds}
             state, keep = self.task.training_state(), self.arguments.keep_checkpoints
-            save_checkpoint(self.arguments.output_dir, self.step, state, self.optimizer, facts, keep)
-        self.accelerator.wait_for_everyone()
-        return path
+            save_checkpoint(path.parent, self.step, state, self.optimizer, facts, keep)
 
     @property
     def seconds(self) -> float:
@@ -162,7 +167,7 @@ class Trainer:
 
         Raises:
             TrainingFailure: If the loss is not finite, a mask is empty, or what is learned has collapsed and stays so.
-            Interrupted: After Ctrl-C or SIGTERM, once a checkpoint of the last whole step is written.
+            Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once a checkpoint of the last whole step is written.
         """
         self._started = time.perf_counter()
         if self.step == 0 and self.evaluate is not None:

@@ -154,7 +154,7 @@ def test_mistakes_on_the_line(recipe):
 
 
 def wait_for_step(folder, step):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not any(int(path.name.partition("-")[2]) >= step for path in list_checkpoints(folder)):
         assert time.monotonic() < deadline, "the run made no checkpoint"
         time.sleep(0.01)
@@ -181,6 +181,26 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint(recipe, tmp_path):
     user.join()
     (newest,) = list_checkpoints(tmp_path / "out")
     assert f"{newest.name} is whole: go on with resume" in result.stderr
+
+
+@pytest.mark.parametrize("send", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_signal_to_workers_too_leaves_a_checkpoint(recipe, tmp_path, send):
+    line = [*recipe, "--epochs", 2000, "--checkpoint-every", 1, "--num-workers", 2]
+    stopped, said = interrupted(line, tmp_path / "out", send)
+    assert stopped.returncode == 130
+    (newest,) = list_checkpoints(tmp_path / "out")
+    assert f"{newest.name} is whole: go on with resume" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "send"), [(1, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_to_the_launcher_alone_reaches_the_processes(recipe, tmp_path, processes, send):
+    line = ["--launch", "--num_processes", processes, "--main_process_port", 0, *recipe, "--epochs", 2000]
+    stopped, said = interrupted([*line, "--checkpoint-every", 1, "--num-workers", 1], tmp_path / "out", send)
+    assert stopped.returncode == 130
+    (newest,) = list_checkpoints(tmp_path / "out")
+    assert f"{newest.name} is whole: go on with resume" in said
 
 
 @pytest.mark.slow

@@ -59,7 +59,13 @@ def test_the_first_classes_are_a_dataset_of_so_many(npz_file):
 
 
 @pytest.mark.parametrize(
-    ("indices", "message"), [([], r"has no images"), ([4], r"must lie in \[0, 4\)"), ([-1], r"must lie in")]
+    ("indices", "message"),
+    [
+        ([], r"has no images"),
+        ([4], r"must lie in \[0, 4\)"),
+        ([-1], r"must lie in"),
+        ([0, 1 - 1e-9], r"index 0\.999999999 \(number 1\) is no whole number"),
+    ],
 )
 def test_subsets_that_cannot_be(npz_file, indices, message):
     with pytest.raises(ValueError, match=message):
@@ -133,3 +139,12 @@ def test_labels_that_do_not_fit(labels, classes, message):
 def test_number_of_classes(npz_file, class_folder):
     assert load_images(npz_file).num_classes == 2
     assert load_images(npz_file, labelled=False).num_classes is None
+
+
+def test_labels_given_in_python_are_whole_numbers_or_an_error(npz_file):
+    dataset = load_images(npz_file)
+    options = {"classes": None, "name": "mine", "split": "train", "rows": dataset.rows}
+    made = ImageDataset(dataset.source, labels=torch.tensor([0.0, 2.0, 1.0, 0.0]), **options)
+    assert (made.labels.tolist(), made.num_classes, made[1]["label"]) == ([0, 2, 1, 0], 3, 2)
+    with pytest.raises(ValueError, match=r"mine, split 'train': label 0\.99\d* \(number 2\) is no whole number"):
+        ImageDataset(dataset.source, labels=torch.tensor([0, 2, 1 - 1e-9, 0], dtype=torch.float64), **options)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from smn_peft.data import ImageError, load_images
+from smn_peft.data import ImageError, NoSplitError, load_images
 
 
 def shown(dataset, picture):
@@ -82,6 +82,18 @@ def test_npz_splits(npz_file, picture):
     assert close.abs().mean() < 4
 
 
+def test_labels_of_an_npz_are_whole_numbers_or_an_error(npz_file):
+    with np.load(npz_file) as archive:
+        arrays = dict(archive)
+    np.savez(npz_file, **{**arrays, "label": arrays["label"].astype(np.float64)})
+    assert load_images(npz_file).labels.tolist() == [0, 1, 0, 1]
+    arrays["label"] = arrays["label"] - 1e-9  # 1 - 1e-9 would be class 0
+    np.savez(npz_file, **arrays)
+    with pytest.raises(ValueError, match=r"set\.npz: label -1e-09 \(number 0\) is no whole number"):
+        load_images(npz_file)
+    assert load_images(npz_file, labelled=False).labels is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -121,3 +133,53 @@ def test_real_images(assets):
     assert (len(dataset), dataset.num_classes) == (10_000, 10)
     assert dataset[9_999]["image"].shape == (3, 32, 32)
     assert len(load_images(assets / "imagenet_photos17.npz", labelled=False)) == 17
+
+
+def write_tables(folder, names, encoded, picture):
+    """Parquet files of two images each, of the classes 0 and 1; the first picture's number is the file's."""
+    import datasets
+
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        rows = {
+            "image": [{"bytes": encoded(picture(2 * number + i)), "path": None} for i in range(2)],
+            "label": [0, 1],
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / name)
+    return folder
+
+
+def test_a_folder_of_parquet_is_read_by_split(tmp_path, own_cache, encoded, picture):
+    names = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/validation-00000.parquet"]
+    folder = write_tables(tmp_path / "hub", names, encoded, picture)
+    (folder / "README.md").write_text("no image")
+    train = load_images(folder)
+    assert (shown(train, picture), train.classes, train.labels.tolist()) == ([0, 1, 2, 3], ["a", "b"], [0, 1, 0, 1])
+    assert (train.name, train.split) == (str(folder), "train")
+    assert shown(load_images(folder, "val"), picture) == [4, 5]
+    with pytest.raises(NoSplitError, match=r"hub, split 'test'.*validation") as said:
+        load_images(folder, "test")
+    assert said.value.there == ("train", "validation")
+
+
+def test_tables_without_a_split_in_their_names_are_to_train_on(tmp_path, own_cache, encoded, picture):
+    folder = write_tables(tmp_path / "plain", ["0000.parquet", "trained.parquet"], encoded, picture)
+    assert shown(load_images(folder, labelled=False), picture) == [0, 1, 2, 3]
+    write_tables(folder, ["test.parquet"], encoded, picture)
+    with pytest.raises(ValueError, match=r"name of .*0000\.parquet tells no split, and that of .*test\.parquet"):
+        load_images(folder)
+
+
+def test_a_folder_with_images_is_one_of_images_whatever_lies_beside(class_folder, picture):
+    (class_folder / "train.parquet").write_bytes(b"")
+    assert shown(load_images(class_folder), picture) == [2, 3, 4, 0, 1]
+
+
+def test_which_splits_there_are_is_known(class_folder, npz_file):
+    with pytest.raises(NoSplitError) as said:
+        load_images(class_folder, "validation")
+    assert said.value.there == ("test", "train")
+    with pytest.raises(NoSplitError) as said:
+        load_images(npz_file, "validation")
+    assert said.value.there == ("train", "test")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smn_peft.data import label_subset
+from smn_peft.data import held_out, label_subset
 
 LABELS = torch.arange(10).repeat_interleave(100)[torch.randperm(1000, generator=torch.Generator().manual_seed(1))]
 UNEVEN = torch.tensor([0] * 3 + [1] * 97)
@@ -80,3 +80,17 @@ def test_the_caller_s_random_state_is_untouched():
 def test_what_cannot_be(labels, options, message):
     with pytest.raises(ValueError, match=message):
         label_subset(labels, **options)
+
+
+def test_held_out_evenly_and_seeded_and_something_is_left():
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2 + [3])
+    chosen = held_out(labels, 0.2, seed=3)
+    assert labels[chosen].bincount(minlength=4).tolist() == [2, 1, 1, 0]
+    assert torch.equal(chosen, held_out(labels, 0.2, seed=3))
+    assert not torch.equal(chosen, held_out(labels, 0.2, seed=4))
+    assert labels[held_out(labels, 0.99)].bincount(minlength=4).tolist() == [9, 4, 1, 0]
+    for fraction in (0.0, 1.0, -1):
+        with pytest.raises(ValueError, match=r"must lie in \(0, 1\)"):
+            held_out(labels, fraction)
+    with pytest.raises(ValueError, match="No class has two images"):
+        held_out(torch.arange(3), 0.5)

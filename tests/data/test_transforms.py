@@ -17,6 +17,7 @@ from smn_peft.data import (
     PilTransform,
     evaluation_transform,
     multi_crop_transform,
+    preprocessing_transform,
     supervised_transform,
 )
 from tests.processes import sent
@@ -125,3 +126,45 @@ def test_evaluation_is_what_timm_does(picture, height, width, fraction, interpol
 def test_what_cannot_be(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+HOW = {"image_size": 16, "mean": list(MEAN), "std": list(STD), "interpolation": "bilinear", "crop_pct": 0.8}
+
+
+def test_what_a_config_says_is_what_is_done(image):
+    result = preprocessing_transform(HOW)(image)
+    wanted = evaluation_transform(16, MEAN, STD, crop_fraction=0.8, interpolation="bilinear")(image)
+    assert torch.equal(result, wanted)
+    plain = {name: HOW[name] for name in ("image_size", "mean", "std")}
+    assert torch.equal(preprocessing_transform(plain)(image), evaluation_transform(16, MEAN, STD)(image))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("image_size", None),
+        ("image_size", 10**9),  # would take the machine's memory
+        ("mean", [10**400, 0.5, 0.5]),
+        ("image_size", True),
+        ("image_size", 16.0),
+        ("mean", [0.5, float("nan"), 0.5]),
+        ("mean", "0.5"),
+        ("std", [0.2, 0.2]),
+        ("std", [0.2, 0.0, 0.2]),
+        ("std", [0.2, float("inf"), 0.2]),
+        ("interpolation", "best"),
+        ("interpolation", ["bicubic"]),
+        ("crop_pct", 1e-9),
+        ("crop_pct", "0.9"),
+    ],
+)
+def test_what_a_config_cannot_mean_is_named(name, value):
+    with pytest.raises(ValueError, match=f"preprocessing: {name} must be .*; it is"):
+        preprocessing_transform({**HOW, name: value})
+
+
+def test_what_a_config_lacks_is_named():
+    with pytest.raises(ValueError, match=r"image_size must be .*; it is missing"):
+        preprocessing_transform({"mean": MEAN, "std": STD})
+    with pytest.raises(ValueError, match="must be a mapping"):
+        preprocessing_transform([16])

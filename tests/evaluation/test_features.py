@@ -208,3 +208,12 @@ def test_pooled_features_are_what_is_extracted(images):
     with torch.no_grad():
         expected = pooled_features(backbone.model, torch.stack([scaled(image) for image in images(2).images]))
     torch.testing.assert_close(found.features, expected)
+
+
+def test_labels_are_whole_numbers_or_an_error():
+    assert Features(torch.zeros(2, 3), torch.tensor([0.0, 1.0])).labels.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"Features: label 0\.5 \(number 1\) is no whole number"):
+        Features(torch.zeros(2, 3), torch.tensor([0.0, 0.5]))
+    items = [{"image": torch.zeros(3, 4, 4, dtype=torch.uint8), "label": 1 - 1e-9}]
+    with pytest.raises(ValueError, match=r"An image: label 0\.999999999"):
+        extract_features(nn.Flatten(), items, scaled)

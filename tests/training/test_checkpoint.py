@@ -48,7 +48,7 @@ def test_damaged_facts_are_named(tmp_path, text):
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(text)
     for read in (read_state, lambda path: load_checkpoint(path, {})):
         with pytest.raises(
-            ValueError, match=r"checkpoint-3 is damaged: .*Delete it; an older checkpoint is then taken"
+            ValueError, match=r"checkpoint-3 is damaged: .*Delete it; there is none before it, and the run starts anew"
         ):
             read(tmp_path / "checkpoint-3")
 
@@ -145,3 +145,31 @@ def test_what_a_killed_process_left_is_cleared_away_and_others_may_read(tmp_path
         os.umask(before)
     assert [found.name for found in tmp_path.iterdir()] == ["checkpoint-2"]
     assert path.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
+def test_one_flipped_bit_is_refused_and_the_file_and_the_older_checkpoint_are_named(tmp_path, name):
+    parameters, optimizer = stepped(torch.optim.SGD, lr=0.1, momentum=0.9)
+    for step in (9, 10):
+        save_checkpoint(tmp_path, step, named(parameters), optimizer, {"facts": {"a": 1}}, keep=2)
+    load_checkpoint(tmp_path / "checkpoint-10", named(parameters), optimizer)
+    before = [parameter.clone() for parameter in parameters]
+    file = tmp_path / "checkpoint-10" / name
+    data = bytearray(file.read_bytes())
+    place = data.index(b'"lr": 0.1') + 8 if name.endswith(".json") else len(data) - 3  # still JSON, still safetensors
+    data[place] ^= 1
+    file.write_bytes(data)
+    wanted = rf"checkpoint-10 is damaged: {name} is not what was written.*Delete it; checkpoint-9, the one before,"
+    with pytest.raises(ValueError, match=wanted):
+        load_checkpoint(tmp_path / "checkpoint-10", named(parameters), optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    load_checkpoint(tmp_path / "checkpoint-9", named(parameters), optimizer)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_digests_and_is_read(tmp_path):
+    parameters, optimizer = stepped(torch.optim.SGD, lr=0.1)
+    path = save_checkpoint(tmp_path, 3, named(parameters), optimizer, {}, keep=1)
+    state = json.loads((path / "trainer_state.json").read_text())
+    assert set(state.pop("digests")) == {"model.safetensors", "optimizer.safetensors", "trainer_state.json"}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    assert load_checkpoint(path, named(parameters), optimizer)["step"] == 3
