@@ -187,6 +187,10 @@ class MaskBank:
         task = self.task(name)
         return {"name": name, "density": task.density, "decoded_bytes": task.nbytes, "config": dict(task.info)}
 
+    def config(self, name: str) -> Mapping[str, Any]:
+        """The config of a task's adapter, nothing of which is decoded; KeyError for an unknown name."""
+        return self._source.read(name).config
+
     def task(self, name: str) -> Task:
         """A task, decoded if it is not; KeyError for an unknown name."""
         if name not in self._source:

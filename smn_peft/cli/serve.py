@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 __all__ = ["command"]
+
+
+def _number(value: float) -> float:
+    if math.isnan(value):  # which no bound refuses
+        raise typer.BadParameter("nan is no number.")
+    return value
 
 
 def command(
@@ -24,10 +31,22 @@ def command(
         str | None, typer.Option(help="Environment variable with the key for changes; none are taken without.")
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Images in one forward.")] = 32,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long an image waits for others.")] = 5.0,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, max=60_000, callback=_number, help="How long an image waits for others.")
+    ] = 5.0,
     queue: Annotated[int, typer.Option(min=1, help="Images held at a time; more are answered with 429.")] = 256,
-    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 30.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, max=86_400, callback=_number, help="Seconds that a request may take.")
+    ] = 30.0,
+    grace: Annotated[
+        float,
+        typer.Option(min=0.001, max=86_400, callback=_number, help="Seconds to finish what is under way at the end."),
+    ] = 10.0,
     ram_budget: Annotated[int, typer.Option(min=0, help="MiB that decoded tasks may take.")] = 1024,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that clients call the server by, beside its address; may be repeated, '*' for any."),
+    ] = None,
 ) -> None:
     """Serve predictions and embeddings of a bank's tasks over HTTP, with a page to try them at /."""
     try:
@@ -38,7 +57,7 @@ def command(
         from ..serving.service import Service
     except ImportError as error:
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
-    limits = Limits(queue=queue, timeout=timeout)
+    limits = Limits(queue=queue, timeout=timeout, grace=grace)
     key = key_from(api_key_env)
     opened, backbone, left_out = open_bank(
         bank,
@@ -53,5 +72,10 @@ def command(
     for name, why in left_out.items():
         typer.echo(f"left out {name}: {why}", err=True)
     typer.echo(f"{len(opened)} tasks over {backbone.name}", err=True)
-    service = Service(opened, backbone, limits=limits, max_batch=max_batch, max_wait=max_wait_ms / 1000)
-    serve(service, host=host, port=port, api_key=key)
+    service = Service(
+        opened, backbone, limits=limits, max_batch=max_batch, max_wait=max_wait_ms / 1000, image_size=image_size
+    )
+    if warnings := service.warnings():
+        name, why = next(iter(warnings.items()))
+        typer.echo(f"warning: {len(warnings)} tasks are served otherwise than trained, as {name!r}: {why}", err=True)
+    serve(service, host=host, port=port, api_key=key, allowed_hosts=allowed_hosts or ())

@@ -6,22 +6,27 @@ Nothing of an adapter is ever run: it is one JSON and one safetensors file, both
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..bank.bank import MaskBank
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, read_config
-from .errors import ServingError
-from .labels import CONFIG_KEY, class_names, names_of_run
+from .errors import ServingError, explained
+from .labels import CONFIG_KEY, names_of_run
+from .requests import Adding
 
-__all__ = ["adapter_folders", "add_folder", "add_from_hub", "add_uploaded", "adding_refused", "load_folders"]
+__all__ = ["adapter_folders", "add_folder", "add_task", "adding_refused", "load_folders"]
 
+# Of the operating system on a path that cannot be one.
+_NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EINVAL})
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -36,7 +41,7 @@ def add_folder(
         ValueError: If the name is taken or not allowed, or the adapter does not belong to the base.
     """
     config = read_config(folder)
-    names = classes or (None if class_names(config) else names_of_run(folder))
+    names = classes or (None if config.get(CONFIG_KEY) else names_of_run(folder))
     if not names:
         bank.add(name, folder, replace=replace)
         return
@@ -47,29 +52,36 @@ def add_folder(
         bank.add(name, staged, replace=replace)
 
 
-def add_from_hub(bank: MaskBank, name: str, hub_id: str, revision: str | None, *, replace: bool = False) -> None:
-    """Add an adapter of the Hub; raises as [`add_folder`], and OSError if the Hub cannot be reached."""
+def add_task(bank: MaskBank, adding: Adding) -> dict[str, Any]:
+    """Add what a client asks for; returns its name, whether it replaced a task, and how many there are.
+
+    Raises:
+        ServingError: 409 if the name is taken; see [`adding_refused`] for others.
+    """
+    name, replaced = adding.name, adding.name in bank
+    if replaced and not adding.replace:
+        raise ServingError(409, f"There is a task {name!r} already.", "Send replace=true, or another name.")
+    try:
+        if adding.config is not None and adding.weights is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / CONFIG_NAME).write_bytes(adding.config)
+                (Path(folder) / WEIGHTS_NAME).write_bytes(adding.weights)
+                add_folder(bank, name, Path(folder), classes=adding.classes, replace=adding.replace)
+        elif adding.hub_id is not None:
+            _check_hub_id(adding.hub_id)
+            bank.add(name, adding.hub_id, replace=adding.replace, revision=adding.revision)
+        else:
+            add_folder(bank, name, Path(adding.folder or ""), classes=adding.classes, replace=adding.replace)
+    except Exception as error:
+        raise adding_refused(error, name) or explained(error) from error
+    return {"name": name, "replaced": replaced, "total": len(bank)}
+
+
+def _check_hub_id(hub_id: str) -> None:
     if not _HUB_ID.fullmatch(hub_id):
         raise ValueError(f"{hub_id!r} is not an id on the Hub: it reads user/name.")
     if os.path.isdir(hub_id):
         raise ValueError(f"{hub_id} is a folder where the server runs: send it as 'folder'.")
-    bank.add(name, hub_id, replace=replace, revision=revision)
-
-
-def add_uploaded(
-    bank: MaskBank,
-    name: str,
-    config: bytes,
-    weights: bytes,
-    *,
-    classes: Sequence[str] | None = None,
-    replace: bool = False,
-) -> None:
-    """Add an adapter whose two files a client sent; raises as [`add_folder`]."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIG_NAME).write_bytes(config)
-        (Path(folder) / WEIGHTS_NAME).write_bytes(weights)
-        add_folder(bank, name, Path(folder), classes=classes, replace=replace)
 
 
 def adding_refused(error: Exception, name: str) -> ServingError | None:
@@ -80,9 +92,9 @@ def adding_refused(error: Exception, name: str) -> ServingError | None:
         return ServingError(422, f"There is no adapter: {error}", f"Name a folder with {CONFIG_NAME}.")
     if isinstance(error, PermissionError):
         return ServingError(403, f"Task {name!r} was not changed: {error}", "Give the server access to its files.")
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno not in _NO_PATH:
         return ServingError(503, f"Task {name!r} was not changed: {error}", "Try again later.", {"Retry-After": "5"})
-    if isinstance(error, (ValueError, TypeError)):
+    if isinstance(error, (ValueError, TypeError, OSError)):
         return ServingError(422, f"Task {name!r} was not added: {error}", "Send an adapter made for the base.")
     return None
 

@@ -21,6 +21,8 @@ __all__ = ["BatchFacts", "Batcher", "Output"]
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_WAIT = 60.0
+
 
 @dataclass(frozen=True)
 class Output:
@@ -86,8 +88,11 @@ class Batcher:
         Raises:
             ValueError: If a number is out of range.
         """
-        if max_batch < 1 or max_wait < 0:
-            raise ValueError(f"max_batch must be at least 1 and max_wait at least 0; got {max_batch}, {max_wait}.")
+        if max_batch < 1 or not 0 <= max_wait <= _LONGEST_WAIT:  # false for nan too
+            raise ValueError(
+                f"max_batch must be at least 1 and max_wait at least 0, at most {_LONGEST_WAIT:g} s; "
+                f"got {max_batch}, {max_wait}."
+            )
         self._bank, self._max_batch, self._max_wait, self._watch = bank, max_batch, max_wait, watch
         self._device = next(bank.model.parameters()).device
         self._queue: queue.SimpleQueue[_Sample | None] = queue.SimpleQueue()
@@ -106,18 +111,22 @@ class Batcher:
         """Samples that wait for a batch."""
         return self._queue.qsize()
 
-    def close(self) -> None:
-        """Finish what was submitted, and end the thread."""
+    def close(self, timeout: float | None = None) -> bool:
+        """Finish what was submitted, and end the thread; whether it has ended within so many seconds."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         going = True
         while going:
             batch, going = self._collect()
-            batch = [sample for sample in batch if sample.future.set_running_or_notify_cancel()]
-            if batch:
-                self._run(batch)
+            by_shape: dict[torch.Size, list[_Sample]] = {}
+            for sample in batch:
+                if sample.future.set_running_or_notify_cancel():
+                    by_shape.setdefault(sample.image.shape, []).append(sample)
+            for samples in by_shape.values():
+                self._run(samples)
 
     def _collect(self) -> tuple[list[_Sample], bool]:
         """The next batch, and whether there is one after it: all that is there, and what comes within the wait."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a task's classes: in its adapter's config, or in the ``run.json`` beside the adapter."""
+"""Names of a task's classes: in its adapter's config, or in the ``run.json`` beside an adapter of an older version."""
 
 from __future__ import annotations
 
@@ -8,29 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONFIG_KEY", "class_names", "names_of_run"]
+__all__ = ["CONFIG_KEY", "class_name", "class_names", "names_of_run"]
 
 CONFIG_KEY = "id2label"
 """As transformers calls it, in adapter_config.json: {"0": "cat", …}."""
-_RUN = "run.json"
+_LENGTH = 1000
+_RUN, _RUN_BYTES = "run.json", 16 << 20
 
 
-def class_names(config: Mapping[str, Any]) -> list[str] | None:
-    """The names by index, as far as a config has them; None where it has none."""
+def class_name(config: Mapping[str, Any], index: int) -> str:
+    """The name of one class, its number where the config has none; however many classes there are."""
     found = config.get(CONFIG_KEY)
-    if not isinstance(found, Mapping) or not found:
-        return None
-    try:
-        by_index = {int(index): str(name) for index, name in found.items()}
-    except (TypeError, ValueError):
-        return None
-    return [by_index.get(index, str(index)) for index in range(min(max(by_index) + 1, len(by_index)))]
+    name = found.get(str(index), found.get(index)) if isinstance(found, Mapping) else None
+    return str(index) if name is None else str(name)[:_LENGTH]
+
+
+def class_names(config: Mapping[str, Any], count: int) -> list[str] | None:
+    """The names of the first `count` classes; None where the config has none."""
+    return [class_name(config, index) for index in range(count)] if config.get(CONFIG_KEY) else None
 
 
 def names_of_run(folder: Path) -> list[str] | None:
     """The classes that `smn train` wrote down beside an adapter; None where it did not."""
+    file = folder / _RUN
     try:
-        arguments = json.loads((folder / _RUN).read_text("utf-8"))["arguments"]
+        if not file.is_file() or file.stat().st_size > _RUN_BYTES:
+            return None
+        arguments = json.loads(file.read_text("utf-8"))["arguments"]
         classes = arguments["classes"] if arguments.get("head_classes") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -1,16 +1,80 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process: a uvicorn server that on SIGTERM finishes what it has, answers 503 to the rest, and ends."""
+"""The process: a uvicorn server that holds so many connections, and on SIGTERM finishes what it has and ends."""
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import build_app
+from .limits import Limits
 from .service import Service
 
-__all__ = ["serve"]
+__all__ = ["configured", "serve"]
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 128
+_SPARE = 16  # connections beyond the limit, which are told so
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, with a time for every client: to send a request's header, and to read its answer.
+
+    uvicorn itself ends connections that wait for another request after an answer, and no others. Times for bodies are
+    those of `limited`.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start to wait for a header; beyond the limit nobody is told anything."""
+        super().connection_made(transport)
+        self._unread: asyncio.TimerHandle | None = None
+        self._deadline = self.loop.time() + self.timeout_keep_alive
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency + _SPARE:
+            transport.abort()
+        else:
+            self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; bytes that complete no request's header gain no time."""
+        super().data_received(data)
+        self._wait()
+
+    def on_response_complete(self) -> None:
+        """Start to wait for the next header."""
+        self._deadline = self.loop.time() + self.timeout_keep_alive
+        super().on_response_complete()
+
+    def _wait(self) -> None:
+        asked = self.cycle is not None and not self.cycle.response_complete
+        if not asked and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            self.timeout_keep_alive_task = self.loop.call_at(self._deadline, self.transport.abort)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End the connection, whatever of the last answer is unread."""
+        self.transport.abort()
+
+    def pause_writing(self) -> None:
+        """Give the client some time to read."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on; also called when the connection is lost."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
 
 class _Draining(uvicorn.Server):
@@ -18,22 +82,94 @@ class _Draining(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service = service
+        self._service, self._end = service, math.inf
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, with few words for a lack of descriptors."""
+        asyncio.get_running_loop().set_exception_handler(_quiet_on_no_descriptors())
+        await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, end at the second."""
         if self._service.draining:
             super().handle_exit(sig, frame)
+        else:
+            self._end = time.monotonic() + self._service.limits.grace
         self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """End once nothing is left to answer."""
-        if self._service.draining and self._service.room.taken == 0:
+        """End once nothing is left to answer, or the time for it is over."""
+        left = self._end - time.monotonic()
+        if self._service.draining and (self._service.room.taken == 0 or left <= 0):
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(min(left, self._service.limits.grace)))
             self.should_exit = True
         return await super().on_tick(counter)
 
 
-def serve(service: Service, *, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None) -> None:
+def _quiet_on_no_descriptors() -> Any:
+    """One line a minute for what asyncio tells, with a traceback, of every accept that fails: thousands a second."""
+    last = -math.inf
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal last
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - last > 60:
+            last = time.monotonic()
+            logger.error("no connection is accepted: the process has no file descriptors left (ulimit -n)")
+
+    return handle
+
+
+def _bounds(limits: Limits) -> tuple[int, int]:
+    """Connections and backlog for the descriptors that there are: as many as the backlog are accepted at a time."""
+    try:
+        import resource
+
+        free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    except (ImportError, OSError):
+        return limits.connections, _BACKLOG
+    return min(limits.connections, max(1, free // 2)), min(_BACKLOG, max(1, free // 4))
+
+
+def configured(
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    **options: Any,
+) -> uvicorn.Config:
+    """How uvicorn serves within a service's limits; see [`serve`]."""
+    limits = service.limits
+    connections, backlog = _bounds(limits)
+    # One that is listened at by name is called by it.
+    hosts = (*allowed_hosts, host)
+    return uvicorn.Config(
+        build_app(service, api_key=api_key, allowed_hosts=hosts),
+        host=host,
+        port=port,
+        http=_Protocol,
+        ws="none",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=connections,
+        backlog=backlog,
+        timeout_keep_alive=math.ceil(limits.idle),
+        timeout_graceful_shutdown=math.ceil(limits.grace),
+        **options,
+    )
+
+
+def serve(
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Args:
@@ -41,16 +177,10 @@ def serve(service: Service, *, host: str = "127.0.0.1", port: int = 8000, api_ke
         host: Address to listen at.
         port: Port; 0 takes a free one, which the log names.
         api_key: What writing takes; None: nothing can be written.
+        allowed_hosts: Names of this server beside its address, see [`check_origin`].
 
     Raises:
         SystemExit: If the address is taken.
     """
-    config = uvicorn.Config(
-        build_app(service, api_key=api_key),
-        host=host,
-        port=port,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(service.limits.timeout) + 1,
-    )
+    config = configured(service, host=host, port=port, api_key=api_key, allowed_hosts=allowed_hosts)
     _Draining(config, service).run()

@@ -11,13 +11,13 @@ from contextlib import closing, contextmanager
 
 import uvicorn
 
-from smn_peft.serving.app import build_app
+from smn_peft.serving.server import configured
 
 
 @contextmanager
 def running(service, api_key=None):
     """The port of a server that answers while this lasts; the service is closed at the end."""
-    config = uvicorn.Config(build_app(service, api_key=api_key), port=0, access_log=False, log_level="error")
+    config = configured(service, port=0, api_key=api_key, log_level="error")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -22,7 +22,7 @@ from smn_peft.serving.limits import Limits
 from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
 from smn_peft.storage.codec import BLOB_NAME
 from smn_peft.storage.repack import pack_adapter
-from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, image, service
+from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, URL, image, service
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(body_bytes=200_000, pixels=1_000_000, tasks=3, timeout=20)
@@ -31,7 +31,7 @@ BEARER = {"Authorization": f"Bearer {KEY}".encode()}
 
 @pytest.fixture
 def client(saved):
-    with TestClient(build_app(service(saved[0], limits=LIMITS), api_key=KEY)) as client:
+    with TestClient(build_app(service(saved[0], limits=LIMITS), api_key=KEY), URL) as client:
         yield client
 
 
@@ -164,7 +164,7 @@ def test_writing_takes_the_key(client, saved):
     refused(wrong, 401, "another", "Bearer")
     assert wrong.headers["www-authenticate"] == "Bearer"
     refused(client.delete("/v1/tasks/ships", headers={"Authorization": f"Basic {KEY}".encode()}), 401, "No API key")
-    with TestClient(build_app(service(saved[0]), api_key=None)) as closed:
+    with TestClient(build_app(service(saved[0]), api_key=None), URL) as closed:
         refused(closed.post("/v1/tasks", json=folder, headers=BEARER), 403, "takes no changes", "--api-key-env")
         refused(closed.delete("/v1/tasks/ships", headers=BEARER), 403, "takes no changes")
     assert client.get("/v1/tasks").json()["total"] == 3
@@ -249,7 +249,7 @@ def test_a_damaged_task_is_named_and_the_others_are_served(saved, tmp_path):
     blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
     stored.tensors[blob][-3] ^= 0x10
     served.bank._cache.clear()
-    with TestClient(build_app(served)) as client:
+    with TestClient(build_app(served), URL) as client:
         for _ in range(2):
             refused(client.post("/v1/predict", **files(IMAGES[0], "birds")), 500, "Task 'birds' is damaged", "bank")
         results = client.post("/v1/predict", **files(IMAGES[0], "birds", "ships", logits="true")).json()["results"]
@@ -285,7 +285,7 @@ def test_metrics_count_requests_batches_and_the_bank(client):
 
 def test_draining_refuses_what_is_new(saved):
     served = service(saved[0])
-    with TestClient(build_app(served)) as client:
+    with TestClient(build_app(served), URL) as client:
         assert client.get("/healthz").json() == {"status": "ok", "tasks": 3}
         served.draining = True
         response = client.post("/v1/predict", **files(IMAGES[0], "ships"))
@@ -297,7 +297,7 @@ def test_draining_refuses_what_is_new(saved):
 def test_the_readme_s_requests_work(saved, tmp_path):
     lines = re.findall(r"^\$ curl (.*)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
     assert len(lines) == 5
-    with TestClient(build_app(service(saved[0]), api_key="k")) as client:
+    with TestClient(build_app(service(saved[0]), api_key="k"), URL) as client:
         for line in lines:
             words = shlex.split(line.replace("$SMN_KEY", "k").replace("runs/mine", str(saved[0] / "birds")))
             fields = [word.partition("=") for flag, word in itertools.pairwise(words) if flag == "-F"]
@@ -316,7 +316,7 @@ def test_an_unknown_task_among_many_costs_little(saved):
     source = served.bank._source
     for number in range(10_000):
         source._adapters[f"customer-{number:05d}-birds-of-the-region"] = source._adapters["birds"]
-    with TestClient(build_app(served)) as client:
+    with TestClient(build_app(served), URL) as client:
         began = time.process_time()
         for _ in range(3):
             refused(

@@ -11,7 +11,7 @@ from smn_peft.bank.store import DiskStore
 from smn_peft.serving.app import build_app
 from smn_peft.serving.service import Service
 from tests.serving.running import form
-from tests.serving.tiny import DENSITIES, IMAGES, KEY, backbone
+from tests.serving.tiny import DENSITIES, IMAGES, KEY, URL, backbone
 
 BEARER = {"Authorization": f"Bearer {KEY}".encode()}
 
@@ -38,7 +38,7 @@ def predict(client, *tasks):
 
 def test_a_lookup_is_counted_once(stored):
     service = stored[1]()
-    with TestClient(build_app(service)) as client:
+    with TestClient(build_app(service), URL) as client:
         predict(client, "birds")
         assert (service.bank.stats.misses, service.bank.stats.hits) == (1, 0)
         for _ in range(3):
@@ -49,7 +49,7 @@ def test_a_lookup_is_counted_once(stored):
 
 def test_without_a_budget_a_task_is_decoded_once_per_batch(stored):
     service = stored[1](ram_budget=0)
-    with TestClient(build_app(service)) as client:
+    with TestClient(build_app(service), URL) as client:
         for _ in range(3):
             predict(client, "birds")
         assert (service.bank.stats.misses, service.bank.stats.evictions) == (3, 3)
@@ -59,7 +59,7 @@ def test_while_another_writes_changes_are_put_off(stored, saved, monkeypatch):
     monkeypatch.setattr("smn_peft.bank.database._WRITER_WAIT", 0.1)
     path, make = stored
     new = {"name": "new", "folder": str(saved[0] / "birds")}
-    with TestClient(build_app(make(), api_key=KEY)) as client:
+    with TestClient(build_app(make(), api_key=KEY), URL) as client:
         with DiskStore.open(path) as other, other._database.writing():
             for answer in (
                 client.post("/v1/tasks", json=new, headers=BEARER),

@@ -22,7 +22,7 @@ from tests.bank.tiny import adapter, build
 
 SIZE, DIM = 32, 32
 MEAN = STD = (0.5, 0.5, 0.5)
-KEY = "open sesame ü"
+KEY, URL = "open sesame ü", "http://localhost"
 NAMES = {"birds": ["crow", "gull", "owl", "wren"], "ships": None, "weather": None}
 DENSITIES = {"birds": 0.999, "ships": 0.7, "weather": 0.995}
 
