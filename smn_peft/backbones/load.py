@@ -172,11 +172,25 @@ def read_config(source: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise explained(error, source) from error
     except ValueError as error:
         raise ValueError(f"transformers cannot read the config of {source!r}: {error}") from error
+    _refuse_kernel(config, source)
+    return config
+
+
+def _refuse_kernel(config: Any, source: str) -> None:
+    """An attention implementation "user/name" is code that transformers would fetch from the Hub and run."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+    for part in (config, *parts):
+        kernel = getattr(part, "_attn_implementation", None)
+        if isinstance(kernel, str) and "/" in kernel:
+            raise ValueError(
+                f"The config of {source!r} asks for the kernel {kernel!r}, code of the Hub, which is not run: load a "
+                "copy of the model without attn_implementation in its config.json."
+            )
 
 
 def explained(error: OSError, name: str) -> Exception:

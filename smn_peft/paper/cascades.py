@@ -46,7 +46,7 @@ def train_cascade(arguments: TrainArguments, options: Mapping[str, Any]) -> None
     folder = Path(arguments.output_dir)
     Cascade.fit(arguments, CascadeArguments(**options))
     values: dict[str, dict[str, float]] = {}
-    for report in evaluate_cascade(folder):
+    for report in evaluate_cascade(folder, backbone=arguments.backbone):
         values.setdefault(report.metric, {})[report.label] = report.value
     result = {"values": values, "sizes": asdict(cascade_sizes(folder))}
     with atomic_write(folder / RESULT_NAME) as file:
@@ -59,17 +59,18 @@ def read_result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def maps_of(folder: Path, classes: int, images: int) -> list[dict[str, Any]]:
+def maps_of(folder: Path, backbone: str, classes: int, images: int) -> list[dict[str, Any]]:
     """Test images laid out by t-SNE under the base, the dispatcher and the whole cascade (Figure 10).
 
     Args:
         folder: A cascade's.
+        backbone: Its base by name.
         classes: Show the first so many classes.
         images: Show at most so many images of these.
     """
     from ..cascade import Cascade
 
-    cascade = Cascade.load(folder)
+    cascade = Cascade.load(folder, backbone=backbone)
     arguments = cascade.arguments
     test = build_images(arguments).test
     assert test is not None
@@ -92,11 +93,11 @@ def maps_of(folder: Path, classes: int, images: int) -> list[dict[str, Any]]:
     return found
 
 
-def clusters_of(folder: Path) -> list[dict[str, Any]]:
+def clusters_of(folder: Path, backbone: str) -> list[dict[str, Any]]:
     """Composition of the router's clusters on the training images (Figure 11)."""
     from ..cascade import Cascade
 
-    cascade = Cascade.load(folder)
+    cascade = Cascade.load(folder, backbone=backbone)
     images = build_images(cascade.arguments)
     features = cascade.embed(images.train, "dispatcher", batch_size=cascade.arguments.batch_size)
     assert cascade.router is not None

@@ -21,7 +21,8 @@ def averaged(store: RunStore, runs: Sequence[RunSpec], seeds: Sequence[int]) -> 
     finished = [spec for spec in specs if store.failure(spec) is None]
     if not finished:
         return []
-    layers = [layer_densities(_without_head(load_masks(store.path(spec)))) for spec in finished]
+    masks = (load_masks(store.path(spec), backbone=spec.backbone) for spec in finished)
+    layers = [layer_densities(_without_head(each)) for each in masks]
     return [asdict(row) for row in average_densities(layers)]
 
 

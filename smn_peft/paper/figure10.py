@@ -30,7 +30,7 @@ def _details(store: RunStore, scale: Scale, seeds: Sequence[int]) -> Any:
     spec = cascade_of(scale, scale.choices["figure10"]).seeded(seeds[0])
     if store.failure(spec) is not None:
         return []
-    return maps_of(store.path(spec), scale.choices["figure10_classes"], _IMAGES)
+    return maps_of(store.path(spec), spec.backbone, scale.choices["figure10_classes"], _IMAGES)
 
 
 def _draw(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:

@@ -23,7 +23,7 @@ def _cells(scale: Scale) -> list[Cell]:
 
 def _details(store: RunStore, scale: Scale, seeds: Sequence[int]) -> Any:
     spec = cascade_of(scale, scale.choices["figure11"]).seeded(seeds[0])
-    return [] if store.failure(spec) is not None else clusters_of(store.path(spec))
+    return [] if store.failure(spec) is not None else clusters_of(store.path(spec), spec.backbone)
 
 
 def _draw(record: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:

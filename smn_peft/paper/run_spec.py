@@ -63,6 +63,11 @@ class RunSpec:
         few = {"fraction_seed": seed} if "fraction" in self.arguments else {}
         return replace(self.at(seed=seed, **few), found=found)
 
+    @property
+    def backbone(self) -> str:
+        """The base by name: what a run's folder says of it is not taken for a program to run."""
+        return str(_expanded(self.arguments["backbone"]))
+
     @cached_property
     def id(self) -> str:
         """Hash of the arguments that are not defaults: a default of a later option orphans no run.

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from .reading import open_regular
+
 __all__ = [
     "CONFIG_NAME",
     "REST_CHECKSUM",
@@ -74,6 +76,13 @@ class AdapterSizes:
 def _weights_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     return path / WEIGHTS_NAME if path.is_dir() else path
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except ValueError as error:  # a FIFO or a device
+        raise AdapterFileError(str(error)) from error
 
 
 def purpose_of(name: str) -> str:
@@ -169,7 +178,7 @@ def check_adapter_file(path: str | os.PathLike[str]) -> None:
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         _check(path, file)
 
 
@@ -205,7 +214,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return _read_header(path, file)[1]
 
 
@@ -222,7 +231,8 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         AdapterFileError: As [`check_adapter_file`].
     """
     path = _weights_path(path)
-    data = path.read_bytes()
+    with _opened(path) as file:
+        data = file.read()
     names = _check(path, io.BytesIO(data))
     try:
         tensors = load(data)
@@ -239,7 +249,7 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
     """
     path = _weights_path(path)
     sums = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
-    with path.open("rb") as file:
+    with _opened(path) as file:
         header, _, _ = _read_header(path, file)
         total = file.seek(0, os.SEEK_END)
     for name, entry in header.items():
