@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage import check_regular
 from .backbone import Backbone, EvalTransform, pooled_features
 
 __all__ = ["explained", "load_backbone", "read_config"]
@@ -163,8 +164,9 @@ def _refuse_pickle(state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) ->
         raise ValueError(f"{path} is a pickle. {_CONVERT}")
     if path.suffix != ".safetensors":
         raise ValueError(f"state_dict must be a .safetensors file or a mapping of tensors; got {path}.")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"state_dict: there is no file {path}.")
+    check_regular(path)
 
 
 def read_config(source: str, revision: str | None) -> Any:

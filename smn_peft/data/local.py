@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..storage import check_regular, read_bytes
 from .dataset import ImageDataset
 from .errors import WITHOUT_LABELS, NoLabelsError
 
@@ -30,7 +31,7 @@ class ImageFiles:
     def read(self, row: int) -> tuple[bytes, str]:
         """The bytes of a file, and its path."""
         path = str(self._paths[row])
-        return Path(path).read_bytes(), path
+        return read_bytes(path), path
 
 
 class EncodedImages:
@@ -116,6 +117,7 @@ def load_npz(path: str | os.PathLike[str], split: str, *, labelled: bool) -> Ima
     name = os.fspath(path)
     if split not in ("train", "test"):
         raise ValueError(f"{name} has no split {split!r}: an npz has 'train' and 'test'.")
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("jpeg", "offsets", "label", "split", "classes") if key in archive}

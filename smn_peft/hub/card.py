@@ -205,7 +205,9 @@ def _sizes(facts: AdapterFacts) -> str:
 def _recipe(facts: AdapterFacts) -> str:
     if not facts.recipe:
         return ""
-    table = markdown_table([{"option": as_span(name), "value": as_text(value)} for name, value in facts.recipe.items()])
+    table = markdown_table(
+        [{"option": as_span(name), "value": as_text(value)} for name, value in facts.recipe.items()]
+    )
     versions = _listed(facts.versions)
     return f"## How it was learned\n\n{table}" + (f"\n\nWith {versions}." if versions else "")
 

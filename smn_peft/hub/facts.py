@@ -134,8 +134,6 @@ def _read_json(path: Path, advice: str) -> dict[str, Any]:
         found = read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no {path}: {advice}.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}. Copy it again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no object. Copy it again.")
     return found
@@ -149,7 +147,9 @@ def _read_run(path: Path, advice: str) -> dict[str, Any]:
         for name, kind in kinds.items():
             value = part.get(name)
             if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-                raise ValueError(f"{path}: {name} is {repr(value)[:80]}, of another kind than a run writes: delete it.")
+                raise ValueError(
+                    f"{path}: {name} is {repr(value)[:80]}, of another kind than a run writes: delete it."
+                )
     return run
 
 

@@ -96,9 +96,8 @@ def _with_backbone(
     lines = [imports, "", f"backbone = {loader}({as_code(shown_name(name))}{shown})"]
     if options.get("pretrained") is False or own_file:
         lines = ["import torch", *lines]
-        lines.insert(
-            3, f"torch.manual_seed({as_code(arguments.get('seed', 0))})  # as in training, for weights that no file gives"
-        )
+        seed = as_code(arguments.get("seed", 0))
+        lines.insert(3, f"torch.manual_seed({seed})  # as in training, for weights that no file gives")
     if classes:
         seed = f", head_seed={as_code(arguments['seed'])}" if arguments.get("seed") else ""
         lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{seed})")

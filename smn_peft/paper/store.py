@@ -89,9 +89,7 @@ class RunStore:
         path = self.path(spec) / f"low_shot{'_base' if base else ''}.json"
         known = {float(key): value for key, value in json.loads(path.read_text())} if path.is_file() else {}
         if missing := [fraction for fraction in fractions if fraction not in known]:
-            for report in evaluate_run(
-                self.path(spec), base=base, backbone=spec.backbone, low_shot=missing, seeds=3
-            ):
+            for report in evaluate_run(self.path(spec), base=base, backbone=spec.backbone, low_shot=missing, seeds=3):
                 known[float(report.settings["label_fraction"])] = report.value
             with atomic_write(path) as file:
                 file.write(json.dumps(sorted(known.items())).encode())

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..storage import read_json
 
 __all__ = ["CONFIG_KEY", "class_names", "names_of_run"]
 
@@ -30,8 +31,8 @@ def class_names(config: Mapping[str, Any]) -> list[str] | None:
 def names_of_run(folder: Path) -> list[str] | None:
     """The classes that `smn train` wrote down beside an adapter; None where it did not."""
     try:
-        arguments = json.loads((folder / _RUN).read_text("utf-8"))["arguments"]
+        arguments = read_json(folder / _RUN)["arguments"]
         classes = arguments["classes"] if arguments.get("head_classes") else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return [str(name) for name in classes] if isinstance(classes, list) else None

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import stat
-from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = ["MAX_JSON", "check_regular", "open_regular", "read_bytes", "read_json"]
@@ -72,7 +71,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
-            raise ValueError(f"{path} has {size:,} bytes, more than the {limit:,} that are read of such a file.")
+            raise ValueError(f"{path} has {size:,} bytes; such a file has {limit:,} at most, so it is none.")
         # Not more than was checked, should the file be growing.
         return file.read() if limit is None else file.read(limit)
 
@@ -92,7 +91,9 @@ def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
     try:
         return json.loads(data)
     except RecursionError as error:
-        raise ValueError(f"{Path(path).name} is nested too deeply") from error
+        raise ValueError(f"{path} is damaged: it is nested too deeply. Copy it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
 
 
 def _refused(path: str | os.PathLike[str], mode: int) -> ValueError:

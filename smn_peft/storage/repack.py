@@ -150,7 +150,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = read_json(path)
     except ValueError as error:
-        raise AdapterFileError(f"{path} cannot be read ({error}): fetch it again.") from error
+        raise AdapterFileError(str(error)) from error
     try:
         return check_config(config)
     except AdapterFileError as error:

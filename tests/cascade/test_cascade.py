@@ -84,7 +84,12 @@ def test_only_the_passes_that_are_needed_over_one_model(cascade, images, mode, p
     handle.remove()
     assert sum(seen) == passes * TEST
     weights = [p for p in model.parameters() if p.is_floating_point()]
-    one = sum(p.numel() for p in load_run(cascade.arguments.output_dir, base=True, backbone=cascade.backbone.name)[1].model.parameters())
+    one = sum(
+        p.numel()
+        for p in load_run(cascade.arguments.output_dir, base=True, backbone=cascade.backbone.name)[
+            1
+        ].model.parameters()
+    )
     assert sum(p.numel() for p in weights) == one  # no scores, and no second copy of the base
 
 

@@ -25,9 +25,7 @@ def test_every_row_is_the_embeddings_worth(fitted, arguments):
     ]
     values = {(report.metric, report.label): report.value for report in reports}
     sets = [load_images(arguments.dataset, split) for split in ("train", "test")]
-    cascade, ensemble = (
-        Cascade.load(place, backbone=arguments.backbone) for place in (fitted, fitted / "ensemble")
-    )
+    cascade, ensemble = (Cascade.load(place, backbone=arguments.backbone) for place in (fitted, fitted / "ensemble"))
     pairs = {label: [cascade.embed_all(part)[mode] for part in sets] for label, mode in ROWS.items()}
     pairs["dispatchers of 3 seeds"] = [ensemble.embed(part, "unconditional") for part in sets]
     for label, (train, test) in pairs.items():

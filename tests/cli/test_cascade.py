@@ -55,7 +55,16 @@ def test_in_jobs_then_embeddings_and_the_table(line, tmp_path):
     dataset = line[1].parent / "set.npz"
     for mode in ("conditional", "unconditional"):
         result = smn(
-            "embed", out, "--dataset", dataset, "--output", tmp_path / "e.safetensors", "--mode", mode, "--cpu", *line[-2:]
+            "embed",
+            out,
+            "--dataset",
+            dataset,
+            "--output",
+            tmp_path / "e.safetensors",
+            "--mode",
+            mode,
+            "--cpu",
+            *line[-2:],
         )
         assert f"{TEST} embeddings of dim 16" in result.stdout
         found, images = load_file(tmp_path / "e.safetensors"), load_images(dataset, "test")

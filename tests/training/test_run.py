@@ -57,7 +57,10 @@ def test_a_run_saves_coded_and_what_it_evaluates_is_what_it_saves(tmp_path):
     assert read_metadata(folder)["smn_codec"] == "entropy"
     saved = {key: tensor for key, tensor in load_file(folder / "adapter_model.safetensors").items()}
     assert {tensor.dtype for tensor in saved.values()} == {torch.uint8, torch.bfloat16, torch.int64}
-    reports = {report.metric: report.value for report in evaluate_run(folder, backbone=base_of(tmp_path), metrics=["accuracy"])}
+    reports = {
+        report.metric: report.value
+        for report in evaluate_run(folder, backbone=base_of(tmp_path), metrics=["accuracy"])
+    }
     assert reports["accuracy"] == summary.after["accuracy"]
 
 

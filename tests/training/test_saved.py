@@ -160,7 +160,9 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_metrics_low_shot_and_limits(finished):
-    reports = evaluate_run(finished, backbone=base_of(finished.parent), metrics=["linear_probe", "knn"], low_shot=[0.5, 0.06], seeds=2)
+    reports = evaluate_run(
+        finished, backbone=base_of(finished.parent), metrics=["linear_probe", "knn"], low_shot=[0.5, 0.06], seeds=2
+    )
     assert [report.metric for report in reports] == ["linear_probe", "knn", "linear_probe@0.5", "linear_probe@0.06"]
     assert [len(report.values) for report in reports] == [1, 1, 2, 2]
     assert [report.settings.get("labelled_images") for report in reports[2:]] == [24, 3]
@@ -208,7 +210,9 @@ def test_the_objective_is_not_needed_any_more(finished, tmp_path):
     for file in finished.glob("adapter*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     replace(summary, arguments={**summary.arguments, "objective": "/gone/mine.py:Loss"}).save(tmp_path)
-    assert {report.metric: report.value for report in evaluate_run(tmp_path, backbone=base_of(finished.parent))} == summary.after
+    assert {
+        report.metric: report.value for report in evaluate_run(tmp_path, backbone=base_of(finished.parent))
+    } == summary.after
 
 
 def test_a_run_that_moved(finished, tmp_path):
