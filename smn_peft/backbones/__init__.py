@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..tuner.base_name import base_name
 from .backbone import Backbone, pooled_features
 from .classifier import Classifier, load_classifier
-from .from_file import is_file_spec, load_from_file
+from .from_file import is_file_spec, load_from_file, name_read_from
 from .key_mapping import clip_key_mapping
 from .load import load_backbone
 from .prompts import templates_for
@@ -23,6 +23,7 @@ __all__ = [
     "load_backbone",
     "load_classifier",
     "load_from_file",
+    "name_read_from",
     "pooled_features",
     "templates_for",
     "text_embeddings",

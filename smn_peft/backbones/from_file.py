@@ -20,7 +20,7 @@ from torch import nn
 
 from .backbone import Backbone, EvalTransform, pooled_features
 
-__all__ = ["import_file", "is_file_spec", "load_from_file"]
+__all__ = ["import_file", "is_file_spec", "load_from_file", "name_read_from"]
 
 _FORM = "name it as 'path/to/file.py:function'"
 
@@ -28,6 +28,31 @@ _FORM = "name it as 'path/to/file.py:function'"
 def is_file_spec(name: str) -> bool:
     """Whether a name means a function in a file ("model.py:build") and not a model of a library."""
     return name.endswith(".py") or ".py:" in name
+
+
+def name_read_from(where: str | os.PathLike[str], name: str, option: str = "--backbone", first: str = "") -> str:
+    """A name that was read out of a file, which may be anybody's: every such name passes here before it is used.
+
+    A function in a Python file is run only when the caller names it, wherever that file lies.
+
+    Args:
+        where: The file that names it, for the message.
+        name: What it names.
+        option: How the caller names it.
+        first: What is to be done before, for the message.
+
+    Returns:
+        `name`.
+
+    Raises:
+        ValueError: If it names a Python file.
+    """
+    if is_file_spec(name):
+        raise ValueError(
+            f"{where} names {name!r}, a program, which is run only if you name it yourself: if you trust it, "
+            f"{first}add {option} {name} (in Python {option.lstrip('-').replace('-', '_')}={name!r})."
+        )
+    return name
 
 
 def load_from_file(spec: str) -> Backbone:

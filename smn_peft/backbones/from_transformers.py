@@ -128,7 +128,7 @@ def _processor(source: str, revision: str | None) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(source, revision=revision)
+        return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     except OSError:
         return None
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage import check_regular
 from .backbone import Backbone, EvalTransform, pooled_features
 
 __all__ = ["explained", "load_backbone", "read_config"]
@@ -163,8 +164,9 @@ def _refuse_pickle(state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) ->
         raise ValueError(f"{path} is a pickle. {_CONVERT}")
     if path.suffix != ".safetensors":
         raise ValueError(f"state_dict must be a .safetensors file or a mapping of tensors; got {path}.")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"state_dict: there is no file {path}.")
+    check_regular(path)
 
 
 def read_config(source: str, revision: str | None) -> Any:
@@ -172,11 +174,25 @@ def read_config(source: str, revision: str | None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise explained(error, source) from error
     except ValueError as error:
         raise ValueError(f"transformers cannot read the config of {source!r}: {error}") from error
+    _refuse_kernel(config, source)
+    return config
+
+
+def _refuse_kernel(config: Any, source: str) -> None:
+    """An attention implementation "user/name" is code that transformers would fetch from the Hub and run."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+    for part in (config, *parts):
+        kernel = getattr(part, "_attn_implementation", None)
+        if isinstance(kernel, str) and "/" in kernel:
+            raise ValueError(
+                f"The config of {source!r} asks for the kernel {kernel!r}, code of the Hub, which is not run: load a "
+                "copy of the model without attn_implementation in its config.json."
+            )
 
 
 def explained(error: OSError, name: str) -> Exception:

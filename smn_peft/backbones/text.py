@@ -88,7 +88,8 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any]:
         model, info = clip.from_pretrained(
             name, config=config, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        auto: Any = transformers.AutoTokenizer
+        tokenizer = auto.from_pretrained(name, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise explained(error, name) from error
     check_loading(info, name)

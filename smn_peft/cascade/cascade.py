@@ -18,7 +18,7 @@ from ..evaluation import Features, extract_features
 from ..functional.whitening import Whitening, fit_whitening
 from ..training import RunSummary, TrainArguments, load_run
 from ..training.assemble import evaluation_of
-from ..training.saved import arguments_of, check_base_file
+from ..training.saved import arguments_of
 from .arguments import CascadeArguments
 from .combine import conditional, unconditional
 from .parts import CASCADE_NAME, MODES, CascadeParts, Mode
@@ -71,7 +71,7 @@ class Cascade:
         from .fit import fit_cascade
 
         fit_cascade(arguments, options or CascadeArguments())
-        return cls.load(arguments.output_dir)
+        return cls.load(arguments.output_dir, backbone=arguments.backbone)
 
     @classmethod
     def from_runs(
@@ -103,7 +103,7 @@ class Cascade:
     @property
     def arguments(self) -> TrainArguments:
         """The arguments of the dispatcher's run."""
-        return arguments_of(self.summary)
+        return arguments_of(self.summary, self.backbone.name)
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -240,12 +240,10 @@ class Cascade:
 
         Raises:
             FileNotFoundError: If there is no cascade, or a part of it is missing.
-            ValueError: If it is damaged, or names a program inside the folder as its base, unless `backbone` does.
+            ValueError: If it is damaged, or names a program as its base and `backbone` does not.
         """
         folder = Path(folder)
         parts = CascadeParts.load(folder)
-        name = arguments_of(RunSummary.load(folder / parts.adapters[0])).backbone
-        check_base_file(backbone or name, folder, given=backbone is not None)
         folders = {adapter: folder / adapter for adapter in parts.adapters}
         found = cls.from_runs(folders, parts.router, backbone=backbone)
         fitted = len(parts.projections["whitened"].mean)

@@ -47,7 +47,8 @@ def fit_cascade(arguments: TrainArguments, options: CascadeArguments) -> None:
     _train_experts(arguments, router, images, range(options.experts), accelerator)
     names = [DISPATCHER, *map(expert_name, range(options.experts))]
     if not _is_done(folder, names, options):
-        cascade = Cascade.from_runs({name: folder / name for name in names}, router)
+        runs = {name: folder / name for name in names}
+        cascade = Cascade.from_runs(runs, router, backbone=arguments.backbone)
         _fit_projections(cascade, arguments, options, images, accelerator)
         if accelerator.is_main_process:
             cascade.save_parts(folder)
@@ -80,7 +81,7 @@ def prepare(arguments: TrainArguments, options: CascadeArguments) -> tuple[Route
     images = build_images(dispatcher).train
     if (router := _known_router(folder, options)) is None:
         _refuse_finished(folder, options)
-        cascade = Cascade.from_runs({DISPATCHER: folder / DISPATCHER})
+        cascade = Cascade.from_runs({DISPATCHER: folder / DISPATCHER}, backbone=arguments.backbone)
         loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
         features = cascade.features(images, DISPATCHER, accelerator=accelerator, **loading).features
         if accelerator.is_main_process:
@@ -195,7 +196,8 @@ def _fit_ensemble(
         trained |= train_once(mine)
     if trained or not _is_done(folder / ENSEMBLE, [DISPATCHER, *seeds], options):
         runs = {name: folder / _SEEDS / name for name in seeds}
-        ensemble = Cascade.from_runs({DISPATCHER: folder / DISPATCHER, **runs})
+        runs = {DISPATCHER: folder / DISPATCHER, **runs}
+        ensemble = Cascade.from_runs(runs, backbone=arguments.backbone)
         _fit_projections(ensemble, arguments, options, images, accelerator)
         if accelerator.is_main_process:
             ensemble.save(folder / ENSEMBLE)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..functional.whitening import Whitening
-from ..storage import atomic_write
+from ..storage import atomic_write, check_regular
+from ..storage import read_json as read_json_file
 
 __all__ = ["read_json", "read_tensors", "read_whitening", "whitening_tensors", "write_json", "write_tensors"]
 
@@ -40,6 +41,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[str | int, ...]]) -> dic
         ValueError: If it is damaged, or holds other tensors than these.
     """
     try:
+        check_regular(path)
         found = load_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: the copy of the cascade is incomplete.") from None
@@ -83,11 +85,11 @@ def read_json(path: Path, known: Mapping[str, type | tuple[type, ...]], version:
         ValueError: If it is damaged, or of a format that this release does not know.
     """
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no finished cascade.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. {_DAMAGED}") from error
+    except ValueError as error:
+        raise ValueError(f"{error} {_DAMAGED}") from error
     if not isinstance(found, dict) or found.pop("format", None) != version:
         raise ValueError(f"{path} is not of format {version}; smn_peft's newest version reads all. {_DAMAGED}")
     for name, kind in known.items():

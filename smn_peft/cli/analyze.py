@@ -17,6 +17,7 @@ from ..evaluation import EvalReport, extract_features, format_fraction, markdown
 from ..storage import atomic_write, locate_adapter
 from ..training import load_masks, load_run
 from ..training.assemble import build_images, evaluation_of
+from ..training.evaluate_run import evaluation_arguments
 from ..training.metrics import METRICS_NAME, read_metrics
 from .values import output_file
 
@@ -163,9 +164,10 @@ def embedding(
             raise ValueError(
                 f"{folder} does not say which images it was trained on: name an output folder of `smn train`."
             )
-        images = build_images(arguments).test
-        if images is None:
+        if arguments.eval_split is None:
             raise ValueError(f"{folder} was trained without test images (eval_split): there is nothing to show.")
+        images = build_images(evaluation_arguments(arguments, loaded, folder, None, None, None)).test
+        assert images is not None
         features = extract_features(loaded.model, images, evaluation_of(loaded), batch_size=arguments.batch_size)
         maps.append(analysis.embedding_map(features, label, classes=classes, perplexity=perplexity, seed=seed))
         names = images.classes

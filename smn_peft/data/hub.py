@@ -5,25 +5,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..storage import read_bytes
 from .dataset import ImageDataset
+from .decoding import ImageError
 from .errors import WITHOUT_LABELS, NoLabelsError, NoSplitError
 
 __all__ = ["TableImages", "load_hub", "load_parquet"]
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target")
 _UNKNOWN_SPLIT = re.compile(r"(?i)unknown split .*should be one of (\[.*\])", re.DOTALL)  # as `datasets` says it
+_MAX_FILE = 1 << 28  # bytes, those of the largest image that is decoded
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 class TableImages:
     """Images in the rows of a table of `datasets`."""
 
-    def __init__(self, table: Any, column: str, name: str) -> None:
+    def __init__(self, table: Any, column: str, name: str, folders: list[Path]) -> None:
+        """Take a column; a row may name files below `folders` only, the dataset's own, since anybody wrote it."""
         self._table, self._column, self._name = table, column, name
+        self._folders = [folder.resolve() for folder in folders]
 
     def read(self, row: int) -> tuple[bytes, str]:
         """The bytes of a row's image, and the name of the row and its file."""
@@ -35,8 +41,20 @@ class TableImages:
             where += f" ({value['path']})"
         if value["bytes"] is not None:
             return value["bytes"], where
-        with open(value["path"], "rb") as file:
-            return file.read(), where
+        return self._file(str(value["path"]), where), where
+
+    def _file(self, path: str, where: str) -> bytes:
+        for folder in self._folders:
+            found = (folder / path).resolve()  # an absolute path stays what it is
+            if found.is_relative_to(folder) and found.exists():
+                try:
+                    return read_bytes(found, _MAX_FILE)
+                except ValueError as error:
+                    raise ImageError(f"{where}: {error}") from error
+        raise ImageError(
+            f"{where}: the row has no bytes, and names a file that is not below {self._folders[0]}, the dataset's own "
+            "folder, where alone it is read. Put the bytes into the table, or the files beside it."
+        )
 
 
 def load_hub(
@@ -113,7 +131,9 @@ def _load(
             "Reading datasets of the Hub and parquet files needs: pip install 'smn_peft[data]'"
         ) from error
     try:
-        table = datasets.load_dataset(builder, config, split=split, revision=revision, **options)
+        table = datasets.load_dataset(
+            builder, config, split=split, revision=revision, trust_remote_code=False, **options
+        )
     except ValueError as error:  # split and configuration; the library names those that exist
         if (found := _UNKNOWN_SPLIT.search(str(error))) is None:
             raise ValueError(f"{name}, split {split!r}: {error}") from error
@@ -136,7 +156,7 @@ def _load(
     # Bytes as they are stored: decoding is ours, so that an error can name the row.
     column = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return ImageDataset(
-        TableImages(column, image_column, name),
+        TableImages(column, image_column, name, _own_folders(builder, options)),
         labels=labels,
         classes=classes,
         name=name,
@@ -144,6 +164,19 @@ def _load(
         revision=commit,
         rows=torch.arange(len(table)),
     )
+
+
+def _own_folders(builder: str, options: Mapping[str, Any]) -> list[Path]:
+    """Where files of the dataset lie: beside the table, or, of the Hub, where its own files are cached."""
+    if "data_files" in options:
+        # Of a pattern the part before its first wildcard.
+        path = Path(re.split(r"[*?\[]", str(options["data_files"]), maxsplit=1)[0])
+        return [path if path.is_dir() else path.parent]
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    own = Path(HF_HUB_CACHE) / f"datasets--{builder.replace('/', '--')}"
+    return [own, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
 def _image_column(table: Any, column: str | None, name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..functional.whole import whole_numbers
+from ..storage import check_regular, read_bytes
 from .dataset import ImageDataset
 from .errors import WITHOUT_LABELS, NoLabelsError, NoSplitError
 
@@ -32,7 +33,7 @@ class ImageFiles:
     def read(self, row: int) -> tuple[bytes, str]:
         """The bytes of a file, and its path."""
         path = str(self._paths[row])
-        return Path(path).read_bytes(), path
+        return read_bytes(path), path
 
 
 class EncodedImages:
@@ -152,6 +153,7 @@ def load_npz(path: str | os.PathLike[str], split: str, *, labelled: bool) -> Ima
     name = os.fspath(path)
     if split not in ("train", "test"):
         raise NoSplitError(f"{name} has no split {split!r}: an npz has 'train' and 'test'.", ("train", "test"))
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in ("jpeg", "offsets", "label", "split", "classes") if key in archive}

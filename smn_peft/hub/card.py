@@ -14,7 +14,7 @@ from ..evaluation import format_fraction, markdown_table
 from ..storage import atomic_write
 from .facts import AdapterFacts, facts_of_folder
 from .loading import loading_code
-from .names import dataset_id, shown_name
+from .names import as_span, as_text, dataset_id, shown_name
 from .results import eval_result_files, metric_name, model_index
 
 __all__ = ["CARD_NAME", "merged_with", "own_words", "render_card", "write_card"]
@@ -57,13 +57,13 @@ def render_card(
     """
     data = _metadata(facts, license, tags)
     sections = [
-        f"# {facts.title}\n\n{_opening(facts)}",
+        f"# {as_text(facts.title)}\n\n{_opening(facts)}",
         f"## Use\n\n```python\n{loading_code(facts.code, where, subfolder, revision)}\n```",
         _evaluation(facts),
         _sizes(facts),
         _recipe(facts),
         _licence(facts, license),
-        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*facts.notes, *_LIMITS]),
+        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*map(as_text, facts.notes), *_LIMITS]),
         f"The method: {_PAPER} (Warmerdam, Caron and Asano, GCPR 2024), by `smn_peft`.",
     ]
     body = "\n\n".join([_BEGIN, *(section for section in sections if section), _END])
@@ -136,26 +136,26 @@ def _metadata(facts: AdapterFacts, license: str | None, tags: Sequence[str]) -> 
         pipeline_tag="image-classification" if classifies else "image-feature-extraction",
         tags=list(dict.fromkeys(found)),
         datasets=[dataset] if dataset else None,
-        model_name=facts.title if facts.reports else None,
+        model_name=" ".join(facts.title.split()) if facts.reports else None,
         eval_results=model_index(facts.reports) or None,
     )
 
 
 def _link(name: str, address: str | None) -> str:
-    return f"[{name}](https://huggingface.co/{address})" if address else f"`{name}`"
+    return f"[{as_text(name)}](https://huggingface.co/{address})" if address else as_span(name)
 
 
 def _opening(facts: AdapterFacts) -> str:
     base = "a base model that its config does not name"
     if facts.base:
         base = "the frozen " + _link(facts.base, facts.base_id)
-        base += f" at revision `{facts.base_revision}`" if facts.base_revision else ""
+        base += f" at revision {as_span(facts.base_revision)}" if facts.base_revision else ""
     words = f"A mask adapter for PEFT: one bit per masked weight of {base} says whether the weight stays on."
     if facts.dataset:
         dataset = dataset_id(facts.dataset)
         shown = _link(shown_name(facts.dataset), f"datasets/{dataset}" if dataset else None)
-        shown += f" at revision `{facts.dataset_revision}`" if facts.dataset_revision else ""
-        words += f" Learned on {shown}" + (f" by `{facts.objective}`." if facts.objective else ".")
+        shown += f" at revision {as_span(facts.dataset_revision)}" if facts.dataset_revision else ""
+        words += f" Learned on {shown}" + (f" by {as_span(facts.objective)}." if facts.objective else ".")
     words += f" The file has {facts.sizes.total:,} bytes"
     if facts.full_bytes:
         words += f", {100 * facts.sizes.total / facts.full_bytes:.1f} % of a checkpoint of all weights"
@@ -172,18 +172,18 @@ def _evaluation(facts: AdapterFacts) -> str:
     parts = dict.fromkeys((shown_name(report.dataset), report.split) for report in reports)
     columns: dict[str, dict[str, str]] = {}
     for report in reports:
-        words = metric_name(report)
+        words = as_text(metric_name(report))
         if len(parts) > 1:
-            words += f", {shown_name(report.dataset)} ({report.split})"
+            words += f", {as_text(shown_name(report.dataset))} ({as_text(report.split)})"
         value = format_fraction(report.value, report.spread)
-        columns.setdefault(f"{words} %", {}).setdefault(report.label, value)
+        columns.setdefault(f"{words} %", {}).setdefault(as_text(report.label), value)
     rows = [
         {"": label, **{words: column.get(label, "–") for words, column in columns.items()}}
-        for label in dict.fromkeys(report.label for report in reports)
+        for label in dict.fromkeys(as_text(report.label) for report in reports)
     ]
     seeds = max(len(report.seeds) for report in facts.reports)
     spread = f"Mean and standard deviation over {seeds} seeds." if seeds > 1 else "One run; no spread is known."
-    tested = " and ".join(f"{dataset} (split {split})" for dataset, split in parts)
+    tested = " and ".join(f"{as_text(dataset)} (split {as_text(split)})" for dataset, split in parts)
     return f"## Evaluation\n\nOn {tested}. {spread}\n\n{markdown_table(rows)}"
 
 
@@ -205,13 +205,15 @@ def _sizes(facts: AdapterFacts) -> str:
 def _recipe(facts: AdapterFacts) -> str:
     if not facts.recipe:
         return ""
-    table = markdown_table([{"option": f"`{name}`", "value": value} for name, value in facts.recipe.items()])
+    table = markdown_table(
+        [{"option": as_span(name), "value": as_text(value)} for name, value in facts.recipe.items()]
+    )
     versions = _listed(facts.versions)
     return f"## How it was learned\n\n{table}" + (f"\n\nWith {versions}." if versions else "")
 
 
 def _listed(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    return ", ".join(as_text(f"{name} {version}") for name, version in versions.items())
 
 
 def _licence(facts: AdapterFacts, license: str | None) -> str:

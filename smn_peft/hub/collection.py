@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..evaluation import format_fraction, markdown_table
 from .facts import AdapterFacts
 from .loading import loading_code
-from .names import dataset_id, shown_name
+from .names import as_text, dataset_id, shown_name
 from .results import metric_name
 
 __all__ = ["collection_card"]
@@ -73,9 +73,9 @@ def _row(folder: str, facts: AdapterFacts) -> dict[str, str]:
     results = [f"{metric_name(r)} {format_fraction(r.value, r.spread)} %" for r in facts.reports]
     return {
         "task": f"[{folder}]({folder})",
-        "base": facts.base or "–",
-        "dataset": shown_name(facts.dataset) or "–",
-        "result": ", ".join(results) or "–",
+        "base": as_text(facts.base) or "–",
+        "dataset": as_text(shown_name(facts.dataset)) or "–",
+        "result": as_text(", ".join(results)) or "–",
         "density": "–" if facts.density is None else f"{facts.density:.4f}",
         "bytes": f"{facts.sizes.total:,}",
     }

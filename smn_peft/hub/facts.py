@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from ..data.registry import DATASETS
 from ..evaluation import EvalReport, merge_reports
-from ..storage import CONFIG_NAME, AdapterSizes, adapter_sizes, check_config
+from ..storage import CONFIG_NAME, AdapterSizes, adapter_sizes, check_config, read_json
 from .loading import base_code
 from .names import hub_id, shown_name
 
@@ -22,6 +21,14 @@ _SHOWN = (
     "epochs max_steps batch_size optimizer lr head_lr momentum weight_decay warmup_epochs mixed_precision score_dtype "
     "image_size head fraction limit seed"
 ).split()
+_NUMBER = (int, float)
+_KINDS: dict[str, Any] = dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict)
+_KINDS |= {"density": _NUMBER}
+_KINDS_OF_ARGUMENTS: dict[str, Any] = {
+    **dict.fromkeys(("backbone", "backbone_revision", "weights", "dataset", "dataset_revision", "eval_split"), str),
+    **dict.fromkeys(("head_classes", "seed", "image_size", "eval_limit", "knn_k"), int),
+    **{"objective": str, "objective_options": dict, "pretrained": bool},
+}
 _MAY_DIFFER = frozenset(
     "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()
 )
@@ -92,13 +99,13 @@ def facts_of_folder(
     config = _read_json(folder / CONFIG_NAME, "name the output folder of smn train, or a folder with an adapter")
     config, sizes = check_config(config), adapter_sizes(folder)
     base = config.get("base_model_name_or_path")
-    run = _read_json(folder / RUN_NAME, "") if (folder / RUN_NAME).is_file() else {}
+    run = _read_run(folder / RUN_NAME, "") if (folder / RUN_NAME).exists() else {}
     arguments = run.get("arguments", {})
     name = arguments.get("backbone") or base
     found, before = _reports_of(run), _reports_of(run, frozen=True)
     for other in seeds:
         path = Path(other) / RUN_NAME
-        more = _read_json(path, "name the output folders of smn train")
+        more = _read_run(path, "name the output folders of smn train")
         _check_same(arguments, more.get("arguments", {}), path)
         found = [_merged(report, _reports_of(more), path) for report in found]
     return AdapterFacts(
@@ -123,15 +130,27 @@ def facts_of_folder(
 
 
 def _read_json(path: Path, advice: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}: {advice}.")
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
+        found = read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no {path}: {advice}.") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no object. Copy it again.")
     return found
+
+
+def _read_run(path: Path, advice: str) -> dict[str, Any]:
+    """``run.json``, whose values have their kinds: they become text and code of a card, whoever wrote them."""
+    run = _read_json(path, advice)
+    arguments = run.get("arguments", {})
+    for part, kinds in ((run, _KINDS), (arguments if isinstance(arguments, dict) else {}, _KINDS_OF_ARGUMENTS)):
+        for name, kind in kinds.items():
+            value = part.get(name)
+            if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise ValueError(
+                    f"{path}: {name} is {repr(value)[:80]}, of another kind than a run writes: delete it."
+                )
+    return run
 
 
 def _title(base: str | None, dataset: str | None) -> str:

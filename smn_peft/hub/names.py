@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import PurePath
+from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..backbones import is_file_spec
 from ..data.registry import DATASETS
 
-__all__ = ["check_repo_id", "check_subfolder", "dataset_id", "hub_id", "shown_name"]
+__all__ = ["as_code", "as_span", "as_text", "check_repo_id", "check_subfolder", "dataset_id", "hub_id", "shown_name"]
 
 _FILES = (".npz", ".parquet", ".safetensors")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 
 
@@ -41,7 +44,7 @@ def hub_id(name: str | None) -> str | None:
         validate_repo_id(name)
     except HFValidationError:
         return None
-    return name if "/" in name else None
+    return name if _REPOSITORY.fullmatch(name) else None
 
 
 def dataset_id(name: str | None) -> str | None:
@@ -56,6 +59,23 @@ def shown_name(name: str | None) -> str:
     if not name:
         return ""
     return PurePath(name).name if _is_local(name) else name
+
+
+def as_text(value: object) -> str:
+    """A value from a record as Markdown that shows it on one line: nothing in it is a link, an image or HTML."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def as_span(value: object) -> str:
+    """A value from a record as a code span of Markdown, which knows no escapes: what could end it is replaced."""
+    return "`" + " ".join(str(value).split()).replace("`", "'").replace("<", "(").replace(">", ")") + "`"
+
+
+def as_code(value: Any) -> str:
+    """A JSON value as a Python literal, which also leaves the block of code that it stands in as it is."""
+    text = json.dumps(value) if isinstance(value, str) else repr(value)
+    return text.replace("`", "\\x60").replace("<", "\\x3c")  # both are found in texts only
 
 
 def check_repo_id(repo_id: str) -> None:

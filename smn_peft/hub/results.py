@@ -32,6 +32,10 @@ def _percent(value: float) -> float:
     return round(100 * value, 2)
 
 
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def model_index(reports: Sequence[EvalReport]) -> list[EvalResult]:
     """One entry per report, values in percent; `metric_args` holds how many seeds and their standard deviation."""
     found = []
@@ -42,12 +46,12 @@ def model_index(reports: Sequence[EvalReport]) -> list[EvalResult]:
         found.append(
             EvalResult(
                 task_type="image-classification",
-                dataset_type=dataset_id(report.dataset) or shown_name(report.dataset),
-                dataset_name=shown_name(report.dataset),
-                dataset_split=report.split,
-                dataset_revision=report.revision,
+                dataset_type=dataset_id(report.dataset) or _line(shown_name(report.dataset)),
+                dataset_name=_line(shown_name(report.dataset)),
+                dataset_split=_line(report.split),
+                dataset_revision=None if report.revision is None else _line(report.revision),
                 metric_type="accuracy",
-                metric_name=metric_name(report),
+                metric_name=_line(metric_name(report)),
                 metric_value=_percent(report.value),
                 metric_args=spread or None,
             )

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..storage import read_json
 
 __all__ = ["CONFIG_KEY", "class_name", "class_names", "names_of_run"]
 
 CONFIG_KEY = "id2label"
 """As transformers calls it, in adapter_config.json: {"0": "cat", …}."""
 _LENGTH = 1000
-_RUN, _RUN_BYTES = "run.json", 16 << 20
+_RUN = "run.json"
 
 
 def class_name(config: Mapping[str, Any], index: int) -> str:
@@ -30,12 +31,9 @@ def class_names(config: Mapping[str, Any], count: int) -> list[str] | None:
 
 def names_of_run(folder: Path) -> list[str] | None:
     """The classes that `smn train` wrote down beside an adapter; None where it did not."""
-    file = folder / _RUN
     try:
-        if not file.is_file() or file.stat().st_size > _RUN_BYTES:
-            return None
-        arguments = json.loads(file.read_text("utf-8"))["arguments"]
+        arguments = read_json(folder / _RUN)["arguments"]
         classes = arguments["classes"] if arguments.get("head_classes") else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return [str(name) for name in classes] if isinstance(classes, list) else None

@@ -22,6 +22,7 @@ from .finish import finish_adapter_file
 from .formats import FORMAT_VERSION, check_format_version, check_packed
 from .inspection import AdapterReport, LayerReport, inspect_adapter
 from .locate import PICKLE_NAME, check_folder_weights, check_hub_weights, locate_adapter
+from .reading import MAX_JSON, check_regular, open_regular, read_bytes, read_json
 from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
 from .rounding import SAVE_DTYPES, rounded
 from .verification import verify_adapter_file
@@ -30,6 +31,7 @@ __all__ = [
     "CODECS",
     "CONFIG_NAME",
     "FORMAT_VERSION",
+    "MAX_JSON",
     "MAX_UNPACKED",
     "PICKLE_NAME",
     "SAVE_DTYPES",
@@ -46,14 +48,18 @@ __all__ = [
     "check_format_version",
     "check_hub_weights",
     "check_packed",
+    "check_regular",
     "fingerprint",
     "finish_adapter_file",
     "inspect_adapter",
     "locate_adapter",
+    "open_regular",
     "pack_adapter",
     "purpose_of",
     "read_adapter_file",
+    "read_bytes",
     "read_config",
+    "read_json",
     "read_metadata",
     "rounded",
     "size_change",

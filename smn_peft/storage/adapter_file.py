@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from .reading import open_regular
+
 __all__ = [
     "CONFIG_NAME",
     "REST_CHECKSUM",
@@ -75,6 +77,13 @@ class AdapterSizes:
 def _weights_path(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     return path / WEIGHTS_NAME if path.is_dir() else path
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except ValueError as error:  # a FIFO or a device
+        raise AdapterFileError(str(error)) from error
 
 
 def purpose_of(name: str) -> str:
@@ -170,7 +179,7 @@ def check_adapter_file(path: str | os.PathLike[str]) -> None:
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         _check(path, file)
 
 
@@ -206,7 +215,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return _read_header(path, file)[1]
 
 
@@ -223,7 +232,9 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         AdapterFileError: As [`check_adapter_file`].
     """
     path = _weights_path(path)
-    return parse_adapter_file(path.read_bytes(), path)
+    with _opened(path) as file:
+        data = file.read()
+    return parse_adapter_file(data, path)
 
 
 def parse_adapter_file(data: bytes, where: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -255,7 +266,7 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
     """
     path = _weights_path(path)
     sums = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
-    with path.open("rb") as file:
+    with _opened(path) as file:
         header, _, _ = _read_header(path, file)
         total = file.seek(0, os.SEEK_END)
     for name, entry in header.items():

@@ -26,6 +26,7 @@ from .adapter_file import (
 from .atomic import atomic_write
 from .codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
 from .finish import write_adapter_file
+from .reading import read_json
 
 __all__ = [
     "MAX_UNPACKED",
@@ -144,12 +145,12 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If its format is not known.
     """
     path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: name the folder of an adapter.")
     try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is damaged ({error}): fetch it again.") from error
+        config = read_json(path)
+    except ValueError as error:
+        raise AdapterFileError(str(error)) from error
     try:
         return check_config(config)
     except AdapterFileError as error:

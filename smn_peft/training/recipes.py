@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..backbones import name_read_from
 from .suggestion import did_you_mean
 from .train_arguments import TrainArguments
 
@@ -40,7 +41,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: For an unknown name, or a file that is not YAML or not a mapping.
+        ValueError: For an unknown name, a file that is not YAML or not a mapping, or one that names a program.
     """
     path: Any = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -54,7 +55,16 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         raise ValueError(f"{name} is not a YAML file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} must hold a mapping, such as 'epochs: 10'; it holds {type(content).__name__}.")
+    _refuse_programs(content, name)
     return content
+
+
+def _refuse_programs(content: Any, where: str | Path) -> None:
+    """A recipe may come from anybody: its base and objective are names; at any depth, since tasks are nested."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if key in ("backbone", "objective") and isinstance(value, str):
+            name_read_from(where, value, f"--{key}", first="take it out there, and ")
+        _refuse_programs(value, where)
 
 
 def load_recipe(name: str | Path) -> Recipe:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from ..data import ImageDataset
 from ..hub import RUN_NAME, full_bytes, write_card
-from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, tensor_digest, to_disk
+from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, read_json, tensor_digest, to_disk
 from .accelerator import build_accelerator
 from .assemble import build_task, build_train_loader
 from .checkpoint import latest_checkpoint
@@ -97,7 +97,7 @@ class RunSummary:
         """
         path = Path(folder) / RUN_NAME
         try:
-            return cls(**json.loads(path.read_text("utf-8")))
+            return cls(**read_json(path))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not what a run writes ({error}): delete it, and name the dataset.") from error
 

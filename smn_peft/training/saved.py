@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..backbones import Backbone, load_backbone, load_classifier
-from ..backbones.from_file import is_file_spec, load_from_file
-from ..storage import CONFIG_NAME, WEIGHTS_NAME
+from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, load_from_file, name_read_from
+from ..storage import CONFIG_NAME, WEIGHTS_NAME, check_regular, read_config
 from .assemble import load_base
 from .checkpoint import latest_checkpoint
 from .preparation import loaded_at, prepared, saved_preprocessing
 from .run import MODEL_NAME, RUN_NAME, RunSummary
 from .train_arguments import TrainArguments
 
-__all__ = ["arguments_of", "check_base_file", "load_masks", "load_run"]
+__all__ = ["arguments_of", "load_masks", "load_run"]
 
 
-def arguments_of(summary: RunSummary) -> TrainArguments:
-    """The arguments that a run was started with.
+def arguments_of(summary: RunSummary, backbone: str | None = None) -> TrainArguments:
+    """The arguments that a run was started with, none of which names a program but `backbone`.
+
+    Args:
+        summary: As read from ``run.json``, whoever wrote that.
+        backbone: Where the base is, if not where the run says. Of an objective in a file of the user's the name is
+            kept, which is known once the caller has imported that file.
 
     Raises:
-        ValueError: If they are those of another version of the package.
+        ValueError: If they are those of another version of the package, or the base is a program and not given.
     """
     names = [field.name for field in fields(TrainArguments)]
-    return TrainArguments(**{name: summary.arguments[name] for name in names if name in summary.arguments})
+    found = {name: summary.arguments[name] for name in names if name in summary.arguments}
+    found["backbone"] = backbone or name_read_from(RUN_NAME, str(found.get("backbone", "")))
+    if is_file_spec(str(found.get("objective", ""))):
+        found["objective"] = found["objective"].rpartition(":")[2]
+    return TrainArguments(**found)
 
 
 def load_run(
@@ -57,11 +64,8 @@ def load_run(
     folder = Path(folder)
     if (folder / RUN_NAME).is_file():
         summary = RunSummary.load(folder)
-        arguments = arguments_of(summary)
-        check_base_file(backbone or arguments.backbone, folder, given=backbone is not None)
-        arguments = replace(
-            arguments, backbone=backbone or arguments.backbone, image_size=image_size or arguments.image_size
-        )
+        arguments = arguments_of(summary, backbone)
+        arguments = replace(arguments, image_size=image_size or arguments.image_size)
         saved = saved_preprocessing(folder, summary.arguments)
         loaded = load_base(arguments, None if base else summary.arguments.get("head_classes"))
         adapted = arguments.adapt in ("mask", "lora")
@@ -73,6 +77,7 @@ def load_run(
     if base:
         return arguments, loaded
     if adapted:
+        read_config(folder)  # before PEFT reads it, which waits for a FIFO
         model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
     else:
         model = _filled(loaded.model, folder / MODEL_NAME)
@@ -100,16 +105,15 @@ def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, 
 
 def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None, image_size: int | None) -> Backbone:
     """The base that ``adapter_config.json`` names, with a head where the adapter's file holds one."""
-    if not (folder / CONFIG_NAME).is_file():
+    if not (folder / CONFIG_NAME).exists():
         raise FileNotFoundError(f"{folder} holds no {RUN_NAME} and no {CONFIG_NAME}{_unfinished(folder)}.")
-    config = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
-    name = backbone or config.get("base_model_name_or_path")
+    config = read_config(folder)
+    name = backbone or name_read_from(folder / CONFIG_NAME, config.get("base_model_name_or_path") or "")
     if not name:
         raise ValueError(
             f"{folder / CONFIG_NAME} names no base model: name it, as in --backbone timm/resnet18.a1_in1k."
         )
-    check_base_file(name, folder, given=backbone is not None)
-    if is_file_spec(name):
+    if is_file_spec(name):  # the caller's own
         loaded = load_from_file(name)
     else:
         kind = (config.get("auto_mapping") or {}).get("base_model_class", "")
@@ -129,27 +133,14 @@ def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None, image_si
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: the copy of the adapter is incomplete.")
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_slice(key).get_shape() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
-
-
-def check_base_file(name: str, folder: Path, *, given: bool) -> None:
-    """Refuse to run code that came with the weights, unless the caller named it.
-
-    Raises:
-        ValueError: If `name` is a program inside `folder`, and not `given`.
-    """
-    inside = is_file_spec(name) and folder.resolve() in Path(name.rpartition(":")[0]).resolve().parents
-    if inside and not given:
-        raise ValueError(
-            f"{folder} names {name} as its base, a program inside the folder itself. If you trust it, name it "
-            f"yourself: --backbone {name}."
-        )
 
 
 def _unfinished(folder: Path) -> str:
@@ -161,8 +152,9 @@ def _unfinished(folder: Path) -> str:
 
 def _filled(model: nn.Module, path: Path) -> nn.Module:
     """The model with all weights of a file."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist{_unfinished(path.parent)}.")
+    check_regular(path)
     try:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..storage import check_regular
 from .checkpoint import file_digest, latest_checkpoint, load_tensors
 from .task import TrainingTask
 
@@ -69,6 +70,7 @@ def read_indices(path: str | Path, count: int) -> Tensor:
         ValueError: If it holds anything but numbers from 0 to `count` − 1, each once at most.
     """
     try:
+        check_regular(path)
         found = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"indices_file={path} does not exist.") from None

@@ -25,8 +25,8 @@ NAMES = ("dispatcher", "expert-0", "expert-1")
 
 
 @pytest.fixture(scope="module")
-def cascade(fitted) -> Cascade:
-    return Cascade.load(fitted)
+def cascade(fitted, arguments) -> Cascade:
+    return Cascade.load(fitted, backbone=arguments.backbone)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def images(arguments):
 
 
 @pytest.fixture(scope="module")
-def features(fitted, images) -> dict[str, list[np.ndarray]]:
+def features(fitted, arguments, images) -> dict[str, list[np.ndarray]]:
     """Features of each run's own model, image by image, per split."""
     found = {split: [] for split in images}
     for name in NAMES:
-        _, backbone = load_run(fitted / name)
+        _, backbone = load_run(fitted / name, backbone=arguments.backbone)
         transform = evaluation_of(backbone)
         for split, part in images.items():
             with torch.no_grad():
@@ -84,7 +84,12 @@ def test_only_the_passes_that_are_needed_over_one_model(cascade, images, mode, p
     handle.remove()
     assert sum(seen) == passes * TEST
     weights = [p for p in model.parameters() if p.is_floating_point()]
-    one = sum(p.numel() for p in load_run(cascade.arguments.output_dir, base=True)[1].model.parameters())
+    one = sum(
+        p.numel()
+        for p in load_run(cascade.arguments.output_dir, base=True, backbone=cascade.backbone.name)[
+            1
+        ].model.parameters()
+    )
     assert sum(p.numel() for p in weights) == one  # no scores, and no second copy of the base
 
 
@@ -94,7 +99,7 @@ sys.modules["sklearn"] = None  # importing it fails: it is needed to fit, not to
 from safetensors.torch import load_file
 from smn_peft.cascade import Cascade
 from smn_peft.data import load_images
-cascade = Cascade.load(sys.argv[1])
+cascade = Cascade.load(sys.argv[1], backbone=sys.argv[4])
 images = load_images(sys.argv[2], "test")
 expected = load_file(sys.argv[3])
 for mode in cascade.modes:
@@ -118,6 +123,7 @@ def test_saved_and_loaded_in_a_fresh_process_it_is_identical_to_the_bit(cascade,
         str(tmp_path / "copy"),
         arguments.dataset,
         str(tmp_path / "expected.safetensors"),
+        arguments.backbone,
     ]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -141,7 +147,7 @@ def test_sizes_are_those_of_the_files(cascade, fitted, tmp_path):
         path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".json") and path.name != "run.json"
     ]
     assert saved.total == sum(path.stat().st_size for path in files)
-    model = load_run(fitted / "dispatcher", base=True)[1].model
+    model = load_run(fitted / "dispatcher", base=True, backbone=cascade.backbone.name)[1].model
     base = sum(p.numel() for p in model.parameters())
     masked = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Conv2d))
     assert (saved.paper, saved.masks) == (3 * base // 8, 3 * masked // 8)
@@ -169,18 +175,18 @@ def test_what_is_pushed_is_a_cascade(cascade, images, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert cascade.push_to_hub("user/cascade", private=True, token="t") == "https://huggingface.co/user/cascade"
     assert calls == ["t", ("user/cascade", {"private": True, "exist_ok": True}), "user/cascade"]
-    found = Cascade.load(tmp_path / "pushed").embed(images["test"])
+    found = Cascade.load(tmp_path / "pushed", backbone=cascade.backbone.name).embed(images["test"])
     assert torch.equal(found.features, cascade.embed(images["test"]).features)
 
 
-def test_modes_that_there_are_not(fitted, images):
-    ensemble = Cascade.load(fitted / "ensemble")
+def test_modes_that_there_are_not(fitted, arguments, images):
+    ensemble = Cascade.load(fitted / "ensemble", backbone=arguments.backbone)
     assert ensemble.modes == ("dispatcher", "whitened", "unconditional")
     assert ensemble.embed(images["test"], "unconditional").features.shape == (TEST, 16)
     with pytest.raises(ValueError, match="no mode 'conditional' here; there are dispatcher, whitened, unconditional"):
         ensemble.embed(images["test"])
     folders = {name: fitted / name for name in NAMES}
-    unfinished = Cascade.from_runs(folders, Router.load(fitted))
+    unfinished = Cascade.from_runs(folders, Router.load(fitted), backbone=arguments.backbone)
     with pytest.raises(ValueError, match="no projection for 'conditional' yet: call fit_projections"):
         unfinished.embed(images["test"])
     unfinished.fit_projections(images["train"], 5)
@@ -220,7 +226,7 @@ def test_damaged_folders_are_refused(cascade, tmp_path, damage, kind, message):
     cascade.save(tmp_path)
     damage(tmp_path)
     with pytest.raises(kind, match=message):
-        Cascade.load(tmp_path)
+        Cascade.load(tmp_path, backbone=cascade.backbone.name)
 
 
 def test_a_program_inside_the_folder_runs_only_if_it_is_named(cascade, fitted, tmp_path):
@@ -233,7 +239,7 @@ def test_a_program_inside_the_folder_runs_only_if_it_is_named(cascade, fitted, t
     facts = json.loads(path.read_text())
     facts["arguments"]["backbone"] = f"{model}:build"
     path.write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match="a program inside the folder itself"):
+    with pytest.raises(ValueError, match="a program, which is run only if you name it yourself"):
         Cascade.load(tmp_path)
     assert not marker.exists()
     Cascade.load(tmp_path, backbone=f"{model}:build")

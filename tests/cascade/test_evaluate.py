@@ -19,13 +19,13 @@ ROWS = {
 
 
 def test_every_row_is_the_embeddings_worth(fitted, arguments):
-    reports = evaluate_cascade(fitted)
+    reports = evaluate_cascade(fitted, backbone=arguments.backbone)
     assert [(report.metric, report.label) for report in reports] == [
         (metric, label) for metric in ("knn", "linear_probe") for label in [*ROWS, "dispatchers of 3 seeds"]
     ]
     values = {(report.metric, report.label): report.value for report in reports}
     sets = [load_images(arguments.dataset, split) for split in ("train", "test")]
-    cascade, ensemble = Cascade.load(fitted), Cascade.load(fitted / "ensemble")
+    cascade, ensemble = (Cascade.load(place, backbone=arguments.backbone) for place in (fitted, fitted / "ensemble"))
     pairs = {label: [cascade.embed_all(part)[mode] for part in sets] for label, mode in ROWS.items()}
     pairs["dispatchers of 3 seeds"] = [ensemble.embed(part, "unconditional") for part in sets]
     for label, (train, test) in pairs.items():
@@ -37,8 +37,8 @@ def test_every_row_is_the_embeddings_worth(fitted, arguments):
     assert (settings["training_images"], settings["test_images"]) == (TRAIN, TEST)
 
 
-def test_limits_and_mistakes(fitted):
-    (report, *_rest) = evaluate_cascade(fitted, metrics=["knn"], limit=20)
+def test_limits_and_mistakes(fitted, arguments):
+    (report, *_rest) = evaluate_cascade(fitted, backbone=arguments.backbone, metrics=["knn"], limit=20)
     assert (report.settings["training_images"], report.settings["test_images"]) == (20, 20)
     with pytest.raises(ValueError, match=r"Unknown metric 'accuracy'; there are knn, linear_probe"):
         evaluate_cascade(fitted, metrics=["accuracy"])

@@ -107,7 +107,7 @@ def test_experts_as_jobs_in_any_order_are_the_same_experts(fitted, arguments, tm
     cascade = Cascade.fit(alone, options)
     for name in MASKS:
         assert (tmp_path / "jobs" / name).read_bytes() == (fitted / name).read_bytes()
-    expected = Cascade.load(fitted).projections["unconditional"]
+    expected = Cascade.load(fitted, backbone=arguments.backbone).projections["unconditional"]
     assert torch.equal(cascade.projections["unconditional"].components, expected.components)
 
 

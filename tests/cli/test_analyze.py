@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
@@ -13,7 +14,7 @@ from smn_peft.cli.main import app
 from smn_peft.evaluation import EvalReport
 from smn_peft.storage import adapter_sizes
 from smn_peft.training import load_masks, run
-from tests.training.tiny import TEST, tiny_arguments
+from tests.training.tiny import TEST, base_of, tiny_arguments
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,10 @@ def runs(tmp_path_factory) -> list[str]:
     return [str(folder / "low"), str(folder / "high")]
 
 
+def backbone(runs: list[str]) -> list[str]:
+    return ["--backbone", base_of(Path(runs[0]).parent)]
+
+
 def analyze(*words: object, code: int = 0) -> str:
     result = CliRunner().invoke(app, ["analyze", *map(str, words)])
     assert result.exit_code == code, result.output
@@ -32,19 +37,19 @@ def analyze(*words: object, code: int = 0) -> str:
 
 
 def test_density(runs, tmp_path):
-    masks = load_masks(runs[0])
-    text = analyze("density", *runs, "--plot", tmp_path / "a.png", "--json", tmp_path / "a.json")
+    masks = load_masks(runs[0], backbone=backbone(runs)[1])
+    text = analyze("density", *runs, *backbone(runs), "--plot", tmp_path / "a.png", "--json", tmp_path / "a.json")
     active = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     totals = [line.split("|")[4].strip() for line in text.splitlines() if line.split("|")[2].strip() == "all"]
     assert totals[0] == f"{100 * active:.1f}"
     assert float(totals[1]) < float(totals[0])
     assert len(json.loads((tmp_path / "a.json").read_text())) == 2 * len(masks)
     assert (tmp_path / "a.png").stat().st_size > 10_000
-    assert "mean of 2" in analyze("density", *runs, "--average")
+    assert "mean of 2" in analyze("density", *runs, *backbone(runs), "--average")
 
 
 def test_similarity_and_loss(runs, tmp_path):
-    text = analyze("similarity", *runs, "--plot", tmp_path / "s.png")
+    text = analyze("similarity", *runs, *backbone(runs), "--plot", tmp_path / "s.png")
     assert "low, high" in text
     text = analyze("loss", *runs, "--plot", tmp_path / "l.png", "--json", tmp_path / "l.json")
     assert [row["label"] for row in json.loads((tmp_path / "l.json").read_text())] == ["low", "high"]
@@ -54,7 +59,7 @@ def test_similarity_and_loss(runs, tmp_path):
 
 
 def test_embedding(runs, tmp_path):
-    text = analyze("embedding", runs[0], "--base", "--plot", tmp_path / "e.png")
+    text = analyze("embedding", runs[0], *backbone(runs), "--base", "--plot", tmp_path / "e.png")
     assert f"{TEST} images of 3 classes" in text
 
 
@@ -69,7 +74,7 @@ def test_low_shot(tmp_path):
 def test_compression(runs, tmp_path):
     text = analyze("compression", runs[1], "--json", tmp_path / "c.json")
     table = json.loads((tmp_path / "c.json").read_text())
-    bits = sum(8 * ((mask.numel() + 7) // 8) for mask in load_masks(runs[1]).values())
+    bits = sum(8 * ((mask.numel() + 7) // 8) for mask in load_masks(runs[1], backbone=backbone(runs)[1]).values())
     assert table["mask_weights"] == bits == 8 * adapter_sizes(runs[1]).mask
     rows = {row["method"]: row for row in table["rows"]}
     assert rows["uncompressed"]["bits_per_weight"] == 1.0

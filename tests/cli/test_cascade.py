@@ -38,14 +38,14 @@ def line(tmp_path_factory) -> list[object]:
     """A recipe for a tiny dispatcher, and the options of its cascade."""
     folder = tmp_path_factory.mktemp("cli")
     arguments = cascade_arguments(folder)
-    names = ("backbone", "dataset", "output_dir", "batch_size", "lr", "head_lr", "knn_k", "cpu")
+    names = ("dataset", "output_dir", "batch_size", "lr", "head_lr", "knn_k", "cpu")
     recipe = {name: getattr(arguments, name) for name in names} | SWAV | {"epochs": 1, "eval_split": None}
     (folder / "tiny.yaml").write_text(json.dumps({**recipe, "mask": {"batch_norm": "adapt"}}))
-    return ["--recipe", folder / "tiny.yaml", "--experts", 2, "--router-dim", 4]
+    return ["--recipe", folder / "tiny.yaml", "--experts", 2, "--router-dim", 4, "--backbone", arguments.backbone]
 
 
 def test_in_jobs_then_embeddings_and_the_table(line, tmp_path):
-    out = line[1].parent / "out"
+    out, backbone = line[1].parent / "out", line[-1]
     assert "make both first" in smn("train", *line, "--expert", 0, code=1).stderr
     assert f"{TRAIN} images in clusters of " in smn("train", *line, "--prepare").stdout
     assert smn("train", *line, "--expert", 1).stdout.endswith("done: expert 1\n")
@@ -55,15 +55,24 @@ def test_in_jobs_then_embeddings_and_the_table(line, tmp_path):
     dataset = line[1].parent / "set.npz"
     for mode in ("conditional", "unconditional"):
         result = smn(
-            "embed", out, "--dataset", dataset, "--output", tmp_path / "e.safetensors", "--mode", mode, "--cpu"
+            "embed",
+            out,
+            "--dataset",
+            dataset,
+            "--output",
+            tmp_path / "e.safetensors",
+            "--mode",
+            mode,
+            "--cpu",
+            *line[-2:],
         )
         assert f"{TEST} embeddings of dim 16" in result.stdout
         found, images = load_file(tmp_path / "e.safetensors"), load_images(dataset, "test")
-        expected = Cascade.load(out).embed(images, mode, batch_size=12)
+        expected = Cascade.load(out, backbone=backbone).embed(images, mode, batch_size=12)
         assert torch.equal(found["embeddings"], expected.features)
         assert torch.equal(found["labels"], images.labels)
-    result = smn("eval", out, "--cpu", "--metric", "knn", "--json", tmp_path / "reports.json")
-    reports = evaluate_cascade(out, metrics=["knn"])
+    result = smn("eval", out, *line[-2:], "--cpu", "--metric", "knn", "--json", tmp_path / "reports.json")
+    reports = evaluate_cascade(out, backbone=backbone, metrics=["knn"])
     assert result.stdout == f"{report_table(reports)}\n"
     assert [row.split("|")[1].strip() for row in result.stdout.splitlines()[2:]] == [
         "dispatcher",

@@ -14,7 +14,7 @@ from smn_peft.cli.main import app
 from smn_peft.evaluation import EvalReport, report_table
 from smn_peft.training import run
 from smn_peft.training.evaluate_run import evaluate_run
-from tests.training.tiny import tiny_arguments
+from tests.training.tiny import base_of, tiny_arguments
 
 runner = CliRunner()
 
@@ -40,8 +40,11 @@ def smn_eval(*words: object, code: int = 0):
 
 
 def test_the_table_and_the_file_are_the_reports(finished, tmp_path):
-    result = smn_eval(finished, "--base", "--cpu", "--json", tmp_path / "reports.json")
-    expected = evaluate_run(finished, base=True) + evaluate_run(finished)
+    result = smn_eval(
+        finished, "--backbone", base_of(finished.parent), "--base", "--cpu", "--json", tmp_path / "reports.json"
+    )
+    expected = evaluate_run(finished, base=True, backbone=base_of(finished.parent))
+    expected += evaluate_run(finished, backbone=base_of(finished.parent))
     assert result.stdout == f"{report_table(expected)}\n"
     written = [EvalReport.from_json(json.dumps(item)) for item in json.loads((tmp_path / "reports.json").read_text())]
     assert written == expected
@@ -63,14 +66,34 @@ def test_what_cannot_be_is_said_before_the_work(tmp_path):
 def test_options_reach_the_evaluation(finished):
     options = ["--metric", "linear_probe", "--low-shot", 0.5, "--low-shot", 0.25, "--seeds", 2]
     options += ["--limit", 24, "--batch-size", 7, "--split", "train"]
-    expected = evaluate_run(finished, metrics=["linear_probe"], low_shot=[0.5, 0.25], seeds=2, limit=24, split="train")
-    assert smn_eval(finished, "--cpu", *options).stdout == f"{report_table(expected)}\n"
+    expected = evaluate_run(
+        finished,
+        backbone=base_of(finished.parent),
+        metrics=["linear_probe"],
+        low_shot=[0.5, 0.25],
+        seeds=2,
+        limit=24,
+        split="train",
+    )
+    assert (
+        smn_eval(finished, "--backbone", base_of(finished.parent), "--cpu", *options).stdout
+        == f"{report_table(expected)}\n"
+    )
 
 
 def test_mistakes(finished, tmp_path):
-    assert "Did you mean knn?" in smn_eval(finished, "--metric", "kn", code=1).stderr
+    assert (
+        "Did you mean knn?"
+        in smn_eval(finished, "--backbone", base_of(finished.parent), "--metric", "kn", code=1).stderr
+    )
     assert "holds no run.json and no adapter_config.json" in smn_eval(tmp_path, code=1).stderr
-    assert "Unknown dataset 'cifar1'; did you mean cifar1" in smn_eval(finished, "--dataset", "cifar1", code=1).stderr
-    assert "has no split 'val'" in smn_eval(finished, "--split", "val", code=1).stderr
-    smn_eval(finished, "--low-shot", "much", code=2)
+    assert (
+        "Unknown dataset 'cifar1'; did you mean cifar1"
+        in smn_eval(finished, "--backbone", base_of(finished.parent), "--dataset", "cifar1", code=1).stderr
+    )
+    assert (
+        "has no split 'val'"
+        in smn_eval(finished, "--backbone", base_of(finished.parent), "--split", "val", code=1).stderr
+    )
+    smn_eval(finished, "--backbone", base_of(finished.parent), "--low-shot", "much", code=2)
     smn_eval(code=2)

@@ -23,7 +23,7 @@ from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.metrics import read_metrics
 from smn_peft.training.run import RunSummary
 from smn_peft.training.saved import arguments_of, load_run
-from tests.training.tiny import SWAV, TRAIN, environment, smn, write_model, write_npz
+from tests.training.tiny import SWAV, TRAIN, base_of, environment, smn, write_model, write_npz
 
 runner = CliRunner()
 
@@ -51,9 +51,9 @@ mask: {batch_norm: adapt}
 @pytest.fixture
 def recipe(tmp_path) -> list[str]:
     """What comes before the options of a test: a tiny model, data set and recipe."""
-    text = f"backbone: {write_model(tmp_path)}\ndataset: {write_npz(tmp_path / 'set.npz')}\n"
+    text = f"dataset: {write_npz(tmp_path / 'set.npz')}\n"
     (tmp_path / "tiny.yaml").write_text(text + f"output_dir: {tmp_path / 'out'}\n" + RECIPE)
-    return ["--recipe", str(tmp_path / "tiny.yaml")]
+    return ["--recipe", str(tmp_path / "tiny.yaml"), "--backbone", write_model(tmp_path)]
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def train(*words: object, code: int = 0):
 def test_a_recipe_and_what_the_line_changes(recipe, tmp_path):
     line = [*recipe, "--epochs", 1, "--lr", 2.5, "--mask.target-modules", "conv1", "--mask.target-modules", "conv2"]
     result = train(*line, "--eval-split", "test", "--objective-options", "label_smoothing=0.1")
-    arguments = arguments_of(RunSummary.load(tmp_path / "out"))
+    arguments = arguments_of(RunSummary.load(tmp_path / "out"), recipe[-1])
     assert (arguments.lr, arguments.epochs, arguments.batch_size) == (2.5, 1, 12)
     assert arguments.mask.target_modules == {"conv1", "conv2"}
     assert arguments.mask.batch_norm == "adapt"
@@ -96,7 +96,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(recipe, tmp_path):
 
 
 def masks_after_two_steps(folder) -> dict[str, torch.Tensor]:
-    _, loaded = load_run(folder)
+    _, loaded = load_run(folder, backbone=base_of(folder.parent))
     return loaded.model.masks()
 
 

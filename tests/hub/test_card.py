@@ -48,7 +48,7 @@ def test_what_a_reader_finds(facts):
         "named no licence",
         "## Limits",
         "another base is refused",
-        "subfolder='one'",
+        'subfolder="one"',
     ):
         assert words in text
     sizes = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in text.splitlines() if " % |" in line}

@@ -25,7 +25,7 @@ def rows(text: str) -> list[str]:
 
 def test_rows_come_and_change():
     first = collection_card(None, "user/many", {"b": facts("cifar10", 0.5)}, None)
-    assert "from_pretrained(base, \"user/many\", subfolder='b')" in first
+    assert 'from_pretrained(base, "user/many", subfolder="b")' in first
     second = collection_card(first, "user/many", {"a|x": facts("pets", 0.25, None)}, first)
     third = collection_card(second, "user/many", {"b": facts("cifar10", 0.75)}, second)
     assert [row.split()[1] for row in rows(third)] == ["[a\\|x](a\\|x)", "[b](b)"]

@@ -12,7 +12,7 @@ from smn_peft.training import run
 from smn_peft.training.assemble import load_base
 from smn_peft.training.saved import load_run
 from tests.hub.folders import code_of, write_run
-from tests.training.tiny import tiny_arguments
+from tests.training.tiny import base_of, tiny_arguments
 
 
 def test_a_real_run_has_a_card_whose_code_loads_it(hub, tmp_path, monkeypatch):
@@ -28,7 +28,7 @@ def test_a_real_run_has_a_card_whose_code_loads_it(hub, tmp_path, monkeypatch):
         "1",
         "adapt",
     )
-    arguments, loaded = load_run(out)
+    arguments, loaded = load_run(out, backbone=base_of(tmp_path))
     bare = load_base(arguments, 3).model.state_dict().values()
     assert facts.full_bytes == sum(tensor.numel() * tensor.element_size() for tensor in bare)
     assert str(tmp_path) not in (out / "README.md").read_text()

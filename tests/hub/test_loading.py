@@ -31,9 +31,9 @@ TIMM = {"base_model_class": "ResNet", "parent_library": "timm.models.resnet"}
         (
             {},
             {"backbone": "a/b", "objective": "zero_shot", "backbone_revision": "v1"},
-            "revision='v1', projection=True",
+            'revision="v1", projection=True',
         ),
-        ({}, {"backbone": "a/b", "weights": "/x/w.safetensors"}, "state_dict='w.safetensors'"),
+        ({}, {"backbone": "a/b", "weights": "/x/w.safetensors"}, 'state_dict="w.safetensors"'),
         ({}, {"backbone": "resnet18", "pretrained": False, "seed": 3}, "torch.manual_seed(3)"),
         ({}, {"backbone": "a/b", "head_classes": 7, "seed": 2}, "load_classifier(backbone, 7, head_seed=2)"),
         ({}, {"backbone": "/me/m.py:build", "image_size": 64}, 'load_from_file("m.py:build")'),
@@ -44,7 +44,7 @@ def test_the_base(tmp_path, config, arguments, expected):
     compile(code, "card", "exec")
     assert expected in code
     assert code.startswith("import smn_peft  # registers")
-    assert code.endswith("""PeftModel.from_pretrained(base, "user/x", subfolder='task', revision='dev').eval()""")
+    assert code.endswith('PeftModel.from_pretrained(base, "user/x", subfolder="task", revision="dev").eval()')
 
 
 @pytest.mark.parametrize("classes", [None, 5])

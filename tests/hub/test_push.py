@@ -102,7 +102,7 @@ def test_a_branch_and_pinned_commits(hub, tmp_path):
     second = push_run(tmp_path / "1", "user/pins", revision="better")
     assert torch.equal(pulled("user/pins"), outputs(models[0]))
     assert torch.equal(pulled("user/pins", revision="better"), outputs(models[1]))
-    assert "revision='better'" in code_of(hub.tree("user/pins", "better")["README.md"].decode())
+    assert 'revision="better"' in code_of(hub.tree("user/pins", "better")["README.md"].decode())
     push_run(tmp_path / "1", "user/pins")
     assert torch.equal(pulled("user/pins"), outputs(models[1]))
     assert torch.equal(pulled("user/pins", revision=first.oid), outputs(models[0]))

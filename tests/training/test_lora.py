@@ -71,7 +71,7 @@ def test_a_run_saves_what_it_trained_and_nothing_else_moves(tmp_path, options):
     assert summary.after != summary.before
     assert summary.sizes["total"] > summary.sizes["factors"] > 0
     assert (summary.sizes["head"] > 0) == (not options)
-    _, loaded = load_run(tmp_path / "out")
+    _, loaded = load_run(tmp_path / "out", backbone=arguments.backbone)
     base = dict(backbone.model.named_buffers())  # what was loaded and not trained
     for name, buffer in loaded.model.get_base_model().named_buffers():
         if "running" in name:

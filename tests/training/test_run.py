@@ -23,7 +23,7 @@ from smn_peft.training.metrics import read_metrics
 from smn_peft.training.run import RunSummary, plan
 from smn_peft.training.saved import arguments_of, load_run
 
-from .tiny import SWAV, TEST, TRAIN, picture, tiny_arguments, write_clip, write_npz
+from .tiny import SWAV, TEST, TRAIN, base_of, picture, tiny_arguments, write_clip, write_npz
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,10 @@ def test_a_run_saves_coded_and_what_it_evaluates_is_what_it_saves(tmp_path):
     assert read_metadata(folder)["smn_codec"] == "entropy"
     saved = {key: tensor for key, tensor in load_file(folder / "adapter_model.safetensors").items()}
     assert {tensor.dtype for tensor in saved.values()} == {torch.uint8, torch.bfloat16, torch.int64}
-    reports = {report.metric: report.value for report in evaluate_run(folder, metrics=["accuracy"])}
+    reports = {
+        report.metric: report.value
+        for report in evaluate_run(folder, backbone=base_of(tmp_path), metrics=["accuracy"])
+    }
     assert reports["accuracy"] == summary.after["accuracy"]
 
 
@@ -176,7 +179,7 @@ def test_statistics_alone_move_and_nothing_of_the_backbone_trains(tmp_path, opti
     backbone = {name for name in moved if not name.startswith("head.")}
     assert backbone == {name for name in base if "running_" in name or "num_batches_tracked" in name}
     assert (moved > backbone) == (not options)  # a head for labels trains, that of SwAV is thrown away
-    arguments, loaded = load_run(tmp_path / "out")
+    arguments, loaded = load_run(tmp_path / "out", backbone=arguments.backbone)
     assert torch.equal(loaded.model.state_dict()[next(iter(backbone))], saved[next(iter(backbone))])
 
 

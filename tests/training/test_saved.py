@@ -21,7 +21,7 @@ from smn_peft.training.evaluate_run import evaluate_run
 from smn_peft.training.run import RunSummary
 from smn_peft.training.saved import load_run
 
-from .tiny import SWAV, TRAIN, tiny_arguments, write_clip, write_npz
+from .tiny import SWAV, TRAIN, base_of, tiny_arguments, write_clip, write_npz
 
 MASK = {"mask": {"batch_norm": "adapt"}}
 KINDS = {
@@ -61,17 +61,18 @@ def test_it_comes_back_to_the_bit(tmp_path, monkeypatch, kind):
     arguments = tiny_arguments(tmp_path, eval_probe=True, **KINDS[kind], **extra)
     summary, task = run_and_keep(monkeypatch, arguments)
     torch.rand(3)  # another random state than the run's
-    loaded_arguments, backbone = load_run(tmp_path / "out")
+    base = arguments.backbone
+    loaded_arguments, backbone = load_run(tmp_path / "out", backbone=base)
     assert loaded_arguments == arguments
     pixel_values = torch.randn(5, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(backbone.features(pixel_values), pooled_features(task.model, pixel_values))
         if kind not in ("swav", "zero_shot"):
             assert torch.equal(backbone.model(pixel_values), task.logits_of(pooled_features(task.model, pixel_values)))
-    reports = evaluate_run(tmp_path / "out", metrics=list(summary.after))
+    reports = evaluate_run(tmp_path / "out", backbone=base, metrics=list(summary.after))
     assert {report.metric: report.value for report in reports} == summary.after
-    base = evaluate_run(tmp_path / "out", base=True, metrics=list(summary.after))
-    kept = {report.metric: report.value for report in base}
+    frozen = evaluate_run(tmp_path / "out", base=True, backbone=base, metrics=list(summary.after))
+    kept = {report.metric: report.value for report in frozen}
     assert kept == {name: value for name, value in summary.before.items() if name in kept}
     assert ("accuracy" in kept) == (kind == "zero_shot")
 
@@ -83,21 +84,22 @@ def test_without_run_json_the_adapter_names_its_base(tmp_path, kind):
     arguments = tiny_arguments(tmp_path, **KINDS[kind])
     model.write_text(model.read_text().replace("    # Unseeded", "    import torch\n    torch.manual_seed(0)\n    #"))
     run(arguments)
-    _, expected = load_run(tmp_path / "out")
-    expected_reports = evaluate_run(tmp_path / "out", metrics=["knn"])
+    named = {"backbone": arguments.backbone}
+    _, expected = load_run(tmp_path / "out", **named)
+    expected_reports = evaluate_run(tmp_path / "out", **named, metrics=["knn"])
     (tmp_path / "out" / "run.json").unlink()
-    found_arguments, backbone = load_run(tmp_path / "out")
+    found_arguments, backbone = load_run(tmp_path / "out", **named)
     assert found_arguments is None
     pixel_values = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(backbone.model(pixel_values), expected.model(pixel_values))
     with pytest.raises(ValueError, match=r"out has no run\.json that says what it was trained on: name a dataset"):
-        evaluate_run(tmp_path / "out")
-    reports = evaluate_run(tmp_path / "out", dataset=arguments.dataset)
+        evaluate_run(tmp_path / "out", **named)
+    reports = evaluate_run(tmp_path / "out", **named, dataset=arguments.dataset)
     assert [report.metric for report in reports] == ["knn"]
     assert reports[0].settings["test_images"] == expected_reports[0].settings["test_images"]
     with pytest.raises(ValueError, match="holds no classifier, so there is no accuracy: take knn or linear_probe"):
-        evaluate_run(tmp_path / "out", dataset=arguments.dataset, metrics=["accuracy"])
+        evaluate_run(tmp_path / "out", **named, dataset=arguments.dataset, metrics=["accuracy"])
 
 
 def test_a_base_that_cannot_be_known(tmp_path):
@@ -106,7 +108,7 @@ def test_a_base_that_cannot_be_known(tmp_path):
     out = tmp_path / "out"
     (out / "run.json").unlink()
     with pytest.raises(ValueError, match=r"adapts a classifier whose head it does not hold, and has no run\.json"):
-        load_run(out)
+        load_run(out, backbone=arguments.backbone)
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match=r"names no base model: name it, as in --backbone timm/"):
@@ -130,23 +132,7 @@ def test_another_base_is_refused(tmp_path):
     model = tmp_path / "model.py"
     model.write_text(model.read_text().replace("    return", "    model.conv1.weight.data += 1\n    return"))
     with pytest.raises(ValueError, match="The adapter does not belong to this base model"):
-        load_run(tmp_path / "out")
-
-
-def test_a_program_inside_the_folder_runs_only_if_it_is_named(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    model = tiny_arguments(out).backbone  # the file lies in the run's own folder
-    run(tiny_arguments(tmp_path, backbone=model, epochs=1))
-    marker = tmp_path / "it_ran"
-    (out / "model.py").write_text(
-        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n" + (out / "model.py").read_text()
-    )
-    with pytest.raises(ValueError, match=r"a program inside the folder itself\. If you trust it, name it yourself"):
-        load_run(out)
-    assert not marker.exists()
-    load_run(out, backbone=model)
-    assert marker.exists()
+        load_run(tmp_path / "out", backbone=base_of(tmp_path))
 
 
 def test_weights_of_another_model(tmp_path):
@@ -156,13 +142,13 @@ def test_weights_of_another_model(tmp_path):
     tensors.pop("head.bias")
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit the model that (?s:.*)head\.bias"):
-        load_run(tmp_path / "out")
+        load_run(tmp_path / "out", backbone=base_of(tmp_path))
     path.write_bytes(b"\x08")
     with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
-        load_run(tmp_path / "out")
+        load_run(tmp_path / "out", backbone=base_of(tmp_path))
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
-        load_run(tmp_path / "out")
+        load_run(tmp_path / "out", backbone=base_of(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +160,9 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_metrics_low_shot_and_limits(finished):
-    reports = evaluate_run(finished, metrics=["linear_probe", "knn"], low_shot=[0.5, 0.06], seeds=2)
+    reports = evaluate_run(
+        finished, backbone=base_of(finished.parent), metrics=["linear_probe", "knn"], low_shot=[0.5, 0.06], seeds=2
+    )
     assert [report.metric for report in reports] == ["linear_probe", "knn", "linear_probe@0.5", "linear_probe@0.06"]
     assert [len(report.values) for report in reports] == [1, 1, 2, 2]
     assert [report.settings.get("labelled_images") for report in reports[2:]] == [24, 3]
@@ -182,23 +170,23 @@ def test_metrics_low_shot_and_limits(finished):
     assert reports[1].settings["training_images"] == TRAIN
     assert EvalReport.from_json(reports[2].to_json()) == reports[2]
     assert report_table(reports).count("\n") == 2
-    (limited,) = evaluate_run(finished, metrics=["knn"], limit=12)
+    (limited,) = evaluate_run(finished, backbone=base_of(finished.parent), metrics=["knn"], limit=12)
     assert (limited.settings["training_images"], limited.settings["test_images"]) == (12, 12)
-    (only,) = evaluate_run(finished, low_shot=[1.0], seeds=1)
+    (only,) = evaluate_run(finished, backbone=base_of(finished.parent), low_shot=[1.0], seeds=1)
     assert only.value == reports[0].value
 
 
 def test_another_dataset(finished, tmp_path):
     path = str(write_npz(tmp_path / "other.npz", labels=[0, 1] * 30))
-    (knn,) = evaluate_run(finished, dataset=path)
+    (knn,) = evaluate_run(finished, backbone=base_of(finished.parent), dataset=path)
     assert (knn.metric, knn.dataset) == ("knn", path)
-    same_classes = evaluate_run(finished, dataset=path, metrics=["accuracy"])
+    same_classes = evaluate_run(finished, backbone=base_of(finished.parent), dataset=path, metrics=["accuracy"])
     assert same_classes[0].settings["test_images"] == 24
     nameless = str(write_npz(tmp_path / "nameless.npz", named=False))
     with pytest.raises(
         ValueError, match=r"The head of .* was trained for other classes than those of .*nameless\.npz"
     ):
-        evaluate_run(finished, dataset=nameless, metrics=["accuracy"])
+        evaluate_run(finished, backbone=base_of(finished.parent), dataset=nameless, metrics=["accuracy"])
 
 
 def test_mistakes_are_found_before_anything_is_loaded(tmp_path):
@@ -214,7 +202,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tmp_path):
 
 def test_the_base_alone_has_no_accuracy(finished):
     with pytest.raises(ValueError, match="The frozen base has no head of its own, so no accuracy"):
-        evaluate_run(finished, base=True, metrics=["accuracy"])
+        evaluate_run(finished, backbone=base_of(finished.parent), base=True, metrics=["accuracy"])
 
 
 def test_the_objective_is_not_needed_any_more(finished, tmp_path):
@@ -222,7 +210,9 @@ def test_the_objective_is_not_needed_any_more(finished, tmp_path):
     for file in finished.glob("adapter*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     replace(summary, arguments={**summary.arguments, "objective": "/gone/mine.py:Loss"}).save(tmp_path)
-    assert {report.metric: report.value for report in evaluate_run(tmp_path)} == summary.after
+    assert {
+        report.metric: report.value for report in evaluate_run(tmp_path, backbone=base_of(finished.parent))
+    } == summary.after
 
 
 def test_a_run_that_moved(finished, tmp_path):
@@ -235,7 +225,7 @@ def test_a_run_that_moved(finished, tmp_path):
     for file in finished.glob("adapter*"):
         (copy / file.name).write_bytes(file.read_bytes())
     moved.save(copy)
-    with pytest.raises(FileNotFoundError, match=r"There is no file /gone/model\.py"):
+    with pytest.raises(ValueError, match=r"run\.json names '/gone/model\.py:build', a program"):
         evaluate_run(copy)
     reports = evaluate_run(copy, backbone=f"{elsewhere}:build", metrics=["knn"])
     assert reports[0].value == summary.after["knn"]

@@ -97,7 +97,7 @@ def test_only_the_images_of_the_file_are_trained_on(first, tmp_path):
     with pytest.raises(ValueError, match=r"other settings(?s:.*)\n  images: was 24, is 12\n  indices: was"):
         run(replace(arguments, resume=True))
     (tmp_path / "chosen.npy").unlink()
-    (report,) = evaluate_run(arguments.output_dir)  # to evaluate takes no such file
+    (report,) = evaluate_run(arguments.output_dir, backbone=arguments.backbone)  # to evaluate takes no such file
     assert report.settings["training_images"] == TRAIN
 
 

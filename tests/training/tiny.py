@@ -72,6 +72,11 @@ def write_model(folder: Path, function: str = "build") -> str:
     return f"{folder / 'model.py'}:{function}"
 
 
+def base_of(folder: Path) -> str:
+    """The tiny model that [`write_model`] wrote into a folder, as whoever loads a run of it has to name it."""
+    return f"{folder / 'model.py'}:build"
+
+
 SWAV = {
     "objective": "swav",
     "objective_options": {

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is no regular file, or too large, is refused at once wherever an adapter, a run or images are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from smn_peft.backbones import load_backbone
+from smn_peft.bank.source import read_adapter
+from smn_peft.cascade.tensors import read_json as cascade_json
+from smn_peft.cli.main import app
+from smn_peft.data import load_images
+from smn_peft.hub import facts_of_folder, push_run
+from smn_peft.storage import (
+    MAX_JSON,
+    check_adapter_file,
+    check_regular,
+    inspect_adapter,
+    open_regular,
+    pack_adapter,
+    read_bytes,
+    read_config,
+    read_json,
+    verify_adapter_file,
+)
+from smn_peft.training import RunSummary, load_run
+from smn_peft.training.start import read_indices
+from tests.hub.folders import base, write_run
+
+WEIGHTS, CONFIG, RUN = "adapter_model.safetensors", "adapter_config.json", "run.json"
+KINDS = {"fifo": "a FIFO", "zero": "a device", "socket": "a socket", "folder": "a folder"}
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    """A reader that waits for a writer, or for the end of /dev/zero, is interrupted."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("still reading")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def put(path: Path, kind: str) -> Path:
+    """Something that is no file, in the place of what was there."""
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "zero":
+        os.symlink("/dev/zero", path)
+    elif kind == "socket":
+        here = Path.cwd()
+        os.chdir(path.parent)  # a socket's path is 100 characters long at most
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(path.name)
+        os.chdir(here)
+    else:
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("read", [open_regular, check_regular, read_bytes, read_json])
+def test_readers(tmp_path, kind, read):
+    with pytest.raises(ValueError, match=rf"thing is {KINDS[kind]} and no regular file"):
+        read(put(tmp_path / "thing", kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "read",
+    [
+        check_adapter_file,
+        verify_adapter_file,
+        inspect_adapter,
+        read_adapter,
+        facts_of_folder,
+        lambda folder: pack_adapter(folder, folder / "out"),
+        lambda folder: push_run(folder, "user/x"),
+        lambda folder: PeftModel.from_pretrained(base(), str(folder)),
+    ],
+    ids="check verify inspect bank facts pack push peft".split(),
+)
+def test_weights(tmp_path, kind, read: Callable[[Path], object]):
+    write_run(tmp_path)
+    put(tmp_path / WEIGHTS, kind)
+    with pytest.raises(ValueError, match=rf"{WEIGHTS} is ({KINDS[kind]}|a link to /dev/zero)"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero"])
+@pytest.mark.parametrize("read", [read_config, read_adapter, facts_of_folder, load_run])
+def test_configs(tmp_path, kind, read):
+    write_run(tmp_path)
+    (tmp_path / RUN).unlink()
+    put(tmp_path / CONFIG, kind)
+    with pytest.raises(ValueError, match=rf"{CONFIG} is {KINDS[kind]}"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero"])
+def test_other_records_of_a_run(tmp_path, kind):
+    write_run(tmp_path)
+    put(tmp_path / RUN, kind)
+    for read in (RunSummary.load, facts_of_folder):
+        with pytest.raises(ValueError, match=f"{RUN} is {KINDS[kind]}"):
+            read(tmp_path)
+    with pytest.raises(ValueError, match=f"cascade.json is {KINDS[kind]}"):
+        cascade_json(put(tmp_path / "cascade.json", kind), {}, 1)
+    with pytest.raises(ValueError, match=f"chosen.npy is {KINDS[kind]}"):
+        read_indices(put(tmp_path / "chosen.npy", kind), 3)
+    with pytest.raises(ValueError, match=f"own.safetensors is {KINDS[kind]}"):
+        load_backbone("resnet18", state_dict=put(tmp_path / "own.safetensors", kind))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero"])
+def test_images(tmp_path, kind):
+    with pytest.raises(ValueError, match=rf"set\.npz is {KINDS[kind]}"):
+        load_images(put(tmp_path / "set.npz", kind))
+    for label in ("a", "b"):
+        (tmp_path / "folder" / label).mkdir(parents=True)
+        put(tmp_path / "folder" / label / "cat.jpg", kind)
+    dataset = load_images(tmp_path / "folder")
+    with pytest.raises(ValueError, match=rf"cat\.jpg is {KINDS[kind]}"):
+        dataset[0]
+
+
+def test_a_config_of_70_megabytes(tmp_path):
+    write_run(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "inference_mode": "x" * 70_000_000}))
+    for read in (read_config, read_adapter, facts_of_folder):
+        with pytest.raises(ValueError, match=rf"has 70,\d+,\d+ bytes; such a file has {MAX_JSON:,} at most"):
+            read(tmp_path)
+    result = CliRunner().invoke(app, ["pack", str(tmp_path), "-o", str(tmp_path / "out")])
+    assert "at most" in result.output
+    assert "space" not in result.output
+
+
+def test_what_is_nested_without_end(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 5_000_000)
+    with pytest.raises(ValueError, match=r"deep\.json is damaged: it is nested too deeply"):
+        read_json(tmp_path / "deep.json")
+
+
+def test_regular_files_are_read_through_links(tmp_path):
+    write_run(tmp_path / "a")
+    shutil.move(tmp_path / "a" / WEIGHTS, tmp_path / "blob")
+    os.symlink(tmp_path / "blob", tmp_path / "a" / WEIGHTS)
+    assert read_adapter(tmp_path / "a").tensors
+    np.save(tmp_path / "chosen.npy", np.arange(3))
+    assert read_indices(tmp_path / "chosen.npy", 3).tolist() == [0, 1, 2]
+    (tmp_path / "x.json").write_text("[1]")
+    assert read_json(tmp_path / "x.json") == [1]
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "y.json")
