@@ -19,8 +19,8 @@ from ..data.loading import STOP_SIGNALS
 __all__ = ["SETTINGS", "check_rest", "launch_environment", "launch_processes"]
 
 # accelerate's own way in, without the traceback for a process that failed: that process has said why.
-# The processes are waited for, since they save and then end. Several of them get a signal from accelerate's agent, which
-# knows no SIGUSR1; a single one has had it already.
+# The processes are waited for, since they save and then end. Several get their signals from accelerate's agent, which
+# knows no SIGUSR1; a single one has had its own already.
 _LAUNCHER = """
 import signal, subprocess, sys
 for number in (signal.SIGINT, signal.SIGTERM):

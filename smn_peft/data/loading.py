@@ -56,14 +56,14 @@ def _await_the_end() -> None:
 class PatientLoader(DataLoader[dict[str, Any]]):
     """A `DataLoader` whose workers leave signals to the main process, and end with it."""
 
-    def __init__(self, dataset: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, dataset: Any, batch_size: int = 1, **kwargs: Any) -> None:
         """Take what a `DataLoader` takes but `worker_init_fn`.
 
         Raises:
             ValueError: The dataset can only be read in order.
         """
         check_map_style(dataset)
-        super().__init__(dataset, *args, worker_init_fn=_leave_signals_to_the_main_process, **kwargs)
+        super().__init__(dataset, batch_size, worker_init_fn=_leave_signals_to_the_main_process, **kwargs)
 
     def __iter__(self) -> Any:
         if self.num_workers == 0 or not hasattr(signal, "sigwaitinfo"):

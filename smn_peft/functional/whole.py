@@ -32,7 +32,8 @@ def whole_numbers(values: Any, where: str, what: str = "label") -> Tensor:
             if array.dtype.kind not in "iufb":
                 raise ValueError(f"they are {array.dtype}")  # text, objects
             values = torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))
-        found, whole = values, values.to(torch.int64)
+        found: Tensor = values
+        whole = found.to(torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: every {what} must be a whole number: {error}.") from error
     if found.is_floating_point():

@@ -126,8 +126,8 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
 
 
 def _run(arguments: TrainArguments, accelerator: Accelerator, evaluate: bool) -> RunSummary:
-    arguments, images = images_of_run(arguments)
-    task, backbone = build_task(arguments, images, accelerator.device)
+    arguments, images = together(accelerator, lambda: images_of_run(arguments))
+    task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device))
     loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
     facts = {
         **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from smn_peft.backbones import load_backbone
+from smn_peft.serving.labels import class_names
 from smn_peft.training import run
 from smn_peft.training.evaluate_run import evaluate_run
 from smn_peft.training.saved import load_run
@@ -60,6 +61,7 @@ def test_two_files_alone_are_evaluated_at_the_size_they_were_trained_at(tmp_path
     base = write(tmp_path / "base")
     arguments = tiny_arguments(tmp_path, backbone=base, image_size=16, epochs=1, eval_split="test")
     summary = run(arguments)
+    assert class_names(config_of(tmp_path / "out")) == list(CLASSES)  # a server of these two files knows them
     config, out = config_of(tmp_path / "out"), tmp_path / "alone"
     assert config["preprocessing"]["image_size"] == 16
     assert config["id2label"] == {str(index): name for index, name in enumerate(CLASSES)}
@@ -96,7 +98,7 @@ def test_another_size_is_said(tmp_path):
 
 @pytest.mark.parametrize("adapt", ["lora", "head"])
 def test_what_has_no_config_of_ours_has_run_json(tmp_path, adapt):
-    arguments = tiny_arguments(tmp_path, adapt=adapt, lora_rank=1, image_size=24, epochs=1)
+    arguments = tiny_arguments(tmp_path, adapt=adapt, lora_rank=1, lr=0.01, image_size=24, epochs=1)
     run(arguments)
     model = tmp_path / "model.py"
     model.write_text(model.read_text().replace("(0.25,) * 3, 16", "(0.3,) * 3, 20"))  # of the base as it is now
