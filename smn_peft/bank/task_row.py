@@ -69,7 +69,7 @@ class TaskRow:
         """
         expected = TaskInfo.parse("", self.facts).checksum
         if not isinstance(self.config, bytes) or not isinstance(self.blob, bytes):
-            raise AdapterFileError("its config or its tensors are missing or too large")
+            raise AdapterFileError("its config or its tensors are too large, or of another kind")
         if (found := zlib.crc32(self.blob, zlib.crc32(self.config))) != expected:
             raise AdapterFileError(f"its checksum is {found:08x}, the bank says {expected:08x}")
         return StoredAdapter(_parsed(self.config), parse_adapter_file(self.blob, "its blob"))

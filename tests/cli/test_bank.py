@@ -50,7 +50,7 @@ def adapters(tmp_path_factory):
 
 def test_a_bank_from_adapters_to_adapters(adapters, tmp_path):
     bank = tmp_path / "bank"
-    assert "bank: 2 tasks, " in run("build", bank, adapters / "birds", f"vehicles={adapters / 'cars'}")
+    assert "bank.sqlite: 2 tasks, " in run("build", bank, adapters / "birds", f"vehicles={adapters / 'cars'}")
     assert "is a bank with 2 tasks" in run("build", bank, adapters / "birds", code=1)
     assert "has a task 'birds' already" in run("add", bank, adapters / "birds", code=1)
     run("add", bank, adapters / "birds", adapters / "odd=name", "--replace")
@@ -94,7 +94,7 @@ def test_what_it_says_when_something_is_wrong(adapters, tmp_path):
     for command, *rest in (["rm", "cars", "boats"], ["info", "boats"], ["export", "boats", tmp_path / "out"]):
         assert f"no task 'boats'; it has 2: see smn bank ls {bank}" in run(command, bank, *rest, code=1)
     with closing(sqlite3.connect(bank / "bank.sqlite")) as connection, connection:
-        connection.execute("UPDATE task SET blob = substr(blob, 1, length(blob) - 1) || x'07' WHERE name = 'birds'")
+        connection.execute("UPDATE task SET config = x'7b7d' WHERE name = 'birds'")
     output = run("verify", bank, code=1)
     assert "1 of 2 tasks are damaged" in output
     assert "'birds': its checksum is" in output

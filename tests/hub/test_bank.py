@@ -89,12 +89,12 @@ def test_names_that_are_of_this_disk_stay_so(hub, place):
 
 
 def test_what_is_not_there(hub, place):
-    with pytest.raises(FileNotFoundError, match=r"no folder user/none.*name \./user/none"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)no folder user/none.*name \./user/none"):
         MaskBank.open("user/none", build("vit"))
     assert not (place / "here" / "user").exists()
     hub.repositories[REPO] = Repository(REPO, private=False)
     hub.repositories[REPO].commit("main", {"adapter_config.json": b"{}"}, "an adapter")
-    with pytest.raises(FileNotFoundError, match=r"no bank\.sqlite of that repository.*give a list"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)no bank\.sqlite in that repository.*give a list"):
         MaskBank.open(REPO, build("vit"))
 
 
