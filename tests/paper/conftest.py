@@ -64,7 +64,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         vit="net",
         resnet="net",
         choices={
-            "table2": {"net": ("score", "absolute")},
+            "table2": {"net": ("score",)},
             "table3": ("colours",),
             "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
             "table3_options": {"colours": {"batch_size": 8}},

@@ -86,7 +86,7 @@ def test_names():
 
 def test_table2_and_what_table9_shares_with_it(tiny_scale, store):
     result = made("table2", tiny_scale, store)
-    assert len(needed_runs(ARTEFACTS["table2"], tiny_scale, [0])) == 7
+    assert len(needed_runs(ARTEFACTS["table2"], tiny_scale, [0])) == 5
     threshold, found = cells(result.record, "threshold"), cells(result.record, "topk, found density")
     run = threshold["k-NN", "colours"]["runs"][0]
     summary = RunSummary.load(store.folder / "runs" / run)
