@@ -163,9 +163,9 @@ class MaskLayer(StoredLayer):
         return {**self.__dict__, "_ready": None}
 
     def _replicate_for_data_parallel(self) -> MaskLayer:
-        replica: MaskLayer = super()._replicate_for_data_parallel()  # type: ignore[assignment]
-        replica._ready = None
-        return replica
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_ready"] = None
+        return replica  # type: ignore[return-value]
 
     # --- Merging -----------------------------------------------------------------------------------------------------
 
@@ -225,8 +225,9 @@ class MaskLayer(StoredLayer):
         if any(slot.path == name for slot in self.present_slots):
             return self._in_use(name)
         inside = [slot.path for slot in self.present_slots if slot.path.startswith(f"{name}.")]
-        base = self.base_layer
-        return getattr(view_with(base, {p: self._in_use(p) for p in inside}) if inside else base, name)
+        if not inside:
+            return super().of_base(name)
+        return getattr(view_with(self.base_layer, {path: self._in_use(path) for path in inside}), name)
 
     def _in_use(self, path: str) -> Any:
         slot = next((slot for slot in self.present_slots if slot.path == path), None)
@@ -240,9 +241,9 @@ class MaskLayer(StoredLayer):
         rows = rows_in_force(self)
         if rows is None:
             return self.effective(slot, self.active_here())
-        names = dict.fromkeys(tuple(self.holders([name], slot)) for name in rows)
-        if len(names) == 1:
-            return self.effective(slot, next(iter(names)))
+        first, *others = dict.fromkeys(tuple(self.holders([name], slot)) for name in rows)
+        if not others:
+            return self.effective(slot, first)
         return MixedWeight.of(self.base_tensor(slot), next(iter(self.smn_info.values())).key)
 
     # --- Forward -----------------------------------------------------------------------------------------------------
@@ -258,8 +259,8 @@ class MaskLayer(StoredLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
         ready = self._ready
-        if ready is not None and not torch.compiler.is_compiling() and not kwargs:
-            if self._is_settled() and ready.holds(self):
+        if ready is not None and not torch.compiler.is_compiling() and not kwargs and self._is_settled():
+            if ready.holds(self):
                 return ready.run(self, *args)
             self._ready = None
         if self._awaiting:
@@ -284,16 +285,15 @@ class MaskLayer(StoredLayer):
         """[`masked_forward`], through the base layer itself where it has hooks, or a forward put over its own."""
         if is_plain(self.base_layer):
             return self.masked_forward(names, *args, **kwargs)
-        tensors = {slot.path: self.effective(slot, names) for slot in self.present_slots}
+        tensors = dict(zip((slot.path for slot in self.present_slots), self.effective_tensors(names), strict=True))
         return call_with(self.base_layer, tensors, *args, **kwargs)
 
     def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         """Rows under different adapters: each group of rows under its own effective weight."""
 
-        def run(name: str, *rest: Any, **options: Any) -> Any:
-            if name in self.smn_info:
-                return self._masked([name], *rest, **options)
-            return self.base_layer(*rest, **options)
+        def run(name: str, *rest: Any, **others: Any) -> Any:
+            known = name in self.smn_info
+            return self._masked([name], *rest, **others) if known else self.base_layer(*rest, **others)
 
         return in_rows(names, next(iter(self.smn_info.values())).key, run, *args, **kwargs)
 

@@ -122,8 +122,9 @@ def _note(change: int) -> None:
         _running = _count > 0
 
 
-def _pass_names(wrapper: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    if (mixed := _get()) is None:
+def _pass_names(wrapper: Any, args: Any, kwargs: dict[str, Any] | None = None) -> tuple[Any, Any] | None:
+    mixed = _get()
+    if mixed is None or kwargs is None:  # another thread has just removed its hook: ours comes after it
         return None
     rows = rows_in_force(wrapper)
     names = [mixed.name] * len(next(iter((*args, *kwargs.values())))) if rows is None else rows
@@ -134,10 +135,10 @@ def _pass_names(wrapper: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, d
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _run_groups(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+def _run_groups(model: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> tuple[Any, Any] | None:
     """Before the model runs: run it for every adapter but one. What follows is that one's forward."""
     mixed = _current.get()
-    if mixed is None or mixed.rows is None:
+    if mixed is None or mixed.rows is None or kwargs is None:  # as above
         return None
     count, parts = len(mixed.rows), []
     *others, (last, rest) = _positions(mixed.rows).items()
