@@ -7,6 +7,7 @@ and the ones that the mask removed, are kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .masking import effective_weight, scale_of
 from .packing import pack_bits, unpack_bits
 
-__all__ = ["Stash", "merge_weight", "unmerge_weight"]
+__all__ = ["Stash", "check_finite", "merge_weight", "unmerge_weight"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,6 +40,27 @@ def _divided(merged: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def check_finite(weight: Tensor, path: str, scores: Mapping[str, Tensor]) -> None:
+    """Refuse to merge what is not finite.
+
+    Args:
+        weight: The frozen weight, any shape.
+        path: Its path, for the message.
+        scores: Scores by adapter name, of the weight's shape.
+
+    Raises:
+        ValueError: If there is NaN or infinity.
+    """
+    for name, own in scores.items():
+        if not torch.isfinite(own).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its scores are "
+                "not finite. Nothing was merged; go back to a checkpoint and lower the learning rate."
+            )
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"NaNs detected in the merged weights: the base's own {path} is not finite.")
+
+
 def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
     """Overwrite `weight` in place with its effective weight ``θ·M/σ``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from threading import RLock
 from typing import Any
 
 import torch
@@ -12,16 +13,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..functional.masking import compute_mask, density
-from ..functional.packing import pack_bits, packed_size, unpack_bits
+from ..functional.packing import pack_bits, unpack_bits
 from ..functional.selection import seeded_generator, select_trainable
 from .buffers import ResidentBuffers, ScoreDict
 from .config import MaskConfig
 from .initial import initial_bits, initial_scores, scores_of_mask
-from .kinds import sizes_of
+from .kinds import SIZES
+from .mixed import name_in_force
 from .slots import AdapterInfo, Slot
-from .tracing import is_exporting
 
-__all__ = ["AdapterLayer"]
+__all__ = ["STATE_LOCK", "AdapterLayer"]
+
+STATE_LOCK = RLock()
+"""Held where a forward changes what all threads share: it takes over loaded masks, or takes out merged ones."""
+
+_OF_TOOLS = frozenset({"_hf_hook", "_old_forward"})  # accelerate's: they are of the module that it put them on
 
 
 def _no_hook(module: nn.Module, args: Any) -> None:
@@ -38,19 +44,39 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.present_slots = tuple(slot for slot in self.slots if self._parameter(slot) is not None)
-        self._containers: dict[str, tuple[ScoreDict, ResidentBuffers]] = {}
         for slot in self.present_slots:
-            self._containers[slot.name] = (ScoreDict(), ResidentBuffers())
-            self.add_module(slot.scores_name, self.scores(slot))
-            self.add_module(slot.mask_name, self.bits(slot))
+            self.add_module(slot.scores_name, ScoreDict())
+            self.add_module(slot.mask_name, ResidentBuffers())
         self.adapter_layer_names = tuple(slot.scores_name for slot in self.present_slots)
         self.other_param_names = (*(slot.mask_name for slot in self.present_slots), "smn_info")
         self.smn_info: dict[str, AdapterInfo] = {}
         self._awaiting = self._was_loaded = False
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        for attribute, size in sizes_of(base_layer).items():
-            setattr(self, attribute, size)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the base layer has: a stride, a size, whatever a model reads from its layers."""
+        own = self.__dict__.get("_modules", ())
+        if name in own or "base_layer" not in own or name.startswith("__") or name in _OF_TOOLS:
+            return super().__getattr__(name)
+        if hasattr(type(self), name):  # a property that failed: the base's value would be the wrong answer
+            return super().__getattr__(name)
+        return self.of_base(name)
+
+    def of_base(self, name: str) -> Any:
+        """An attribute of the base layer, as it is for this layer."""
+        base = self._modules["base_layer"]
+        known = (alias for alias in (name, *SIZES.get(name, ())) if hasattr(base, alias))
+        return getattr(base, next(known, name))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """As PEFT's; in a mixed batch the adapter that the running samples are under."""
+        name = name_in_force()
+        if name is not None:
+            return [name] if name in self.smn_info else []
+        active = self._active_adapter
+        return [active] if isinstance(active, str) else active
 
     def _parameter(self, slot: Slot) -> nn.Parameter | None:
         owner, _, attribute = slot.path.rpartition(".")
@@ -65,11 +91,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def scores(self, slot: Slot) -> ScoreDict:
         """Scores of a slot by adapter name, of the adapters that can train."""
-        return self._containers[slot.name][0]
+        return self._modules[slot.scores_name]  # type: ignore[return-value]
 
     def bits(self, slot: Slot) -> ResidentBuffers:
         """Packed bits of a slot by adapter name, of the adapters that were loaded for inference."""
-        return self._containers[slot.name][1]
+        return self._modules[slot.mask_name]  # type: ignore[return-value]
 
     # --- Masks -------------------------------------------------------------------------------------------------------
 
@@ -80,7 +106,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.settle()
         if adapter_name in self.scores(slot):
             return self.mask_of_scores(adapter_name, slot, self.scores(slot)[adapter_name])
-        return unpack_bits(self.bits(slot)[adapter_name], self.base_tensor(slot).shape)
+        weight = self.base_tensor(slot)  # in a replica on another device than the bits, unless they are the newest
+        return unpack_bits(self.bits(slot)[adapter_name].to(weight.device), weight.shape)
 
     def mask_of_scores(self, adapter_name: str, slot: Slot, scores: Tensor) -> Tensor:
         """Bool mask that an adapter's settings make of these scores."""
@@ -148,55 +175,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     self.offer_place(adapter_name, slot)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def offer_place(self, adapter_name: str, slot: Slot) -> None:
-        """Give a loader a place where it may write bits for an adapter that trains: its mask as it is now."""
-        scores = self.scores(slot)[adapter_name]
-        if scores.device.type == "meta":
-            packed = torch.empty(packed_size(scores.numel()), dtype=torch.uint8, device="meta")
-        else:
-            packed = pack_bits(self.mask_of_scores(adapter_name, slot, scores))
-        self.bits(slot).expect(adapter_name, packed)
-        self._awaiting = True
-
-    def settle(self) -> None:
-        """[`receive`], but in a graph, which would break there, only if it has something to do.
-
-        A graph sees no tensor's version; what a loader writes in place comes by `_load_from_state_dict`.
-        """
-        configs = [info.config for info in self.smn_info.values()]
-        arrived = self._was_loaded or any(config.being_loaded or config.awaits_blob for config in configs)
-        if is_exporting():  # there every tensor is a stand-in
-            if arrived:
-                raise RuntimeError("Masks were loaded and not taken over yet: call the model once before its export.")
-            return
-        arrived = arrived or any(self.bits(slot).replaced for slot in self.present_slots)
-        if arrived or not torch.compiler.is_compiling():
-            self.receive()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def receive(self) -> None:
-        """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use.
-
-        Raises:
-            RuntimeError: If an adapter's masks lie coded in a file that its loader could not read.
-        """
-        for name, info in self.smn_info.items():
-            if info.config.awaits_blob:
-                raise RuntimeError(
-                    f"The masks of adapter {name!r} never arrived: its file holds them coded "
-                    f"(codec={info.config.codec!r}), which transformers' own load_adapter does not read. Load it with "
-                    "PeftModel.from_pretrained, or write it bit-packed with `smn unpack`. If you only want its "
-                    "configuration for a fresh adapter, pass dataclasses.replace(config, base_fingerprint=None)."
-                )
-        self._awaiting = self._was_loaded = False
-        for slot in self.present_slots:
-            for name, scores in self.scores(slot).items():
-                self.smn_info[name].config.being_loaded = False
-                arrived = self.bits(slot).take_arrived(name)
-                if arrived is not None and scores.device.type != "meta":
-                    with torch.no_grad():
-                        scores.copy_(self.scores_from_bits(name, slot, arrived))
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """As PEFT's, but an adapter that holds bits only cannot train, and says so.
 
@@ -230,6 +208,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Set the density of a topk adapter, which a schedule moves while it trains."""
         info = self.smn_info[adapter_name]
         info.spec = replace(info.spec, density=density)
+
+    def _take_out_merged(self) -> None:
+        """Disabled adapters are not merged; other threads wait until the base is as it was."""
+        if self._disable_adapters and self.merged:
+            with STATE_LOCK:
+                if self.merged:
+                    self.unmerge()
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.smn_info)

@@ -22,13 +22,14 @@ from ..functional.masking import MaskSpec
 from .adapters import AdapterLayer
 from .buffers import ResidentBuffers
 from .config import MaskConfig
+from .mixed import in_rows, rows_in_force
 from .slots import AdapterInfo, Slot
 from .substitution import call_with, is_plain
 
-__all__ = ["BatchNorm", "add_batch_norms", "has_statistics"]
+__all__ = ["STATISTICS", "BatchNorm", "add_batch_norms", "has_statistics"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -64,11 +65,19 @@ class BatchNorm(AdapterLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`, and hold it in eval mode."""
         super().__init__(base_layer)
-        for name in _STATISTICS:
+        for name in STATISTICS:
             setattr(self, f"smn_{name}", ResidentBuffers())
-        self.other_param_names = (*(f"smn_{name}" for name in _STATISTICS), "smn_info")
+        self.other_param_names = (*(f"smn_{name}" for name in STATISTICS), "smn_info")
         self._base_statistics: dict[str, Tensor] = {}
         self._set_mode()
+
+    def of_base(self, name: str) -> Any:
+        """An attribute of the base layer; statistics are those that the layer normalises by."""
+        if name not in STATISTICS:
+            return super().of_base(name)
+        self._take_out_merged()
+        names = [] if self._disable_adapters or self.merged else self._adapting()
+        return self._combined(names)[name] if names else self._base_buffer(name)
 
     def statistics(self, name: str) -> ResidentBuffers:
         """`running_mean`, `running_var` or `num_batches_tracked` by adapter name."""
@@ -83,7 +92,7 @@ class BatchNorm(AdapterLayer):
     def add_statistics(self, adapter_name: str, config: MaskConfig) -> None:
         """With ``batch_norm="adapt"``, start an adapter's statistics from a copy of the base's."""
         if config.batch_norm == "adapt":
-            for name in _STATISTICS:
+            for name in STATISTICS:
                 self.statistics(name)[adapter_name] = self._base_buffer(name).clone()
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -166,8 +175,8 @@ class BatchNorm(AdapterLayer):
         if not names:
             return {}
         if len(names) == 1:
-            return {name: self.statistics(name)[names[0]] for name in _STATISTICS}
-        stacks = {name: torch.stack([self.statistics(name)[other] for other in names]) for name in _STATISTICS}
+            return {name: self.statistics(name)[names[0]] for name in STATISTICS}
+        stacks = {name: torch.stack([self.statistics(name)[other] for other in names]) for name in STATISTICS}
         return {name: s.mean(0) if s.is_floating_point() else s.amax(0) for name, s in stacks.items()}
 
     def average(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
@@ -183,15 +192,19 @@ class BatchNorm(AdapterLayer):
             ]
             self.statistics(name)[adapter_name] = torch.stack(parts).sum(0)
 
+    def statistics_of(self, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+        """What to normalise an input by under the named adapters; nothing if none has statistics of its own."""
+        means = self.statistics("running_mean")
+        tensors = self._combined([name for name in names if name in means])
+        if tensors and _in_backward() and self.get_base_layer().training:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
+        # A replica on another device has only the newest adapter's there.
+        return {name: tensor.to(x.device) for name, tensor in tensors.items()}
+
     def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
         base: Any = self._modules["base_layer"]
-        means = self.statistics("running_mean")
-        adapting = [name for name in names if name in means]
-        if not adapting:
+        if not (tensors := self.statistics_of(names, x)):
             return base(x)  # type: ignore[no-any-return]
-        tensors = self._combined(adapting)
-        if base.training and _in_backward():
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         dtype = tensors["running_mean"].dtype
         if _is_plain(base):
             return _normalise(base, tensors, dtype, x)
@@ -201,31 +214,26 @@ class BatchNorm(AdapterLayer):
         result: Tensor = call_with(base, tensors, x)
         return result
 
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, …) -> the same, normalised by the active adapter's or the base's statistics."""
+        self._take_out_merged()
         if self._disable_adapters or self.merged_adapters:
-            if self.merged_adapters and self._disable_adapters:
-                self.unmerge()
             return self.get_base_layer()(x)  # type: ignore[no-any-return]
-        if adapter_names is None:
+        if (rows := rows_in_force(self)) is None:
             return self._run(self.active_adapters, x)
-        result = torch.empty_like(x)
-        for name in dict.fromkeys(adapter_names):
-            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            result[index] = self._run([name], x[index])
-        return result
+        return in_rows(rows, next(iter(self.smn_info.values())).key, lambda name, part: self._run([name], part), x)
 
     def to_checkpoint(self, adapter_name: str, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Statistics of an adapter that has its own; see [`AdapterLayer.to_checkpoint`]."""
         if adapter_name not in self.statistics("running_mean"):
             return {}
-        keys = {name: f"{prefix}smn_{name}.{adapter_name}" for name in _STATISTICS}
+        keys = {name: f"{prefix}smn_{name}.{adapter_name}" for name in STATISTICS}
         return {key: state_dict.get(key, self.statistics(name)[adapter_name]) for name, key in keys.items()}
 
     def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Statistics from an adapter's file, checked; see [`AdapterLayer.from_checkpoint`]."""
         result: dict[str, Tensor] = {}
-        for name in _STATISTICS if adapter_name in self.statistics("running_mean") else ():
+        for name in STATISTICS if adapter_name in self.statistics("running_mean") else ():
             own, loaded = self.statistics(name)[adapter_name], entries.get(f"smn_{name}")
             if loaded is None:
                 raise KeyError(f"{prefix}smn_{name}")
@@ -241,7 +249,7 @@ class BatchNorm(AdapterLayer):
         return "smn." + super().__repr__()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for name in _STATISTICS:
+        for name in STATISTICS:
             container: Any = self.statistics(name)
             if adapter_name in container:
                 container[adapter_name] = container[adapter_name].to(device or self._base_buffer(name).device)

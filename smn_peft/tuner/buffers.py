@@ -19,13 +19,10 @@ class ScoreDict(nn.ParameterDict):
     A score that crosses its threshold in steps of 1e-4 does not move at all in bf16.
     """
 
-    def __contains__(self, key: object) -> bool:
-        """As a dict's; without the detour that `nn.ParameterDict` takes, since this runs in every forward."""
-        return key in self._parameters
-
     def __getitem__(self, key: str) -> nn.Parameter:
-        """Scores of an adapter."""
-        return self._parameters[key]  # type: ignore[return-value]
+        """Scores of an adapter; without the detour that `nn.ParameterDict` takes, since this runs in every forward."""
+        own = self._parameters.get(key)
+        return self.__dict__[key] if own is None else own  # a replica of nn.DataParallel has attributes
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScoreDict:
         def keep_width(tensor: Tensor) -> Tensor:

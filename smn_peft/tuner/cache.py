@@ -1,140 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer runs on, kept while nothing that it was made from has changed: effective weights, or what trains."""
+"""What a layer keeps from one forward to the next: effective weights made from packed bits, or what trains.
+
+Effective weights made from scores are never kept: a fused optimizer, a CUDA graph or ``scores.data.copy_()`` (as every
+average of weights does it) changes scores, and no version of theirs moves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..functional.masking import MaskSpec
-from .substitution import is_plain
 from .tracing import is_transformed
 
-__all__ = ["CachedWeight", "Ready", "Source", "Training", "note_recording"]
+__all__ = ["CachedWeights", "Training"]
 
 
-_steps = 0
+class CachedWeights:
+    """Effective tensors of a layer, and the conditions under which they are valid.
 
-
-def _count_step(*_: object) -> None:
-    global _steps
-    _steps += 1
-
-
-# Fused optimizers, torch's and others', write past a tensor's version; every one of them is a torch.optim.Optimizer.
-register_optimizer_step_post_hook(_count_step)
-
-_recorded = False
-
-
-def note_recording(weight: Tensor) -> None:
-    """Called when something trains: a CUDA graph that records it moves scores at every replay, unseen by Python."""
-    global _recorded
-    if weight.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
-        _recorded = True
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
-class CachedWeight:
-    """An effective weight, and the tensors it was made from with their versions and places.
-
-    An in-place write moves a tensor's version, a new `.data` its place, a replacement its identity; the tensors are
+    An in-place write moves a source's version, a new `.data` its place, a replacement its identity; the sources are
     held here, so that an identity cannot be taken over by a newer tensor.
     """
 
-    __slots__ = ("sources", "specs", "stamps", "step", "weight")
+    __slots__ = ("active", "base", "owners", "sources", "specs", "tensors")
 
-    def __init__(self, weight: Tensor, sources: Sequence[Tensor], specs: Sequence[MaskSpec]) -> None:
-        """Keep `weight`, made from `sources` (frozen weight, then scores or bits) under `specs`."""
-        self.weight = weight
-        self.sources = sources
-        self.specs = specs
-        self.step = _steps
-        self.stamps = [(_version(tensor), tensor.data_ptr()) for tensor in sources]
+    def __init__(self, layer: Any, names: Sequence[str], tensors: tuple[Tensor, ...]) -> None:
+        """Keep `tensors`, made under the named adapters of a layer for which [`keepable`] holds."""
+        self.tensors = tensors
+        self.active = layer._active_adapter if isinstance(layer._active_adapter, str) else list(layer._active_adapter)
+        self.base: nn.Module = layer.base_layer
+        self.specs = [(layer.smn_info[name], layer.smn_info[name].spec) for name in names]
+        self.owners: list[tuple[Any, str, nn.Module]] = []
+        self.sources: list[tuple[Any, str, Tensor, int, int]] = []
+        for slot in layer.present_slots:
+            owner, bits = self.base, layer.bits(slot)
+            *path, attribute = slot.path.split(".")
+            for part in path:
+                find, owner = owner._modules.get, owner.get_submodule(part)
+                self.owners.append((find, part, owner))
+            places = [(owner._parameters.get, attribute)]
+            places += [(bits.__getitem__, name) for name in layer.holders(names, slot)]
+            for find, key in places:
+                tensor = find(key)
+                self.sources.append((find, key, tensor, tensor._version, tensor.data_ptr()))
 
-    def fresh(self, sources: Sequence[Tensor], specs: Sequence[MaskSpec]) -> bool:
-        """Whether the same sources, unchanged, and the same specs would give this weight again."""
-        if len(sources) != len(self.sources) or self.specs != specs:
-            return False
-        if (self.step != _steps or _recorded) and any(tensor.requires_grad for tensor in sources):
-            return False
-        for tensor, kept, (version, place) in zip(sources, self.sources, self.stamps, strict=True):
-            if tensor is not kept or _version(tensor) != version or tensor.data_ptr() != place:
+    @staticmethod
+    def keepable(layer: Any, names: Sequence[str]) -> bool:
+        """Whether nothing that the layer's effective tensors are made of may train, or change unseen."""
+        for slot in layer.present_slots:
+            weight, bits = layer.base_tensor(slot), layer.bits(slot)
+            owner, _, attribute = slot.path.rpartition(".")
+            if layer.base_layer.get_submodule(owner)._parameters.get(attribute) is not weight:
+                return False  # FSDP's gathered parameters are attributes
+            sources = [weight]
+            for name in layer.holders(names, slot):
+                if name in layer.scores(slot):
+                    return False
+                sources.append(bits[name])
+            if any(tensor.requires_grad or tensor.is_inference() for tensor in sources):
                 return False
         return True
 
-
-class Source:
-    """A tensor that effective weights were made from, its version and place, and where its owner keeps it."""
-
-    __slots__ = ("find", "key", "place", "tensor", "version")
-
-    def __init__(self, find: Callable[[str], Any], key: str) -> None:
-        """Note what `find(key)` gives now."""
-        self.find, self.key = find, key
-        self.tensor: Tensor = find(key)
-        self.version, self.place = _version(self.tensor), self.tensor.data_ptr()
-
-
-def _is_in_state(layer: Any, active: str | list[str], base: nn.Module) -> bool:
-    if layer._disable_adapters or layer.merged_adapters or layer._awaiting or layer._active_adapter != active:
-        return False
-    return layer._modules["base_layer"] is base and is_plain(base)
-
-
-class Ready:
-    """All that a layer runs on while it evaluates, so that a forward asks one question before the product.
-
-    The question is [`CachedWeight`]'s, put to the places where the tensors lie, and whether the layer is still in the
-    state in which it asked last.
-    """
-
-    __slots__ = ("active", "base", "sources", "specs", "step", "tensors")
-
-    def __init__(
-        self,
-        tensors: tuple[Tensor, ...],
-        sources: Sequence[Source],
-        active: str | Sequence[str],
-        base: nn.Module,
-        specs: Sequence[tuple[Any, MaskSpec]],
-    ) -> None:
-        """Keep `tensors`.
-
-        Args:
-            tensors: Tensors by slot.
-            sources: What they were made from, no tensor of inference mode among them.
-            active: The layer's active adapters.
-            base: Its base layer.
-            specs: What it knows of each adapter, with the spec that the tensors were made under.
-        """
-        self.tensors = tensors
-        self.sources = sources
-        self.active = active if isinstance(active, str) else list(active)
-        self.base = base
-        self.specs = specs
-        self.step = _steps
-
     def holds(self, layer: Any) -> bool:
-        """Whether the layer's next forward is one with these tensors, and without a gradient for their sources."""
-        if not _is_in_state(layer, self.active, self.base):
+        """Whether the same sources, unchanged, would give the active adapters' tensors again."""
+        if layer._active_adapter != self.active or layer._modules["base_layer"] is not self.base:
             return False
         for info, spec in self.specs:
             if info.spec is not spec:
                 return False
-        trained = self.step != _steps or _recorded or torch.is_grad_enabled()
-        for source in self.sources:
-            tensor = source.tensor
-            if source.find(source.key) is not tensor or (trained and tensor.requires_grad):
+        for find, key, owner in self.owners:
+            if find(key) is not owner:
                 return False
-            if tensor._version != source.version or tensor.data_ptr() != source.place:
+        for find, key, tensor, version, place in self.sources:
+            if find(key) is not tensor or tensor._version != version:
+                return False
+            if tensor.data_ptr() != place or tensor.requires_grad:
                 return False
         return True
 
@@ -144,7 +87,7 @@ class Ready:
 
 
 class Training:
-    """All that a layer runs on while one adapter trains: its tensors, not what is made of them in every forward."""
+    """What a layer runs on while one adapter trains: its tensors, not what is made of them in every forward."""
 
     __slots__ = ("active", "base", "bias", "info", "name", "owner", "scores", "spec", "trainable", "weight")
 
@@ -159,13 +102,15 @@ class Training:
         slot = layer.present_slots[0]
         self.active = layer._active_adapter if isinstance(layer._active_adapter, str) else list(layer._active_adapter)
         self.base, self.owner, self.name = layer.base_layer, layer.scores(slot)._parameters, name
-        self.weight, self.bias, self.scores = self.base.weight, bias, self.owner[name]
+        self.weight, self.bias, self.scores = self.base.weight, bias, layer.scores(slot)[name]
         self.info = layer.smn_info[name]
         self.spec, self.trainable = self.info.spec, layer.trainable(name, slot)
 
     def holds(self, layer: Any) -> bool:
         """Whether the layer's next forward is one that trains these scores, and nothing else of the layer."""
-        if not torch.is_grad_enabled() or not _is_in_state(layer, self.active, self.base) or is_transformed():
+        if not torch.is_grad_enabled() or layer._active_adapter != self.active or is_transformed():
+            return False
+        if layer._modules["base_layer"] is not self.base:
             return False
         own = self.base._parameters
         if own.get("weight") is not self.weight or own.get("bias") is not self.bias or self.weight.requires_grad:
@@ -176,5 +121,4 @@ class Training:
 
     def run(self, layer: Any, *args: Any) -> Any:
         """The layer's forward."""
-        note_recording(self.weight)
         return layer.train_on(self, *args)

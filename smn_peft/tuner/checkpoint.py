@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.packing import pack_bits, unpack_bits
+from ..functional.packing import pack_bits, packed_size, unpack_bits
 from ..storage import check_packed
-from .adapters import AdapterLayer
+from .adapters import STATE_LOCK, AdapterLayer
+from .slots import Slot
+from .tracing import is_exporting
 
 __all__ = ["StoredLayer"]
 
@@ -87,3 +89,83 @@ class StoredLayer(AdapterLayer):
                 elif f"{prefix}{slot.mask_name}.{name}" in state_dict:
                     self.offer_place(name, slot)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # --- Bits that a loader wrote past this class, where it found a place for them -----------------------------------
+
+    def offer_place(self, adapter_name: str, slot: Slot) -> None:
+        """Give a loader a place where it may write bits for an adapter that trains: its mask as it is now."""
+        scores = self.scores(slot)[adapter_name]
+        if scores.device.type == "meta":
+            packed = torch.empty(packed_size(scores.numel()), dtype=torch.uint8, device="meta")
+        else:
+            packed = pack_bits(self.mask_of_scores(adapter_name, slot, scores))
+        self.bits(slot).expect(adapter_name, packed)
+        self._awaiting = True
+
+    def settle(self) -> None:
+        """[`receive`], but in a graph, which would break there, only if it has something to do.
+
+        A graph sees no tensor's version; what a loader writes in place comes by `_load_from_state_dict`.
+        """
+        if not (torch.compiler.is_compiling() or is_exporting()):
+            self.receive()
+            return
+        configs = [info.config for info in self.smn_info.values()]
+        arrived = self._was_loaded or any(config.being_loaded or config.awaits_blob for config in configs)
+        if is_exporting():  # there every tensor is a stand-in
+            if arrived:
+                raise RuntimeError("Masks were loaded and not taken over yet: call the model once before its export.")
+            return
+        if arrived or any(self.bits(slot).replaced for slot in self.present_slots):
+            self.receive()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def receive(self) -> bool:
+        """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use.
+
+        Other threads wait until it is done.
+
+        Returns:
+            Whether there were any.
+
+        Raises:
+            RuntimeError: If an adapter's masks lie coded in a file that its loader could not read.
+        """
+        with STATE_LOCK:
+            return self._awaiting and self._receive()
+
+    def _receive(self) -> bool:
+        for name, info in self.smn_info.items():
+            if info.config.awaits_blob:
+                raise RuntimeError(
+                    f"The masks of adapter {name!r} never arrived: its file holds them coded "
+                    f"(codec={info.config.codec!r}), which transformers' own load_adapter does not read. Load it with "
+                    "PeftModel.from_pretrained, or write it bit-packed with `smn unpack`. If you only want its "
+                    "configuration for a fresh adapter, pass dataclasses.replace(config, base_fingerprint=None)."
+                )
+        any_arrived = False
+        for slot in self.present_slots:
+            for name, scores in self.scores(slot).items():
+                self.smn_info[name].config.being_loaded = False
+                arrived = self.bits(slot).take_arrived(name)
+                if arrived is not None and scores.device.type != "meta":
+                    any_arrived = True
+                    with torch.no_grad():
+                        scores.copy_(self.scores_from_bits(name, slot, arrived))
+        self._awaiting = self._was_loaded = False  # now, and not before: other threads look at it
+        return any_arrived
+
+    def _replicate_for_data_parallel(self) -> StoredLayer:
+        """As torch's, which makes a replica for every device in every forward of `nn.DataParallel`.
+
+        Raises:
+            RuntimeError: If something is left to do that every replica would do on its own.
+        """
+        if self._awaiting and self.receive():
+            raise RuntimeError(
+                "Masks were loaded and not taken over yet: call the model once before it is in nn.DataParallel."
+            )
+        if self._disable_adapters and self.merged:
+            raise RuntimeError("Adapters are merged and disabled: call unmerge_adapter() before nn.DataParallel runs.")
+        replica: StoredLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        return replica

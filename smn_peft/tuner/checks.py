@@ -14,7 +14,7 @@ from ..storage import fingerprint, tensor_digest
 from .base_name import base_name
 from .config import MaskConfig
 from .forms import mask_layer_for
-from .kinds import READERS, is_norm, type_name
+from .kinds import is_norm
 from .layer import MaskLayer
 from .norms import norm_form_of
 
@@ -24,7 +24,6 @@ __all__ = [
     "check_adapter_name",
     "check_base",
     "check_base_kind",
-    "check_called",
     "check_targets",
     "misfit",
 ]
@@ -64,20 +63,6 @@ def check_base_kind(model: nn.Module) -> None:
             "Quantised base models are not supported yet: a mask needs the float weights. Load the model without "
             "quantization_config, for example in bfloat16."
         )
-
-
-def check_called(model: nn.Module) -> None:
-    """Refuse a mixed batch where a masked layer is read and never called: its samples have one weight.
-
-    Raises:
-        ValueError: If there is such a layer.
-    """
-    for name, module in model.named_modules():
-        if type_name(module) in READERS and isinstance(getattr(module, "qkv", None), MaskLayer):
-            raise ValueError(
-                f"Mixed batches by `adapter_names` are not possible here: {name!r} takes the weight of its masked "
-                "`qkv` and never calls it. Run one batch per adapter, or leave it out with exclude_modules."
-            )
 
 
 def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False) -> None:

@@ -33,28 +33,6 @@ def _autocast(*tensors: Tensor | None) -> list[Any]:
 class Linear(MaskLayer):
     """`nn.Linear` with a masked weight, and bias by option."""
 
-    @property
-    def weight(self) -> Tensor:
-        """What the layer multiplies by: some attention takes it and never calls the layer (timm's BEiT, EVA-02 …)."""
-        return self._in_use("weight")  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """What the layer adds, None without a bias."""
-        return self._in_use("bias")
-
-    def _in_use(self, path: str) -> Tensor | None:
-        slot = next((slot for slot in self.present_slots if slot.path == path), None)
-        if slot is None:
-            return None
-        if self._awaiting:
-            self.settle()
-        if self._disable_adapters and self.merged:
-            self.unmerge()
-        if self._disable_adapters or self.merged:
-            return self.base_tensor(slot)
-        return self.effective(slot, self.active_here())
-
     def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
         training = self.alone(names)
@@ -165,6 +143,9 @@ class Substituted(MaskLayer):
     For timm's convolutions that standardise their weight or pad as TensorFlow does.
     """
 
+    def _masked(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        return self.masked_forward(names, *args, **kwargs)  # it calls the base layer, hooks and all
+
     def masked_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """Whatever the base layer's forward takes and gives."""
         return self.run(self.effective_tensors(names), *args, **kwargs)
@@ -188,22 +169,10 @@ class MultiheadAttention(Substituted):
         Slot("out_proj_bias_", "out_proj.bias", is_bias=True),
     )
 
-    # What torch's TransformerEncoderLayer, OpenCLIP and others read from an attention beside calling it.
-    _READ = frozenset(
-        "embed_dim kdim vdim num_heads head_dim dropout batch_first in_proj_weight in_proj_bias bias_k bias_v "
-        "add_zero_attn out_proj _qkv_same_embed_dim merge_masks".split()
-    )
-
-    def __getattr__(self, name: str) -> Any:
-        """Forward what belongs to the attention to the base layer."""
-        if name in self._READ:
-            return getattr(super().__getattr__("base_layer"), name)
-        return super().__getattr__(name)
-
-    def _mixed(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            "Mixed batches by `adapter_names` are not supported for nn.MultiheadAttention: run one batch per adapter, "
-            "or exclude the attention with exclude_modules."
+            "Mixed batches by `adapter_names` are not supported for nn.MultiheadAttention in a model that generates: "
+            "run one batch per adapter, or exclude the attention with exclude_modules."
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-__all__ = ["CONVOLUTIONS", "MASKABLE", "READERS", "is_norm", "iter_layers", "kind_of", "sizes_of", "type_name"]
+__all__ = ["CONVOLUTIONS", "MASKABLE", "SIZES", "is_norm", "iter_layers", "kind_of", "type_name"]
 
 # Exact types only: a subclass may have its own forward, which a masked layer would bypass in silence.
 # Types of other libraries go by qualified name, so that nothing is imported to look them up.
@@ -33,14 +33,11 @@ MASKABLE: Mapping[type[nn.Module] | str, str] = {
     "timm.layers.std_conv.ScaledStdConv2dSame": "substituted",
 }
 
-#: Attention that takes the weight of its `qkv` and never calls it.
-READERS = frozenset(
-    {
-        "timm.models.beit.Attention",
-        "timm.models.eva.EvaAttention",
-        "timm.models.swin_transformer_v2.WindowAttention",
-    }
-)
+#: What a layer without `in_features` and `out_features` calls them.
+SIZES: Mapping[str, tuple[str, ...]] = {
+    "in_features": ("in_channels", "num_embeddings", "nx", "embed_dim", "num_features"),
+    "out_features": ("out_channels", "embedding_dim", "nf", "embed_dim", "num_features"),
+}
 
 #: The kinds that are convolutions ("conv1d_transformers" is a Linear with a transposed weight).
 CONVOLUTIONS = frozenset({"conv", "substituted"})
@@ -64,23 +61,6 @@ def type_name(module: nn.Module) -> str:
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a maskable module ("linear", "conv", …), or None where its exact type is not supported."""
     return MASKABLE.get(type(module)) or MASKABLE.get(type_name(module))
-
-
-def sizes_of(module: nn.Module) -> dict[str, int]:
-    """Sizes that PEFT and models read from a layer, wrapped or not: `in_features` and so on, by name."""
-    pairs = (
-        ("in_features", "out_features"),
-        ("in_channels", "out_channels"),
-        ("num_embeddings", "embedding_dim"),
-        ("nx", "nf"),
-        ("embed_dim", "embed_dim"),
-        ("num_features", "num_features"),
-    )
-    found = next((pair for pair in pairs if all(hasattr(module, size) for size in pair)), None)
-    if found is None:
-        return {}
-    own = {size: int(getattr(module, size)) for size in found if size.startswith(("in_", "out_"))}
-    return {"in_features": getattr(module, found[0]), "out_features": getattr(module, found[1]), **own}
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -13,11 +13,12 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
-from ..functional.merging import Stash, merge_weight, unmerge_weight
-from .cache import CachedWeight, Ready, Source, Training, note_recording
+from ..functional.merging import Stash, check_finite, merge_weight, unmerge_weight
+from .cache import CachedWeights, Training
 from .checkpoint import StoredLayer
+from .mixed import MixedWeight, in_rows, name_in_force, rows_in_force, running
 from .slots import Slot
-from .substitution import call_with, is_plain
+from .substitution import call_with, is_plain, view_with
 from .tracing import is_transformed
 
 __all__ = ["MaskLayer"]
@@ -26,17 +27,15 @@ __all__ = ["MaskLayer"]
 class MaskLayer(StoredLayer):
     """A layer whose frozen weight is masked, one bit per weight and adapter.
 
-    Several active adapters give the intersection of their masks, with the scale of the intersection. While nothing
-    can change it, the effective weight is computed once and kept; the cache knows the tensors that it was made from,
-    and their versions.
+    Several active adapters give the intersection of their masks, with the scale of the intersection. The effective
+    weight of packed bits is computed once and kept; that of scores, which may train, is computed in every forward.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`; `update_layer` adds adapters."""
         super().__init__(base_layer)
         self._stashes: dict[str, Stash] = {}
-        self._cache: dict[str, CachedWeight] = {}
-        self._ready: Ready | Training | None = None
+        self._ready: CachedWeights | Training | None = None
 
     # --- Effective weights -------------------------------------------------------------------------------------------
 
@@ -45,54 +44,37 @@ class MaskLayer(StoredLayer):
         return [name for name in names if name in self.smn_info and slot in self.smn_info[name].slots]
 
     def effective(self, slot: Slot, names: Sequence[str]) -> Tensor:
-        """Effective tensor of a slot under the named adapters: differentiable while scores train, else cached."""
+        """Effective tensor of a slot under the named adapters: differentiable while something trains."""
         holders, weight = self.holders(names, slot), self.base_tensor(slot)
         if not holders:
             return weight
         learns = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a traced model is for inference
         if learns and (weight.requires_grad or self.trains(slot, holders)):
-            self._cache.pop(slot.name, None)
-            note_recording(weight)
             return self._differentiable(slot, holders)
-        cached = self._cache.get(slot.name)
-        if torch.compiler.is_compiling():
-            # A graph cannot see a tensor's version: it may keep only what no optimizer moves.
-            keep = not self.training and names == self.active_here() and not self.trains(slot, holders)
-            return cached.weight if cached is not None and keep else self._build(slot, holders)
-        if is_transformed():
-            return self._build(slot, holders)
-        scores, bits = self.scores(slot), self.bits(slot)
-        sources = [weight, *(scores[name] if name in scores else bits[name] for name in holders)]
-        specs = [self.smn_info[name].spec for name in holders]
-        if cached is None or not cached.fresh(sources, specs):
-            with torch.inference_mode(False):  # what is kept serves a backward as well
-                cached = CachedWeight(self._build(slot, holders), sources, specs)
-            if names == self.active_here():
-                self._cache[slot.name] = cached
-        return cached.weight
+        kept = self._kept(names)
+        return self._build(slot, holders) if kept is None else kept[self.present_slots.index(slot)]
 
     def effective_tensors(self, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """Effective tensors of all slots, for [`run`]; kept ready for the next forward if nothing can train."""
-        tensors = tuple(self.effective(slot, names) for slot in self.present_slots)
-        if not torch.compiler.is_compiling() and not is_transformed() and names == self.active_here():
-            sources = self._sources(names)
-            if sources is not None:
-                specs = [(self.smn_info[name], self.smn_info[name].spec) for name in names]
-                self._ready = Ready(tensors, sources, self._active_adapter, self.base_layer, specs)
-        return tensors
+        """Effective tensors of all slots, for [`run`]."""
+        kept = self._kept(names)
+        return tuple(self.effective(slot, names) for slot in self.present_slots) if kept is None else kept
 
-    def _sources(self, names: Sequence[str]) -> list[Source] | None:
-        """All that the effective tensors are made from, and where it lies; None if it may change unseen or trains."""
-        sources: list[Source] = []
-        for slot in self.present_slots:
-            parameters, scores, bits = self.base_layer._parameters, self.scores(slot), self.bits(slot)
-            if parameters.get(slot.path) is None:
+    def _kept(self, names: Sequence[str]) -> tuple[Tensor, ...] | None:
+        """Effective tensors of all slots from the cache; None where nothing may be kept."""
+        if is_transformed() or name_in_force() is not None or names != self.active_here():
+            return None
+        ready = self._ready
+        cached = ready if isinstance(ready, CachedWeights) else None
+        if torch.compiler.is_compiling():  # a graph cannot see a tensor's version
+            return None if cached is None or self.training else cached.tensors
+        if cached is None or not cached.holds(self):
+            if not CachedWeights.keepable(self, names):
                 return None
-            sources.append(Source(parameters.get, slot.path))
-            for name in self.holders(names, slot):
-                sources.append(Source(scores._parameters.get if name in scores else bits.__getitem__, name))
-        grad = torch.is_grad_enabled()
-        return None if any(s.tensor.is_inference() or (grad and s.tensor.requires_grad) for s in sources) else sources
+            holders = [(slot, self.holders(names, slot)) for slot in self.present_slots]
+            with torch.inference_mode(False):  # what is kept serves a backward as well
+                tensors = (self._build(slot, own) if own else self.base_tensor(slot) for slot, own in holders)
+                self._ready = cached = CachedWeights(self, names, tuple(tensors))
+        return cached.tensors
 
     def active_here(self) -> list[str]:
         """The active adapters that this layer knows."""
@@ -111,10 +93,8 @@ class MaskLayer(StoredLayer):
         holders = self.holders(names, slot)
         if len(holders) != 1 or self.base_tensor(slot).requires_grad or not self.trains(slot, holders):
             return None
-        self._cache.pop(slot.name, None)
-        note_recording(self.base_tensor(slot))
         training = Training(self, holders[0], self.effective(biases[0], names) if biases else None)
-        if names == self.active_here() and training.bias is self.base_layer.bias:
+        if name_in_force() is None and names == self.active_here() and training.bias is self.base_layer.bias:
             self._ready = training
         return training
 
@@ -151,7 +131,6 @@ class MaskLayer(StoredLayer):
     # --- What empties the cache --------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._cache.clear()
         self._ready = None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -180,8 +159,13 @@ class MaskLayer(StoredLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for a copy: all but the cache."""
-        return {**self.__dict__, "_cache": {}, "_ready": None}
+        """State for a copy: all but what is kept."""
+        return {**self.__dict__, "_ready": None}
+
+    def _replicate_for_data_parallel(self) -> MaskLayer:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_ready"] = None
+        return replica  # type: ignore[return-value]
 
     # --- Merging -----------------------------------------------------------------------------------------------------
 
@@ -199,7 +183,9 @@ class MaskLayer(StoredLayer):
         if not names:
             return
         if safe_merge:
-            self._check_finite(names)
+            for slot in self.present_slots:
+                scores = {n: own for n, own in self.scores(slot).items() if n in self.holders(names, slot)}
+                check_finite(self.base_tensor(slot), slot.path, scores)
         together = [*self.merged_adapters, *names]
         self._restore()
         for slot in self.present_slots:
@@ -222,17 +208,43 @@ class MaskLayer(StoredLayer):
             if (stash := self._stashes.pop(slot.name, None)) is not None:
                 unmerge_weight(self.base_tensor(slot), stash)
 
-    def _check_finite(self, names: Sequence[str]) -> None:
-        for slot in self.present_slots:
-            for name in self.holders(names, slot):
-                scores = self.scores(slot)[name] if name in self.scores(slot) else None
-                if scores is not None and not torch.isfinite(scores).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its scores are "
-                        "not finite. Nothing was merged; go back to a checkpoint and lower the learning rate."
-                    )
-            if not torch.isfinite(self.base_tensor(slot)).all():
-                raise ValueError(f"NaNs detected in the merged weights: the base's own {slot.path} is not finite.")
+    # --- What the layer answers for ----------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies by: some models take it and never call the layer (timm's BEiT …)."""
+        return self._in_use("weight")
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        """What the layer adds, None without a bias."""
+        return self._in_use("bias")
+
+    def of_base(self, name: str) -> Any:
+        """An attribute of the base layer, masked where it is masked, be it in a module of the layer's."""
+        if any(slot.path == name for slot in self.present_slots):
+            return self._in_use(name)
+        inside = [slot.path for slot in self.present_slots if slot.path.startswith(f"{name}.")]
+        if not inside:
+            return super().of_base(name)
+        return getattr(view_with(self.base_layer, {path: self._in_use(path) for path in inside}), name)
+
+    def _in_use(self, path: str) -> Any:
+        slot = next((slot for slot in self.present_slots if slot.path == path), None)
+        if slot is None:
+            return getattr(self.base_layer, path)
+        if self._awaiting:
+            self.settle()
+        self._take_out_merged()
+        if self._disable_adapters or self.merged:
+            return self.base_tensor(slot)
+        rows = rows_in_force(self)
+        if rows is None:
+            return self.effective(slot, self.active_here())
+        first, *others = dict.fromkeys(tuple(self.holders([name], slot)) for name in rows)
+        if not others:
+            return self.effective(slot, first)
+        return MixedWeight.of(self.base_tensor(slot), next(iter(self.smn_info.values())).key)
 
     # --- Forward -----------------------------------------------------------------------------------------------------
 
@@ -246,53 +258,44 @@ class MaskLayer(StoredLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
-        if not torch.compiler.is_compiling() and self._ready is not None:
-            if not kwargs and self._ready.holds(self):
-                return self._ready.run(self, *args)
+        ready = self._ready
+        if ready is not None and not torch.compiler.is_compiling() and not kwargs and self._is_settled():
+            if ready.holds(self):
+                return ready.run(self, *args)
             self._ready = None
         if self._awaiting:
             self.settle()
-        adapter_names: list[str] | None = kwargs.pop("adapter_names", None) if kwargs else None
+        self._take_out_merged()
         if self._disable_adapters:
-            if self.merged:
-                self.unmerge()
             return self.base_layer(*args, **kwargs)
-        if adapter_names is not None:
-            return self._mixed(adapter_names, *args, **kwargs)
+        if (rows := rows_in_force(self)) is not None:
+            return self._mixed(rows, *args, **kwargs)
         names = self.active_here()
         if self.merged or not names:
             return self.base_layer(*args, **kwargs)
         return self._masked(names, *args, **kwargs)
 
+    def _is_settled(self) -> bool:
+        """Whether the next forward is masked, by the active adapters, and calls the base layer's class alone."""
+        if running() or self._disable_adapters or self.merged_adapters or self._awaiting:
+            return False
+        return is_plain(self._modules["base_layer"])  # type: ignore[arg-type]
+
     def _masked(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """[`masked_forward`], through the base layer itself where it has hooks, or a forward put over its own."""
         if is_plain(self.base_layer):
             return self.masked_forward(names, *args, **kwargs)
-        tensors = {slot.path: self.effective(slot, names) for slot in self.present_slots}
+        tensors = dict(zip((slot.path for slot in self.present_slots), self.effective_tensors(names), strict=True))
         return call_with(self.base_layer, tensors, *args, **kwargs)
 
-    def _mixed(self, adapter_names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Samples under different adapters in one batch: each group of samples under its own effective weight."""
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        result: Tensor | None = None
-        for name in dict.fromkeys(adapter_names):
-            index = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-            if name in self.smn_info:
-                part = self._masked([name], x[index], *args, **kwargs)
-            else:
-                part = self.base_layer(x[index], *args, **kwargs)
-            if result is None:
-                result = part.new_empty((len(x), *part.shape[1:]))
-            result[index] = part
-        return result
+    def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        """Rows under different adapters: each group of rows under its own effective weight."""
+
+        def run(name: str, *rest: Any, **others: Any) -> Any:
+            known = name in self.smn_info
+            return self._masked([name], *rest, **others) if known else self.base_layer(*rest, **others)
+
+        return in_rows(names, next(iter(self.smn_info.values())).key, run, *args, **kwargs)
 
     def __repr__(self) -> str:
         return "smn." + super().__repr__()

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
@@ -17,10 +16,11 @@ from ..functional.masking import progressive_density
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms
-from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_called, check_targets
+from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_targets
 from .config import MaskConfig
 from .forms import mask_layer_for
 from .layer import MaskLayer
+from .mixed import mixed_batch
 from .norms import norm_form_of, with_norms
 from .rollback import discard, whole_or_nothing
 from .rounding import widened
@@ -30,10 +30,6 @@ from .targets import resolve_targets
 from .traversal import adapter_layers
 
 __all__ = ["MaskModel"]
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": names}
 
 
 class MaskModel(BaseTuner):
@@ -239,7 +235,7 @@ class MaskModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Mixed batches: pass `adapter_names`, one per sample ("__base__" for none), to every layer."""
+        """Mixed batches: `adapter_names` has one name per sample, "__base__" for none; see [`mixed_batch`]."""
         names: list[str] | None = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -250,16 +246,25 @@ class MaskModel(BaseTuner):
             )
         if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        check_called(self.model)
-        beams = kwargs.get("num_beams") or 1
-        parts = [(self.model, [name for name in names for _ in range(beams)])]
-        if beams > 1 and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            parts.append((self.model.get_encoder(), list(names)))  # beam search repeats what comes out of it
-        with ExitStack() as stack:
-            for part, own in parts:
-                hook = partial(_pass_adapter_names, names=own)
-                for module in part.modules():
-                    if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper)):
-                        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                        stack.callback(handle.remove)
+        if any(layer.merged for _, layer in adapter_layers(self.model)):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, (Tensor, list))]
+        lengths = [len(value) for value in inputs if not isinstance(value, Tensor) or value.dim()]
+        if lengths and len(names) not in lengths:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {lengths[0]} respectively."
+            )
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        with mixed_batch(self.model, names, wrappers, kwargs.get("num_beams") or 1):
             yield
+
+    def fuse(self) -> MaskModel:
+        """Merge the adapters for good: timm's `reparameterize_model` asks every part of a model that has this.
+
+        It folds BatchNorms and branches into convolutions, of whose own classes they must be.
+        """
+        self.merge_and_unload()
+        return self

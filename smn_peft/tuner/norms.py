@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import AdapterLayer
 from .architectures import exact_targets, matching_names
-from .batch_norm import BatchNorm, has_statistics
+from .batch_norm import STATISTICS, BatchNorm, has_statistics
 from .checkpoint import StoredLayer
 from .config import MaskConfig
 from .forms import Substituted
@@ -48,12 +48,19 @@ class MaskedBatchNorm(BatchNorm, Substituted):
 
     def unmerge(self) -> None:
         """Restore the base's weights and statistics, bit for bit."""
-        MaskLayer.unmerge(self)
+        if not self.merged:
+            MaskLayer.unmerge(self)  # which says so
+            return
+        self._restore()
         BatchNorm.unmerge(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As of every masked layer."""
         return MaskLayer.forward(self, *args, **kwargs)
+
+    def of_base(self, name: str) -> Any:
+        """Masked tensors, statistics, and whatever else the base layer has."""
+        return BatchNorm.of_base(self, name) if name in STATISTICS else MaskLayer.of_base(self, name)
 
     def masked_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """(batch, channels, …) -> the same, under the masks and the statistics of the named adapters."""
@@ -65,8 +72,7 @@ class MaskedBatchNorm(BatchNorm, Substituted):
 
     def _normalised(self, names: Sequence[str], tensors: Sequence[Tensor], x: Tensor) -> Tensor:
         values = dict(zip((slot.path for slot in self.present_slots), tensors, strict=True))
-        if adapting := [name for name in names if name in self.statistics("running_mean")]:
-            statistics = self._combined(adapting)
+        if statistics := self.statistics_of(names, x):
             values = {path: tensor.to(statistics["running_mean"].dtype) for path, tensor in values.items()}
             values |= statistics
         result: Tensor = call_with(self.get_base_layer(), values, x)

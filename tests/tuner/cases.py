@@ -50,7 +50,6 @@ class Case:
         options: Options of the `MaskConfig`.
         dtype: Dtype of the base model.
         vocabulary: Number of embeddings, for inputs of indices.
-        mixes: Whether mixed batches are supported.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     vocabulary: int | None = None
-    mixes: bool = True
 
     def inputs(self, seed: int = 0) -> Tensor:
         """A batch."""
@@ -147,11 +145,11 @@ CASES = [
     Case("conv1d-transformers", lambda: Conv1D(5, 11), (4, 3, 11)),
     Case("conv1d-transformers-bias", lambda: Conv1D(5, 11), (4, 3, 11), ("weight", "bias"), _BIAS),
     Case("embedding", lambda: nn.Embedding(13, 5, padding_idx=0), (4, 6), vocabulary=13),
-    Case("attention", _attention(), (4, 5, 8), _PACKED, mixes=False),
-    Case("attention-bias", _attention(), (4, 5, 8), _PACKED + _BIASES, _BIAS, mixes=False),
-    Case("attention-no-bias", _attention(bias=False), (4, 5, 8), _PACKED, _BIAS, mixes=False),
-    Case("attention-separate", _attention(kdim=6, vdim=7), (4, 5, 8), _SEPARATE, mixes=False),
-    Case("attention-kv", _attention(add_bias_kv=True, add_zero_attn=True), (4, 5, 8), _PACKED, mixes=False),
+    Case("attention", _attention(), (4, 5, 8), _PACKED),
+    Case("attention-bias", _attention(), (4, 5, 8), _PACKED + _BIASES, _BIAS),
+    Case("attention-no-bias", _attention(bias=False), (4, 5, 8), _PACKED, _BIAS),
+    Case("attention-separate", _attention(kdim=6, vdim=7), (4, 5, 8), _SEPARATE),
+    Case("attention-kv", _attention(add_bias_kv=True, add_zero_attn=True), (4, 5, 8), _PACKED),
     Case("layer-norm", lambda: nn.LayerNorm(11), (4, 3, 11), options=_NORM),
     Case("group-norm", lambda: nn.GroupNorm(2, 16), (4, 16, 3, 3), ("weight", "bias"), {**_NORM, **_BIAS}),
     Case("timm-same", lambda: timm.layers.Conv2dSame(3, 5, 3, stride=2), (4, 3, 7, 6)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cached effective weight: whatever changes it, the next forward uses the new one."""
+"""The effective weight: cached or not, whatever changes it, the next forward uses the new one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from smn_peft.tuner import cache
+from smn_peft.tuner.cache import CachedWeights
 
 from .cases import BY_NAME, layer_of, masked_model, train
 
@@ -25,21 +25,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*saved as bits", "ignore:Could 
 def uncached(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
     """The output of a copy that has nothing cached."""
     twin = copy.deepcopy(model)
-    for module in twin.modules():
-        if hasattr(module, "_cache"):
-            module._cache.clear()
     with torch.no_grad():
         return twin(x)
 
 
 def filled(**options) -> tuple[PeftModel, torch.Tensor]:
-    """A model with two adapters whose cache is filled, and its output."""
+    """A model with two adapters that has run, its cache filled if they are bits, and its output."""
     model = masked_model(CASE, CASE.random(1, **options), "first")
     model.add_adapter("second", CASE.random(2, **options))
     with torch.no_grad():
         model(X)
         before = model(X)
-    assert layer_of(model)._cache
+    assert isinstance(layer_of(model)._ready, CachedWeights) == options.get("inference_mode", False)
     return model, before
 
 
@@ -67,17 +64,35 @@ def test_an_optimizer_step(make):
     optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
     model(X).square().sum().backward()
     with torch.no_grad():
-        assert torch.equal(model(X), before)  # cached again, after the backward and before the step
+        assert torch.equal(model(X), before)
     optimizer.step()
     check(model, before)
 
 
-def test_a_replay_of_a_recorded_step(monkeypatch):
-    # A CUDA graph writes scores with no version moved and no hook called.
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scores: scores.data.copy_(-scores.data),  # as averages of weights are swapped in
+        lambda scores: np.negative(scores.detach().numpy(), out=scores.detach().numpy()),  # as a CUDA graph's replay
+    ],
+    ids=["data", "memory"],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_scores_that_change_with_no_version_moved(change, frozen):
     model, before = filled()
-    scores = layer_of(model).scores(layer_of(model).present_slots[0])["first"]
-    monkeypatch.setattr(cache, "_recorded", True)
-    np.negative(scores.detach().numpy(), out=scores.detach().numpy())
+    scores = layer_of(model).scores(layer_of(model).present_slots[0])["first"].requires_grad_(not frozen)
+    with torch.no_grad():
+        assert torch.equal(model(X), before)
+    change(scores)
+    check(model, before)
+
+
+def test_a_base_weight_that_trains_and_changes_with_no_version_moved():
+    model, _ = filled(inference_mode=True)
+    weight = layer_of(model).base_layer.weight.requires_grad_()
+    with torch.no_grad():
+        before = model(X)
+    weight.data.mul_(2)
     check(model, before)
 
 
@@ -263,16 +278,16 @@ def test_a_mixed_batch_does_not_leave_its_weights_behind():
 
 
 def test_a_copy_has_a_cache_of_its_own():
-    model, before = filled()
+    model, before = filled(inference_mode=True)
     twin = copy.deepcopy(model)
-    assert not layer_of(twin)._cache
-    write(twin)
+    assert layer_of(twin)._ready is None
+    set_mask(twin)
     check(twin, before)
     check(model, before, changes=False)
 
 
 def test_the_cache_is_used_and_costs_no_second_build(monkeypatch):
-    model, before = filled()
+    model, before = filled(inference_mode=True)
     layer = layer_of(model)
     monkeypatch.setattr(layer, "_build", lambda *args: pytest.fail("the effective weight was built again"))
     with torch.no_grad():
@@ -282,7 +297,7 @@ def test_the_cache_is_used_and_costs_no_second_build(monkeypatch):
 
 
 def test_a_settled_layer_asks_no_slot_for_its_weight_and_sees_what_its_state_becomes(monkeypatch):
-    model, before = filled()
+    model, before = filled(inference_mode=True)
     layer = layer_of(model)
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(layer, "effective", lambda *args: pytest.fail("the slots were asked again"))

@@ -241,4 +241,5 @@ def test_the_layer_says_what_it_is():
     layer = layer_of(model)
     assert (layer.in_features, layer.out_features, layer.in_channels, layer.out_channels) == (3, 4, 3, 4)
     assert isinstance(layer.weight, Tensor)
-    assert layer.weight is layer.base_layer.weight
+    expected = layer.base_layer.weight * layer.mask("default") / layer.mask("default").float().mean().sqrt()
+    torch.testing.assert_close(layer.weight, expected)

@@ -112,7 +112,7 @@ def test_a_change_is_seen(name, change):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_gradients_the_cache_serves(name):
+def test_without_gradients_nothing_is_kept(name):
     model, x = ready(name)
     with torch.no_grad():
         first, second = model(x), model(x)
