@@ -6,6 +6,7 @@ from __future__ import annotations
 from .adapter_config import check_config
 from .adapter_file import (
     CONFIG_NAME,
+    SETTINGS_NAME,
     WEIGHTS_NAME,
     AdapterFileError,
     AdapterSizes,
@@ -34,6 +35,7 @@ __all__ = [
     "MAX_UNPACKED",
     "PICKLE_NAME",
     "SAVE_DTYPES",
+    "SETTINGS_NAME",
     "WEIGHTS_NAME",
     "AdapterFileError",
     "AdapterReport",

@@ -34,7 +34,7 @@ _UNQUANTISED = (
     "a mask needs the float weights. Load the base without quantization_config, or as it was before it was quantised, "
     "for example in bfloat16."
 )
-# By name, so that nothing is imported to look it up: layers of the libraries that quantise, and others' by their names.
+# By name, so that nothing is imported to look it up: layers of libraries that quantise, and others by their own.
 _QUANTISED = re.compile(
     r"^(?:torch\.(?:ao\.)?nn\.(?:\w+\.)*(?:quantized|qat)|torchao|bitsandbytes|quanto|optimum\.quanto|auto_gptq|gptqmodel|"
     r"awq|hqq|aqlm|eetq|vptq|compressed_tensors)\.(?:.*\.)?\w*(?:Linear|Conv|Embedding)\w*$"
@@ -179,9 +179,9 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
         raise ValueError(f"Target {name!r} is an Embedding with max_norm, which rewrites its weights: set it to None.")
     if is_parametrized(module):
         raise ValueError(
-            f"The parameters of target {name!r} are computed by a parametrization for every forward. Keep their values "
-            "first, with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or leave the layer out "
-            "with exclude_modules."
+            f"The parameters of target {name!r} are computed by a parametrization for every forward. Keep their "
+            "values first, with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or leave the "
+            "layer out with exclude_modules."
         )
     if mask_layer_for(module) is None:
         raise ValueError(

@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional.masking import progressive_density
-from ..storage.adapter_file import SETTINGS_NAME
+from ..storage import SETTINGS_NAME
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..storage import is_settings, settings_tensor
-from ..storage.adapter_file import SETTINGS_NAME
+from ..storage import SETTINGS_NAME, is_settings, settings_tensor
 from .checks import BASE_PREFIX, misfit
 from .coded import condense, expand
 from .config import MaskConfig

@@ -150,8 +150,8 @@ def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
         else:
             raise ValueError(
                 f"preprocessing: {_short(key)} cannot be {_short(value)}. It may have image_size (1 to 4096), mean "
-                "and std (three numbers each, std above 0), crop_pct (above 0, and 1 at most) and interpolation (one of "
-                f"{', '.join(_INTERPOLATIONS)})."
+                "and std (three numbers each, std above 0), crop_pct (above 0, and 1 at most) and interpolation (one "
+                f"of {', '.join(_INTERPOLATIONS)})."
             )
     return result
 
