@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .live_tensor import LiveTensor
@@ -192,7 +194,8 @@ class LiveModel:
 
 
 def _check_plain(model: nn.Module) -> None:
-    if any(hasattr(module, "base_layer") for module in model.modules()) or hasattr(model, "peft_config"):
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    if any(isinstance(module, wrappers) for module in model.modules()) or hasattr(model, "peft_config"):
         raise ValueError(
             "A bank takes the plain base model, and this one has PEFT adapters: pass model.unload(), or load the "
             "base anew."

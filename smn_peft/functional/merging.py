@@ -16,7 +16,7 @@ from torch import Tensor
 from .masking import effective_weight, scale_of
 from .packing import pack_bits, unpack_bits
 
-__all__ = ["Stash", "check_finite", "merge_weight", "unmerge_weight"]
+__all__ = ["Stash", "check_finite", "merge_weight", "unmerge_weight", "unmerged_weight"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,7 +39,6 @@ def _divided(merged: Tensor, scale: Tensor) -> Tensor:
     return (merged.double() / scale.double()).to(merged.dtype)
 
 
-@torch.no_grad()
 def check_finite(weight: Tensor, path: str, scores: Mapping[str, Tensor]) -> None:
     """Refuse to merge what is not finite.
 
@@ -61,6 +60,7 @@ def check_finite(weight: Tensor, path: str, scores: Mapping[str, Tensor]) -> Non
         raise ValueError(f"NaNs detected in the merged weights: the base's own {path} is not finite.")
 
 
+@torch.no_grad()
 def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
     """Overwrite `weight` in place with its effective weight ``θ·M/σ``.
 
@@ -84,12 +84,18 @@ def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
 
 
 @torch.no_grad()
-def unmerge_weight(weight: Tensor, stash: Stash) -> None:
-    """Restore in place what [`merge_weight`] overwrote, bit for bit; the stash may be on another device.
+def unmerged_weight(weight: Tensor, stash: Stash) -> Tensor:
+    """What [`merge_weight`] overwrote, bit for bit, as another tensor; the stash may be on another device.
 
     A weight that was cast while it was merged comes back up to rounding.
     """
     restored = _divided(weight.detach(), stash.scale.to(weight.device))
     where = unpack_bits(stash.where.to(weight.device), weight.shape)
     restored[where] = stash.values.to(weight.device, weight.dtype)
-    weight.copy_(restored)
+    return restored
+
+
+@torch.no_grad()
+def unmerge_weight(weight: Tensor, stash: Stash) -> None:
+    """Restore in place what [`merge_weight`] overwrote; see [`unmerged_weight`]."""
+    weight.copy_(unmerged_weight(weight, stash))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from .adapter_config import check_config
 from .adapter_file import (
     CONFIG_NAME,
+    SETTINGS_NAME,
     WEIGHTS_NAME,
     AdapterFileError,
     AdapterSizes,
@@ -25,6 +26,7 @@ from .locate import PICKLE_NAME, check_folder_weights, check_hub_weights, locate
 from .reading import MAX_JSON, check_regular, open_regular, read_bytes, read_json
 from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
 from .rounding import SAVE_DTYPES, rounded
+from .settings import is_settings, read_settings, settings_tensor
 from .verification import verify_adapter_file
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "MAX_UNPACKED",
     "PICKLE_NAME",
     "SAVE_DTYPES",
+    "SETTINGS_NAME",
     "WEIGHTS_NAME",
     "AdapterFileError",
     "AdapterReport",
@@ -52,6 +55,7 @@ __all__ = [
     "fingerprint",
     "finish_adapter_file",
     "inspect_adapter",
+    "is_settings",
     "locate_adapter",
     "open_regular",
     "pack_adapter",
@@ -61,7 +65,9 @@ __all__ = [
     "read_config",
     "read_json",
     "read_metadata",
+    "read_settings",
     "rounded",
+    "settings_tensor",
     "size_change",
     "tensor_digest",
     "to_disk",

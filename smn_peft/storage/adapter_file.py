@@ -23,6 +23,7 @@ from .reading import open_regular
 __all__ = [
     "CONFIG_NAME",
     "REST_CHECKSUM",
+    "SETTINGS_NAME",
     "WEIGHTS_NAME",
     "AdapterFileError",
     "AdapterSizes",
@@ -39,6 +40,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 REST_CHECKSUM = "smn_rest_checksum"
 """Metadata key of the checksum of all tensors that are not masks, see [`rest_checksum`]."""
+SETTINGS_NAME = "smn_settings"
+"""Last part of the key of the tensor that holds an adapter's settings, see `storage.settings`."""
 _MAX_HEADER = 25_000_000  # a ViT-g header has 60 kB
 _MAX_DIM = 16
 _PIECE = 1 << 20  # bytes that are read at a time for a checksum
@@ -64,7 +67,7 @@ class AdapterSizes:
         head: `modules_to_save`, in general the task head.
         statistics: BatchNorm running statistics.
         scores: Scores, with ``save_scores=True``.
-        total: The whole file, header included.
+        total: The whole file, header and settings included.
     """
 
     mask: int
@@ -219,11 +222,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _read_header(path, file)[1]
 
 
-def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
     """Read an adapter file once, check what was read, and keep nothing of the file: it may change afterwards.
 
     Args:
         path: The file, or the folder that holds `adapter_model.safetensors`.
+        settings: Give the tensor with the adapter's settings too, which the config beside the file says as well.
 
     Returns:
         Tensors by checkpoint key, on the CPU.
@@ -234,15 +238,16 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = _weights_path(path)
     with _opened(path) as file:
         data = file.read()
-    return parse_adapter_file(data, path)
+    return parse_adapter_file(data, path, settings=settings)
 
 
-def parse_adapter_file(data: bytes, where: str | os.PathLike[str]) -> dict[str, Tensor]:
+def parse_adapter_file(data: bytes, where: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
     """Read an adapter file's bytes, after checking them.
 
     Args:
         data: The whole file.
         where: What errors call it.
+        settings: As of [`read_adapter_file`].
 
     Returns:
         Tensors by checkpoint key, on the CPU.
@@ -253,7 +258,7 @@ def parse_adapter_file(data: bytes, where: str | os.PathLike[str]) -> dict[str, 
     names = _check(where, io.BytesIO(data))
     try:
         tensors = load(data)
-        return {name: tensors[name] for name in names}
+        return {name: tensors[name] for name in names if settings or name.rpartition(".")[2] != SETTINGS_NAME}
     except SafetensorError as error:
         raise AdapterFileError(f"{where} cannot be read: {error}. Fetch or save it again.") from error
 
@@ -271,5 +276,6 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
         total = file.seek(0, os.SEEK_END)
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        sums[purpose_of(name)] += last - first
+        if name.rpartition(".")[2] != SETTINGS_NAME:
+            sums[purpose_of(name)] += last - first
     return AdapterSizes(**sums, total=total)

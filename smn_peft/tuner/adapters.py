@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from threading import RLock
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..functional.masking import compute_mask, density
+from ..functional.merging import Stash, unmerged_weight
 from ..functional.packing import pack_bits, unpack_bits
 from ..functional.selection import seeded_generator, select_trainable
 from .buffers import ResidentBuffers, ScoreDict
@@ -38,6 +40,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """State of a masked layer: per adapter, either scores (`smn_scores`, trainable) or packed bits (`smn_mask`)."""
 
     slots: tuple[Slot, ...] = (Slot("", "weight"), Slot("bias_", "bias", is_bias=True))
+    hides_parts = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`; [`update_layer`] adds adapters."""
@@ -51,6 +54,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.other_param_names = (*(slot.mask_name for slot in self.present_slots), "smn_info")
         self.smn_info: dict[str, AdapterInfo] = {}
         self._awaiting = self._was_loaded = False
+        self._stashes: dict[str, Stash] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -88,6 +92,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         parameter = self._parameter(slot) if own is None else own
         assert parameter is not None
         return parameter
+
+    def own_tensor(self, slot: Slot) -> Tensor:
+        """The base's own values of a slot, whatever is merged into them."""
+        weight, stash = self.base_tensor(slot), self._stashes.get(slot.name)
+        return weight if stash is None else unmerged_weight(weight, stash)
+
+    def own_statistics(self) -> dict[str, Tensor]:
+        """The base's own running statistics by name, of those that an adapter's are merged into."""
+        return {}
 
     def scores(self, slot: Slot) -> ScoreDict:
         """Scores of a slot by adapter name, of the adapters that can train."""
@@ -146,7 +159,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             generator = seeded_generator(info.config.seed, f"{info.key}.{slot.path}.select")
             with torch.inference_mode(False):  # what is kept serves a backward as well
                 selected = select_trainable(
-                    weight.detach(), info.config.trainable_fraction, info.config.select, generator
+                    self.own_tensor(slot).detach(), info.config.trainable_fraction, info.config.select, generator
                 )
             info.trainable[slot.name] = selected
         return selected
@@ -225,6 +238,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             for container in (self.scores(slot), self.bits(slot)):
                 if adapter_name in container and container[adapter_name].device.type != "meta":
                     container[adapter_name] = container[adapter_name].to(target)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module`'s, without this layer's parts while PEFT looks for `modules_to_save` by the ends of names."""
+        found = super().named_modules(*args, **kwargs)
+        return islice(found, 1) if self.hides_parts else found
 
     # --- State dicts: what a layer's entries in an adapter file are --------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -92,9 +92,26 @@ class BatchNorm(AdapterLayer):
     def add_statistics(self, adapter_name: str, config: MaskConfig) -> None:
         """With ``batch_norm="adapt"``, start an adapter's statistics from a copy of the base's."""
         if config.batch_norm == "adapt":
-            for name in STATISTICS:
-                self.statistics(name)[adapter_name] = self._base_buffer(name).clone()
+            self.set_statistics(adapter_name, self.base_statistics())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def base_statistics(self) -> dict[str, Tensor]:
+        """A copy of the base's own statistics by name, whatever is merged into them."""
+        return {name: self._base_buffer(name).clone() for name in STATISTICS}
+
+    def statistics_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """An adapter's statistics by name; empty if it has none of its own."""
+        containers = {name: self.statistics(name) for name in STATISTICS}
+        return {name: buffers[adapter_name] for name, buffers in containers.items() if adapter_name in buffers}
+
+    def set_statistics(self, adapter_name: str, statistics: Mapping[str, Tensor]) -> None:
+        """Replace what [`statistics_of`] gives."""
+        for name in STATISTICS:
+            if name in statistics:
+                self.statistics(name)[adapter_name] = statistics[name]
+            else:
+                self.statistics(name).forget(adapter_name)
+        self._set_mode()
 
     def _base_buffer(self, name: str) -> Tensor:
         buffer = self.get_base_layer().get_buffer(name)
@@ -170,6 +187,10 @@ class BatchNorm(AdapterLayer):
         self.merged_adapters = []
         self._set_mode()
 
+    def own_statistics(self) -> dict[str, Tensor]:
+        """See [`AdapterLayer.own_statistics`]."""
+        return self._base_statistics
+
     def _combined(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Statistics of the named adapters: their own, or the mean over several."""
         if not names:
@@ -192,7 +213,7 @@ class BatchNorm(AdapterLayer):
             ]
             self.statistics(name)[adapter_name] = torch.stack(parts).sum(0)
 
-    def statistics_of(self, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+    def statistics_for(self, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
         """What to normalise an input by under the named adapters; nothing if none has statistics of its own."""
         means = self.statistics("running_mean")
         tensors = self._combined([name for name in names if name in means])
@@ -203,7 +224,7 @@ class BatchNorm(AdapterLayer):
 
     def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
         base: Any = self._modules["base_layer"]
-        if not (tensors := self.statistics_of(names, x)):
+        if not (tensors := self.statistics_for(names, x)):
             return base(x)  # type: ignore[no-any-return]
         dtype = tensors["running_mean"].dtype
         if _is_plain(base):
@@ -258,7 +279,8 @@ class BatchNorm(AdapterLayer):
 def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, active_adapters: list[str]) -> None:
     """Put the policy of an adapter on every BatchNorm of a model, but for those in `modules_to_save`."""
     held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
-    own = tuple(f"{n}." for n, m in model.named_modules() if adapter_name in getattr(m, "modules_to_save", ()))
+    saved = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    own = tuple(f"{name}." for name, module in saved if adapter_name in module.modules_to_save)
     wrappers: dict[nn.Module, BatchNorm] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name.startswith(own):  # PEFT saves and switches all of it

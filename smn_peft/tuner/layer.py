@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
-from ..functional.merging import Stash, check_finite, merge_weight, unmerge_weight
+from ..functional.merging import check_finite, merge_weight, unmerge_weight
 from .cache import CachedWeights, Training
 from .checkpoint import StoredLayer
 from .mixed import MixedWeight, in_rows, name_in_force, rows_in_force, running
@@ -34,7 +34,6 @@ class MaskLayer(StoredLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`; `update_layer` adds adapters."""
         super().__init__(base_layer)
-        self._stashes: dict[str, Stash] = {}
         self._ready: CachedWeights | Training | None = None
 
     # --- Effective weights -------------------------------------------------------------------------------------------

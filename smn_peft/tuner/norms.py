@@ -72,7 +72,7 @@ class MaskedBatchNorm(BatchNorm, Substituted):
 
     def _normalised(self, names: Sequence[str], tensors: Sequence[Tensor], x: Tensor) -> Tensor:
         values = dict(zip((slot.path for slot in self.present_slots), tensors, strict=True))
-        if statistics := self.statistics_of(names, x):
+        if statistics := self.statistics_for(names, x):
             values = {path: tensor.to(statistics["running_mean"].dtype) for path, tensor in values.items()}
             values |= statistics
         result: Tensor = call_with(self.get_base_layer(), values, x)
