@@ -199,7 +199,7 @@ class Database:
     def _writer(self) -> Iterator[sqlite3.Connection]:
         """A connection for changes, in write-ahead mode where that is safe; threads take turns."""
         if self.read_only:
-            raise PermissionError(f"The bank {self.path} was opened read-only: open it without read_only.")
+            raise PermissionError(f"The bank {self.path} was opened read-only: open it without, or a copy of it.")
         with self._writing, self._explained():
             connection, process = self._connect("rw", _WRITER_WAIT), os.getpid()
             try:

@@ -20,6 +20,8 @@ def explanation(error: Exception, path: Path) -> Exception:
     text, kind = str(error), getattr(error, "sqlite_errorname", "")  # Python 3.11
     if "locked" in text or "locking protocol" in text:
         return StoreBusyError(f"{path} stays locked by another process: try again.")
+    if "unable to open" in text and not path.exists():
+        return FileNotFoundError(f"{path} is gone: put the bank back, or open it anew.")
     if "unable to open" in text or "readonly" in text:
         try:
             os.close(os.open(os.devnull, os.O_RDONLY))

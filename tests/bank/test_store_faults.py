@@ -404,6 +404,14 @@ def test_limits_that_are_not_damage(tmp_path):
         assert store.names() == ["a", "t0"]
 
 
+def test_a_file_that_is_gone(copy):
+    with DiskStore.open(copy) as store:
+        copy.unlink()
+        with pytest.raises(FileNotFoundError, match=r"copy\.sqlite is gone"):
+            store.add("a", adapter(1))
+        assert not copy.exists()
+
+
 def test_an_adapter_that_is_larger_than_a_row(copy, monkeypatch):
     monkeypatch.setattr("smn_peft.bank.task_row.MAX_BLOB", 1000)
     with DiskStore.open(copy) as store:
