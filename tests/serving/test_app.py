@@ -104,7 +104,7 @@ def test_questions_that_cannot_be_answered(client):
     refused(client.post("/v1/predict", json=[]), 422, "object")
     half = {"image": base64.b64encode(IMAGES[0]).decode(), "task": "\ud800"}
     half = {"content": json.dumps(half), "headers": {"Content-Type": "application/json"}}
-    refused(client.post("/v1/predict", **half), 422, "'task' holds half a character")
+    refused(client.post("/v1/predict", **half), 422, "The body holds half a character")
     broken = {"content": "[" * 100_000, "headers": {"Content-Type": "application/json"}}
     refused(client.post("/v1/predict", **broken), 400, "no JSON")
     form = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -124,12 +124,12 @@ def test_what_is_too_large_is_refused_before_it_is_read_or_decoded(client):
     chunks = (noise[start : start + 1000] for start in range(0, len(noise), 1000))  # without a length
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     refused(client.post("/v1/predict", content=chunks, headers=form), 413, "larger than 200000")
-    refused(client.post("/v1/predict", **files(_bomb(40_000, 40_000), "birds")), 413, "pixels", "1000000")
-    refused(client.post("/v1/predict", **files(_bomb(1200, 900), "birds")), 413, "1200 × 900", "1000000")
-    refused(client.post("/v1/predict", **files(_bomb(100_000, 4), "birds")), 422, "strip of 100000 × 4")
+    refused(client.post("/v1/predict", **files(bomb(40_000, 40_000), "birds")), 413, "pixels", "1000000")
+    refused(client.post("/v1/predict", **files(bomb(1200, 900), "birds")), 413, "1200 × 900", "1000000")
+    refused(client.post("/v1/predict", **files(bomb(100_000, 4), "birds")), 422, "strip of 100000 × 4")
 
 
-def _bomb(width, height):
+def bomb(width, height):
     """A PNG of a few hundred bytes that says it is large; decoding it would fail."""
     import struct
     import zlib

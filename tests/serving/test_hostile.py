@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests made to stop the server: each is refused in little time, and says why."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+import time
+
+import pytest
+from fastapi.testclient import TestClient
+
+from smn_peft.bank.source import StoredAdapter
+from smn_peft.serving.app import build_app
+from smn_peft.serving.limits import Bodies, Limits, limited
+from smn_peft.serving.workers import Workers
+from tests.serving.running import form
+from tests.serving.test_app import BEARER, bomb, close, files, refused
+from tests.serving.tiny import IMAGES, KEY, URL, image, service
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def served(saved):
+    return service(saved[0], limits=Limits(timeout=20, classes=1000))
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with TestClient(build_app(served, api_key=KEY), URL) as client:
+        client.post("/v1/predict", **files(IMAGES[0], "ships"))
+        yield client
+
+
+@pytest.fixture
+def quickly():
+    began = time.process_time()
+    yield
+    assert time.process_time() - began < 2.0
+
+
+@pytest.mark.parametrize("charset", ["punycode", "IDNA", '"punycode"', "utf-7", "utf-16", "unicode_escape", "hex"])
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/json"])
+def test_no_text_but_utf_8(client, quickly, charset, kind):
+    body = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\na-' + b"b" * 1_000_000 + b"\r\n--x--\r\n"
+    answer = client.post("/v1/predict", content=body, headers={"Content-Type": f"{kind}; charset={charset}"})
+    refused(answer, 415, "charset", "UTF-8")
+
+
+def test_utf_8_may_be_named(client):
+    body, headers = form(IMAGES[0], ["ships"])
+    for charset in ("utf-8", '"UTF-8"', "utf8"):
+        headers = {"Content-Type": f"multipart/form-data; boundary=xyz; charset={charset}"}
+        assert client.post("/v1/predict", content=body, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "error"),
+    [
+        (b"[" * 10_000_000, 422, "more than 10000 parts"),
+        (b'{"image":"x","x":[' + b"[]," * 3_000_000 + b"1]}", 422, "more than 10000 parts"),
+        (b'{"image":"x","task":[' + b'"a",' * 2_000_000 + b'"a"]}', 422, "more than 10000 parts"),
+        (b"{" + b'"a":{' * 5_000, 400, "no JSON"),
+        (b'{"image":"x","top":' + b"9" * 9_000_000 + b"}", 400, "no JSON"),
+    ],
+)
+def test_json_made_to_take_long(client, quickly, body, status, error):
+    refused(client.post("/v1/predict", content=body, headers=JSON), status, error)
+
+
+@pytest.mark.parametrize("top", ["Infinity", "-Infinity", "NaN", "1e400", "0", "1001", "1.5", '"x"', "[]", "null"])
+def test_top_is_a_number_of_classes(client, top):
+    body = f'{{"image": "{base64.b64encode(IMAGES[0]).decode()}", "task": "ships", "top": {top}}}'
+    answer = client.post("/v1/predict", content=body, headers=JSON)
+    assert answer.status_code in (400, 422), answer.text
+    assert answer.json()["fix"]
+
+
+def test_what_is_too_long_or_half_a_character_is_no_failure_of_the_server(client, saved):
+    picture = base64.b64encode(IMAGES[0]).decode()
+    for body in ('"task": "\\ud800"', '"task": ["ships", "\\udfff"]', '"task": "ships", "x": "\\ud800"'):
+        answer = client.post("/v1/predict", content=f'{{"image": "{picture}", {body}}}', headers=JSON)
+        refused(answer, 422, "half a character")
+    refused(client.post("/v1/predict", json={"image": picture, "task": "a" * 5000}), 422, "1000 characters")
+    refused(client.get("/v1/tasks/" + "a" * 5000), 422, "name")
+    refused(client.get("/v1/tasks?q=" + "a" * 5000), 422, "q")
+    for body in (
+        {"hub_id": "a/" + "b" * 5000},
+        {"hub_id": "a/b", "revision": "c" * 5000},
+        {"folder": "/" + "d" * 3000},
+        {"folder": "e/" * 3000},
+        {"folder": "/dev/null/x"},
+        {"folder": "a\0b"},
+        {"folder": str(saved[0] / "ships"), "classes": ["f" * 5000]},
+        {"config": "no file", "weights": "no file"},
+    ):
+        answer = client.post("/v1/tasks", json={"name": "x", **body}, headers=BEARER)
+        assert answer.status_code == 422, (body, answer.text)
+    assert client.get("/v1/tasks").json()["total"] == 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "passes"),
+    [
+        ({"Host": "localhost:8000"}, True),
+        ({"Host": "127.0.0.1:8000"}, True),
+        ({"Host": "192.168.0.7"}, True),
+        ({"Host": "[::1]:8000"}, True),
+        ({"Host": "models.example"}, True),
+        ({"Host": "a.lan.example:80"}, True),
+        ({"Host": "evil.example"}, False),
+        ({"Host": "localhost.evil.example"}, False),
+        ({"Host": "127.0.0.1.evil.example"}, False),
+        ({"Host": "lan.example.evil"}, False),
+        ({"Host": "[::1"}, False),
+        ({"Host": ""}, False),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:8000"}, True),
+        ({"Host": "10.0.0.1", "Origin": "https://models.example"}, True),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:3000"}, False),
+        ({"Host": "localhost:8000", "Origin": "http://evil.example"}, False),
+        ({"Host": "localhost:8000", "Origin": "null"}, False),
+        ({"Host": "localhost:8000", "Origin": "http://evil.example#models.example"}, False),
+    ],
+)
+def test_other_sites_pages_may_not_ask(saved, headers, passes):
+    app = build_app(service(saved[0]), allowed_hosts=["models.example", "*.lan.example", ""])
+    with TestClient(app, URL) as client:
+        answer = client.post("/v1/embed", **files(IMAGES[0], "ships"), headers=headers)
+        if passes:
+            assert answer.status_code == 200, answer.text
+        else:
+            refused(answer, 403, "page of" if "Origin" in headers else "not called", "--allowed-hosts")
+        assert client.get("/healthz", headers=headers).status_code == 200
+
+
+def test_the_check_of_hosts_can_be_turned_off(saved):
+    with TestClient(build_app(service(saved[0]), allowed_hosts=["*"]), "http://evil.example") as client:
+        answer = client.post("/v1/embed", **files(IMAGES[0], "ships"), headers={"Origin": "http://other.example"})
+        assert answer.status_code == 200
+
+
+def test_answers_grow_with_no_number_of_classes(client, served):
+    stored = served.bank._source.read("ships")
+    names = {str(index): "n" * 100_000 if index == 3 else f"class {index}" for index in range(500_000)}
+    served.bank._source._adapters["many"] = StoredAdapter({**stored.config, "id2label": names}, stored.tensors)
+    try:
+        client.get("/v1/tasks/many")
+        began = time.process_time()
+        for _ in range(3):
+            found = client.post("/v1/predict", **files(IMAGES[0], "many")).json()["results"][0]["top"]
+            assert [entry["label"] for entry in found if entry["index"] == 2] == ["class 2"]
+            facts = client.get("/v1/tasks/many").json()
+        assert time.process_time() - began < 1.0
+        assert [len(name) for name in facts["labels"]] == [7, 7, 7, 1000]
+    finally:
+        del served.bank._source._adapters["many"]
+
+
+def test_logits_of_many_classes_are_not_given(saved):
+    with TestClient(build_app(service(saved[0], limits=Limits(classes=3))), URL) as client:
+        refused(client.post("/v1/predict", **files(IMAGES[0], "ships", logits="1")), 422, "has 4 classes", "'top'")
+        assert client.post("/v1/predict", **files(IMAGES[0], "ships")).status_code == 200
+
+
+def test_a_large_image_keeps_only_large_ones_waiting(client, served, saved, monkeypatch):
+    """While the thread for large images is busy, small ones are answered and tasks are listed."""
+    go, busy = threading.Event(), threading.Event()
+    monkeypatch.setattr(served, "_large", Workers(1, "test"))
+    large = image(0, (2100, 2000), "JPEG", quality=5)
+    answers = []
+    asyncio.run(_put(served._large, lambda: (busy.set(), go.wait(20))))
+    assert busy.wait(10)
+    asking = threading.Thread(target=lambda: answers.append(client.post("/v1/embed", **files(large, "ships"))))
+    asking.start()
+    try:
+        for _ in range(3):
+            assert client.post("/v1/embed", **files(IMAGES[0], "ships")).status_code == 200
+            assert client.get("/v1/tasks").status_code == 200
+        assert answers == []
+    finally:
+        go.set()
+        asking.join(20)
+    assert answers[0].status_code == 200
+
+
+async def _put(workers, function):
+    task = asyncio.ensure_future(workers.run(function))
+    await asyncio.sleep(0.1)
+    task.cancel()
+
+
+def test_hostile_images_are_refused(client, quickly):
+    from tests.data.test_decoding import POSTSCRIPT, scanned
+
+    refused(client.post("/v1/embed", **files(scanned(2000, 3000), "ships")), 422, "scans")
+    refused(client.post("/v1/embed", **files(POSTSCRIPT, "ships")), 415, "not an image")
+    refused(client.post("/v1/embed", **files(image(0, kind="TIFF"), "ships")), 415, "not an image")
+    refused(client.post("/v1/embed", **files(bomb(5001, 5000), "ships")), 413, "pixels", "25000000")
+
+
+def test_bodies_are_bounded_together():
+    class Half:
+        headers, scope = {}, {"type": "http"}
+
+        async def receive(self):
+            return {"type": "http.request", "body": bytes(60), "more_body": True}
+
+    bodies = Bodies(100)
+    with limited(Half(), 1000, 1, bodies) as first:
+        asyncio.run(first.receive())
+        with pytest.raises(Exception, match="Too many requests"), limited(Half(), 1000, 1, bodies) as second:
+            asyncio.run(second.receive())
+        assert bodies.held == 60
+    assert bodies.held == 0
+
+
+def test_an_adapter_that_masks_and_brings_a_weight_is_refused(client, saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+
+    config = json.loads((saved[0] / "ships" / CONFIG_NAME).read_text())
+    tensors = load_file(saved[0] / "ships" / WEIGHTS_NAME)
+    masked = next(key for key in tensors if "blocks.0.attn.qkv" in key)
+    weight = masked.rpartition(".smn_")[0] + ".weight"
+    save_file({**tensors, weight: tensors[next(k for k in tensors if k.endswith("head.weight"))].new_zeros(96, 32)}, tmp_path / "w")
+    parts = {"config": ("c", json.dumps(config)), "weights": ("w", (tmp_path / "w").read_bytes()), "name": (None, "both")}
+    refused(client.post("/v1/tasks", files=parts, headers=BEARER), 422, "not added")
+    for task, name in (("ships", "ships"), ("birds", "birds")):
+        (result,) = client.post("/v1/predict", **files(IMAGES[0], task, logits="1")).json()["results"]
+        close(result["logits"], saved[1][name][0])
