@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 
 from ..backbones import is_file_spec
 
 __all__ = ["absolute"]
-
-_FILES = (".npz", ".parquet")
 
 
 def absolute(name: str) -> str:
@@ -21,6 +20,7 @@ def absolute(name: str) -> str:
     path, function = name, ""
     if is_file_spec(name) and not name.endswith(".py"):
         path, _, function = name.rpartition(":")
-    if not os.path.exists(path) and not path.endswith(_FILES):
+    start = re.split(r"[*?\[]", path, maxsplit=1)[0] if path.endswith(".parquet") else path
+    if not os.path.exists(path) and not (start != path and os.path.isdir(os.path.dirname(start) or os.curdir)):
         return name
     return os.path.abspath(path) + (f":{function}" if function else "")

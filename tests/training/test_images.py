@@ -116,6 +116,8 @@ def test_what_is_no_path_stays_as_it_is(tmp_path, monkeypatch):
     arguments = tiny_arguments(tmp_path, dataset="user/birds:small", backbone="timm/resnet18.a1_in1k")
     assert (arguments.dataset, arguments.backbone) == ("user/birds:small", "timm/resnet18.a1_in1k")
     assert arguments.objective == "cross_entropy"
+    assert replace(arguments, dataset="{assets}/gone.npz").dataset == "{assets}/gone.npz"
+    os.mkdir("set")
     names = {"dataset": "set/train-*.parquet", "init_from": "user", "weights": "gone.safetensors"}
     arguments = replace(arguments, **names)
     assert arguments.dataset == str(tmp_path / "set" / "train-*.parquet")
