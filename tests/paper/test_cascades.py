@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 
 from smn_peft.paper import ARTEFACTS, reproduce
+from tests.training.tiny import base_of
 
 cascade = pytest.importorskip("smn_peft.cascade")
 
 
-def test_a_cascade_serves_its_table_and_figures(tiny_scale, store):
+def test_a_cascade_serves_its_table_and_figures(tiny_scale, tiny_folder, store):
     said: list[str] = []
     made = [
         reproduce(ARTEFACTS[name], tiny_scale, seeds=1, output=store.folder, say=said.append)
@@ -20,7 +21,8 @@ def test_a_cascade_serves_its_table_and_figures(tiny_scale, store):
     table, embeddings, clusters = (result.record for result in made)
     values = {(cell["section"], cell["row"]): cell["values"][0] for cell in table["cells"]}
     folder = store.folder / "runs" / table["cells"][0]["runs"][0]
-    reports = {(report.metric, report.label): report.value for report in cascade.evaluate_cascade(folder)}
+    found = cascade.evaluate_cascade(folder, backbone=base_of(tiny_folder))
+    reports = {(report.metric, report.label): report.value for report in found}
     for row in ("dispatcher", "dispatcher, whitened", "cascade, conditional", "cascade, unconditional"):
         assert values["k-NN", row] == reports["knn", row]
         assert values["Linear probe", row] == reports["linear_probe", row]
