@@ -157,10 +157,10 @@ def test_a_finished_cascade_stays_where_another_router_is_asked_for(fitted, argu
     assert contents(tmp_path / "whole") == before
 
 
-def test_the_run_of_an_expert_can_be_repeated_alone(fitted, tmp_path):
+def test_the_run_of_an_expert_can_be_repeated_alone(fitted, arguments, tmp_path):
     from smn_peft.training.saved import arguments_of
 
-    mine = arguments_of(RunSummary.load(fitted / "expert-1"))
+    mine = arguments_of(RunSummary.load(fitted / "expert-1"), arguments.backbone)
     run(replace(mine, output_dir=str(tmp_path / "again")), evaluate=False)
     again = (tmp_path / "again" / "adapter_model.safetensors").read_bytes()
     assert again == (fitted / "expert-1" / "adapter_model.safetensors").read_bytes()

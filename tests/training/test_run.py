@@ -81,7 +81,7 @@ def test_run_json_is_the_run(tmp_path, head):
     del old["waiting_for_data"]  # as it was written before there was one
     (tmp_path / "out" / "run.json").write_text(json.dumps(old))
     assert RunSummary.load(tmp_path / "out").waiting_for_data is None
-    assert arguments_of(loaded) == arguments
+    assert arguments_of(loaded, arguments.backbone) == arguments
     assert loaded.arguments["classes"] == ["red", "green", "blue"]
     assert loaded.arguments["head_classes"] == 3
 
