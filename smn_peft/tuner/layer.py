@@ -6,6 +6,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import check_finite, merge_weight, unmerge_weight
+from ..functional.passes import build
 from .cache import CachedWeights, Training
 from .checkpoint import StoredLayer
 from .mixed import MixedWeight, in_rows, name_in_force, rows_in_force, running
@@ -99,21 +101,19 @@ class MaskLayer(StoredLayer):
 
     def _merged_spec(self, holders: Sequence[str]) -> MaskSpec:
         specs = [self.smn_info[name].spec for name in holders]
-        return replace(
-            specs[0],
-            scale=all(spec.scale for spec in specs),
-            scale_gradient=all(spec.scale_gradient for spec in specs),
-        )
+        scale, scale_gradient = all(spec.scale for spec in specs), all(spec.scale_gradient for spec in specs)
+        return replace(specs[0], scale=scale, scale_gradient=scale_gradient)
 
     def _intersection(self, slot: Slot, holders: Sequence[str]) -> Tensor:
-        mask = self.mask(holders[0], slot)
-        for name in holders[1:]:
-            mask = mask & self.mask(name, slot)
-        return mask
+        return reduce(torch.logical_and, (self.mask(name, slot) for name in holders))
 
     def _build(self, slot: Slot, holders: Sequence[str]) -> Tensor:
-        mask = self._intersection(slot, holders)
-        return effective_weight(self.base_tensor(slot), mask, self._merged_spec(holders).scale)
+        weight, scores = self.base_tensor(slot).detach(), self.scores(slot)
+        if len(holders) > 1 or holders[0] not in scores or torch.compiler.is_compiling() or is_transformed():
+            return effective_weight(weight, self._intersection(slot, holders), self._merged_spec(holders).scale)
+        (name,) = holders  # in every forward, so in as few passes as may be
+        spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+        return build(weight, scores[name].detach(), spec, trainable, weight.dtype)[0]
 
     def _differentiable(self, slot: Slot, holders: Sequence[str]) -> Tensor:
         weight, product = self.base_tensor(slot), None
@@ -212,12 +212,12 @@ class MaskLayer(StoredLayer):
     @property
     def weight(self) -> Tensor:
         """What the layer multiplies by: some models take it and never call the layer (timm's BEiT …)."""
-        return self._in_use("weight")
+        return self._in_use("weight")  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
         """What the layer adds, None without a bias."""
-        return self._in_use("bias")
+        return self._in_use("bias")  # type: ignore[no-any-return]
 
     def of_base(self, name: str) -> Any:
         """An attribute of the base layer, masked where it is masked, be it in a module of the layer's."""
@@ -276,9 +276,8 @@ class MaskLayer(StoredLayer):
 
     def _is_settled(self) -> bool:
         """Whether the next forward is masked, by the active adapters, and calls the base layer's class alone."""
-        if running() or self._disable_adapters or self.merged_adapters or self._awaiting:
-            return False
-        return is_plain(self._modules["base_layer"])  # type: ignore[arg-type]
+        other = running() or self._disable_adapters or self.merged_adapters or self._awaiting
+        return not other and is_plain(self._modules["base_layer"])  # type: ignore[arg-type]
 
     def _masked(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """[`masked_forward`], through the base layer itself where it has hooks, or a forward put over its own."""

@@ -74,13 +74,13 @@ def _get() -> _Mixed | None:
 
 def name_in_force() -> str | None:
     """The one adapter that this forward is under, whichever is active; None without a mixed batch."""
-    mixed = _get() if _running else None
+    mixed: _Mixed | None = _get() if _running else None
     return None if mixed is None else mixed.name
 
 
 def rows_in_force(layer: nn.Module) -> list[str] | None:
     """Adapter of every row that this layer is given; None unless a mixed batch is told apart in the layers."""
-    mixed = _get() if _running else None
+    mixed: _Mixed | None = _get() if _running else None
     if mixed is None:
         return None
     return mixed.unrepeated if layer in mixed.encoder else mixed.rows

@@ -101,7 +101,7 @@ def test_windows_of_a_transformers_model():
             torch.testing.assert_close(mixed[row], alone(model, name, images).logits[row])
 
 
-# --- Models that generate: rows are told apart in every layer -------------------------------------------------------
+# --- Models that generate: rows are told apart in every layer --------------------------------------------------------
 
 
 class Generating(Awkward):
