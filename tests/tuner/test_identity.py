@@ -86,9 +86,7 @@ def on_vit(config: MaskConfig, name: str = "default") -> None:
     ],
     ids=["get_peft_model", "add_adapter", "inject_adapter_in_model", "transformers"],
 )
-@pytest.mark.parametrize(
-    "options", [{"target_modules": ["conv1", "body", "fc1"]}, {"target_modules": r".*(conv1|body|fc1)"}]
-)
+@pytest.mark.parametrize("targets", [["conv1", "body", "fc1"], r".*(conv1|body|fc1)"], ids=["list", "regex"])
 def test_no_way_of_adding_an_adapter_writes_to_the_config(use, targets):
     given = MaskConfig(target_modules=targets, codec="entropy")
     before = state(given)

@@ -133,8 +133,8 @@ def test_wrappers_are_known_by_type(tmp_path):
     assert sum("smn_mask" in key for key in read_adapter_file(tmp_path)) == 4
     with torch.no_grad():
         assert torch.equal(PeftModel.from_pretrained(Named(), tmp_path).eval()(images), expected)
-        with MaskBank.open([str(tmp_path)], base=Named().eval()) as bank, bank.use(next(iter(bank))):
-            torch.testing.assert_close(bank.model(images), expected)
+        with MaskBank.open([tmp_path], base=Named().eval()) as bank, bank.use(tmp_path.name) as live:
+            torch.testing.assert_close(live(images), expected)
 
 
 # --- Weights that are not parameters ---------------------------------------------------------------------------------

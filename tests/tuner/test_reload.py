@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -23,8 +21,6 @@ from smn_peft.storage import (
 )
 
 from .test_identity import Net, X, config, saved
-from .test_native_transformers import saved as saved_natively
-from .test_native_transformers import vit
 
 
 def trained(folder, base_seed=0, **options):
@@ -155,6 +151,17 @@ def test_a_file_of_an_earlier_release_that_brings_statistics_is_refused_where_th
         model.load_adapter(tmp_path / "two", "default")
 
 
+@pytest.mark.parametrize("options", [{"scale": False}, {"batch_norm": "adapt"}], ids=str)
+def test_a_config_beside_the_weights_of_another_adapter_is_refused(options, tmp_path):
+    saved(tmp_path / "one")
+    saved(tmp_path / "two", **options)
+    (tmp_path / "one" / WEIGHTS_NAME).replace(tmp_path / "two" / WEIGHTS_NAME)
+    base = Net()
+    with pytest.raises(AdapterFileError, match=f"do not belong together: {next(iter(options))} is"):
+        PeftModel.from_pretrained(base, tmp_path / "two")
+    assert torch.equal(base.eval()(X), Net().eval()(X))
+
+
 @pytest.mark.parametrize("codec", ["bits", "entropy"])
 def test_tools_for_files_keep_the_settings_and_show_tensors_only(codec, tmp_path):
     expected = trained(tmp_path / "file", codec=codec, scale=False)
@@ -167,21 +174,6 @@ def test_tools_for_files_keep_the_settings_and_show_tensors_only(codec, tmp_path
         model = get_peft_model(Net(), config()).eval()
         model.load_adapter(tmp_path / name, "default")
         assert torch.equal(model.eval()(X), expected)
-
-
-def test_transformers_own_loader_does_not_complain(tmp_path):
-    saved_natively(vit, tmp_path)
-    assert any(SETTINGS_NAME in key for key in load_file(tmp_path / WEIGHTS_NAME))
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    try:
-        vit().load_adapter(str(tmp_path))
-    finally:
-        logger.removeHandler(handler)
-    assert not any(SETTINGS_NAME in message for message in messages)
 
 
 def test_an_adapter_that_trains_takes_the_files_base_too(tmp_path):
