@@ -29,6 +29,7 @@ def record(own, other, metric="accuracy"):
         ([0.7, 0.6, 0.65], [0.65, 0.65, 0.64], 0.0, "cannot be told"),
         ([0.7, 0.9], [0.6, 0.6], 0.0, "cannot be told"),
         ([0.601, 0.9, 0.601], [0.6, 0.6, 0.6], 0.0, "cannot be told"),  # one seed says it all
+        ([0.7, 0.7, 0.7, 0.7, 0.599], [0.6], 0.0, "cannot be told"),  # a clear mean, and one seed against it
         ([0.7, None, 0.71], [0.6, 0.6, 0.6], 0.0, "cannot be told"),
     ],
 )
@@ -50,10 +51,10 @@ def test_densities_and_bytes_are_not_compared():
     assert judge(Claim("x", "table1", "own", "other"), record([1.0] * 3, [0.0] * 3, "density")) == []
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.text)
-def test_the_small_scale_has_the_rows_that_a_claim_compares(claim):
-    rows = {cell.row for cell in ARTEFACTS[claim.artefact].cells(scale_named("small"))}
-    assert {claim.row, claim.than} <= rows
+def test_the_small_scale_has_the_rows_that_a_claim_compares():
+    for claim in CLAIMS:
+        rows = {cell.row for cell in ARTEFACTS[claim.artefact].cells(scale_named("small"))}
+        assert {claim.row, claim.than} <= rows, claim.text
 
 
 def test_the_table_says_by_how_much_and_what_the_paper_lacks():
