@@ -166,7 +166,7 @@ class MaskModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return bare_key(super()._remove_adapter_name_from_key(key, adapter_name))  # type: ignore[no-any-return]
+        return bare_key(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
