@@ -108,9 +108,10 @@ class RunSpec:
 
 def _differing(given: Any) -> dict[str, Any]:
     """Fields of a dataclass that a user sets and that are not their defaults."""
-    found = {}
+    kind: Any = type(given)
+    defaults, found = _defaults(kind), {}
     for field in fields(given):
-        value, default = getattr(given, field.name), getattr(_defaults(type(given)), field.name)
+        value, default = getattr(given, field.name), getattr(defaults, field.name)
         if "help" in field.metadata and field.name not in _IGNORED and value != default:
             found[field.name] = _differing(value) if is_dataclass(value) else value
     return found
