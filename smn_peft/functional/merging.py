@@ -15,7 +15,7 @@ from torch import Tensor
 from .masking import effective_weight, scale_of
 from .packing import pack_bits, unpack_bits
 
-__all__ = ["Stash", "merge_weight", "unmerge_weight"]
+__all__ = ["Stash", "merge_weight", "unmerge_weight", "unmerged_weight"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,12 +62,18 @@ def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
 
 
 @torch.no_grad()
-def unmerge_weight(weight: Tensor, stash: Stash) -> None:
-    """Restore in place what [`merge_weight`] overwrote, bit for bit; the stash may be on another device.
+def unmerged_weight(weight: Tensor, stash: Stash) -> Tensor:
+    """What [`merge_weight`] overwrote, bit for bit, as another tensor; the stash may be on another device.
 
     A weight that was cast while it was merged comes back up to rounding.
     """
     restored = _divided(weight.detach(), stash.scale.to(weight.device))
     where = unpack_bits(stash.where.to(weight.device), weight.shape)
     restored[where] = stash.values.to(weight.device, weight.dtype)
-    weight.copy_(restored)
+    return restored
+
+
+@torch.no_grad()
+def unmerge_weight(weight: Tensor, stash: Stash) -> None:
+    """Restore in place what [`merge_weight`] overwrote; see [`unmerged_weight`]."""
+    weight.copy_(unmerged_weight(weight, stash))

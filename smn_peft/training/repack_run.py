@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from ..storage import AdapterSizes, adapter_sizes
 from ..tuner import MaskConfig
-from ..tuner.checks import base_fingerprint
+from ..tuner.identity import base_fingerprint
 from ..tuner.layer import MaskLayer
 from .saved import load_run
 

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..functional.masking import compute_mask, density
+from ..functional.merging import Stash, unmerged_weight
 from ..functional.packing import pack_bits, packed_size, unpack_bits
 from ..functional.selection import seeded_generator, select_trainable
 from .buffers import ResidentBuffers, ScoreDict
@@ -47,6 +48,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.other_param_names = (*(slot.mask_name for slot in self.present_slots), "smn_info")
         self.smn_info: dict[str, AdapterInfo] = {}
         self._awaiting = self._was_loaded = False
+        self._stashes: dict[str, Stash] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         for attribute, size in sizes_of(base_layer).items():
@@ -62,6 +64,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         parameter = self._parameter(slot) if own is None else own
         assert parameter is not None
         return parameter
+
+    def own_tensor(self, slot: Slot) -> Tensor:
+        """The base's own values of a slot, whatever is merged into them."""
+        weight, stash = self.base_tensor(slot), self._stashes.get(slot.name)
+        return weight if stash is None else unmerged_weight(weight, stash)
+
+    def own_statistics(self) -> dict[str, Tensor]:
+        """The base's own running statistics by name, of those that an adapter's are merged into."""
+        return {}
 
     def scores(self, slot: Slot) -> ScoreDict:
         """Scores of a slot by adapter name, of the adapters that can train."""
@@ -119,7 +130,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             generator = seeded_generator(info.config.seed, f"{info.key}.{slot.path}.select")
             with torch.inference_mode(False):  # what is kept serves a backward as well
                 selected = select_trainable(
-                    weight.detach(), info.config.trainable_fraction, info.config.select, generator
+                    self.own_tensor(slot).detach(), info.config.trainable_fraction, info.config.select, generator
                 )
             info.trainable[slot.name] = selected
         return selected

@@ -20,11 +20,12 @@ from torch import nn
 
 from .kinds import CONVOLUTIONS, iter_layers, kind_of
 
-__all__ = ["base_model_of", "default_targets", "exact_targets", "head_modules", "matching_names"]
+__all__ = ["base_model_of", "default_targets", "exact_targets", "head_modules", "matching_names", "vision_scope"]
 
 _LIBRARIES = frozenset({"transformers", "timm", "torchvision", "open_clip", "clip"})
 _DENSE = frozenset({"linear", "conv1d_transformers", "attention"})
 _TOWERS = ("timm_model", "vision_model", "visual", "trunk")  # TimmWrapper, CLIP and SigLIP, OpenCLIP, its timm towers
+_TEXTS = ("text_model", "language_model", "text", "token_embedding")  # beside it; the last two are OpenCLIP's
 _TEXT_TOWER = r"(?!(?:.*\.)?(?:text_model|language_model)\.)"
 _ATTENTION = re.compile(r"(?:^|[._])(?:\w*attn|\w*attention|qkv|[qkv]_proj|quer(?:y|ies))(?:$|[._])")
 _NUMBERED = re.compile(r"\d\.")  # a module above the layer is one of a numbered list
@@ -153,6 +154,16 @@ def _vision_core(model: nn.Module) -> tuple[str, nn.Module]:
         if inner is None:
             return prefix, core
         prefix, core = f"{prefix}{inner}.", getattr(core, inner)
+
+
+def vision_scope(model: nn.Module) -> str:
+    """Prefix of the names in the vision tower of a model that has a text tower too; "" for any other model."""
+    owner, scope = model, _vision_core(model)[0]
+    for part in scope.split("."):
+        if any(isinstance(getattr(owner, text, None), nn.Module) for text in _TEXTS):
+            return scope
+        owner = getattr(owner, part, owner)
+    return ""
 
 
 def _regex_or_list(model: nn.Module, prefix: str, names: list[str]) -> str | list[str]:

@@ -161,6 +161,10 @@ class BatchNorm(AdapterLayer):
         self.merged_adapters = []
         self._set_mode()
 
+    def own_statistics(self) -> dict[str, Tensor]:
+        """See [`AdapterLayer.own_statistics`]."""
+        return self._base_statistics
+
     def _combined(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Statistics of the named adapters: their own, or the mean over several."""
         if not names:

@@ -8,11 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ..storage import fingerprint, tensor_digest
-from .base_name import base_name
-from .config import MaskConfig
 from .forms import mask_layer_for
 from .kinds import READERS, is_norm, type_name
 from .layer import MaskLayer
@@ -20,9 +16,7 @@ from .norms import norm_form_of
 
 __all__ = [
     "BASE_PREFIX",
-    "base_fingerprint",
     "check_adapter_name",
-    "check_base",
     "check_base_kind",
     "check_called",
     "check_targets",
@@ -33,7 +27,6 @@ BASE_PREFIX = "base_model.model."
 """What a `PeftModel` puts before the base model's paths."""
 
 _WRAPPED = ("base_layer", "modules_to_save", "original_module")  # what PEFT adds to paths
-_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # weight -> (version, place, digest)
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
@@ -166,55 +159,6 @@ def _check_weight(name: str, weight: Tensor) -> None:
             f"The weight of target {name!r} is {weight.dtype}. Quantised weights are not supported yet: load the base "
             "in float32, bfloat16 or float16."
         )
-
-
-def _digest(weight: Tensor) -> str:
-    version = -1 if weight.is_inference() else weight._version
-    known = _digests.get(weight)
-    if known is None or known[:2] != (version, weight.data_ptr()):
-        known = (version, weight.data_ptr(), tensor_digest(weight))
-        _digests[weight] = known
-    return str(known[2])
-
-
-def base_fingerprint(layers: Iterable[MaskLayer], adapter_name: str) -> str | None:
-    """Fingerprint of the base weights that an adapter masks; None while they are merged or not loaded."""
-    weights = [
-        layer.base_tensor(slot)
-        for layer in layers
-        if adapter_name in layer.smn_info
-        for slot in layer.smn_info[adapter_name].slots
-    ]
-    if not weights or any(weight.device.type == "meta" for weight in weights):
-        return None
-    return fingerprint((_digest(weight) for weight in weights), weights[0].dtype)
-
-
-def check_base(config: MaskConfig, present: str | None, model: nn.Module) -> str | None:
-    """Refuse a base whose masked weights are not those that the adapter was learned on.
-
-    Args:
-        config: The adapter's configuration, with the fingerprint that it was saved with.
-        present: Fingerprint of the same weights of `model`.
-        model: The base model.
-
-    Returns:
-        A warning if the two cannot be compared because their dtypes differ, else None.
-
-    Raises:
-        ValueError: If they differ; names both bases and both fingerprints.
-    """
-    expected = config.base_fingerprint
-    if not config.check_base or expected is None or present is None or expected == present:
-        return None
-    names = f"made for {config.base_model_name_or_path or 'a base without a name'} ({expected}), this base is "
-    names += f"{base_name(model) or type(model).__name__} ({present})"
-    if expected.partition(":")[0] != present.partition(":")[0]:
-        return f"The adapter's base model cannot be verified in another dtype: {names}."
-    raise ValueError(
-        f"The adapter does not belong to this base model: {names}. Load the base that it names; check_base=False "
-        "in the config overrides the check."
-    )
 
 
 def misfit(missing: Sequence[str], strange: Sequence[str]) -> ValueError:

@@ -15,7 +15,8 @@ from ..functional.packing import packed_size
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks, needs_weight
 from ..storage.repack import shared_prefix
 from .adapters import AdapterLayer
-from .checks import BASE_PREFIX, base_fingerprint, misfit
+from .checks import BASE_PREFIX, misfit
+from .identity import base_fingerprint
 from .layer import MaskLayer
 from .traversal import Place
 
@@ -30,16 +31,12 @@ class _Base:
 
     def selected(self, name: str) -> NDArray[np.bool_] | None:
         layer, slot = self.places[name]
-        config = layer.smn_info[self.adapter_name].config
-        if config.trainable_fraction < 1.0 and config.select == "magnitude":
-            _check_unmerged(layer)
         chosen = layer.trainable(self.adapter_name, slot)
         return None if chosen is None else _to_numpy(chosen).reshape(-1)
 
     def weight(self, name: str) -> NDArray[np.floating]:
         layer, slot = self.places[name]
-        _check_unmerged(layer)
-        weight = layer.base_tensor(slot)
+        weight = layer.own_tensor(slot)
         wide = weight.double() if weight.dtype == torch.float64 else weight.float()  # exact: the order stays
         return _to_numpy(wide).reshape(-1)
 
@@ -115,22 +112,12 @@ def expand(
 
 def _check_weights(places: Mapping[str, Place], adapter_name: str, expected: str | None) -> None:
     layers = list(dict.fromkeys(place.layer for place in places.values()))
-    for layer in layers:
-        _check_unmerged(layer)
     present = base_fingerprint([layer for layer in layers if isinstance(layer, MaskLayer)], adapter_name)
     if None not in (expected, present) and expected != present:
         raise ValueError(
             f"The adapter's masks are coded on the very weights of their base ({expected}), and this base has others "
             f"({present}), whatever check_base says. Load the base that adapter_config.json names, in that dtype; "
             "`smn unpack --base` makes a file that does not depend on it."
-        )
-
-
-def _check_unmerged(layer: AdapterLayer) -> None:
-    if layer.merged:
-        raise ValueError(
-            "The base's own weights are needed to code or decode this adapter's masks, and an adapter is merged into "
-            "them: call unmerge_adapter() first."
         )
 
 

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
@@ -90,7 +91,7 @@ class MaskConfig(PeftConfig):
     save_dtype: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "Dtype that head and BatchNorm statistics are saved in; `round_extras(model)` rounds the live ones."
     )
-    check_base: bool = _option(True, "Refuse a base model whose masked weights are not those the mask was learned on.")
+    check_base: bool = _option(True, "Refuse a base model that is not the one the mask was learned on.")
     format_version: int = _option(FORMAT_VERSION, "Version of the adapter format.")
     base_fingerprint: str | None = _option(None, "Fingerprint of the masked base weights; filled in on saving.")
     unmasked_fingerprint: str | None = _option(
@@ -162,21 +163,32 @@ class MaskConfig(PeftConfig):
         elif self.density is not None or self.density_schedule is not None:
             raise ValueError("density and density_schedule belong to mask_type='topk'; 'threshold' finds its density.")
 
-    def start(self, *, native: bool) -> None:
-        """Told before a model gets this adapter: what an earlier one left here is not this one's.
+    def for_model(self, *, native: bool) -> Self:
+        """A copy for one model, which may write to it; of this object the caller stays the owner.
 
         Args:
             native: Whether a loader may write to the model without `PeftModel`, as transformers' own does.
         """
-        if self._has_own_fingerprint and not self.being_loaded:
-            self.base_fingerprint = None
-        self._has_own_fingerprint = False
-        self.expects_bits = native or self.being_loaded or self.base_fingerprint is not None
+        result = copy.copy(self)
+        for option in fields(self):
+            if isinstance(value := getattr(self, option.name), (list, set, dict)):
+                setattr(result, option.name, copy.copy(value))
+        if self._has_own_fingerprint and not self.being_loaded:  # another model's config, for a fresh adapter
+            result.base_fingerprint = result.unmasked_fingerprint = None
+        result._has_own_fingerprint = False
+        result.expects_bits = native or self.being_loaded or result.base_fingerprint is not None
+        return result
 
-    def take_fingerprint(self, present: str | None) -> None:
-        """Keep the fingerprint of the base that the adapter is on, for saving; None leaves what is known."""
-        if present is not None:
-            self.base_fingerprint, self._has_own_fingerprint = present, True
+    def take_fingerprints(self, masked: str | None, unmasked: str | None) -> None:
+        """Keep the fingerprints of the base that the adapter is on, for saving; None leaves what is known.
+
+        An adapter that was saved without the second one was not compared by it, and does not get it in saving again.
+        """
+        came_without = not self._has_own_fingerprint and self.base_fingerprint and not self.unmasked_fingerprint
+        if masked is not None:
+            self.base_fingerprint = masked
+            if unmasked is not None and not came_without:
+                self.unmasked_fingerprint, self._has_own_fingerprint = unmasked, True
 
     def mask_spec(self) -> MaskSpec:
         """The part of the configuration that the maths needs, at the start of training."""

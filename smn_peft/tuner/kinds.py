@@ -6,9 +6,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["CONVOLUTIONS", "MASKABLE", "READERS", "is_norm", "iter_layers", "kind_of", "sizes_of", "type_name"]
+__all__ = [
+    "CONVOLUTIONS",
+    "MASKABLE",
+    "READERS",
+    "is_norm",
+    "iter_layers",
+    "kind_of",
+    "sizes_of",
+    "type_name",
+    "wrapped_by",
+]
+
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 
 # Exact types only: a subclass may have its own forward, which a masked layer would bypass in silence.
 # Types of other libraries go by qualified name, so that nothing is imported to look them up.
@@ -94,25 +108,36 @@ def is_norm(module: nn.Module) -> bool:
     return named and all(parameter.squeeze().ndim <= 1 for parameter in module.parameters())
 
 
-def iter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, as `(name, module)`, seeing through PEFT's wrappers and never into a masked type.
+def wrapped_by(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper of PEFT or `torch.compile`; None for any other module, whatever it calls its parts."""
+    if isinstance(module, BaseTunerLayer):
+        return module._modules.get("base_layer")
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module._modules.get("original_module")
+    return module._modules.get("_orig_mod") if type_name(module) == _COMPILED else None
+
+
+def iter_layers(model: nn.Module, *, parts: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, as `(name, module)`, a module before its parts, seeing through PEFT's wrappers.
 
     A wrapped layer appears under the wrapper's name as the layer it wraps, a `modules_to_save` wrapper as the
-    original module. The parts of a MultiheadAttention belong to it and are not listed.
+    original module.
+
+    Args:
+        model: A base model, with or without adapters.
+        parts: List the parts of maskable modules too; those of a MultiheadAttention belong to it.
     """
-    yield from _walk("", model, set())
+    yield from _walk("", model, set(), parts)
 
 
-def _walk(name: str, module: nn.Module, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+def _walk(name: str, module: nn.Module, seen: set[int], parts: bool) -> Iterator[tuple[str, nn.Module]]:
     if id(module) in seen:
         return
     seen.add(id(module))
-    for wrapped in ("base_layer", "original_module"):
-        inner = getattr(module, wrapped, None)
-        if isinstance(inner, nn.Module):
-            yield from _walk(name, inner, seen)
-            return
+    if (inner := wrapped_by(module)) is not None:
+        yield from _walk(name, inner, seen, parts)
+        return
     yield name, module
-    if kind_of(module) is None:
+    if parts or kind_of(module) is None:
         for child_name, child in module.named_children():
-            yield from _walk(f"{name}.{child_name}" if name else child_name, child, seen)
+            yield from _walk(f"{name}.{child_name}" if name else child_name, child, seen, parts)

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
-from ..functional.merging import Stash, merge_weight, unmerge_weight
+from ..functional.merging import merge_weight, unmerge_weight
 from .cache import CachedWeight, Ready, Source, Training, note_recording
 from .checkpoint import StoredLayer
 from .slots import Slot
@@ -34,7 +34,6 @@ class MaskLayer(StoredLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`; `update_layer` adds adapters."""
         super().__init__(base_layer)
-        self._stashes: dict[str, Stash] = {}
         self._cache: dict[str, CachedWeight] = {}
         self._ready: Ready | Training | None = None
 

@@ -17,9 +17,10 @@ from ..functional.masking import progressive_density
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms
-from .checks import base_fingerprint, check_adapter_name, check_base, check_base_kind, check_called, check_targets
+from .checks import check_adapter_name, check_base_kind, check_called, check_targets
 from .config import MaskConfig
 from .forms import mask_layer_for
+from .identity import check_base
 from .layer import MaskLayer
 from .norms import norm_form_of, with_norms
 from .rollback import discard, whole_or_nothing
@@ -59,12 +60,12 @@ class MaskModel(BaseTuner):
         Raises:
             ValueError: For a bad adapter name, a base that is not supported or not the adapter's, or a bad target.
         """
-        config: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        given: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_adapter_name(adapter_name, model)
         check_base_kind(model)
         if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
-        config.start(native=self._is_native)
+        config = self.peft_config[adapter_name] = given.for_model(native=self._is_native)
         with whole_or_nothing(model, adapter_name):
             with bare_norms(model, config):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -138,10 +139,8 @@ class MaskModel(BaseTuner):
 
     def _verify(self, model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
         """Add the BatchNorm policy, and refuse a base that is not the adapter's."""
-        masked = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
-        if not any(layer.merged for layer in masked) and config.base_fingerprint is not None:
-            if warning := check_base(config, base_fingerprint(masked, adapter_name), model):
-                warnings.warn(warning, stacklevel=4)
+        if warning := check_base(model, adapter_name, config):
+            warnings.warn(warning, stacklevel=4)
         add_batch_norms(model, adapter_name, config, self.active_adapters)
         for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
             for _, layer in adapter_layers(encoder):

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .checks import BASE_PREFIX, base_fingerprint, misfit
+from .checks import BASE_PREFIX, misfit
 from .coded import condense, expand
 from .config import MaskConfig
-from .layer import MaskLayer
+from .identity import fingerprints
 from .traversal import adapter_layers, at_every_place, file_key, places_of
 
 __all__ = ["entries_of", "loaded_entries"]
@@ -31,9 +31,7 @@ def entries_of(
         state_dict: State dict of the whole model, gathered if it is sharded.
     """
     layers = dict(adapter_layers(model))
-    if not any(layer.merged for layer in layers.values()):
-        masked = [layer for layer in layers.values() if isinstance(layer, MaskLayer)]
-        config.take_fingerprint(base_fingerprint(masked, adapter_name))
+    config.take_fingerprints(*fingerprints(model, adapter_name, config))
     entries: dict[str, Tensor] = {}
     for name, layer in layers.items():
         own = layer.to_checkpoint(adapter_name, f"{name}." if name else "", state_dict)
