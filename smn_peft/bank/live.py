@@ -55,7 +55,6 @@ class LiveModel:
         self.memory = threading.RLock()
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._shapes = {name: tensor.shape for name, tensor in named}
-        self._dtypes = {name: tensor.dtype for name, tensor in named}
         first = {id(tensor): name for name, tensor in reversed(named)}
         self._first_names = {name: first[id(tensor)] for name, tensor in named}
         self._tied = _tied(model)
@@ -72,9 +71,9 @@ class LiveModel:
             raise AttributeError(f"The base has no {name}.")
         return self._shapes[name]
 
-    def is_floating_point(self, name: str) -> bool:
-        """Whether the base has floating-point numbers there."""
-        return self._dtypes[name].is_floating_point
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype that a parameter or buffer of the base has now."""
+        return _tensor(self.model, name).dtype
 
     def first_name(self, name: str) -> str:
         """The one name that a tensor goes by here, where its module stands in several places."""
@@ -94,10 +93,12 @@ class LiveModel:
             )
 
     def values(self, name: str) -> Tensor:
-        """A parameter's own values, whichever task is live; not to be written to."""
+        """A parameter's or buffer's own values, whichever task is live; not to be written to."""
         with self._writable():
             if name in self._own:
                 return self._own[name].detach().clone()
+            if not isinstance(own := _tensor(self.model, name), nn.Parameter):
+                return own.clone()
             live, parameter = self._bound(name), self._parameter(name)
             if not live.touched:
                 live.follow(name, parameter)

@@ -51,19 +51,22 @@ def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float = 1.0
 
 def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
     """In numpy, whose calls cost less than torch's on chunks, or compiled."""
+    if compiled := fast_write():
+        wide = out.dtype in (torch.float32, torch.float64)
+        source, target = (tensor if wide else tensor.view(_INTEGERS[2]) for tensor in (weight, out))
+        type_of = target.numpy().dtype.type
+        compiled(target.numpy(), source.numpy(), packed.numpy(), type_of(scale if wide else 1))
+        return None if wide else _scale(out, scale)
     integer, bits = _INTEGERS[out.dtype.itemsize], packed.numpy()
     source, target = weight.view(integer).numpy(), out.view(integer).numpy()
-    compiled = fast_write()
     table = _all_or_none(out.dtype)
-    masks = np.empty((0 if compiled else min(_CHUNK, len(bits)), 8), table.dtype)
+    masks = np.empty((min(_CHUNK, len(bits)), 8), table.dtype)
     for start in range(0, len(bits), _CHUNK):
         part, chunk = slice(8 * start, 8 * (start + _CHUNK)), bits[start : start + _CHUNK]
-        if compiled:
-            compiled(target[part], source[part], chunk)
-        else:
-            np.take(table, chunk, axis=0, out=masks[: len(chunk)], mode="clip")  # another mode would copy
-            np.bitwise_and(source[part], masks.reshape(-1)[: len(source[part])], out=target[part])
-        _scale(out[part], scale)  # while the part is in the cache
+        np.take(table, chunk, axis=0, out=masks[: len(chunk)], mode="clip")  # another mode would copy
+        np.bitwise_and(source[part], masks.reshape(-1)[: len(source[part])], out=target[part])
+        _scale(out[part], scale)
+    return None
 
 
 def _scale(out: Tensor, scale: float) -> None:

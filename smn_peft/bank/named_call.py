@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,8 +36,14 @@ class NamedCall(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as the model's own class."""
         make, arguments, *rest = super().__reduce_ex__(protocol)
+        if make is copyreg.__newobj__:  # which pickle gives to objects of this very class alone
+            make = _new
         own = self.smn_class
         return make, tuple(own if part is type(self) else part for part in arguments), *rest
+
+
+def _new(own: type[nn.Module], *arguments: Any) -> nn.Module:
+    return own.__new__(own, *arguments)
 
 
 def answer_names(model: nn.Module, mixed: Callable[..., Any]) -> None:
