@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..tuner.base_name import base_name
@@ -76,7 +77,7 @@ class Classifier(nn.Module):
         if pre_logits:
             return features
         head: Any = self.head
-        if hasattr(head, "base_layer"):  # a masked layer computes without its base layer's hook
+        if isinstance(head, BaseTunerLayer):  # a masked layer computes without its base layer's hook
             _check_plain(head.base_layer)
         return head(features.to(head.weight.dtype))
 

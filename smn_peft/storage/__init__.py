@@ -6,6 +6,7 @@ from __future__ import annotations
 from .adapter_config import check_config
 from .adapter_file import (
     CONFIG_NAME,
+    SETTINGS_NAME,
     WEIGHTS_NAME,
     AdapterFileError,
     AdapterSizes,
@@ -24,6 +25,7 @@ from .inspection import AdapterReport, LayerReport, inspect_adapter
 from .locate import PICKLE_NAME, check_folder_weights, check_hub_weights, locate_adapter
 from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
 from .rounding import SAVE_DTYPES, rounded
+from .settings import is_settings, read_settings, settings_tensor
 from .verification import verify_adapter_file
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "MAX_UNPACKED",
     "PICKLE_NAME",
     "SAVE_DTYPES",
+    "SETTINGS_NAME",
     "WEIGHTS_NAME",
     "AdapterFileError",
     "AdapterReport",
@@ -49,13 +52,16 @@ __all__ = [
     "fingerprint",
     "finish_adapter_file",
     "inspect_adapter",
+    "is_settings",
     "locate_adapter",
     "pack_adapter",
     "purpose_of",
     "read_adapter_file",
     "read_config",
     "read_metadata",
+    "read_settings",
     "rounded",
+    "settings_tensor",
     "size_change",
     "tensor_digest",
     "unpack_adapter",

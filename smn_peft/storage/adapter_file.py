@@ -21,6 +21,7 @@ from torch import Tensor
 __all__ = [
     "CONFIG_NAME",
     "REST_CHECKSUM",
+    "SETTINGS_NAME",
     "WEIGHTS_NAME",
     "AdapterFileError",
     "AdapterSizes",
@@ -36,6 +37,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 REST_CHECKSUM = "smn_rest_checksum"
 """Metadata key of the checksum of all tensors that are not masks, see [`rest_checksum`]."""
+SETTINGS_NAME = "smn_settings"
+"""Last part of the key of the tensor that holds an adapter's settings, see `storage.settings`."""
 _MAX_HEADER = 25_000_000  # a ViT-g header has 60 kB
 _MAX_DIM = 16
 _PIECE = 1 << 20  # bytes that are read at a time for a checksum
@@ -61,7 +64,7 @@ class AdapterSizes:
         head: `modules_to_save`, in general the task head.
         statistics: BatchNorm running statistics.
         scores: Scores, with ``save_scores=True``.
-        total: The whole file, header included.
+        total: The whole file, header and settings included.
     """
 
     mask: int
@@ -209,11 +212,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _read_header(path, file)[1]
 
 
-def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
     """Read an adapter file once, check what was read, and keep nothing of the file: it may change afterwards.
 
     Args:
         path: The file, or the folder that holds `adapter_model.safetensors`.
+        settings: Give the tensor with the adapter's settings too, which the config beside the file says as well.
 
     Returns:
         Tensors by checkpoint key, on the CPU.
@@ -226,7 +230,7 @@ def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     names = _check(path, io.BytesIO(data))
     try:
         tensors = load(data)
-        return {name: tensors[name] for name in names}
+        return {name: tensors[name] for name in names if settings or name.rpartition(".")[2] != SETTINGS_NAME}
     except SafetensorError as error:
         raise AdapterFileError(f"{path} cannot be read: {error}. Fetch or save it again.") from error
 
@@ -244,5 +248,6 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
         total = file.seek(0, os.SEEK_END)
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        sums[purpose_of(name)] += last - first
+        if name.rpartition(".")[2] != SETTINGS_NAME:
+            sums[purpose_of(name)] += last - first
     return AdapterSizes(**sums, total=total)

@@ -41,7 +41,7 @@ def finish_adapter_file(
     """
     if (codec == "bits" and save_dtype == "float32") or not Path(path).is_file():
         return
-    tensors, changed = read_adapter_file(path), 0
+    tensors, changed = read_adapter_file(path, settings=True), 0
     for name, tensor in tensors.items():
         if purpose_of(name) in ("head", "statistics"):
             tensors[name] = rounded(name, tensor, save_dtype)

@@ -60,7 +60,7 @@ def pack_adapter(source: str | os.PathLike[str], out: str | os.PathLike[str], co
         FileNotFoundError: If there is no adapter.
         ValueError: If there is no such codec, or the adapter holds no mask.
     """
-    config, tensors = read_config(source), unpack_tensors(read_adapter_file(source), MAX_UNPACKED)
+    config, tensors = read_config(source), unpack_tensors(read_adapter_file(source, settings=True), MAX_UNPACKED)
     masks = {name: tensor for name, tensor in tensors.items() if _is_packed_mask(name)}
     if not masks:
         raise ValueError(f"{source} holds no mask: it is not an adapter of this method.")
@@ -89,7 +89,7 @@ def unpack_adapter(
         FileNotFoundError: If there is no adapter.
         ValueError: If only the weights that selective masking trains are coded: that takes the base.
     """
-    config, tensors = read_config(source), unpack_tensors(read_adapter_file(source), limit)
+    config, tensors = read_config(source), unpack_tensors(read_adapter_file(source, settings=True), limit)
     return _write(source, out, tensors, {**config, "codec": "bits"})
 
 

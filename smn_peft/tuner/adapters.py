@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """State of a masked layer: per adapter, either scores (`smn_scores`, trainable) or packed bits (`smn_mask`)."""
 
     slots: tuple[Slot, ...] = (Slot("", "weight"), Slot("bias_", "bias", is_bias=True))
+    hides_parts = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`; [`update_layer`] adds adapters."""
@@ -251,6 +253,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             for container in (self.scores(slot), self.bits(slot)):
                 if adapter_name in container and container[adapter_name].device.type != "meta":
                     container[adapter_name] = container[adapter_name].to(target)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.Module`'s, without this layer's parts while PEFT looks for `modules_to_save` by the ends of names."""
+        found = super().named_modules(*args, **kwargs)
+        return islice(found, 1) if self.hides_parts else found
 
     # --- State dicts: what a layer's entries in an adapter file are --------------------------------------------------
 

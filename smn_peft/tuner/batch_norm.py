@@ -83,9 +83,26 @@ class BatchNorm(AdapterLayer):
     def add_statistics(self, adapter_name: str, config: MaskConfig) -> None:
         """With ``batch_norm="adapt"``, start an adapter's statistics from a copy of the base's."""
         if config.batch_norm == "adapt":
-            for name in _STATISTICS:
-                self.statistics(name)[adapter_name] = self._base_buffer(name).clone()
+            self.set_statistics(adapter_name, self.base_statistics())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def base_statistics(self) -> dict[str, Tensor]:
+        """A copy of the base's own statistics by name, whatever is merged into them."""
+        return {name: self._base_buffer(name).clone() for name in _STATISTICS}
+
+    def statistics_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """An adapter's statistics by name; empty if it has none of its own."""
+        containers = {name: self.statistics(name) for name in _STATISTICS}
+        return {name: buffers[adapter_name] for name, buffers in containers.items() if adapter_name in buffers}
+
+    def set_statistics(self, adapter_name: str, statistics: Mapping[str, Tensor]) -> None:
+        """Replace what [`statistics_of`] gives."""
+        for name in _STATISTICS:
+            if name in statistics:
+                self.statistics(name)[adapter_name] = statistics[name]
+            else:
+                self.statistics(name).forget(adapter_name)
+        self._set_mode()
 
     def _base_buffer(self, name: str) -> Tensor:
         buffer = self.get_base_layer().get_buffer(name)

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .forms import mask_layer_for
-from .kinds import READERS, is_norm, type_name
+from .kinds import READERS, is_norm, iter_layers, type_name
 from .layer import MaskLayer
 from .norms import norm_form_of
 
@@ -19,6 +22,7 @@ __all__ = [
     "check_adapter_name",
     "check_base_kind",
     "check_called",
+    "check_saved",
     "check_targets",
     "misfit",
 ]
@@ -26,6 +30,18 @@ __all__ = [
 BASE_PREFIX = "base_model.model."
 """What a `PeftModel` puts before the base model's paths."""
 
+_UNQUANTISED = (
+    "a mask needs the float weights. Load the base without quantization_config, or as it was before it was quantised, "
+    "for example in bfloat16."
+)
+# By name, so that nothing is imported to look it up: layers of libraries that quantise, and others by their own.
+_QUANTISED = re.compile(
+    r"^(?:torch\.(?:ao\.)?nn\.(?:\w+\.)*(?:quantized|qat)|torchao|bitsandbytes|quanto|optimum\.quanto|auto_gptq|gptqmodel|"
+    r"awq|hqq|aqlm|eetq|vptq|compressed_tensors)\.(?:.*\.)?\w*(?:Linear|Conv|Embedding)\w*$"
+    r"|\.(?:Q|WQ|Quant|Quantized|FP8|Bit|AutoBit|Eetq|HQQ|GPTQ|AWQ)Linear\w*$"
+)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_STAND_INS = ("FakeTensor", "FunctionalTensor")  # of graphs
 _WRAPPED = ("base_layer", "modules_to_save", "original_module")  # what PEFT adds to paths
 
 
@@ -53,10 +69,31 @@ def check_base_kind(model: nn.Module) -> None:
         ValueError: If the model is quantised.
     """
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "Quantised base models are not supported yet: a mask needs the float weights. Load the model without "
-            "quantization_config, for example in bfloat16."
-        )
+        raise ValueError(f"Quantised base models are not supported yet: {_UNQUANTISED}")
+    for name, module in model.named_modules():
+        if _QUANTISED.search(kind := type_name(module)):
+            raise ValueError(f"{name!r} is quantised ({kind}), which is not supported yet: {_UNQUANTISED}")
+
+
+def check_saved(model: nn.Module, names: Sequence[str] | None) -> None:
+    """Refuse `modules_to_save` that name nothing, or a part of what another adapter trains whole.
+
+    Raises:
+        ValueError: If so; names the entry.
+    """
+    if not names:
+        return
+    ends = tuple(names)
+    if not any(name.endswith(ends) for name, _ in iter_layers(model, parts=True) if name):
+        raise ValueError(f"modules_to_save={list(names)!r} names no module of {type(model).__name__}.")
+    wholes = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    for whole in wholes:
+        for part, _ in model.get_submodule(whole).named_modules(prefix=whole):
+            if part.endswith(ends) and not whole.endswith(ends):
+                raise ValueError(
+                    f"modules_to_save={list(names)!r} names a part of {whole!r}, which another adapter trains whole: "
+                    "name that, or add this adapter to a base of its own."
+                )
 
 
 def check_called(model: nn.Module) -> None:
@@ -102,6 +139,7 @@ def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False
             form = mask_layer_for(module)
         assert form is not None
         for slot in form(module).present_slots if not _is_offloaded(module) else ():
+            _check_recomputed(name, module, slot.path)
             weight = module.get_parameter(slot.path)
             _check_weight(name, weight)
             if len(owners[id(weight)]) > 1 or len(owners[id(module)]) > 1:
@@ -139,22 +177,60 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError(f"Target {name!r} is an Embedding with max_norm, which rewrites its weights: set it to None.")
+    if is_parametrized(module):
+        raise ValueError(
+            f"The parameters of target {name!r} are computed by a parametrization for every forward. Keep their "
+            "values first, with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or leave the "
+            "layer out with exclude_modules."
+        )
     if mask_layer_for(module) is None:
         raise ValueError(
             f"Target {name!r} is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by "
             "exact type, Linear, Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, "
             "transformers' Conv1D and timm's Conv2dSame and (Scaled)StdConv2d(Same). explain_targets(model) lists "
-            "what a model has. A quantised layer is not supported yet."
+            "what a model has."
         )
+
+
+def _check_recomputed(name: str, module: nn.Module, path: str) -> None:
+    """Refuse a tensor that hooks make anew for every forward, from others."""
+    owner, _, attribute = path.rpartition(".")
+    layer = module.get_submodule(owner)
+    if attribute in layer._parameters:
+        return
+    if f"{attribute}_g" in layer._parameters:
+        what, remedy = "weight_norm", "torch.nn.utils.remove_weight_norm(layer)"
+    elif f"{attribute}_mask" in layer._buffers:
+        what, remedy = "pruning", f"torch.nn.utils.prune.remove(layer, {attribute!r})"
+    elif f"{attribute}_orig" in layer._parameters:
+        what, remedy = "spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"
+    else:
+        what, remedy = "whoever set it", f"layer.{attribute} = torch.nn.Parameter(layer.{attribute})"
+    raise ValueError(
+        f"The {path} of target {name!r} is no parameter: {what} computes it before every forward, and a mask would be "
+        f"undone. Keep its value first, with {remedy}, or leave the layer out with exclude_modules."
+    )
 
 
 def _check_weight(name: str, weight: Tensor) -> None:
-    if hasattr(weight, "ds_id") or type(weight).__name__ == "DTensor":
+    kind = type(weight)
+    if hasattr(weight, "ds_id"):
         raise ValueError(
-            f"The weight of target {name!r} is sharded ({type(weight).__name__}), which is not supported yet: add the "
-            "adapter before the model is sharded, or use data parallelism."
+            f"The weight of target {name!r} is partitioned by DeepSpeed's ZeRO-3, which is not supported: use ZeRO-1 "
+            "or 2, which shard what trains and leave the frozen base whole."
         )
-    if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if kind.__name__ == "DTensor":
+        raise ValueError(
+            f"The weight of target {name!r} is sharded over a device mesh (DTensor), which is not supported: with "
+            "tensor parallelism load the base without tp_plan and use data parallelism; with FSDP add the adapter "
+            "before the model is sharded."
+        )
+    if kind is not Tensor and nn.Parameter not in kind.__mro__ and kind.__name__ not in _STAND_INS:
+        raise ValueError(
+            f"The weight of target {name!r} is quantised or packed ({kind.__module__}.{kind.__name__}), which is not "
+            f"supported yet: {_UNQUANTISED}"
+        )
+    if weight.dtype not in _FLOATS:
         raise ValueError(
             f"The weight of target {name!r} is {weight.dtype}. Quantised weights are not supported yet: load the base "
             "in float32, bfloat16 or float16."

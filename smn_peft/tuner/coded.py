@@ -14,7 +14,6 @@ from torch import Tensor
 from ..functional.packing import packed_size
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks, needs_weight
 from ..storage.repack import shared_prefix
-from .adapters import AdapterLayer
 from .checks import BASE_PREFIX, misfit
 from .identity import base_fingerprint
 from .layer import MaskLayer

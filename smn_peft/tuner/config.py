@@ -28,6 +28,7 @@ from ..storage import (
     finish_adapter_file,
 )
 from ._compat import SMN
+from .validation import MAX_SAVED, check_names, check_pattern, check_preprocessing, class_names
 
 __all__ = ["MaskConfig"]
 
@@ -126,12 +127,26 @@ class MaskConfig(PeftConfig):
             if getattr(self, name) not in allowed:
                 choices = ", ".join(repr(choice) for choice in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
+        self._check_texts()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check_layers()
         self._check_numbers()
+
+    def _check_texts(self) -> None:
+        """What a file of anybody's may bring, before PEFT matches it with modules."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            if isinstance(value := getattr(self, name), str):
+                check_pattern(name, value)
+            elif value is not None:
+                check_names(name, value)
+        check_names("modules_to_save", self.modules_to_save or (), MAX_SAVED)
+        if self.id2label is not None:
+            self.id2label = class_names(self.id2label)
+        if self.preprocessing is not None:
+            self.preprocessing = check_preprocessing(self.preprocessing)
 
     def _check_layers(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:

@@ -24,7 +24,7 @@ __all__ = ["Conv", "Embedding", "Linear", "LinearConv1D", "MultiheadAttention", 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
     """Cast as autocast would, before a fused node hides the operation from it."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]

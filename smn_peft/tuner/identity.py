@@ -138,7 +138,7 @@ def masked_parameters(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def _own_value(layer: AdapterLayer, slot: Slot) -> Tensor | None:
-    """The base's own value of a slot; None where a cast came upon a merged weight, which restores it up to rounding."""
+    """The base's own value of a slot; None where it was cast while merged, and comes back up to rounding."""
     stash = layer._stashes.get(slot.name)
     rounded = stash is not None and stash.values.dtype != layer.base_tensor(slot).dtype
     return None if rounded else layer.own_tensor(slot)

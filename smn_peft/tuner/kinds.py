@@ -11,6 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 __all__ = [
+    "COMPILED",
     "CONVOLUTIONS",
     "MASKABLE",
     "READERS",
@@ -22,7 +23,8 @@ __all__ = [
     "wrapped_by",
 ]
 
-_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
+#: What `torch.compile` wraps a module in.
+COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 
 # Exact types only: a subclass may have its own forward, which a masked layer would bypass in silence.
 # Types of other libraries go by qualified name, so that nothing is imported to look them up.
@@ -109,12 +111,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def wrapped_by(module: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper of PEFT or `torch.compile`; None for any other module, whatever it calls its parts."""
+    """The module inside a wrapper of PEFT or `torch.compile`, by its type; None for any other module."""
     if isinstance(module, BaseTunerLayer):
         return module._modules.get("base_layer")
     if isinstance(module, AuxiliaryTrainingWrapper):
         return module._modules.get("original_module")
-    return module._modules.get("_orig_mod") if type_name(module) == _COMPILED else None
+    return module._modules.get("_orig_mod") if type_name(module) == COMPILED else None
 
 
 def iter_layers(model: nn.Module, *, parts: bool = False) -> Iterator[tuple[str, nn.Module]]:

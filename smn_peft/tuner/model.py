@@ -14,21 +14,23 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional.masking import progressive_density
+from ..storage import SETTINGS_NAME
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms
-from .checks import check_adapter_name, check_base_kind, check_called, check_targets
+from .checks import check_adapter_name, check_base_kind, check_called, check_saved, check_targets
 from .config import MaskConfig
 from .forms import mask_layer_for
 from .identity import check_base
 from .layer import MaskLayer
 from .norms import norm_form_of, with_norms
+from .reload import settings_in, under_settings
 from .rollback import discard, whole_or_nothing
 from .rounding import widened
-from .saved_norms import bare_norms, unwrap_rest
+from .saved_norms import bare_norms, parts_shown, unwrap_rest
 from .state_dict import entries_of, loaded_entries
 from .targets import resolve_targets
-from .traversal import adapter_layers
+from .traversal import adapter_layers, bare_key, uncompiled
 
 __all__ = ["MaskModel"]
 
@@ -50,7 +52,7 @@ class MaskModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         """As PEFT's: a dict of configurations comes from a `PeftModel`, a lone one from `inject_adapter_in_model`."""
         self._is_native = not isinstance(peft_config, dict)
-        super().__init__(model, peft_config, adapter_name, **kwargs)
+        super().__init__(uncompiled(model), peft_config, adapter_name, **kwargs)
 
     # --- Injection ---------------------------------------------------------------------------------------------------
 
@@ -62,12 +64,15 @@ class MaskModel(BaseTuner):
         """
         given: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_adapter_name(adapter_name, model)
-        check_base_kind(model)
+        check_base_kind(uncompiled(model))
+        check_saved(model, given.modules_to_save)
         if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
         config = self.peft_config[adapter_name] = given.for_model(native=self._is_native)
+        if self._is_native and isinstance(known := getattr(model, "_keys_to_ignore_on_load_unexpected", None), set):
+            known.add(SETTINGS_NAME)  # transformers' own loader reads the config beside it
         with whole_or_nothing(model, adapter_name):
-            with bare_norms(model, config):
+            with bare_norms(model, config), parts_shown(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._verify(model, adapter_name, config)
         if config.base_model_name_or_path is None:
@@ -99,6 +104,12 @@ class MaskModel(BaseTuner):
             if name and not name.startswith(inside) and check_target_module_exists(peft_config, name)
         ]
         check_targets(model, matched, norms=peft_config.mask_norms)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """As PEFT's, which looks for the adapter's `modules_to_save` next, by the ends of names: in the base alone."""
+        super()._mark_only_adapters_as_trainable(model)
+        for _, layer in adapter_layers(model):
+            layer.hides_parts = True
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -161,20 +172,26 @@ class MaskModel(BaseTuner):
         return entries_of(model, config, adapter_name, state_dict)
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return bare_key(super()._remove_adapter_name_from_key(key, adapter_name))  # type: ignore[no-any-return]
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bits from a file, checked, to where this model wants them: buffers for inference, scores for training.
 
         Raises:
-            ValueError: If masks are missing, do not fit, or belong to no masked layer. An adapter that was being
-                loaded is then taken off the model again.
+            ValueError: If masks are missing, do not fit, or belong to no masked layer, or the file is of another base.
+                An adapter that was being loaded is then taken off the model again; one that was there stays as it was.
         """
+        if not config.being_loaded:  # then its config was not read from this file's folder
+            with under_settings(model, adapter_name, settings_in(state_dict)) as config:
+                return widened(model, loaded_entries(model, adapter_name, state_dict, config.base_fingerprint))
         try:
             entries = loaded_entries(model, adapter_name, state_dict, config.base_fingerprint)
         except Exception:
-            if config.being_loaded:
-                discard(model, adapter_name)
+            discard(model, adapter_name)
             raise
         config.being_loaded = config.awaits_blob = False
         return widened(model, entries)

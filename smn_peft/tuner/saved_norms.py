@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BatchNorms inside modules that PEFT copies for an adapter (`modules_to_save`): the copies are of the bare base."""
+"""Modules that PEFT copies for an adapter (`modules_to_save`): they are of the bare base, BatchNorms included."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .adapters import AdapterLayer
 from .batch_norm import BatchNorm
 from .config import MaskConfig
 
-__all__ = ["bare_norms", "unwrap_rest"]
+__all__ = ["bare_norms", "parts_shown", "unwrap_rest"]
 
 
 @contextmanager
@@ -37,6 +37,17 @@ def bare_norms(model: nn.Module, config: MaskConfig) -> Iterator[None]:
         for name, wrapper in wrappers.items():
             _put(model, name, wrapper)
             wrapper.train(wrapper.training)
+
+
+@contextmanager
+def parts_shown(model: nn.Module) -> Iterator[None]:
+    """Afterwards every layer lists its parts again, see [`AdapterLayer.named_modules`]."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, AdapterLayer):
+                module.hides_parts = False
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
