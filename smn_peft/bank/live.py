@@ -133,8 +133,7 @@ class LiveModel:
                     self._enter(task)
             except BaseException:
                 self.generation, self.current = generation + 1, None
-                with contextlib.suppress(Exception):  # the first error is the one to tell
-                    self._leave(None)
+                self._rescue()
                 raise
             self.current = task
 
@@ -147,29 +146,27 @@ class LiveModel:
         return any(moved)
 
     def _leave(self, task: Task | None) -> None:
-        """Undo what the next task does not overwrite: all of it, even where a part fails.
-
-        Raises:
-            RuntimeError: The first failure, once the rest is undone.
-        """
-        failures: list[Exception] = []
+        """Undo what the next task does not overwrite."""
         masks = {} if task is None else task.masks
         for name in [name for name in self._touched if name not in masks]:
-            try:
-                self._live[name].follow(name, self._parameter(name))  # what somebody else wrote is not overwritten
-                self._live[name].restore()
-                self._touched.discard(name)
-            except Exception as error:
-                failures.append(error)
+            self._live[name].restore()
+            self._touched.discard(name)
         kept = set() if task is None else task.tensors.keys()
         for name in [name for name in self._own if name not in kept]:
-            try:
+            _put_back(self.model, name, self._own[name])
+            del self._own[name]
+
+    def _rescue(self) -> None:
+        """Undo all that can be undone, and overwrite nothing that somebody else wrote."""
+        for name in list(self._touched):
+            with contextlib.suppress(Exception):  # the error that led here is the one to tell
+                self._live[name].follow(name, self._parameter(name))
+                self._live[name].restore()
+                self._touched.discard(name)
+        for name in list(self._own):
+            with contextlib.suppress(Exception):
                 _put_back(self.model, name, self._own[name])
                 del self._own[name]
-            except Exception as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
 
     def _enter(self, task: Task) -> None:
         for name, mask in task.masks.items():

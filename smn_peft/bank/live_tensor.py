@@ -191,7 +191,7 @@ class LiveTensor:
         else:
             assert mask.removed is not None
             assert self.scales_outside or mask.active == mask.numel
-            self.restore()
+            self._undo_values()
             if self.scales_outside:
                 watch(self._parameter, self)
             self._remove(mask.removed.to(self._tensor.device, non_blocking=True).long())
@@ -253,8 +253,11 @@ class LiveTensor:
 
     def restore(self) -> None:
         """Put the base's values back, bit for bit; nothing happens where they are."""
-        if not self.touched:
-            return self._leave_outside(1.0)
+        self._undo_values()
+        self._leave_outside(1.0)
+        self._version = _version(self._parameter)
+
+    def _undo_values(self) -> None:
         if self._dirty:
             assert self._original is not None
             try:
@@ -267,8 +270,6 @@ class LiveTensor:
             assert self._flat is not None
             self._flat.index_copy_(0, *self._undo)
             self._undo = None
-        self._leave_outside(1.0)
-        self._version = _version(self._parameter)
 
     def release(self) -> None:
         """Let the parameter be an ordinary one again, with the values that it has."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..storage import is_settings
 from ..storage.codec import BLOB_NAME
 from ..tuner.architectures import head_modules
 from ..tuner.batch_norm import has_statistics
@@ -28,6 +29,7 @@ def task_from_tensors(
     tensors: Mapping[str, Tensor],
     live: LiveModel,
     config: Mapping[str, Any] | None = None,
+    config_nbytes: int = 0,
 ) -> Task:
     """Lay an adapter's tensors over a base.
 
@@ -37,13 +39,14 @@ def task_from_tensors(
         live: Of the base: a plain timm or transformers model, or a `Classifier` around one; the adapter may have been
             made on either, as long as the layers are the same.
         config: The adapter's; kept with the task.
+        config_nbytes: Bytes that it takes for this task alone.
 
     Raises:
         AdapterFileError: If a mask is damaged.
         TypeError: If a mask is not uint8.
         ValueError: If there is no mask, a layer is not found in the base, or a size does not fit.
     """
-    config, base = dict(config or {}), live.model
+    config, base = config or {}, live.model
     bare = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     coded = blob_in(bare)
     prefix, names = ("", []) if coded is None else (coded[0], [entry.name for entry in coded[1].entries])
@@ -68,7 +71,7 @@ def task_from_tensors(
         elif leaf.removeprefix("smn_") in _STATISTICS:
             rest[f"{rename(path)}.{leaf.removeprefix('smn_')}"] = tensor
         elif not _is_mask(leaf):
-            if not leaf.endswith("scores"):
+            if not (leaf.endswith("scores") or is_settings(key)):
                 raise ValueError(f"Task {name!r} holds {key}, which no masked layer takes: the adapter is damaged.")
         else:
             parameter = live.first_name(locate(key)[0])
@@ -85,7 +88,7 @@ def task_from_tensors(
     brought = {live.first_name(key): tensor for key, tensor in _plain_heads(rest, base).items()}
     brought = _checked(name, brought, live)
     _check_whole(name, masks, brought, config, base)
-    return Task(name, masks, brought, config)
+    return Task(name, masks, brought, config, config_nbytes)
 
 
 def _is_mask(leaf: str) -> bool:
