@@ -14,7 +14,7 @@ __all__ = ["fast_write"]
 
 
 def fast_write() -> Callable[[NDArray[Any], NDArray[Any], NDArray[Any], Any], None] | None:
-    """The compiled write, of ``(out, weight, packed, scale)``; None without numba. The first call compiles, in a second.
+    """The compiled write, of ``(out, weight, packed, scale)``; None without numba. The first call takes a second.
 
     `out` and `weight` are (N,), floating-point or the bits of such as integers; `packed` is uint8 (⌈N/8⌉,); `scale` is
     of the same type, 1 for integers.

@@ -155,7 +155,7 @@ class ActiveTask:
             asleep = [outside for outside in self._blocks if outside.frame is not None and not _runs(outside.frame)]
             if lasting and asleep:
                 raise RuntimeError(
-                    f"{what} while {asleep[-1].what} is under way in a generator or coroutine that is suspended, which "
+                    f"{what} while {asleep[-1].what} is under way in a generator or coroutine that is suspended, and "
                     "would go on with the wrong task. Finish it first, or let it yield outside of its block."
                 )
             active = self._blocks[-1].active if self._blocks else self.active

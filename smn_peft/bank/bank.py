@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -21,14 +21,12 @@ from .live import LiveModel
 from .lookup import TaskLookup
 from .mixed import MixedForward, one_per_sample
 from .named_call import answer_names, forget_names
-from .names import BASE_NAME, check_name
+from .names import BASE_NAME as BASE
+from .names import check_name
 from .source import MemorySource, TaskSource, read_adapter
 from .task import Task
 
 __all__ = ["BASE", "MaskBank"]
-
-BASE = BASE_NAME
-"""The name under which the base itself takes part in a mixed batch."""
 
 
 class MaskBank:
@@ -38,8 +36,7 @@ class MaskBank:
     task that is live. No module is made per task, and registering a task does not touch the model.
 
     A bank is safe to use from several threads: one switches at a time, and keeps the model until it is done. What is
-    copied, pickled or exported of the model is a plain model of what is live. A bank that nobody holds any more is
-    closed, and so is the base's state put back.
+    copied, pickled or exported of the model is a plain model of what is live. A bank that nobody holds is closed.
 
     Attributes:
         model: The base.
@@ -98,14 +95,14 @@ class MaskBank:
         if isinstance(where, (str, os.PathLike)):
             from .store import DiskStore
 
-            source = DiskStore.open(where, read_only=read_only)
+            source, adapters = DiskStore.open(where, read_only=read_only), []
         else:
-            source = MemorySource()
+            source, adapters = MemorySource(), list(where)
         with ExitStack() as undo:
             undo.callback(source.close)
             bank = cls(source, base, ram_budget=ram_budget, exclusive=exclusive)
             undo.callback(bank.close)
-            for adapter in () if isinstance(where, (str, os.PathLike)) else where:
+            for adapter in adapters:
                 name = Path(os.path.abspath(adapter)).name
                 if name in bank:
                     raise ValueError(
@@ -122,7 +119,7 @@ class MaskBank:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tasks, sorted."""
+        """All names, sorted."""
         return list(self._source.names())
 
     def __len__(self) -> int:
@@ -196,16 +193,15 @@ class MaskBank:
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
         """Decode tasks in the background."""
-        names = list(names)
 
-        def decode() -> None:
+        def decode(names: Sequence[str]) -> None:
             for name in names:
                 if not self._closed:
                     self.task(name)
 
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "smn-bank")
-        return self._pool.submit(decode)
+        return self._pool.submit(decode, list(names))
 
     # --- Switching ---------------------------------------------------------------------------------------------------
 
@@ -291,7 +287,7 @@ class MaskBank:
         self._active.after_fork()
 
     def __enter__(self) -> MaskBank:
-        """Use the bank, and close it afterwards."""
+        """Close the bank afterwards."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -299,7 +295,6 @@ class MaskBank:
 
 
 def _let_go(source: TaskSource, cache: TaskCache, live: LiveModel) -> None:
-    """What is left to do when a bank is closed, or is gone."""
     with ExitStack() as last:
         last.callback(source.close)
         last.callback(cache.clear)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LiveParameter`: a weight that knows what reads it, so that every product follows the task and no other read errs."""
+"""`LiveParameter`: a weight that notices who reads it: products follow the task, and no other read errs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,11 @@ _FACTS = frozenset(
 
 
 class Reading(Protocol):
-    """What becomes of a parameter that is read.
+    """What becomes of a parameter that is read."""
 
-    Attributes:
-        scale: fp32, 0-dim: what the values are still to be multiplied by; compiled graphs read it at every call.
-    """
-
-    scale: Tensor
+    @property
+    def scale(self) -> Tensor:
+        """fp32, 0-dim: what the values are still to be multiplied by; compiled graphs read it at every call."""
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``F.linear(input, weight, bias)`` with the weight that is meant."""
@@ -62,10 +60,10 @@ class LiveParameter(nn.Parameter):
             input, weight, bias = _arguments(*args, **kwargs)
             if isinstance(weight, LiveParameter) and not isinstance(input, LiveParameter) and len(types) == 1:
                 with torch._C.DisableTorchFunctionSubclass():
-                    if torch.compiler.is_compiling():
+                    if torch.compiler.is_dynamo_compiling():
                         return F.linear(input * weight.smn_reading.scale.to(input.dtype), weight, bias)
                     return weight.smn_reading.linear(input, weight, bias)
-        if torch.compiler.is_compiling():  # the graph serves later tasks too
+        if torch.compiler.is_dynamo_compiling():  # the graph serves later tasks too
             with torch._C.DisableTorchFunctionSubclass():
                 args, kwargs = tree_map(_scaled, (tuple(args), dict(kwargs)))
                 return func(*args, **kwargs)
@@ -91,7 +89,7 @@ class LiveParameter(nn.Parameter):
         """Pickled as an ordinary parameter that holds what is live."""
         self.smn_reading.settle()
         with torch._C.DisableTorchFunctionSubclass():
-            return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+            return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
     __hash__ = object.__hash__
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..functional.triton_kernels import usable
 from .accelerated import fast_write
@@ -51,14 +52,13 @@ def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float = 1.0
 
 def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
     """In numpy, whose calls cost less than torch's on chunks, or compiled."""
-    if compiled := fast_write():
-        wide = out.dtype in (torch.float32, torch.float64)
-        source, target = (tensor if wide else tensor.view(_INTEGERS[2]) for tensor in (weight, out))
-        type_of = target.numpy().dtype.type
-        compiled(target.numpy(), source.numpy(), packed.numpy(), type_of(scale if wide else 1))
-        return None if wide else _scale(out, scale)
     integer, bits = _INTEGERS[out.dtype.itemsize], packed.numpy()
     source, target = weight.view(integer).numpy(), out.view(integer).numpy()
+    if compiled := fast_write():
+        if integer is torch.int16:  # numpy has no bf16
+            compiled(target, source, bits, target.dtype.type(1))
+            return _scale(out, scale)
+        return compiled(out.numpy(), weight.numpy(), bits, out.numpy().dtype.type(scale))
     table = _all_or_none(out.dtype)
     masks = np.empty((min(_CHUNK, len(bits)), 8), table.dtype)
     for start in range(0, len(bits), _CHUNK):
@@ -242,7 +242,7 @@ class LiveTensor:
         """Write 1/σ into the values, for this task."""
         if self.outside == 1.0:
             return
-        with self._writing():
+        with self._writing(), _disable_current_modes():  # torch.export reads under a mode of fake tensors
             if (scale := self.outside) == 1.0:
                 return
             self._keep_original()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ __all__ = ["NamedCall", "answer_names", "forget_names"]
 
 
 class NamedCall(nn.Module):
-    """What a model's class derives from beside its own while a bank is open: calls with `adapter_names` are the bank's.
+    """What a model's class derives from, beside its own, while a bank is open: it answers calls with `adapter_names`.
 
     A copy, pickled or in memory, is of the model's own class and has no bank.
     """
@@ -35,8 +34,9 @@ class NamedCall(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copied and pickled as the model's own class."""
-        make, arguments, *rest = super().__reduce_ex__(protocol)
-        if make is copyreg.__newobj__:  # which pickle gives to objects of this very class alone
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        if make.__name__ == "__newobj__":  # which pickle grants to an object's present class alone
             make = _new
         own = self.smn_class
         return make, tuple(own if part is type(self) else part for part in arguments), *rest
@@ -63,4 +63,4 @@ def answer_names(model: nn.Module, mixed: Callable[..., Any]) -> None:
 def forget_names(model: nn.Module) -> None:
     """Give the model its own class back."""
     if isinstance(model, NamedCall):
-        model.__class__ = model.smn_class
+        model.__class__ = model.smn_class  # type: ignore[assignment]
