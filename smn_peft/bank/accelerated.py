@@ -13,21 +13,22 @@ from ..functional.compiled import compiled
 __all__ = ["fast_write"]
 
 
-def fast_write() -> Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], None] | None:
-    """The compiled write, of ``(out, weight, packed)``; None without numba. The first call compiles, in half a second.
+def fast_write() -> Callable[[NDArray[Any], NDArray[Any], NDArray[Any], Any], None] | None:
+    """The compiled write, of ``(out, weight, packed, scale)``; None without numba. The first call takes a second.
 
-    `out` and `weight` are (N,) signed integers, the weights' bits; `packed` is uint8 (⌈N/8⌉,).
+    `out` and `weight` are (N,), floating-point or the bits of such as integers; `packed` is uint8 (⌈N/8⌉,); `scale` is
+    of the same type, 1 for integers.
     """
     return compiled(_write)
 
 
-def _write(out: Any, weight: Any, packed: Any) -> None:
-    whole = len(out) // 8
+def _write(out: Any, weight: Any, packed: Any, scale: Any) -> None:
+    whole, zero = len(out) // 8, out.dtype.type(0)
     for byte in range(whole):
         bits = packed[byte]
         for bit in range(8):
-            kept = out.dtype.type((bits >> (7 - bit)) & 1)
-            out[8 * byte + bit] = weight[8 * byte + bit] & -kept
+            value = weight[8 * byte + bit] * scale
+            out[8 * byte + bit] = value if (bits >> (7 - bit)) & 1 else zero
     for index in range(8 * whole, len(out)):
-        kept = out.dtype.type((packed[whole] >> (7 - index % 8)) & 1)
-        out[index] = weight[index] & -kept
+        value = weight[index] * scale
+        out[index] = value if (packed[whole] >> (7 - index % 8)) & 1 else zero

@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import FrameType
 
 from .cache import BankStats
 from .live import LiveModel
@@ -14,12 +19,43 @@ from .task import Task
 
 __all__ = ["ActiveTask"]
 
+_Named = tuple[str, Task]
+_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
-class ActiveTask:
-    """Who has `lock` may use the model, and finds it as the last call of [`activate`] left it.
+
+@dataclass(eq=False)
+class _Block:
+    """A stretch of code that has the model: a `use` block, or a call of the bank.
 
     Attributes:
-        lock: Held while the model is used; decoding a task does without it.
+        owner: What it is a block of.
+        what: How messages call it.
+        outer: The block of the same context that it is nested in, of whichever bank.
+        active: The task that is live while no inner block has the model; None for the base.
+        frame: The generator or coroutine that the block stands in, which can be suspended.
+        thread: Identifier of the thread that began it.
+    """
+
+    owner: ActiveTask
+    what: str
+    outer: _Block | None
+    active: _Named | None
+    frame: FrameType | None
+    thread: int
+
+
+_innermost: ContextVar[_Block | None] = ContextVar("smn_bank_block", default=None)
+
+
+class ActiveTask:
+    """Gives the model to one context at a time, which finds it as the last call of [`activate`] left it.
+
+    The owner of a block is its context (`contextvars`), not its thread: what one asyncio task has, another does not.
+    Other threads wait. Whoever would wait for code of their own thread, which could not go on, gets an error.
+
+    Attributes:
+        active: The task that is live outside all blocks, with its name; None for the base.
+        turn: Held for bookkeeping only, never while the model is used.
     """
 
     def __init__(
@@ -33,63 +69,171 @@ class ActiveTask:
             stats: Where switches are counted.
             exclusive: Leave what is live where no task is active.
         """
-        self.lock = threading.RLock()
+        self.turn = threading.Condition()
         self._live, self._find, self._stats, self._exclusive = live, find, stats, exclusive
-        self._active: tuple[str, Task] | None = None
+        self.active: _Named | None = None
+        self._blocks: list[_Block] = []
 
     def activate(self, name: str | None) -> None:
-        """Make a task live until further notice; None for the base."""
-        with self.lock:
+        """Make a task live until further notice; inside a `use` block until it ends. None for the base."""
+        with self._block("bank.activate", lasting=True) as block:
             task = self._find(name)
             self._switch(task)
-            self._active = None if task is None else (str(name), task)
+            active = None if task is None else (str(name), task)
+            holder = self._around(block)
+            holder.active = block.active = active
 
     def replace(self, name: str, other: str | None) -> None:
-        """If this is the active task, activate another, or the one that has its name now."""
-        with self.lock:
-            if self._active is not None and self._active[0] == name:
-                self.activate(other)
+        """If this is the active task, activate another, or the one that has its name now.
+
+        A `use` block that is under way keeps what it has, and the change shows at its end.
+        """
+        with self.turn:
+            if self.active is None or self.active[0] != name:
+                return
+            if self._blocks:
+                self.active = (other or name, self.active[1])
+                return
+        self.activate(other)
 
     @contextmanager
     def instead(self, name: str | None) -> Iterator[None]:
         """Another active task while this lasts."""
-        with self.lock:
-            before = self._active
-            self.activate(name)
-            try:
-                yield
-            finally:
-                self._active = before
-                self._put_back()
+        with self._block(f"bank.use({name!r:.80})", lasting=True) as block:
+            task = self._find(name)
+            self._switch(task)
+            block.active = None if task is None else (str(name), task)
+            yield
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Whatever is made live while this lasts, the active task is live afterwards."""
-        with self.lock:
+        with self._block("bank.forward"):
             generation = self._live.generation
             try:
                 yield
             finally:
                 self._stats.switches += self._live.generation - generation
-                self._put_back()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Have the model for good: nothing is active any more."""
+        with self._block("bank.close"):
+            self.active = None
+            for block in self._blocks:
+                block.active = None
+            yield
+
+    @contextmanager
+    def _block(self, what: str, *, lasting: bool = False) -> Iterator[_Block]:
+        block = self._begin(what, lasting)
+        try:
+            yield block
+        finally:
+            self._end(block)
+
+    def _begin(self, what: str, lasting: bool) -> _Block:
+        """Wait for the model.
+
+        Raises:
+            RuntimeError: If code of this very thread has it that cannot go on before this returns.
+        """
+        outer = _innermost.get()
+        frame = _suspendable_caller()
+        with self.turn:
+            mine = outer
+            while mine is not None and mine not in self._blocks:
+                mine = mine.outer
+            while self._blocks and (last := self._blocks[-1]) is not mine:
+                if last.thread == threading.get_ident():
+                    raise RuntimeError(
+                        f"{what} while {last.what} is under way in another asyncio task or context of this thread: "
+                        "the model has one task at a time. Leave that block before anything is awaited: "
+                        "bank.forward(inputs, tasks) is a block that awaits nothing."
+                    )
+                self.turn.wait()
+            asleep = [outside for outside in self._blocks if outside.frame is not None and not _runs(outside.frame)]
+            if lasting and asleep:
+                raise RuntimeError(
+                    f"{what} while {asleep[-1].what} is under way in a generator or coroutine that is suspended, and "
+                    "would go on with the wrong task. Finish it first, or let it yield outside of its block."
+                )
+            active = self._blocks[-1].active if self._blocks else self.active
+            block = _Block(self, what, outer, active, frame, threading.get_ident())
+            self._blocks.append(block)
+        _innermost.set(block)
+        return block
+
+    def _end(self, block: _Block) -> None:
+        """Put back what was live before, and give the model away.
+
+        Raises:
+            RuntimeError: If an inner block is still under way, whose task stays live.
+        """
+        if _innermost.get() is block:
+            _innermost.set(block.outer)
+        try:
+            if block not in self._blocks:  # another thread's, before a fork
+                return
+            if self._blocks[-1] is block:
+                return self._put_back(self._around(block))
+            raise RuntimeError(
+                f"{block.what} ends while {self._blocks[-1].what}, which began inside it, is still under way: leave "
+                "blocks in the opposite order. The inner one keeps its task, and the base comes back after it."
+            )
+        finally:
+            with self.turn:
+                if block in self._blocks:
+                    self._blocks.remove(block)
+                self.turn.notify_all()
+
+    def _around(self, block: _Block) -> ActiveTask | _Block:
+        """What holds the active task outside a block."""
+        place = self._blocks.index(block)
+        return self._blocks[place - 1] if place else self
 
     def _switch(self, task: Task | None) -> None:
         generation = self._live.generation
         self._live.switch(task)
         self._stats.switches += self._live.generation - generation
 
-    def _put_back(self) -> None:
-        """The active task as the source has it now; the base where it is gone."""
-        if self._active is None:
+    def _put_back(self, holder: ActiveTask | _Block) -> None:
+        """What is active outside a block that ends, as the source has it now; the base where it is gone."""
+        if holder.active is None:
             return None if self._exclusive else self._switch(None)
-        name, task = self._active
+        name, task = holder.active
         try:
             task = self._find(name) or task
         except KeyError:
-            warnings.warn(f"The task {name!r} was active and is gone from the bank: the base is live.", stacklevel=5)
-            self._active = None
+            warnings.warn(f"The task {name!r} was active and is gone from the bank: the base is live.", stacklevel=6)
+            holder.active = None
             return self._switch(None)
         except (OSError, RuntimeError, ValueError):  # it cannot be read anew: what was read is still good
             pass
-        self._active = name, task
+        holder.active = name, task
         self._switch(task)
+
+    def after_fork(self) -> None:
+        """In a child process: other threads are gone, and so are their blocks."""
+        self._blocks = [block for block in self._blocks if block.thread == threading.get_ident()]
+
+
+def _suspendable_caller() -> FrameType | None:
+    """The generator or coroutine that a block is written in, looking through context managers made of generators."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        back = frame.f_back
+        if frame.f_globals.get("__name__") != "contextlib" and (
+            back is None or back.f_globals.get("__name__") != "contextlib"
+        ):
+            break
+        frame = back
+    return frame if frame is not None and frame.f_code.co_flags & _SUSPENDABLE else None
+
+
+def _runs(wanted: FrameType) -> bool:
+    """Whether a generator or coroutine is among those that are being executed in this thread."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is wanted

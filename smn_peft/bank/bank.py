@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,18 @@ from torch import Tensor, nn
 
 from .active import ActiveTask
 from .cache import BankStats, TaskCache
-from .check import BaseCheck
+from .forking import survive_forks
 from .live import LiveModel
+from .lookup import TaskLookup
 from .mixed import MixedForward, one_per_sample
-from .named_forward import NamedForward
+from .named_call import answer_names, forget_names
+from .names import BASE_NAME as BASE
+from .names import check_name
 from .on_hub import open_store, push_source
-from .reading import task_from_tensors
-from .source import MemorySource, TaskSource, read_adapter, unknown_task
+from .source import MemorySource, TaskSource, read_adapter
 from .task import Task
 
 __all__ = ["BASE", "MaskBank"]
-
-BASE = "__base__"
-"""The name under which the base itself takes part in a mixed batch."""
 
 
 class MaskBank:
@@ -37,7 +37,8 @@ class MaskBank:
     Three tiers: coded adapters on disk or in memory; decoded tasks, the least recently used out first; and the one
     task that is live. No module is made per task, and registering a task does not touch the model.
 
-    A bank is safe to use from several threads: one switches at a time, and keeps the model until it is done.
+    A bank is safe to use from several threads: one switches at a time, and keeps the model until it is done. What is
+    copied, pickled or exported of the model is a plain model of what is live. A bank that nobody holds is closed.
 
     Attributes:
         model: The base.
@@ -54,13 +55,16 @@ class MaskBank:
         self._source = source
         self._live = LiveModel(base)
         self.model = base
-        self._check = BaseCheck(self._live)
         self._cache = TaskCache(ram_budget, self.stats)
-        self._active = ActiveTask(self._live, self._looked_up, self.stats, exclusive=exclusive)
+        self._find = TaskLookup(source, self._live, self._cache)
+        self._active = ActiveTask(self._live, self._find, self.stats, exclusive=exclusive)
         self._closed = False
-        self._pool = ThreadPoolExecutor(1, "smn-bank")
+        self._pool: ThreadPoolExecutor | None = None
         self._mixed = MixedForward(self._live)
-        self._named = NamedForward(base, self.forward)
+        answer_names(base, self.forward)
+        self._release = weakref.finalize(self, _let_go, source, self._cache, self._live)
+        self._release.atexit = False
+        survive_forks(self)
 
     @classmethod
     def open(
@@ -94,14 +98,14 @@ class MaskBank:
         """
         source: TaskSource
         if isinstance(where, (str, os.PathLike)):
-            source = open_store(where, read_only=read_only, revision=revision)
+            source, adapters = open_store(where, read_only=read_only, revision=revision), []
         else:
-            source = MemorySource()
+            source, adapters = MemorySource(), list(where)
         with ExitStack() as undo:
             undo.callback(source.close)
             bank = cls(source, base, ram_budget=ram_budget, exclusive=exclusive)
             undo.callback(bank.close)
-            for adapter in () if isinstance(where, (str, os.PathLike)) else where:
+            for adapter in adapters:
                 name = Path(os.path.abspath(adapter)).name
                 if name in bank:
                     raise ValueError(
@@ -118,7 +122,7 @@ class MaskBank:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tasks, sorted."""
+        """All names, sorted."""
         return list(self._source.names())
 
     def __len__(self) -> int:
@@ -148,12 +152,12 @@ class MaskBank:
         Raises:
             AdapterFileError: If the file is damaged.
             FileNotFoundError: If there is no adapter.
+            TypeError: If the name is no text.
             ValueError: If the name is taken or not allowed, or the adapter does not belong to the base.
         """
-        if name == BASE:
-            raise ValueError(f"{BASE!r} names the base itself: choose another name.")
+        check_name(name)
         stored = read_adapter(adapter, revision=revision)
-        self._decode(name, stored.config, stored.tensors)
+        self._find.decode(name, stored)
         self._source.add(name, stored, replace=replace)
         self._cache.drop(name)
         self._active.replace(name, name)
@@ -166,8 +170,7 @@ class MaskBank:
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name; KeyError for an unknown one, ValueError for one that is taken."""
-        if new == BASE:
-            raise ValueError(f"{BASE!r} names the base itself: choose another name.")
+        check_name(new)
         self._source.rename(old, new)
         if self._cache.forget(old):
             self.pin(new)
@@ -193,24 +196,7 @@ class MaskBank:
 
     def task(self, name: str) -> Task:
         """A task, decoded if it is not; KeyError for an unknown name."""
-        if name not in self._source:
-            raise unknown_task(name, len(self._source))
-
-        def decode() -> Task:
-            stored = self._source.read(name)
-            return self._decode(name, stored.config, stored.tensors)
-
-        return self._cache.get(name, self._source.version(name), decode)
-
-    def _looked_up(self, task: str | Task | None) -> Task | None:
-        if task is None or task == BASE:
-            return None
-        return self.task(task) if isinstance(task, str) else task
-
-    def _decode(self, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Task:
-        task = task_from_tensors(name, tensors, self._live, config)
-        self._check(task)
-        return task
+        return self._find.task(name)
 
     def pin(self, name: str) -> None:
         """Decode a task and keep it decoded."""
@@ -223,24 +209,46 @@ class MaskBank:
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
         """Decode tasks in the background."""
-        names = list(names)
 
-        def decode() -> None:
+        def decode(names: Sequence[str]) -> None:
             for name in names:
                 if not self._closed:
                     self.task(name)
 
-        return self._pool.submit(decode)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "smn-bank")
+        return self._pool.submit(decode, list(names))
 
     # --- Switching ---------------------------------------------------------------------------------------------------
 
     def activate(self, name: str | None) -> None:
-        """Make a task live until further notice; None (or "__base__") for the base. KeyError for an unknown name."""
+        """Make a task live until further notice, inside a [`use`] block until it ends.
+
+        Args:
+            name: Of the task; None (or "__base__") for the base.
+
+        Raises:
+            KeyError: For an unknown name.
+            RuntimeError: As [`use`].
+        """
         self._active.activate(name)
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[nn.Module]:
-        """The model under a task, for this thread alone; afterwards it is what it was before."""
+        """The model under a task, for this context alone; afterwards it is what it was before.
+
+        The block belongs to the context that it stands in (`contextvars`): other threads wait for its end; another
+        asyncio task of the same thread, which cannot wait, is refused, and so is a second block while a generator that
+        stands in its own is suspended. Do not await or yield inside a block. Blocks end in the opposite order.
+
+        Args:
+            name: Of the task; None (or "__base__") for the base.
+
+        Raises:
+            KeyError: For an unknown name.
+            RuntimeError: If other code of this thread has the model and is suspended, or if a block ends before one
+                that began inside it; once both have ended, what was live before is live again.
+        """
         with self._active.instead(name):
             yield self.model
 
@@ -266,7 +274,7 @@ class MaskBank:
         """
         names = one_per_sample(tasks, len(inputs))
         with self._active.aside(), torch.no_grad():
-            decoded = {name: self._looked_up(name) for name in dict.fromkeys(names)}
+            decoded = {name: self._find(name) for name in dict.fromkeys(names)}
             return self._mixed([decoded[name] for name in names], inputs, **kwargs)
 
     __call__ = forward
@@ -277,19 +285,34 @@ class MaskBank:
         Raises:
             RuntimeError: If somebody else wrote to weights that a task was in.
         """
-        self._closed, closed = True, self._closed
-        if closed:
+        if self._closed:
             return
-        self._pool.shutdown(cancel_futures=True)  # before the lock is taken, which what is under way may wait for
-        with self._active.lock, ExitStack() as last:
-            last.callback(self._source.close)
-            last.callback(self._cache.clear)
-            last.callback(self._live.close)
-            self._named.remove()
+        with self._active.ending():
+            self._closed = True
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+            self._release()
+
+    def locks(self) -> list[AbstractContextManager[Any]]:
+        """What no process may be forked under."""
+        return [self._active.turn, self._cache.lock, self._live.memory]
+
+    def after_fork(self) -> None:
+        """In a child process: leave out what other threads of the parent were doing."""
+        self._pool = None
+        self._active.after_fork()
 
     def __enter__(self) -> MaskBank:
-        """Use the bank, and close it afterwards."""
+        """Close the bank afterwards."""
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _let_go(source: TaskSource, cache: TaskCache, live: LiveModel) -> None:
+    with ExitStack() as last:
+        last.callback(source.close)
+        last.callback(cache.clear)
+        last.callback(live.close)
+        forget_names(live.model)

@@ -43,11 +43,11 @@ class TaskCache:
         self.budget, self.stats = budget, stats
         self.pinned: set[str] = set()
         self._entries: OrderedDict[str, tuple[object, Task]] = OrderedDict()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def get(self, name: str, version: object, decode: Callable[[], Task]) -> Task:
         """The task, decoded if it is not held; two threads that ask at once may both decode, and both are right."""
-        with self._lock:
+        with self.lock:
             held = self._entries.get(name)
             if held is not None and held[0] == version:
                 self._entries.move_to_end(name)
@@ -55,7 +55,7 @@ class TaskCache:
                 return held[1]
             self.stats.misses += 1
         task = decode()
-        with self._lock:
+        with self.lock:
             self._drop(name)
             self._entries[name] = version, task
             self._count(task, 1)
@@ -64,12 +64,12 @@ class TaskCache:
 
     def drop(self, name: str) -> None:
         """Let go of a task; one that comes in its place is pinned if it was."""
-        with self._lock:
+        with self.lock:
             self._drop(name)
 
     def forget(self, name: str) -> bool:
         """Let go of a name, and tell whether it was pinned."""
-        with self._lock:
+        with self.lock:
             self._drop(name)
             pinned = name in self.pinned
             self.pinned.discard(name)
@@ -89,7 +89,7 @@ class TaskCache:
 
     def clear(self) -> None:
         """Forget all."""
-        with self._lock:
+        with self.lock:
             for name in list(self._entries):
                 self._drop(name)
             self.pinned.clear()

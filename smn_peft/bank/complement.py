@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .live_parameter import Reading, unwatch, watch
 from .removal import remove
 from .task import Task, TaskMask
 
@@ -59,6 +60,12 @@ def can_complement(tasks: Sequence[Task | None], scalable: set[str], model: nn.M
     parameter = next(model.parameters())
     if parameter.dtype not in _PRODUCTS or torch.is_autocast_enabled(parameter.device.type):
         return False
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        return False
+    if any(
+        first.masks.keys() & second.tensors.keys() for first in filter(None, tasks) for second in filter(None, tasks)
+    ):
+        return False
     for task in tasks:
         if task is None:
             continue
@@ -82,6 +89,9 @@ def _of(task: Task, owner: str) -> set[str]:
 def complemented(model: nn.Module, rows: Sequence[Rows], count: int) -> Iterator[list[Padded]]:
     """While this lasts, the model (the base's own weights live) treats each run of samples as its task says.
 
+    Whoever multiplies by a weight that differs between the tasks gets the rows of each task right; whoever reads one
+    in another way gets [`NotPerSample`].
+
     Yields:
         What heads of different widths gave, as they give it.
     """
@@ -90,33 +100,48 @@ def complemented(model: nn.Module, rows: Sequence[Rows], count: int) -> Iterator
     with ExitStack() as stack:
         for name in sorted(names):
             layer: Any = model.get_submodule(name)
-            own = layer.__dict__.get("forward")
-            layer.forward = _Complemented(layer, name, rows, count, padded)
-            stack.callback(_restore, layer, own)
+            products = _Complemented(layer, name, rows, count, padded)
+            for parameter in (layer.weight, layer.bias) if products.is_head else (layer.weight,):
+                if parameter is not None:
+                    stack.callback(_restore, parameter, watch(parameter, products))
         yield padded
 
 
-def _restore(layer: Any, own: Any) -> None:
-    if own is None:
-        del layer.forward
+def _restore(parameter: Tensor, before: Reading | None) -> None:
+    if before is None:
+        unwatch(parameter)
     else:
-        layer.forward = own
+        watch(parameter, before)
 
 
 class _Complemented:
-    """Forward of one Linear over a sorted batch."""
+    """Products of a sorted batch with the weight of one Linear layer."""
 
     def __init__(self, layer: nn.Linear, name: str, rows: Sequence[Rows], count: int, padded: list[Padded]) -> None:
         self._layer, self._rows, self._count, self._padded = layer, rows, count, padded
         self._weight, self._bias = f"{name}.weight", f"{name}.bias"
+        own = {name for run in rows if run.task is not None for name in run.task.tensors}
+        self.is_head = not own.isdisjoint((self._weight, self._bias))
 
-    def __call__(self, input: Tensor) -> Tensor:
-        if len(input) != self._count:
+    @property
+    def scale(self) -> Tensor:
+        """A compiled graph has one weight."""
+        raise NotPerSample
+
+    def settle(self) -> None:
+        """A reader would get one weight for all samples."""
+        raise NotPerSample
+
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(batch, …, in_features) -> (batch, …, out_features), each run of samples under its task."""
+        if input.dim() < 2 or len(input) != self._count or input.dtype != weight.dtype:
             raise NotPerSample
-        if any(run.task is not None and self._weight in run.task.tensors for run in self._rows):
+        if self.is_head:
+            if weight is not self._layer.weight or bias is not self._layer.bias:
+                raise NotPerSample
             return self._heads(input)
-        product, bias = F.linear(input, self._layer.weight), self._layer.bias
-        if self._removed_at_once(input, product):
+        product = F.linear(input, weight)
+        if self._removed_at_once(input, product, bias):
             return product
         for task, start, stop in self._rows:
             part = product[start:stop].flatten(0, -2)
@@ -130,13 +155,13 @@ class _Complemented:
                 part.mul_(scale)
         return product
 
-    def _removed_at_once(self, input: Tensor, product: Tensor) -> bool:
+    def _removed_at_once(self, input: Tensor, product: Tensor, bias: Tensor | None) -> bool:
         if input.device.type != "cpu" or torch.is_grad_enabled():
             return False
         tokens = input[0].numel() // input.shape[-1]
         masks = [None if run.task is None else run.task.masks.get(self._weight) for run in self._rows]
         runs = [(mask, (run.stop - run.start) * tokens) for mask, run in zip(masks, self._rows, strict=True)]
-        return remove(product.flatten(0, -2), input.flatten(0, -2), self._layer.weight, self._layer.bias, runs)
+        return remove(product.flatten(0, -2), input.flatten(0, -2), self._layer.weight, bias, runs)
 
     def _removed(self, mask: TaskMask) -> Tensor:
         """Sparse (in_features, out_features): the weights that the task removed, transposed."""

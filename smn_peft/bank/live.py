@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .live_tensor import LiveTensor
-from .named_forward import NamedForward
-from .scaled_linear import ScaledLinear, scalable_weights
+from .named_call import NamedCall
 from .task import Task
 
 __all__ = ["LiveModel"]
@@ -30,7 +29,8 @@ class LiveModel:
     Attributes:
         model: The base, in eval mode.
         current: The task that the weights are of; None: the base's own.
-        scalable: Names of the weights whose layer takes 1/σ on itself.
+        scalable: Names of the weights whose products may take 1/σ: those of plain Linear layers.
+        memory: Held while weights are written, never while they are used.
         generation: Counts switches; a result belongs to a task only if the counter did not move meanwhile.
     """
 
@@ -44,14 +44,19 @@ class LiveModel:
         self.model = model.eval()
         self.current: Task | None = None
         self.generation = 0
-        self.scalable = scalable_weights(model)
+        self.scalable = {
+            f"{name}.weight"
+            for name, module in model.named_modules(remove_duplicate=False)
+            if type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter
+        }
         self._live: dict[str, LiveTensor] = {}
-        self._linears: dict[str, ScaledLinear] = {}
         self._own: dict[str, Tensor] = {}
         self._touched: set[str] = set()
-        self._memory = threading.RLock()  # held while weights are written, never while they are used
+        self.memory = threading.RLock()
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._shapes = {name: tensor.shape for name, tensor in named}
+        first = {id(tensor): name for name, tensor in reversed(named)}
+        self._first_names = {name: first[id(tensor)] for name, tensor in named}
         self._tied = _tied(model)
         self._modules: dict[str, nn.Module] = {}
         self._inference = any(tensor.is_inference() for _, tensor in named)
@@ -65,6 +70,14 @@ class LiveModel:
         if name not in self._shapes:
             raise AttributeError(f"The base has no {name}.")
         return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype that a parameter or buffer of the base has now."""
+        return _tensor(self.model, name).dtype
+
+    def first_name(self, name: str) -> str:
+        """The one name that a tensor goes by here, where its module stands in several places."""
+        return self._first_names.get(name, name)
 
     def check_alone(self, name: str) -> None:
         """Refuse a parameter that is another one too: what a task does to it would happen to both.
@@ -80,19 +93,21 @@ class LiveModel:
             )
 
     def values(self, name: str) -> Tensor:
-        """A parameter's own values, whichever task is live; not to be written to."""
+        """A parameter's or buffer's own values, whichever task is live; not to be written to."""
         with self._writable():
             if name in self._own:
                 return self._own[name].detach().clone()
+            if not isinstance(own := _tensor(self.model, name), nn.Parameter):
+                return own.clone()
             live, parameter = self._bound(name), self._parameter(name)
             if not live.touched:
                 live.follow(name, parameter)
             return live.values().to(parameter.dtype)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
         """What is made here serves every later call, whether it computes gradients or not."""
-        with self._memory, torch.inference_mode(self._inference), torch.no_grad():
+        with self.memory, torch.inference_mode(self._inference), torch.no_grad():
             yield
 
     def switch(self, task: Task | None) -> None:
@@ -105,20 +120,20 @@ class LiveModel:
                 base's weights.
         """
         with self._writable():
-            if self._moved(task):
-                self.current = None
-                for linear in self._linears.values():
-                    linear.move()
-            elif task is self.current and (task is not None or not (self._touched or self._own)):
-                return
-            self.generation += 1
-            self.current = None
+            generation = self.generation
             try:
+                if self._moved(task):
+                    self.current = None
+                elif task is self.current and (task is not None or not (self._touched or self._own)):
+                    return
+                self.generation += 1
+                self.current = None
                 self._leave(task)
                 if task is not None:
                     self._enter(task)
             except BaseException:
-                self._leave(None)
+                self.generation, self.current = generation + 1, None
+                self._rescue()
                 raise
             self.current = task
 
@@ -136,20 +151,28 @@ class LiveModel:
         for name in [name for name in self._touched if name not in masks]:
             self._live[name].restore()
             self._touched.discard(name)
-            self._follow(name)
         kept = set() if task is None else task.tensors.keys()
         for name in [name for name in self._own if name not in kept]:
-            _put_back(self.model, name, self._own.pop(name))
+            _put_back(self.model, name, self._own[name])
+            del self._own[name]
+
+    def _rescue(self) -> None:
+        """Undo all that can be undone, and overwrite nothing that somebody else wrote."""
+        for name in list(self._touched):
+            with contextlib.suppress(Exception):  # the error that led here is the one to tell
+                self._live[name].follow(name, self._parameter(name))
+                self._live[name].restore()
+                self._touched.discard(name)
+        for name in list(self._own):
+            with contextlib.suppress(Exception):
+                _put_back(self.model, name, self._own[name])
+                del self._own[name]
 
     def _enter(self, task: Task) -> None:
         for name, mask in task.masks.items():
             live = self._bound(name)
-            if name in self.scalable and name not in self._linears:
-                layer: Any = self.model.get_submodule(name.rpartition(".")[0])
-                self._linears[name] = ScaledLinear(layer, live)
             self._touched.add(name)
             live.apply(mask)
-            self._follow(name)
         for name, tensor in task.tensors.items():
             own = _tensor(self.model, name)
             self._own.setdefault(name, own if isinstance(own, nn.Parameter) else own.clone())
@@ -157,7 +180,8 @@ class LiveModel:
 
     def _bound(self, name: str) -> LiveTensor:
         if name not in self._live:
-            self._live[name] = LiveTensor(self._parameter(name), scales_outside=name in self.scalable)
+            scalable = name in self.scalable
+            self._live[name] = LiveTensor(self._parameter(name), scales_outside=scalable, writing=self._writable)
         return self._live[name]
 
     def _parameter(self, name: str) -> Tensor:
@@ -168,12 +192,8 @@ class LiveModel:
         assert parameter is not None
         return parameter
 
-    def _follow(self, name: str) -> None:
-        if name in self._linears:
-            self._linears[name].follow()
-
     def close(self) -> None:
-        """Give the base back as it was, with its own forwards.
+        """Give the base back as it was.
 
         Raises:
             RuntimeError: If that cannot be, as somebody else wrote to weights that a task was in.
@@ -181,10 +201,9 @@ class LiveModel:
         try:
             self.switch(None)
         finally:
-            for linear in self._linears.values():
-                linear.remove()
+            for live in self._live.values():
+                live.release()
             self._live.clear()
-            self._linears.clear()
             self._touched.clear()
 
     @property
@@ -200,7 +219,7 @@ def _check_plain(model: nn.Module) -> None:
             "A bank takes the plain base model, and this one has PEFT adapters: pass model.unload(), or load the "
             "base anew."
         )
-    if any(isinstance(module.__dict__.get("forward"), (NamedForward, ScaledLinear)) for module in model.modules()):
+    if any(isinstance(module, NamedCall) for module in model.modules()):
         raise ValueError(
             "This model has a bank already, and two would undo each other's weights: close that one first, add the "
             "tasks to it, or load the base anew."
@@ -208,11 +227,26 @@ def _check_plain(model: nn.Module) -> None:
 
 
 def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the parameters that have several, each with all names that its tensor has."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
-    return {name: names for names in owners.values() if len(names) > 1 for name in names}
+    """Names of the parameters that two modules hold, or that a module holds which stands in two places; all names.
+
+    A module that stands in several places because its parent does has one place, its parent's.
+    """
+    owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    holders: dict[int, set[int]] = defaultdict(set)
+    names: dict[int, list[str]] = defaultdict(list)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, part in (*module._parameters.items(), *module._modules.items()):
+            owners[id(part)].add((id(module), attribute))
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                holders[id(parameter)].add(id(module))
+                names[id(parameter)].append(f"{path}.{attribute}".removeprefix("."))
+    tied = {
+        parameter
+        for parameter, modules in holders.items()
+        if len(owners[parameter]) > 1 or any(len(owners[module]) > 1 for module in modules)
+    }
+    return {name: names[parameter] for parameter in tied for name in names[parameter]}
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..functional.triton_kernels import usable
 from .accelerated import fast_write
+from .live_parameter import unwatch, watch
 from .task import TaskMask
 
 __all__ = ["LiveTensor", "write_masked"]
@@ -51,8 +55,10 @@ def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> Non
     integer, bits = _INTEGERS[out.dtype.itemsize], packed.numpy()
     source, target = weight.view(integer).numpy(), out.view(integer).numpy()
     if compiled := fast_write():
-        compiled(target, source, bits)
-        return _scale(out, scale)
+        if integer is torch.int16:  # numpy has no bf16
+            compiled(target, source, bits, target.dtype.type(1))
+            return _scale(out, scale)
+        return compiled(out.numpy(), weight.numpy(), bits, out.numpy().dtype.type(scale))
     table = _all_or_none(out.dtype)
     masks = np.empty((min(_CHUNK, len(bits)), 8), table.dtype)
     for start in range(0, len(bits), _CHUNK):
@@ -60,6 +66,7 @@ def _write_cpu(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> Non
         np.take(table, chunk, axis=0, out=masks[: len(chunk)], mode="clip")  # another mode would copy
         np.bitwise_and(source[part], masks.reshape(-1)[: len(source[part])], out=target[part])
         _scale(out[part], scale)
+    return None
 
 
 def _scale(out: Tensor, scale: float) -> None:
@@ -99,20 +106,35 @@ class LiveTensor:
     when the first such task comes, and so does every task where the memory is in another order than the shape
     (channels_last).
 
-    With `scales_outside` the tensor never holds 1/σ: its layer multiplies by `outside`, so that a sparse task touches
-    only what it removes.
+    With `scales_outside` a sparse task touches only what it removes: the parameter is a [`LiveParameter`], products
+    are multiplied by `outside`, and whatever else reads it finds it settled, 1/σ and all.
 
     Its methods are called without gradients.
     """
 
-    def __init__(self, parameter: Tensor, *, scales_outside: bool) -> None:
-        """Bind a parameter; nothing is written."""
+    def __init__(
+        self,
+        parameter: Tensor,
+        *,
+        scales_outside: bool,
+        writing: Callable[[], AbstractContextManager[object]] = torch.no_grad,
+    ) -> None:
+        """Bind a parameter; nothing is written.
+
+        Args:
+            parameter: A plain `nn.Parameter` if its scale may stay outside.
+            scales_outside: Whether it may.
+            writing: What [`settle`], which any reader may cause, writes under.
+        """
         self.scales_outside = scales_outside
+        self._writing = writing
         self._bind(parameter)
 
     def _bind(self, parameter: Tensor) -> None:
         self.outside = 1.0
-        self._parameter, self._tensor = parameter, parameter.detach()
+        self.scale = torch.ones((), dtype=torch.float32, device=parameter.device)
+        with torch._C.DisableTorchFunctionSubclass():
+            self._parameter, self._tensor = parameter, parameter.detach()
         self._flat = self._tensor.view(-1) if self._tensor.is_contiguous() else None
         self._undo: tuple[Tensor, Tensor] | None = None
         self._original: Tensor | None = None
@@ -163,20 +185,28 @@ class LiveTensor:
         return values.view(self._tensor.shape)
 
     def apply(self, mask: TaskMask) -> None:
-        """Make the tensor the task's; what was there before is gone, whichever task's it was."""
+        """Overwrite the values with this task's."""
         if mask.packed is not None:
-            self._write(mask.packed, 1.0 if self.scales_outside else mask.scale)
+            self._write(mask.packed, mask.scale)
         else:
             assert mask.removed is not None
             assert self.scales_outside or mask.active == mask.numel
-            self.restore()
+            self._undo_values()
+            if self.scales_outside:
+                watch(self._parameter, self)
             self._remove(mask.removed.to(self._tensor.device, non_blocking=True).long())
-        self.outside = mask.scale if self.scales_outside else 1.0
+            self._leave_outside(mask.scale)
         self._version = _version(self._parameter)
+
+    def _leave_outside(self, scale: float) -> None:
+        if scale != self.outside:
+            self.outside = scale
+            self.scale.fill_(scale)
 
     def _write(self, packed: Tensor, scale: float) -> None:
         original = self._keep_original()
-        self._undo, self._dirty = None, True
+        self._dirty, self._undo = True, None
+        self._leave_outside(1.0)
         out = torch.empty_like(original) if self._flat is None else self._flat
         write_masked(out, original, packed.to(out.device, non_blocking=True), scale)
         if self._flat is None:
@@ -192,24 +222,59 @@ class LiveTensor:
 
     def _keep_original(self) -> Tensor:
         if self._original is None:
-            self.restore()
             self._original = self.values().view(-1)
         return self._original
 
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``s·(x Wᵀ) + b``: (…, in_features) -> (…, out_features)."""
+        scale = self.outside
+        if scale == 1.0 or input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
+            return F.linear(input if scale == 1.0 else input * scale, weight, bias)
+        flat = input.reshape(-1, input.shape[-1])
+        if bias is None:
+            product = flat.new_empty(len(flat), len(weight))
+            product = torch.addmm(product, flat, weight.t(), beta=0, alpha=scale)
+        else:
+            product = torch.addmm(bias, flat, weight.t(), alpha=scale)
+        return product.view(*input.shape[:-1], len(weight))
+
+    def settle(self) -> None:
+        """Write 1/σ into the values, for this task."""
+        if self.outside == 1.0:
+            return
+        with self._writing(), _disable_current_modes():  # torch.export reads under a mode of fake tensors
+            if (scale := self.outside) == 1.0:
+                return
+            self._keep_original()
+            self._dirty, self._undo = True, None
+            self._tensor.mul_(scale)
+            self._leave_outside(1.0)
+            self._version = _version(self._parameter)
+
     def restore(self) -> None:
         """Put the base's values back, bit for bit; nothing happens where they are."""
-        self.outside = 1.0
-        if not self.touched:
-            return
+        self._undo_values()
+        self._leave_outside(1.0)
+        self._version = _version(self._parameter)
+
+    def _undo_values(self) -> None:
         if self._dirty:
             assert self._original is not None
-            self._tensor.copy_(self._original.view(self._tensor.shape))
+            try:
+                self._tensor.copy_(self._original.view(self._tensor.shape))
+            except RuntimeError:  # memory that nobody can write to holds them still
+                if not torch.equal(self._tensor, self._original.view(self._tensor.shape)):
+                    raise
             self._dirty = False
         if self._undo is not None:
             assert self._flat is not None
             self._flat.index_copy_(0, *self._undo)
             self._undo = None
-        self._version = _version(self._parameter)
+
+    def release(self) -> None:
+        """Let the parameter be an ordinary one again, with the values that it has."""
+        self.settle()
+        unwatch(self._parameter)
 
     @property
     def nbytes(self) -> int:
@@ -219,9 +284,11 @@ class LiveTensor:
 
 
 def _place(parameter: Tensor) -> tuple[object, ...]:
-    return parameter.data_ptr(), parameter.dtype, parameter.stride()
+    with torch._C.DisableTorchFunctionSubclass():
+        return parameter.data_ptr(), parameter.dtype, parameter.stride()
 
 
 def _version(parameter: Tensor) -> int:
     """Grows with every change in place, whoever makes it."""
-    return -1 if parameter.is_inference() else parameter._version
+    with torch._C.DisableTorchFunctionSubclass():
+        return -1 if parameter.is_inference() else parameter._version

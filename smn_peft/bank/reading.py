@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..storage import is_settings
 from ..storage.codec import BLOB_NAME
+from ..tuner.architectures import head_modules
+from ..tuner.batch_norm import has_statistics
 from ..tuner.forms import mask_layer_for
 from .live import LiveModel
 from .task import SPARSE_BELOW, Task, TaskMask
@@ -26,6 +29,7 @@ def task_from_tensors(
     tensors: Mapping[str, Tensor],
     live: LiveModel,
     config: Mapping[str, Any] | None = None,
+    config_nbytes: int = 0,
 ) -> Task:
     """Lay an adapter's tensors over a base.
 
@@ -35,13 +39,14 @@ def task_from_tensors(
         live: Of the base: a plain timm or transformers model, or a `Classifier` around one; the adapter may have been
             made on either, as long as the layers are the same.
         config: The adapter's; kept with the task.
+        config_nbytes: Bytes that it takes for this task alone.
 
     Raises:
         AdapterFileError: If a mask is damaged.
         TypeError: If a mask is not uint8.
         ValueError: If there is no mask, a layer is not found in the base, or a size does not fit.
     """
-    config, base = dict(config or {}), live.model
+    config, base = config or {}, live.model
     bare = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     coded = blob_in(bare)
     prefix, names = ("", []) if coded is None else (coded[0], [entry.name for entry in coded[1].entries])
@@ -65,8 +70,13 @@ def task_from_tensors(
             rest[key] = tensor
         elif leaf.removeprefix("smn_") in _STATISTICS:
             rest[f"{rename(path)}.{leaf.removeprefix('smn_')}"] = tensor
-        elif _is_mask(leaf):
-            parameter = locate(key)[0]
+        elif not _is_mask(leaf):
+            if not (leaf.endswith("scores") or is_settings(key)):
+                raise ValueError(f"Task {name!r} holds {key}, which no masked layer takes: the adapter is damaged.")
+        else:
+            parameter = live.first_name(locate(key)[0])
+            if parameter in masks:
+                raise ValueError(f"Task {name!r} brings two masks of {parameter}: the adapter is damaged.")
             below = SPARSE_BELOW if live.may_be_sparse(parameter) else 0.0
             numel = live.shape(parameter).numel()
             scaled = bool(config.get("scale", True))
@@ -75,7 +85,10 @@ def task_from_tensors(
             except ValueError as error:
                 raise ValueError(f"Task {name!r} cannot be taken: {error}") from error
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
-    return Task(name, masks, _checked(name, _plain_heads(rest, base), live), config)
+    brought = {live.first_name(key): tensor for key, tensor in _plain_heads(rest, base).items()}
+    brought = _checked(name, brought, live)
+    _check_whole(name, masks, brought, config, base)
+    return Task(name, masks, brought, config, config_nbytes)
 
 
 def _is_mask(leaf: str) -> bool:
@@ -98,7 +111,7 @@ def _parameter(base: nn.Module, path: str, leaf: str) -> tuple[str, str]:
 
 def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[str], str]:
     """How the adapter's module paths read in the base: with a prefix taken off, or put before."""
-    modules = dict(base.named_modules())
+    modules = dict(base.named_modules(remove_duplicate=False))
     layers = sorted(layers)
     first = layers[0]
     parts = first.split(".")
@@ -136,6 +149,39 @@ def _module(base: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def _check_whole(
+    name: str, masks: Mapping[str, TaskMask], tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: nn.Module
+) -> None:
+    """Refuse an adapter that brings a tensor twice, or not all that its config promises.
+
+    Raises:
+        ValueError: Names what is too much or missing.
+    """
+    if twice := sorted(masks.keys() & tensors.keys()):
+        raise ValueError(
+            f"Task {name!r} masks {twice[0]} and brings it whole too, and only one can be: the adapter is damaged."
+        )
+    modules = dict(base.named_modules())
+    for saved in config.get("modules_to_save") or ():
+        paths = [path for path in modules if path == saved or path.endswith(f".{saved}")]
+        wanted = {f"{path}.{leaf}" for path in paths for leaf, _ in modules[path].named_parameters()}
+        lacking = sorted(wanted - tensors.keys())
+        if lacking or not (paths or any(f".{saved}." in f".{key}" for key in tensors)):
+            raise ValueError(
+                f"Task {name!r} lacks {lacking[0] if lacking else saved}, which its config promises in "
+                "modules_to_save: the adapter is damaged. Save it anew."
+            )
+    if config.get("batch_norm") == "adapt":
+        heads = head_modules(base)
+        own = [path for path, module in modules.items() if has_statistics(module) and id(module) not in heads]
+        lacking = [f"{path}.{leaf}" for path in own for leaf in _STATISTICS if f"{path}.{leaf}" not in tensors]
+        if lacking:
+            raise ValueError(
+                f"Task {name!r} lacks {lacking[0]}, and its config promises statistics of its own "
+                "(batch_norm='adapt'): the adapter is damaged. Save it anew."
+            )
+
+
 def _checked(name: str, tensors: dict[str, Tensor], live: LiveModel) -> dict[str, Tensor]:
     """What a task brings along whole: each with the base's shape, but for a head's number of classes."""
     base = live.model
@@ -155,8 +201,12 @@ def _checked(name: str, tensors: dict[str, Tensor], live: LiveModel) -> dict[str
                 f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}, and is no head, whose "
                 "number of classes could be any: open the bank over the base that the adapter was made on."
             )
+        if tensor.is_complex() or tensor.is_floating_point() != live.dtype(key).is_floating_point:
+            raise ValueError(f"Task {name!r}: {key} is {tensor.dtype}, the base {live.dtype(key)}: it is damaged.")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"Task {name!r}: {key} holds values that are not finite: the adapter is damaged.")
+        if key.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any()):
+            raise ValueError(f"Task {name!r}: {key} is negative, which no statistic is: the adapter is damaged.")
     for path in {_split(key)[0] for key in tensors} & heads:
         rows = {
             leaf: len(tensors[key]) if (key := f"{path}.{leaf}") in tensors else live.shape(key)[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, read_adapter_file
 from ..storage.repack import read_config
+from .names import MAX_NAME, check_name
 
 __all__ = ["MemorySource", "StoredAdapter", "TaskSource", "read_adapter", "unknown_task"]
 
@@ -50,7 +51,7 @@ class TaskSource(Protocol):
         """An adapter; KeyError for an unknown name, AdapterFileError for a damaged one."""
 
     def add(self, name: str, adapter: StoredAdapter, *, replace: bool = False) -> None:
-        """Put an adapter under a name; ValueError if the name is taken and `replace` is false."""
+        """Put an adapter under a name; ValueError if it is no name, or taken and `replace` is false."""
 
     def remove(self, name: str) -> None:
         """Take an adapter out; KeyError for an unknown name."""
@@ -84,7 +85,8 @@ def read_adapter(adapter: str | os.PathLike[str], *, revision: str | None = None
 
 def unknown_task(name: str, count: int) -> KeyError:
     """The error for a name that no task has."""
-    return KeyError(f"The bank has no task {name!r}; it has {count}: see bank.names.")
+    shown = repr(name) if len(name) <= MAX_NAME else f"{name[:20]!r}… of {len(name)} characters"
+    return KeyError(f"The bank has no task {shown}; it has {count}: see bank.names.")
 
 
 class MemorySource:
@@ -116,6 +118,7 @@ class MemorySource:
 
     def add(self, name: str, adapter: StoredAdapter, *, replace: bool = False) -> None:
         """Keep a reference."""
+        check_name(name)
         if name in self._adapters and not replace:
             raise ValueError(f"The bank has a task {name!r} already: remove it, or pass replace=True.")
         self._adapters[name] = adapter

@@ -14,8 +14,9 @@ from typing import Any
 from ..storage import AdapterFileError
 from .database import VERSION, Database
 from .database_errors import StoreBusyError
+from .names import BASE_NAME, check_name
 from .source import StoredAdapter, unknown_task
-from .task_info import BASE_NAME, StoreInfo, TaskCheck, TaskInfo, check_name
+from .task_info import StoreInfo, TaskCheck, TaskInfo
 from .task_row import MAX_BLOB, MAX_CONFIG, Adapter, TaskRow, checked, encoded
 
 __all__ = ["BASE_NAME", "FILE_NAME", "DiskStore", "StoreBusyError", "StoreInfo", "TaskCheck", "TaskInfo", "check_name"]

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,11 @@ SPARSE_BELOW = 1 / 40
 """Up to this inactive fraction a task is held as indices: zeroing them beats writing the whole tensor."""
 
 
-@dataclass(frozen=True, eq=False)
+_OBJECT = 160  # bytes of a mask's or a task's own object, with its numbers and its place in a table
+_TENSOR = 550  # bytes of a tensor's objects, torch's and numpy's, beside its values
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class TaskMask:
     """What a task does to one tensor of the base.
 
@@ -65,11 +70,6 @@ class TaskMask:
             return cls(numel, active, scale, packed, None)
         return cls(numel, active, scale, None, torch.from_numpy(removed))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(part.nbytes for part in (self.packed, self.removed) if part is not None)
-
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -81,22 +81,35 @@ class Task:
         tensors: Parameters and buffers that the task brings along whole, by their name in the base: the head,
             BatchNorm statistics.
         info: The adapter's config, and what else is known of it.
+        info_nbytes: Bytes that `info` takes for this task alone.
+        nbytes: Bytes in memory, those of Python's and torch's objects too.
     """
 
     name: str
     masks: Mapping[str, TaskMask]
     tensors: Mapping[str, Tensor]
     info: Mapping[str, Any] = field(default_factory=dict)
+    info_nbytes: int = 0
+    nbytes: int = field(init=False)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return sum(mask.nbytes for mask in self.masks.values()) + sum(t.nbytes for t in self.tensors.values())
+    def __post_init__(self) -> None:
+        """Weigh the task once."""
+        parts = [part for mask in self.masks.values() for part in (mask.packed, mask.removed) if part is not None]
+        tables = sys.getsizeof(self.masks) + sys.getsizeof(self.tensors)
+        objects = _OBJECT * (len(self.masks) + 4) + tables
+        object.__setattr__(self, "nbytes", _bytes_of([*parts, *self.tensors.values()]) + objects + self.info_nbytes)
 
     @property
     def density(self) -> float:
         """Fraction of the masked weights that are active."""
         return sum(mask.active for mask in self.masks.values()) / sum(mask.numel for mask in self.masks.values())
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors keep in memory: a view keeps all that it is a view of."""
+    tensors = list(tensors)
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values()) + _TENSOR * len(tensors)
 
 
 def _zeros(packed: NDArray[np.uint8], numel: int, limit: int) -> NDArray[np.int32] | None:

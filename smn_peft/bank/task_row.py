@@ -31,8 +31,9 @@ from ..storage.adapter_file import parse_adapter_file
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
 from ..storage.finish import write_adapter_file
 from ..storage.repack import MAX_UNPACKED, read_config, shared_prefix, unpack_tensors
+from .names import check_name
 from .source import StoredAdapter, read_adapter
-from .task_info import MAX_FACTS, TaskInfo, check_name
+from .task_info import MAX_FACTS, TaskInfo
 
 __all__ = ["MAX_BLOB", "MAX_CONFIG", "Adapter", "TaskRow", "checked", "encoded"]
 

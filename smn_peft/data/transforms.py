@@ -8,7 +8,7 @@ be repeated exactly; without one it draws from torch's global generator.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from ..tuner.validation import check_preprocessing
 from .augmentation import Draws, Normalise, augmented_crop, to_float
 from .options import MultiCropOptions, SupervisedOptions
 
@@ -33,9 +34,6 @@ __all__ = [
 ]
 
 Triple = tuple[float, ...]
-
-_LARGEST = 4096  # pixels of a side: what comes with an adapter decides no more memory than that
-_INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 class ImageTransform(Protocol):
@@ -120,60 +118,11 @@ def preprocessing_transform(preprocessing: Mapping[str, Any]) -> ImageTransform:
     known = check_preprocessing(preprocessing)
     return evaluation_transform(
         known["image_size"],
-        known["mean"],
-        known["std"],
+        tuple(known["mean"]),
+        tuple(known["std"]),
         crop_fraction=known["crop_pct"],
         interpolation=known["interpolation"],
     )
-
-
-def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
-    """How images are prepared, once every value is usable: it may come from a file that somebody else wrote.
-
-    Args:
-        preprocessing: `image_size` in pixels, 1 to 4096; `mean` and `std`, three numbers each of images in
-            [0, 1], below 1e6, std above 1e-6; `interpolation`, "bicubic" or "bilinear"; `crop_pct` in
-            [0.5, 1], the part of the resized shorter side that is kept. The last two may be missing: "bicubic" and 1.
-
-    Returns:
-        All five, `mean` and `std` as tuples; other keys are left out.
-
-    Raises:
-        ValueError: A value is missing or unusable; it is named.
-    """
-    if not isinstance(preprocessing, Mapping):
-        raise ValueError(
-            f"preprocessing must be a mapping such as {{'image_size': 224, …}}; got {preprocessing!r:.80}."
-        )
-    known = {"interpolation": "bicubic", "crop_pct": 1.0, **preprocessing}
-
-    def refuse(name: str, wanted: str) -> ValueError:
-        got = f"it is {known[name]!r:.80}" if name in known else "it is missing"
-        return ValueError(f"preprocessing: {name} must be {wanted}; {got}. Correct it in the adapter's config.")
-
-    size = known.get("image_size")
-    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= _LARGEST:
-        raise refuse("image_size", f"a number of pixels from 1 to {_LARGEST}")
-    for name in ("mean", "std"):
-        value = known.get(name)
-        least = -1e6 if name == "mean" else 1e-6  # beyond that fp32 holds infinity, or near enough
-        if not isinstance(value, Sequence) or len(value) != 3 or not all(_within(v, least, 1e6) for v in value):
-            raise refuse(name, f"three numbers between {least:g} and 1e6, one per channel")
-    if known["interpolation"] not in _INTERPOLATIONS:
-        raise refuse("interpolation", f"one of {', '.join(_INTERPOLATIONS)}")
-    if not _within(known["crop_pct"], 0.5, 1):
-        raise refuse("crop_pct", "a number from 0.5 to 1")
-    return {
-        "image_size": size,
-        "mean": tuple(float(value) for value in known["mean"]),
-        "std": tuple(float(value) for value in known["std"]),
-        "interpolation": known["interpolation"],
-        "crop_pct": float(known["crop_pct"]),
-    }
-
-
-def _within(value: Any, least: float, most: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 class PilTransform:

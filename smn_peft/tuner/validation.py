@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -26,7 +26,10 @@ MAX_PATTERN = 1_000_000
 MAX_CHOICES = 3.5
 MAX_CLASSES = 100_000
 _DIGITS = frozenset({(sre.IN, ((sre.CATEGORY, sre.CATEGORY_DIGIT),)), (sre.IN, ((sre.RANGE, (48, 57)),))})
-_INTERPOLATIONS = ("nearest", "nearest-exact", "box", "bilinear", "hamming", "bicubic", "lanczos", "random")
+MAX_SIZE = 4096
+"""Pixels of a side: what comes with an adapter decides no more memory than that."""
+_PREPROCESSING = ("image_size", "mean", "std", "interpolation", "crop_pct")
+_INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 def check_pattern(option: str, pattern: str) -> None:
@@ -129,39 +132,54 @@ def class_names(id2label: Any) -> dict[int, str]:
 
 
 def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
-    """What is said of images, in one form: floats and lists, as JSON has them.
+    """How images are prepared, once every value is usable: it may come from a file that somebody else wrote.
+
+    Args:
+        preprocessing: `image_size` in pixels, 1 to 4096; `mean` and `std`, three numbers each of images in
+            [0, 1], below 1e6, std above 1e-6; `interpolation`, "bicubic" or "bilinear"; `crop_pct` in
+            [0.5, 1], the part of the resized shorter side that is kept. The last two may be missing: "bicubic" and 1.
+
+    Returns:
+        All five, `mean` and `std` as lists, as JSON has them.
 
     Raises:
-        ValueError: If it says anything that cannot be.
+        ValueError: A value is missing or unusable; it is named.
     """
     if not isinstance(preprocessing, Mapping):
-        raise ValueError(f"preprocessing must say how images are prepared, by name; got {_short(preprocessing)}.")
-    result: dict[str, Any] = {}
-    for key in sorted(preprocessing, key=str):
-        value = preprocessing[key]
-        if key == "image_size" and type(value) is int and 1 <= value <= 4096:
-            result[key] = value
-        elif key in ("mean", "std") and _is_color(value) and (key == "mean" or min(value) > 0):
-            result[key] = [float(number) for number in value]
-        elif key == "crop_pct" and _is_real(value) and 0 < value <= 1:
-            result[key] = float(value)
-        elif key == "interpolation" and value in _INTERPOLATIONS:
-            result[key] = value
-        else:
-            raise ValueError(
-                f"preprocessing: {_short(key)} cannot be {_short(value)}. It may have image_size (1 to 4096), mean "
-                "and std (three numbers each, std above 0), crop_pct (above 0, and 1 at most) and interpolation (one "
-                f"of {', '.join(_INTERPOLATIONS)})."
-            )
-    return result
+        raise ValueError(
+            f"preprocessing must be a mapping such as {{'image_size': 224, …}}; got {preprocessing!r:.80}."
+        )
+    if strange := [key for key in preprocessing if key not in _PREPROCESSING]:
+        raise ValueError(f"preprocessing: {_short(strange[0])} is unknown; it has {', '.join(_PREPROCESSING)}.")
+    known = {"interpolation": "bicubic", "crop_pct": 1.0, **preprocessing}
+
+    def refuse(name: str, wanted: str) -> ValueError:
+        got = f"it is {known[name]!r:.80}" if name in known else "it is missing"
+        return ValueError(f"preprocessing: {name} must be {wanted}; {got}. Correct it in the adapter's config.")
+
+    size = known.get("image_size")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= MAX_SIZE:
+        raise refuse("image_size", f"a number of pixels from 1 to {MAX_SIZE}")
+    for name in ("mean", "std"):
+        value = known.get(name)
+        least = -1e6 if name == "mean" else 1e-6  # beyond that fp32 holds infinity, or near enough
+        if not isinstance(value, Sequence) or len(value) != 3 or not all(_within(v, least, 1e6) for v in value):
+            raise refuse(name, f"three numbers between {least:g} and 1e6, one per channel")
+    if known["interpolation"] not in _INTERPOLATIONS:
+        raise refuse("interpolation", f"one of {', '.join(_INTERPOLATIONS)}")
+    if not _within(known["crop_pct"], 0.5, 1):
+        raise refuse("crop_pct", "a number from 0.5 to 1")
+    return {
+        "image_size": size,
+        "mean": [float(value) for value in known["mean"]],
+        "std": [float(value) for value in known["std"]],
+        "interpolation": known["interpolation"],
+        "crop_pct": float(known["crop_pct"]),
+    }
 
 
-def _is_color(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_real, value))
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e6 < value < 1e6
+def _within(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 def _short(value: Any) -> str:

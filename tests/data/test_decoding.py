@@ -91,13 +91,15 @@ def test_postscript_called_a_photo_starts_no_program(tmp_path, monkeypatch):
     with pytest.raises(UnknownFormatError, match=r"^cat\.jpg: cannot be read as an image of a known format \(JPEG, "):
         decode_rgb(POSTSCRIPT, "cat.jpg")
     assert not marker.exists()
-    with pytest.raises(OSError, match="."):  # it is what Pillow would have done
+    with pytest.raises(OSError, match=r".*"):  # it is what Pillow would have done
         Image.open(io.BytesIO(POSTSCRIPT)).load()
     assert marker.exists()
 
 
 def test_a_file_of_two_formats_is_read_as_an_allowed_one_or_not_at_all():
-    polyglot = (b"RIFF\xff\xff\xff\x00WEBPVP8 ".ljust(2048, b"\0") + b"PCD_IPI").ljust(96 * 2048 + 768 * 512 * 3, b"\7")
+    polyglot = (b"RIFF\xff\xff\xff\x00WEBPVP8 ".ljust(2048, b"\0") + b"PCD_IPI").ljust(
+        96 * 2048 + 768 * 512 * 3, b"\7"
+    )
     assert Image.open(io.BytesIO(polyglot), formats=["PCD"]).format == "PCD"
     with pytest.raises(ImageError):
         decode_rgb(polyglot, "x.webp")

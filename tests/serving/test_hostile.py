@@ -226,8 +226,15 @@ def test_an_adapter_that_masks_and_brings_a_weight_is_refused(client, saved, tmp
     tensors = load_file(saved[0] / "ships" / WEIGHTS_NAME)
     masked = next(key for key in tensors if "blocks.0.attn.qkv" in key)
     weight = masked.rpartition(".smn_")[0] + ".weight"
-    save_file({**tensors, weight: tensors[next(k for k in tensors if k.endswith("head.weight"))].new_zeros(96, 32)}, tmp_path / "w")
-    parts = {"config": ("c", json.dumps(config)), "weights": ("w", (tmp_path / "w").read_bytes()), "name": (None, "both")}
+    save_file(
+        {**tensors, weight: tensors[next(k for k in tensors if k.endswith("head.weight"))].new_zeros(96, 32)},
+        tmp_path / "w",
+    )
+    parts = {
+        "config": ("c", json.dumps(config)),
+        "weights": ("w", (tmp_path / "w").read_bytes()),
+        "name": (None, "both"),
+    }
     refused(client.post("/v1/tasks", files=parts, headers=BEARER), 422, "not added")
     for task, name in (("ships", "ships"), ("birds", "birds")):
         (result,) = client.post("/v1/predict", **files(IMAGES[0], task, logits="1")).json()["results"]
