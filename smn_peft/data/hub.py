@@ -168,10 +168,11 @@ def _load(
 
 def _own_folders(builder: str, options: Mapping[str, Any]) -> list[Path]:
     """Where files of the dataset lie: beside the table, or, of the Hub, where its own files are cached."""
-    if "data_files" in options:
+    if (named := options.get("data_files")) is not None:
+        files = [file for part in named.values() for file in part] if isinstance(named, Mapping) else [str(named)]
         # Of a pattern the part before its first wildcard.
-        path = Path(re.split(r"[*?\[]", str(options["data_files"]), maxsplit=1)[0])
-        return [path if path.is_dir() else path.parent]
+        paths = [Path(re.split(r"[*?\[]", str(file), maxsplit=1)[0]) for file in files]
+        return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
