@@ -97,7 +97,9 @@ def test_postscript_called_a_photo_starts_no_program(tmp_path, monkeypatch):
 
 
 def test_a_file_of_two_formats_is_read_as_an_allowed_one_or_not_at_all():
-    polyglot = (b"RIFF\xff\xff\xff\x00WEBPVP8 ".ljust(2048, b"\0") + b"PCD_IPI").ljust(96 * 2048 + 768 * 512 * 3, b"\7")
+    polyglot = (b"RIFF\xff\xff\xff\x00WEBPVP8 ".ljust(2048, b"\0") + b"PCD_IPI").ljust(
+        96 * 2048 + 768 * 512 * 3, b"\7"
+    )
     assert Image.open(io.BytesIO(polyglot), formats=["PCD"]).format == "PCD"
     with pytest.raises(ImageError):
         decode_rgb(polyglot, "x.webp")

@@ -113,7 +113,9 @@ def test_what_takes_too_long_is_answered_504_and_not_computed(held):
             status, _, answer = post(port, "/v1/predict", IMAGES[0], "ships")
             assert (status, "within 0.3 s" in answer["error"]) == (504, True)
         with socket.create_connection(("127.0.0.1", port)) as slow:
-            slow.sendall(b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n")
+            slow.sendall(
+                b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            )
             slow.sendall(b"Content-Length: 1000\r\n\r\n--x")
             assert slow.recv(100).startswith(b"HTTP/1.1 504")
         assert served.room.taken == 0
