@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import threading
 import time
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.serving.app import build_app
 from smn_peft.serving.limits import Bodies, Limits, limited
 from smn_peft.serving.workers import Workers
+from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+from tests.data.test_decoding import POSTSCRIPT, scanned
 from tests.serving.running import form
 from tests.serving.test_app import BEARER, bomb, close, files, refused
 from tests.serving.tiny import IMAGES, KEY, URL, image, service
@@ -193,8 +197,6 @@ async def _put(workers, function):
 
 
 def test_hostile_images_are_refused(client, quickly):
-    from tests.data.test_decoding import POSTSCRIPT, scanned
-
     refused(client.post("/v1/embed", **files(scanned(2000, 3000), "ships")), 422, "scans")
     refused(client.post("/v1/embed", **files(POSTSCRIPT, "ships")), 415, "not an image")
     refused(client.post("/v1/embed", **files(image(0, kind="TIFF"), "ships")), 415, "not an image")
@@ -218,24 +220,16 @@ def test_bodies_are_bounded_together():
 
 
 def test_an_adapter_that_masks_and_brings_a_weight_is_refused(client, saved, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
-
-    config = json.loads((saved[0] / "ships" / CONFIG_NAME).read_text())
-    tensors = load_file(saved[0] / "ships" / WEIGHTS_NAME)
+    config, weights = (saved[0] / "ships" / name for name in (CONFIG_NAME, WEIGHTS_NAME))
+    with safe_open(weights, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
     masked = next(key for key in tensors if "blocks.0.attn.qkv" in key)
-    weight = masked.rpartition(".smn_")[0] + ".weight"
-    save_file(
-        {**tensors, weight: tensors[next(k for k in tensors if k.endswith("head.weight"))].new_zeros(96, 32)},
-        tmp_path / "w",
-    )
-    parts = {
-        "config": ("c", json.dumps(config)),
-        "weights": ("w", (tmp_path / "w").read_bytes()),
-        "name": (None, "both"),
-    }
-    refused(client.post("/v1/tasks", files=parts, headers=BEARER), 422, "not added")
-    for task, name in (("ships", "ships"), ("birds", "birds")):
+    whole = {masked.rpartition(".")[0] + ".weight": torch.zeros(96, 32)}
+    save_file(tensors | whole, tmp_path / "weights", metadata=metadata)
+    parts = {"config": ("c", config.read_bytes()), "weights": ("w", (tmp_path / "weights").read_bytes())}
+    answer = client.post("/v1/tasks", files={**parts, "name": (None, "both")}, headers=BEARER)
+    refused(answer, 422, "not added")
+    assert "qkv" in answer.json()["error"]
+    for task in ("ships", "birds"):
         (result,) = client.post("/v1/predict", **files(IMAGES[0], task, logits="1")).json()["results"]
-        close(result["logits"], saved[1][name][0])
+        close(result["logits"], saved[1][task][0])
