@@ -15,6 +15,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,7 +83,9 @@ class Trial:
             self.base = copy.deepcopy(self.plain)
             head = sorted(name for name, _ in self.base.named_modules() if name)[-1:]
             kinds = (nn.Linear, nn.Conv2d)
-            names = [n for n, m in self.base.named_modules() if isinstance(m, kinds) and n not in head]
+            names = [n for n, m in self.base.named_modules() if type(m) in kinds and n not in head]
+            if not names:
+                raise
             self.model = get_peft_model(self.base, MaskConfig(target_modules=names, **config))
         self.model.eval()
         return None
@@ -109,7 +112,7 @@ class Trial:
         masked = [hand.get_parameter(name).requires_grad_(True) for name in self.model.base_model.masks()]
         loss_of(hand.train(), self.x).backward()
         used = sum(parameter.grad is not None for parameter in masked)
-        scores = [p for name, p in self.model.named_parameters() if "smn_scores" in name]
+        scores = [p for name, p in self.model.named_parameters() if name.rpartition(".")[0].endswith("scores")]
         optimizer = torch.optim.Adam(scores, lr=0.02)
         self.model.train()
         loss_of(self.model, self.x).backward()
@@ -212,11 +215,21 @@ def differs(got: Tensor, want: Tensor) -> str | None:
 
 def unlike(model: nn.Module, plain: nn.Module) -> str | None:
     """The first tensor of the base that is not what it was, to the bit."""
-    found = {name.replace("base_model.model.", "").replace("base_layer.", ""): t for name, t in named(model)}
     for name, tensor in named(plain):
-        if name not in found or not torch.equal(found[name], tensor):
+        *path, last = name.split(".")
+        owner = _bare(model)
+        for part in path:
+            owner = _bare(getattr(owner, part))
+        if not torch.equal(getattr(owner, last), tensor):
             return name
     return None
+
+
+def _bare(module: Any) -> Any:
+    """The module itself, of a wrapper what it is around; other people's modules may be called `base_layer` too."""
+    if isinstance(module, PeftModel):
+        return module.get_base_model()
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def named(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

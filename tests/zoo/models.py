@@ -50,15 +50,17 @@ class Entry:
 
 
 def _make_everything_matter(model: nn.Module) -> None:
-    """Statistics that are no identity; and gains, layer scales and biases that hide no branch."""
+    """Statistics that are no identity; and weights, gains, layer scales and biases that hide no branch."""
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and 0 < float(parameter.std()) < 5e-3:  # a head that starts as almost nothing
-                parameter.normal_(0, 0.05)
+            if parameter.dim() in (2, 4):
+                wanted = (parameter.numel() / len(parameter)) ** -0.5
+                if 0 < float(parameter.std()) < wanted / 2:  # layer by layer, signals would fade
+                    parameter.normal_(0, wanted)
             if parameter.numel() < 2 or not bool((parameter == parameter.flatten()[0]).all()):
                 continue
             value = float(parameter.flatten()[0])
@@ -298,7 +300,8 @@ _TRANSFORMERS = [
                   depths=[1] * 4, groups_width=4),
     _transformers("BitConfig", "BitForImageClassification", embedding_size=16, hidden_sizes=[32, 64, 64, 64],
                   depths=[1] * 4, num_groups=4),
-    _transformers("MobileNetV1Config", "MobileNetV1ForImageClassification", depth_multiplier=0.25),
+    _transformers("MobileNetV1Config", "MobileNetV1ForImageClassification", depth_multiplier=0.25,
+                  classifier_dropout_prob=0.0),
     _transformers("MobileNetV2Config", "MobileNetV2ForImageClassification", depth_multiplier=0.35),
     _transformers("MobileViTConfig", "MobileViTForImageClassification", 64, image_size=64, hidden_sizes=[16, 24, 32],
                   neck_hidden_sizes=[8, 8, 16, 24, 32, 32, 64]),
