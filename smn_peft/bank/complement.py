@@ -62,6 +62,10 @@ def can_complement(tasks: Sequence[Task | None], scalable: set[str], model: nn.M
         return False
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return False
+    if any(
+        first.masks.keys() & second.tensors.keys() for first in filter(None, tasks) for second in filter(None, tasks)
+    ):
+        return False
     for task in tasks:
         if task is None:
             continue

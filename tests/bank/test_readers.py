@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1/σ is right for whoever reads a weight, and copies of a model with an open bank are plain models of what is live."""
+"""1/σ is right for whoever reads a weight; copies of a model with an open bank are plain models of what is live."""
 
 from __future__ import annotations
 
