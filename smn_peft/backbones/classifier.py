@@ -78,7 +78,7 @@ class Classifier(nn.Module):
             return features
         head: Any = self.head
         if isinstance(head, BaseTunerLayer):  # a masked layer computes without its base layer's hook
-            _check_plain(head.base_layer)
+            _check_plain(head.get_base_layer())
         return head(features.to(head.weight.dtype))
 
     @torch.no_grad()

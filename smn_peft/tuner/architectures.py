@@ -18,7 +18,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .kinds import CONVOLUTIONS, iter_layers, kind_of
+from .kinds import COMPILED, CONVOLUTIONS, iter_layers, kind_of, type_name
 
 __all__ = ["base_model_of", "default_targets", "exact_targets", "head_modules", "matching_names", "vision_scope"]
 
@@ -75,10 +75,11 @@ def default_targets(model: nn.Module) -> str | list[str]:
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """The model inside a `PeftModel`; any other model as it is."""
+    """The model inside a `PeftModel` or a compiled one; any other model as it is."""
     unwrap = getattr(model, "get_base_model", None)
     base = unwrap() if callable(unwrap) else model
-    return base if isinstance(base, nn.Module) else model
+    base = base if isinstance(base, nn.Module) else model
+    return base.get_submodule("_orig_mod") if type_name(base) == COMPILED else base
 
 
 def head_modules(model: nn.Module, *, by_name: bool = True) -> set[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -271,7 +271,8 @@ class BatchNorm(AdapterLayer):
 def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, active_adapters: list[str]) -> None:
     """Put the policy of an adapter on every BatchNorm of a model, but for those in `modules_to_save`."""
     held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
-    own = tuple(f"{n}." for n, m in model.named_modules() if adapter_name in getattr(m, "modules_to_save", ()))
+    saved = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    own = tuple(f"{name}." for name, module in saved if adapter_name in module.modules_to_save)
     wrappers: dict[nn.Module, BatchNorm] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name.startswith(own):  # PEFT saves and switches all of it

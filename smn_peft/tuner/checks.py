@@ -86,10 +86,12 @@ def check_saved(model: nn.Module, names: Sequence[str] | None) -> None:
     ends = tuple(names)
     if not any(name.endswith(ends) for name, _ in iter_layers(model, parts=True) if name):
         raise ValueError(f"modules_to_save={list(names)!r} names no module of {type(model).__name__}.")
-    wholes = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    for whole in wholes:
-        for part, _ in model.get_submodule(whole).named_modules(prefix=whole):
-            if part.endswith(ends) and not whole.endswith(ends):
+    paths = [name for name, _ in (*model.named_modules(), *iter_layers(model, parts=True)) if name.endswith(ends)]
+    for whole in (name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)):
+        copies = f"{whole}.modules_to_save."
+        for path in paths:
+            is_copy = path.startswith(copies) and "." not in path.removeprefix(copies)  # PEFT knows that one
+            if path.startswith(f"{whole}.") and not is_copy:
                 raise ValueError(
                     f"modules_to_save={list(names)!r} names a part of {whole!r}, which another adapter trains whole: "
                     "name that, or add this adapter to a base of its own."

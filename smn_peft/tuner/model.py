@@ -14,7 +14,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional.masking import progressive_density
-from ..storage import SETTINGS_NAME
 from .adapters import AdapterLayer
 from .base_name import base_name
 from .batch_norm import add_batch_norms
@@ -24,7 +23,7 @@ from .forms import mask_layer_for
 from .identity import check_base
 from .layer import MaskLayer
 from .norms import norm_form_of, with_norms
-from .reload import settings_in, under_settings
+from .reload import check_pair, settings_in, under_settings
 from .rollback import discard, whole_or_nothing
 from .rounding import widened
 from .saved_norms import bare_norms, parts_shown, unwrap_rest
@@ -69,8 +68,6 @@ class MaskModel(BaseTuner):
         if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
         config = self.peft_config[adapter_name] = given.for_model(native=self._is_native)
-        if self._is_native and isinstance(known := getattr(model, "_keys_to_ignore_on_load_unexpected", None), set):
-            known.add(SETTINGS_NAME)  # transformers' own loader reads the config beside it
         with whole_or_nothing(model, adapter_name):
             with bare_norms(model, config), parts_shown(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -173,7 +170,7 @@ class MaskModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        return bare_key(super()._remove_adapter_name_from_key(key, adapter_name))  # type: ignore[no-any-return]
+        return bare_key(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
@@ -189,6 +186,7 @@ class MaskModel(BaseTuner):
             with under_settings(model, adapter_name, settings_in(state_dict)) as config:
                 return widened(model, loaded_entries(model, adapter_name, state_dict, config.base_fingerprint))
         try:
+            check_pair(config, settings_in(state_dict))
             entries = loaded_entries(model, adapter_name, state_dict, config.base_fingerprint)
         except Exception:
             discard(model, adapter_name)

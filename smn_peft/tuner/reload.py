@@ -17,7 +17,7 @@ from .config import MaskConfig
 from .identity import check_base
 from .traversal import adapter_layers
 
-__all__ = ["settings_in", "under_settings"]
+__all__ = ["check_pair", "settings_in", "under_settings"]
 
 
 def settings_in(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -30,6 +30,20 @@ def settings_in(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     for key in filter(is_settings, state_dict):
         found |= read_settings(key, state_dict[key])
     return found
+
+
+def check_pair(config: MaskConfig, settings: Mapping[str, Any]) -> None:
+    """Refuse a config and a weights file of two adapters, as a copy or a save that was broken off leaves them.
+
+    Raises:
+        AdapterFileError: If what decides the answers is not the same in both.
+    """
+    for name in ("scale", "batch_norm", "base_fingerprint", "unmasked_fingerprint"):
+        if name in settings and (own := getattr(config, name)) is not None and own != settings[name]:
+            raise AdapterFileError(
+                f"The adapter's config and its weights do not belong together: {name} is {own!r} in "
+                f"adapter_config.json and {settings[name]!r} in the weights. Fetch or save both again."
+            )
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -23,8 +21,6 @@ from smn_peft.storage import (
 )
 
 from .test_identity import Net, X, config, saved
-from .test_native_transformers import saved as saved_natively
-from .test_native_transformers import vit
 
 
 def trained(folder, base_seed=0, **options):
@@ -111,7 +107,7 @@ def bytes_of(text):
 
 BAD = {
     "another base": (lambda folder: saved(folder, Net(1), batch_norm="adapt"), "masked weights differ"),
-    "another mask": (lambda folder: saved(folder, target_modules=["body"]), "2 missing"),
+    "another mask": (lambda folder: saved(folder, target_modules=["body"]), "1 missing"),
     "more masks": (lambda folder: saved(folder, target_modules=["body", "attn", "frozen"]), "frozen.smn_mask"),
     "biases": (lambda folder: saved(folder, mask_bias=True), "smn_bias_mask"),
     "no JSON": (lambda tensors: damaged(tensors, bytes_of("{")), "holds no settings"),
@@ -155,6 +151,17 @@ def test_a_file_of_an_earlier_release_that_brings_statistics_is_refused_where_th
         model.load_adapter(tmp_path / "two", "default")
 
 
+@pytest.mark.parametrize("options", [{"scale": False}, {"batch_norm": "adapt"}], ids=str)
+def test_a_config_beside_the_weights_of_another_adapter_is_refused(options, tmp_path):
+    saved(tmp_path / "one")
+    saved(tmp_path / "two", **options)
+    (tmp_path / "one" / WEIGHTS_NAME).replace(tmp_path / "two" / WEIGHTS_NAME)
+    base = Net()
+    with pytest.raises(AdapterFileError, match=f"do not belong together: {next(iter(options))} is"):
+        PeftModel.from_pretrained(base, tmp_path / "two")
+    assert torch.equal(base.eval()(X), Net().eval()(X))
+
+
 @pytest.mark.parametrize("codec", ["bits", "entropy"])
 def test_tools_for_files_keep_the_settings_and_show_tensors_only(codec, tmp_path):
     expected = trained(tmp_path / "file", codec=codec, scale=False)
@@ -167,15 +174,6 @@ def test_tools_for_files_keep_the_settings_and_show_tensors_only(codec, tmp_path
         model = get_peft_model(Net(), config()).eval()
         model.load_adapter(tmp_path / name, "default")
         assert torch.equal(model.eval()(X), expected)
-
-
-def test_transformers_own_loader_does_not_complain(tmp_path, caplog):
-    saved_natively(vit, tmp_path)
-    assert any(SETTINGS_NAME in key for key in load_file(tmp_path / WEIGHTS_NAME))
-    with caplog.at_level(logging.WARNING):
-        logging.getLogger("transformers").addHandler(caplog.handler)
-        vit().load_adapter(str(tmp_path))
-    assert SETTINGS_NAME not in caplog.text
 
 
 def test_an_adapter_that_trains_takes_the_files_base_too(tmp_path):
