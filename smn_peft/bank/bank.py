@@ -103,8 +103,7 @@ class MaskBank:
             source, adapters = MemorySource(), list(where)
         with ExitStack() as undo:
             undo.callback(source.close)
-            bank = cls(source, base, ram_budget=ram_budget, exclusive=exclusive)
-            undo.callback(bank.close)
+            bank = undo.enter_context(cls(source, base, ram_budget=ram_budget, exclusive=exclusive))
             for adapter in adapters:
                 name = Path(os.path.abspath(adapter)).name
                 if name in bank:
@@ -118,8 +117,6 @@ class MaskBank:
             undo.pop_all()
         return bank
 
-    # --- Tasks -------------------------------------------------------------------------------------------------------
-
     @property
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -131,7 +128,7 @@ class MaskBank:
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a task."""
-        return name in self._source
+        return name in self._find
 
     def add(
         self,
@@ -164,6 +161,7 @@ class MaskBank:
 
     def remove(self, name: str) -> None:
         """Take a task out of the bank; KeyError for an unknown name."""
+        self._find.check_known(name)
         self._source.remove(name)
         self._cache.forget(name)
         self._active.replace(name, None)
@@ -171,6 +169,7 @@ class MaskBank:
     def rename(self, old: str, new: str) -> None:
         """Give a task another name; KeyError for an unknown one, ValueError for one that is taken."""
         check_name(new)
+        self._find.check_known(old)
         self._source.rename(old, new)
         if self._cache.forget(old):
             self.pin(new)
@@ -218,8 +217,6 @@ class MaskBank:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "smn-bank")
         return self._pool.submit(decode, list(names))
-
-    # --- Switching ---------------------------------------------------------------------------------------------------
 
     def activate(self, name: str | None) -> None:
         """Make a task live until further notice, inside a [`use`] block until it ends.

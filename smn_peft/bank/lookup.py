@@ -48,10 +48,21 @@ class TaskLookup:
         self._last_config = result = {sys.intern(key): value for key, value in result.items()}
         return result, own + sys.getsizeof(result)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such a task."""
+        try:
+            return name in self._source
+        except UnicodeError:  # a surrogate alone, which no store can look for
+            return False
+
+    def check_known(self, name: str) -> None:
+        """KeyError for an unknown name."""
+        if name not in self:
+            raise unknown_task(name, len(self._source))
+
     def task(self, name: str) -> Task:
         """A task, decoded if it is not; KeyError for an unknown name."""
-        if name not in self._source:
-            raise unknown_task(name, len(self._source))
+        self.check_known(name)
         version = self._source.version(name)
         return self._cache.get(name, version, lambda: self.decode(name, self._source.read(name)))
 

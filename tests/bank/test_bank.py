@@ -201,7 +201,7 @@ def test_an_adapter_of_another_base_is_refused(saved):
     with MaskBank.open([], other) as bank:
         with pytest.raises(
             ValueError,
-            match=r"'x' does not belong to this base model, whose masked weights differ: made for timm/vit_tiny.*",
+            match=r"'x' does not belong to this base model, whose masked weights differ: made for timm/vit.*float32:",
         ):
             bank.add("x", root / "sparse")
         assert "x" not in bank
@@ -220,7 +220,7 @@ def test_a_damaged_task_errs_and_the_rest_serve(bank, saved):
     close(bank(IMAGES, "sparse"), logits["sparse"])
 
 
-@pytest.mark.parametrize("budget", [0, 3_000, 1 << 30])
+@pytest.mark.parametrize("budget", [0, 30_000, 1 << 30])
 def test_memory_stays_within_its_budget(saved, budget):
     root, logits = saved
     with MaskBank.open([root / name for name in DENSITIES], build("vit"), ram_budget=budget) as bank:
