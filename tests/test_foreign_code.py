@@ -16,6 +16,7 @@ import smn_peft
 from smn_peft.backbones import load_backbone, name_read_from
 from smn_peft.cli.main import app
 from smn_peft.training import load_masks, load_recipe, load_run
+from smn_peft.training.paths import absolute
 from tests.hub.folders import write_run
 
 PROGRAM = """
@@ -81,7 +82,7 @@ def test_a_base_that_a_record_names(tmp_path, monkeypatch, marker, record, place
         with pytest.raises(ValueError, match=rf"{record} names .*a program, which is run only if you name it"):
             load(folder)
     assert not marker.exists()
-    assert load_run(folder, backbone=spec)[1].name == spec
+    assert load_run(folder, backbone=spec)[1].name == absolute(spec)
     assert marker.exists()
 
 

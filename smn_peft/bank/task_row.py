@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..storage import (
     CONFIG_NAME,
+    SETTINGS_NAME,
     WEIGHTS_NAME,
     AdapterFileError,
     AdapterSizes,
@@ -26,6 +27,7 @@ from ..storage import (
     check_adapter_file,
     check_config,
     purpose_of,
+    settings_tensor,
 )
 from ..storage.adapter_file import parse_adapter_file
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
@@ -85,6 +87,8 @@ class TaskRow:
         tensors = dict(adapter.tensors)
         if adapter.config.get("codec", "bits") == "bits":
             tensors = unpack_tensors(tensors, MAX_UNPACKED)
+        if adapter.config.get("unmasked_fingerprint") is not None:  # as PEFT's `save_pretrained` writes it
+            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config)
         path.mkdir(parents=True, exist_ok=True)
         with atomic_write(begun) as file:
             file.write(self.config)

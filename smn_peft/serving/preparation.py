@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -52,8 +53,8 @@ class Preparations:
         Raises:
             ServingError: 422 if together they are too large.
         """
-        keys = [tuple(way.items()) for way in ways]
-        if sum(dict(key)["image_size"] ** 2 for key in set(keys)) > _PIXELS:
+        keys = [json.dumps(way, sort_keys=True) for way in ways]
+        if sum(json.loads(key)["image_size"] ** 2 for key in set(keys)) > _PIXELS:
             what = "The tasks want the image in too many sizes."
             raise ServingError(422, what, "Ask fewer tasks at a time.")
         done = {key: _transform(key)(image) for key in set(keys)}
@@ -61,8 +62,8 @@ class Preparations:
 
 
 @functools.lru_cache(64)
-def _transform(key: tuple[tuple[str, Any], ...]) -> Any:
-    return preprocessing_transform(dict(key))
+def _transform(key: str) -> Any:
+    return preprocessing_transform(json.loads(key))
 
 
 def trained_size(configs: Iterable[Mapping[str, Any]]) -> int | None:

@@ -45,7 +45,7 @@ def is_settings(name: str) -> bool:
 
 def settings_tensor(config: Mapping[str, Any]) -> Tensor:
     """The settings of a config as (bytes,) uint8: JSON, the same bytes for the same settings."""
-    values = {name: config[name] for name in SETTINGS if name in config}
+    values = json.loads(json.dumps({name: config[name] for name in SETTINGS if name in config}))  # keys are texts now
     text = json.dumps(values, separators=(",", ":"), sort_keys=True)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 

@@ -77,7 +77,7 @@ class BatchNorm(AdapterLayer):
             return super().of_base(name)
         self._take_out_merged()
         names = [] if self._disable_adapters or self.merged else self._adapting()
-        return self._combined(names)[name] if names else self._base_buffer(name)
+        return self._combined(names)[name] if names else super().of_base(name)
 
     def statistics(self, name: str) -> ResidentBuffers:
         """`running_mean`, `running_var` or `num_batches_tracked` by adapter name."""

@@ -59,7 +59,7 @@ def test_a_dry_run_sends_nothing(hub, tmp_path):  # noqa: F811
     assert f"{size:>12,}  cifar10/adapter_model.safetensors" in result.stdout
     assert "README.md" in result.stdout
     assert "note: no licence is named" in result.stdout
-    assert "PeftModel.from_pretrained(base, \"user/x\", subfolder='cifar10')" in result.stdout
+    assert 'PeftModel.from_pretrained(base, "user/x", subfolder="cifar10")' in result.stdout
 
 
 def test_mistakes_are_one_line_with_the_fix(hub, tmp_path, monkeypatch):  # noqa: F811

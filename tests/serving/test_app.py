@@ -106,6 +106,8 @@ def test_questions_that_cannot_be_answered(client):
     half = {"content": json.dumps(half), "headers": {"Content-Type": "application/json"}}
     refused(client.post("/v1/predict", **half), 422, "The body holds half a character")
     broken = {"content": "[" * 100_000, "headers": {"Content-Type": "application/json"}}
+    refused(client.post("/v1/predict", **broken), 422, "more than 10000 parts")
+    broken["content"] = "[" * 1000
     refused(client.post("/v1/predict", **broken), 400, "no JSON")
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     refused(client.post("/v1/predict", content="no boundary", headers=form), 400, "broken")

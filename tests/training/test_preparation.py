@@ -61,7 +61,10 @@ def test_two_files_alone_are_evaluated_at_the_size_they_were_trained_at(tmp_path
     base = write(tmp_path / "base")
     arguments = tiny_arguments(tmp_path, backbone=base, image_size=16, epochs=1, eval_split="test")
     summary = run(arguments)
-    assert class_names(config_of(tmp_path / "out")) == list(CLASSES)  # a server of these two files knows them
+    # A server of these two files knows them.
+    assert class_names(config_of(tmp_path / "out"), len(CLASSES)) == list(
+        CLASSES
+    )  # a server of these two files knows them
     config, out = config_of(tmp_path / "out"), tmp_path / "alone"
     assert config["preprocessing"]["image_size"] == 16
     assert config["id2label"] == {str(index): name for index, name in enumerate(CLASSES)}

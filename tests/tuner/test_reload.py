@@ -77,7 +77,7 @@ def test_the_new_file_decides(first, second, is_trainable, tmp_path):
 
 
 def test_names_of_classes_and_the_preparation_of_images_come_along(tmp_path):
-    images = {"image_size": 64, "mean": [0.5, 0.5, 0.5]}
+    images = {"image_size": 64, "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
     saved(tmp_path / "one", id2label={0: "a"})
     saved(tmp_path / "two", id2label={1: "ship", 0: "bird"}, preprocessing=images)
     model = PeftModel.from_pretrained(Net(), tmp_path / "one")
