@@ -180,6 +180,10 @@ LEFT_OUT: list[tuple[str, str]] = [
         r"layer_indexing\[.*-config_kwargs1-",
         "passes layers_to_transform with 'all-linear', which PEFT ignores in silence and a mask config refuses",
     ),
+    (
+        r"test_from_pretrained_config_construction",
+        "wants the model to hold the caller's config itself: it holds a copy, since resolved targets are written to it",
+    ),
 ]
 
 
