@@ -182,7 +182,7 @@ LEFT_OUT: list[tuple[str, str]] = [
     ),
     (
         r"test_from_pretrained_config_construction",
-        "wants the model to hold the caller's config itself: it holds a copy, since resolved targets are written to it",
+        "wants the model to hold the caller's config itself: it holds a copy, in which it resolves the targets",
     ),
 ]
 
