@@ -304,7 +304,7 @@ _TRANSFORMERS = [
                   classifier_dropout_prob=0.0),
     _transformers("MobileNetV2Config", "MobileNetV2ForImageClassification", depth_multiplier=0.35),
     _transformers("MobileViTConfig", "MobileViTForImageClassification", 64, image_size=64, hidden_sizes=[16, 24, 32],
-                  neck_hidden_sizes=[8, 8, 16, 24, 32, 32, 64]),
+                  neck_hidden_sizes=[8, 8, 16, 24, 32, 32, 64], initializer_range=0.2),
     _transformers("MobileViTV2Config", "MobileViTV2ForImageClassification", 64, image_size=64, width_multiplier=0.5),
     _transformers("EfficientNetConfig", "EfficientNetForImageClassification", 64, image_size=64,
                   width_coefficient=0.35, depth_coefficient=0.35, hidden_dim=448),
