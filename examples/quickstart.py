@@ -298,7 +298,8 @@ def render(record: Mapping[str, Any]) -> str:
         [
             f"A narrow ResNet-18, trained on the handwritten digits 0–4 until {_mean([record['old_accuracy']])} % of "
             f"them are right, is adapted to the digits 5–9 with {images['train']} images and tested on "
-            f"{images['test']} others: {mask['epochs']} epochs with labels, {swav['epochs']} by SwAV without, {spread}.",
+            f"{images['test']} others: {mask['epochs']} epochs with labels, {swav['epochs']} by SwAV without, "
+            f"{spread}.",
             *(markdown_table([_cells(row, names, full["bytes"]["total"]) for row in part]) for part, names in tables),
             f"Base and masks, loaded from their files in a fresh process, {same}. All of it took "
             f"{record['cpu_seconds']:.0f} s of one CPU core, with "

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every python block of README.md runs, and every bash block names commands that exist.
+"""README.md and docs/ work: python blocks run, commands exist, links lead somewhere, and README stays short.
 
-On the line before a block, `<!-- test: slow -->` moves it to the slow tests and `<!-- test: skip REASON -->` leaves
-it out.
+The blocks of a page run one after another in one folder and one namespace, as a reader would type them; commands that
+work on what is there then are run in their turn, all others are parsed. `<!-- test: skip REASON -->` on the line
+before a block leaves it out.
 """
 
 from __future__ import annotations
@@ -13,23 +14,29 @@ import sys
 from typing import NamedTuple
 
 import pytest
+import timm
+import torch
 import typer
+import yaml
 
-from smn_peft.cli.main import app
+from smn_peft.cli.main import app, main
 
-from .processes import ROOT, run_python
+from .processes import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITHOUT_CODE = [ROOT / "CHANGELOG.md", ROOT / "examples/RESULTS.md"]
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"])
 BLOCK = re.compile(
-    r"^(?:<!-- test: (?P<mark>slow|skip)(?P<reason>[^\n]*?) -->\n+)?```(?P<language>python|bash)\n(?P<code>.*?)^```$",
+    r"^(?:<!-- test: (?P<skip>skip)[^\n]*? -->\n+)?```(?P<language>python|bash|yaml)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+#: Verbs that need nothing but what the page has made, unless they name a base.
+RUN = ("pack", "inspect", "verify", "unpack", "bank", "recipes")
 
 
 class Block(NamedTuple):
@@ -38,36 +45,19 @@ class Block(NamedTuple):
     language: str
     line: int
     code: str
-    mark: str
-    reason: str
 
 
 def blocks(text: str) -> list[Block]:
     return [
-        Block(
-            m["language"],
-            text.count("\n", 0, m.start("code")) + 1,
-            m["code"],
-            m["mark"] or "",
-            (m["reason"] or "").strip(),
-        )
-        for m in BLOCK.finditer(text)
+        Block(found["language"], text.count("\n", 0, found.start("code")) + 1, found["code"])
+        for found in BLOCK.finditer(text)
+        if not found["skip"]
     ]
-
-
-def params(language: str) -> list:
-    found = []
-    for block in blocks(README):
-        if block.language != language:
-            continue
-        marks = {"slow": [pytest.mark.slow], "skip": [pytest.mark.skip(reason=block.reason)], "": []}[block.mark]
-        found.append(pytest.param(block.code, id=f"line{block.line}", marks=marks))
-    return found
 
 
 def smn_problem(words: list[str]) -> str | None:
     """Why `smn` would refuse the words: they are parsed as the command line parses them, and nothing is run."""
-    name, command, rest = "smn", typer.main.get_command(app), words
+    name, command, rest = "smn", app if hasattr(app, "resolve_command") else typer.main.get_command(app), words
     try:
         while hasattr(command, "resolve_command"):  # a group, possibly in a group
             group = command
@@ -103,68 +93,90 @@ def command_problem(line: str, make_knows) -> str | None:
     return f"no test knows the command {words[0]!r}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make_knows(run_make):
     """Whether a word is a target of the Makefile (a folder's name satisfies make too, so `make help` decides)."""
     listed = {line.split()[0] for line in run_make("help").stdout.splitlines() if line.startswith("  ")}
-    return lambda word: word in listed and run_make("-n", word).returncode == 0
+    return listed.__contains__
 
 
-@pytest.mark.parametrize("code", params("python"))
-def test_python_block_runs(code, tmp_path):
-    done = run_python("-c", code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def smn(words: list[str], patch: pytest.MonkeyPatch) -> int:
+    """Exit code of a command."""
+    patch.setattr(sys, "argv", ["smn", *words])
+    try:
+        main()
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
 
 
-@pytest.mark.parametrize("code", params("bash"))
-def test_bash_block_names_real_commands(code, make_knows):
-    problems = {line: command_problem(line, make_knows) for line in code.splitlines()}
-    assert {line: why for line, why in problems.items() if why} == {}
+@pytest.fixture
+def without_hub(monkeypatch):
+    """`pretrained=True` gives the same random weights each time."""
+    create = timm.create_model
+
+    def create_model(*args, pretrained=False, **options):
+        torch.manual_seed(0)
+        return create(*args, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
 
 
-def test_the_readme_has_what_a_reader_tries_first():
-    commands = [line for block in blocks(README) if block.language == "bash" for line in block.code.splitlines()]
-    assert "make quickstart" in commands
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_works(page, tmp_path, monkeypatch, without_hub, make_knows):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks(page.read_text("utf-8")):
+        if block.language == "python":
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+        elif block.language == "yaml":
+            assert yaml.safe_load(block.code)
+        else:
+            problems = {line: command_problem(line, make_knows) for line in block.code.splitlines()}
+            assert {line: why for line, why in problems.items() if why} == {}
+            for words in (shlex.split(line, comments=True) for line in block.code.splitlines()):
+                if words[:1] == ["smn"] and words[1] in RUN and "--backbone" not in words:
+                    assert smn(words[1:], monkeypatch) == 0, words
+
+
+@pytest.mark.parametrize("page", [*PAGES, *WITHOUT_CODE], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_readme_is_short_and_has_what_a_reader_tries_first():
+    readme = PAGES[0].read_text("utf-8")
+    assert len(readme.encode()) <= 12_000
+    commands = [line for block in blocks(readme) if block.language == "bash" for line in block.code.splitlines()]
     assert "make test" in commands
-    assert any(block.language == "python" and not block.mark for block in blocks(README))
-    assert README.index("<!-- quickstart:begin -->") < README.index("<!-- quickstart:end -->")
+    assert any(line.startswith("make quickstart") for line in commands)
+    assert all(f"docs/{page.name}" in readme for page in PAGES[1:])
 
 
-def test_blocks_are_found_with_their_marks():
+def test_blocks_are_found():
     text = (
-        "a\n```python\nx = 1\n```\n<!-- test: slow -->\n```bash\nmake\n```\n"
+        "a\n```python\nx = 1\n```\n```bash\nmake\n```\n"
         "<!-- test: skip no GPU -->\n\n```python\ny\n```\n```text\nz\n```\n"
     )
-    assert blocks(text) == [
-        Block("python", 3, "x = 1\n", "", ""),
-        Block("bash", 7, "make\n", "slow", ""),
-        Block("python", 12, "y\n", "skip", "no GPU"),
-    ]
+    assert blocks(text) == [Block("python", 3, "x = 1\n"), Block("bash", 6, "make\n")]
 
 
-@pytest.mark.parametrize(
-    ("line", "why"),
-    [
-        ("make no-such-target", "no such target"),
-        ("make tests", "no such target"),
-        ('pip install -e ".[nonsense]"', "no such extra"),
-        ("python -m pip install 'smn_peft[eval,nonsense]'", "no such extra"),
-        ("python examples/no_such_file.py", "no such file"),
-        ("smn trian --recipe swav-small", "smn refuses it"),
-        ("smn train --recipe swav-small --epoch 3", "smn has no option"),
-        ("smn train --epochs three", "smn refuses it"),
-        ("smn cascade trian --experts 3", "smn refuses it"),
-        ("smn cascade train --expertz 3", "smn has no option"),
-        ("smn analyze densty runs/a", "smn refuses it"),
-        ("curl https://example.org | sh", "no test knows"),
-    ],
-)
-def test_a_wrong_command_is_found(line, why, make_knows):
-    assert why in command_problem(line, make_knows)
-
-
-@pytest.mark.parametrize(
-    "line", ["make test  # seconds", "A=b make test ARGS=x", 'pip install ".[eval]"', "# only words", "cd smn_peft"]
-)
-def test_a_right_command_passes(line, make_knows):
-    assert command_problem(line, make_knows) is None
+def test_a_wrong_command_is_found_and_a_right_one_passes(make_knows):
+    wrong = {
+        "make no-such-target": "no such target",
+        "make tests": "no such target",
+        'pip install -e ".[nonsense]"': "no such extra",
+        "python -m pip install 'smn_peft[eval,nonsense]'": "no such extra",
+        "python examples/no_such_file.py": "no such file",
+        "smn trian --recipe swav-small": "smn",
+        "smn train --recipe swav-small --epoch 3": "ption",
+        "smn cascade trian --experts 3": "smn",
+        "smn cascade train --expertz 3": "ption",
+        "smn analyze densty runs/a": "smn",
+        "curl https://example.org | sh": "no test knows",
+    }
+    for line, why in wrong.items():
+        assert why in (command_problem(line, make_knows) or ""), line
+    right = ("make test  # seconds", "A=b make test ARGS=x", 'pip install ".[eval]"', "# only words", "cd smn_peft")
+    assert [line for line in right if command_problem(line, make_knows)] == []
