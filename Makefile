@@ -64,9 +64,9 @@ bench: $(STAMP) ## Run every tests/benchmarks/bench_*.py, or those in BENCH="...
 bench-compare: $(STAMP) ## Say what the last `make bench` found worse or better than the baseline; worse fails
 	$(PY) tests/benchmarks/comparison.py tests/benchmarks/baseline.json "$(BENCH_JSON)"
 
-bench-save: $(STAMP) ## Make the last `make bench` the baseline, and render it into README.md
+bench-save: $(STAMP) ## Make the last `make bench` the baseline, and render it into docs/benchmarks.md
 	cp "$(BENCH_JSON)" tests/benchmarks/baseline.json
-	$(PY) tests/benchmarks/readme_block.py
+	$(PY) tests/benchmarks/page.py
 
 lint: $(STAMP) ## Check style, formatting and types
 	$(PY) -m ruff check .

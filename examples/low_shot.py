@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cifar import assets_folder, write_subsets
+import numpy as np
+from real_backbones import VIT_WEIGHTS, assets_folder
 
 from smn_peft.analysis import low_shot_series, low_shot_table, plot_low_shot
 from smn_peft.evaluation import EvalReport, extract_features, low_shot_probe, low_shot_reports, merge_reports
@@ -30,12 +31,32 @@ AUGMENTATION = {"scale": (0.6, 1.0), "jitter_probability": 0.0, "grayscale": 0.0
 PROBE = {"standardise": True, "decays": (100.0,)}  # with one image per class there is nothing to choose on
 
 
+def write_subsets(folder: Path, training: int, validation: int) -> tuple[Path, Path]:
+    """Two npz files with the same seeded training images: one has CIFAR-10's test split, to report on.
+
+    The other has `validation` more training images as its test split, to choose settings on.
+    """
+    with np.load(assets_folder() / "cifar10_jpeg.npz") as archive:
+        arrays = {key: archive[key] for key in archive}
+    order = np.random.default_rng(0).permutation(np.flatnonzero(arrays["split"] == 0))
+    train, held_out = order[:training], order[training : training + validation]
+    paths = []
+    for name, test in (("final", np.flatnonzero(arrays["split"] == 1)), ("selection", held_out)):
+        indices, starts = np.concatenate([train, test]), arrays["offsets"]
+        files = {"jpeg": np.concatenate([arrays["jpeg"][starts[i] : starts[i + 1]] for i in indices])}
+        files["offsets"] = np.concatenate([[0], np.cumsum(np.diff(starts)[indices])])
+        split = np.repeat(np.uint8([0, 1]), [len(train), len(test)])
+        paths.append(folder / f"{name}.npz")
+        np.savez(paths[-1], **files, label=arrays["label"][indices], split=split, classes=arrays["classes"])
+    return paths[0], paths[1]
+
+
 def arguments_for(folder: Path, dataset: Path, smoke: bool) -> dict[str, Any]:
     """What all runs share: the backbone and the images."""
     assets = assets_folder()
     return {
         "backbone": "vit_tiny_patch16_224",
-        "weights": str(assets / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"),
+        "weights": str(assets / VIT_WEIGHTS),
         "dataset": str(dataset),
         "output_dir": str(folder),
         "image_size": 64,

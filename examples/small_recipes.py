@@ -14,20 +14,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from cifar import assets_folder
+from real_backbones import VIT_WEIGHTS, assets_folder
 
+from smn_peft.paper import small_resnet
 from smn_peft.training import RunSummary, TrainArguments, load_recipe, run
 
-HERE = Path(__file__).resolve().parent
 METRICS = {"swav-small": "knn", "supervised-small": "accuracy"}
 
 
 def backbones(assets: Path) -> dict[str, dict[str, Any]]:
     """The options that name each backbone."""
-    weights = assets / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"
     return {
-        "vit": {"backbone": "vit_tiny_patch16_224", "weights": str(weights), "image_size": 64},
-        "resnet": {"backbone": f"{HERE / 'real_resnet.py'}:build", "image_size": 48},
+        "vit": {"backbone": "vit_tiny_patch16_224", "weights": str(assets / VIT_WEIGHTS), "image_size": 64},
+        "resnet": {"backbone": f"{small_resnet.__file__}:build", "image_size": 48},
     }
 
 

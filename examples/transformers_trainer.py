@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import digits
 from peft import PeftModel, get_peft_model
+from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import Dataset
+from torch.nn import functional as F
 from transformers import (
     EvalPrediction,
     ResNetConfig,
@@ -27,17 +26,20 @@ from transformers import (
 )
 
 from smn_peft import MaskConfig
-from smn_peft.data import evaluation_transform
 from smn_peft.training import ExactResumeCallback
 
 EPOCHS, BATCH = 8, 32
-NORMALISE = evaluation_transform(32, (0.5,) * 3, (0.5,) * 3)
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch as transformers models take it."""
-    images = torch.stack([NORMALISE(sample["image"]) for sample in samples])
-    return {"pixel_values": images, "labels": torch.tensor([sample["label"] for sample in samples])}
+def digits(first: int) -> tuple[list, list]:
+    """Training and test images of five digits from `first` on, (3, 32, 32) in [-1, 1]; labels count from 0."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1).expand(-1, 3, -1, -1) / 8 - 1
+    images, labels = F.interpolate(images, size=(32, 32), mode="bilinear"), torch.tensor(data.target) - first
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    order = order[(labels[order] >= 0) & (labels[order] < 5)]
+    rows = [{"pixel_values": images[i], "labels": labels[i]} for i in order]
+    return rows[400:], rows[:400]
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -45,7 +47,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(1) == prediction.label_ids).mean())}
 
 
-def trainer(model: nn.Module, folder: Path, data: tuple[Dataset, Dataset], lr: float, callbacks: list) -> Trainer:
+def trainer(model: nn.Module, folder: Path, data: tuple[list, list], lr: float, callbacks: list) -> Trainer:
     """A Trainer with Adam, `lr` for scores (or weights) and 0.01 for the head, both following a cosine."""
     steps = EPOCHS * (len(data[0]) // BATCH)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -68,7 +70,6 @@ def trainer(model: nn.Module, folder: Path, data: tuple[Dataset, Dataset], lr: f
     return Trainer(
         model,
         arguments,
-        data_collator=collate,
         train_dataset=data[0],
         eval_dataset=data[1],
         compute_metrics=accuracy,
@@ -91,11 +92,11 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     shape = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [2, 2, 2, 2], "layer_type": "basic"}
     config = ResNetConfig(num_labels=5, **shape)
-    first = trainer(ResNetForImageClassification(config), folder / "base", digits(range(5)), lr=0.003, callbacks=[])
+    first = trainer(ResNetForImageClassification(config), folder / "base", digits(0), lr=0.003, callbacks=[])
     first.train()
     first.save_model()
 
-    data, exported = digits(range(5, 10)), folder / "adapter"
+    data, exported = digits(5), folder / "adapter"
     whole = trainer(masked(folder / "base"), folder / "run", data, 0.1, [ExactResumeCallback()])
     whole.train()
     whole.save_model(str(exported))
@@ -109,7 +110,7 @@ def main(folder: Path) -> None:
     print(f"resumed from half-way, exported file identical: {files[0].read_bytes() == files[1].read_bytes()}")
 
     loaded = PeftModel.from_pretrained(ResNetForImageClassification.from_pretrained(folder / "base"), exported).eval()
-    images = collate(list(data[1]))["pixel_values"]
+    images = torch.stack([row["pixel_values"] for row in data[1]])
     with torch.no_grad():
         same = torch.equal(loaded(images).logits, whole.model.eval()(images).logits)
     print(f"loaded from {files[0].stat().st_size} bytes, logits identical: {same}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapt a frozen vision backbone by learning one bit per weight; importing this registers the method with PEFT."""
+"""Masks as PEFT adapters: one learned bit per frozen weight. Importing the package registers the type `SMN`."""
 
 from __future__ import annotations
 

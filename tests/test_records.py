@@ -1,66 +1,143 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's result tables are what the committed records render to, not what somebody typed."""
+"""Tables and cards are what the committed records render to, not what somebody typed; the records keep promises."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
+import re
+import shutil
+import statistics
 
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+from .processes import ROOT
+from .scripts import EXAMPLES, import_example, run_example
+
+CARDS = ROOT / "model_cards"
+CONTROL, FULL, MASK, PAPER, SWAV_CONTROL, SWAV = range(6)
 
 
-@pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
-    import paper_results
-    import quickstart_report
-    import transfer_report
-
-    return quickstart_report, transfer_report, paper_results
+@pytest.fixture(scope="module")
+def results():
+    return import_example("results")
 
 
-def test_readme_is_rendered_from_the_records(reports, tmp_path):
-    quickstart_report, transfer_report, _ = reports
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text("utf-8"), "utf-8")
-    transfer_report.render_readme(copy)
-    quickstart_report.render_readme(readme=copy)
-    assert copy.read_text("utf-8") == (ROOT / "README.md").read_text("utf-8")
+@pytest.fixture(scope="module")
+def blocks(results):
+    return results.blocks()
 
 
-def test_a_typed_number_is_found(reports, tmp_path):
-    copy = tmp_path / "README.md"
-    text = (ROOT / "README.md").read_text("utf-8")
-    number = f"{100 * json.loads((ROOT / 'examples/records/real_vit.json').read_text())['knn']:.1f}"
-    copy.write_text(text.replace(f" {number} ", " 99.9 "), "utf-8")
-    assert copy.read_text("utf-8") != text
-    reports[1].render_readme(copy)
-    assert f" {number} " in copy.read_text("utf-8")
+def test_the_pages_are_rendered_from_the_records(results, blocks):
+    for page in results.PAGES:
+        text = page.read_text("utf-8")
+        assert results.fill(text, blocks) == text, (
+            f"{page.name} is not what the records say: python examples/results.py"
+        )
+    shown = "".join(page.read_text("utf-8") for page in results.PAGES)
+    assert [name for name in blocks if f"<!-- {name}:begin -->" not in shown] == []
 
 
-def test_the_paper_at_a_small_scale_is_rendered_from_the_records(reports):
-    *_, paper_results = reports
-    found = paper_results.records()
-    assert found
-    assert paper_results.page(found) == paper_results.PAGE.read_text("utf-8")
-    text = paper_results.README.read_text("utf-8")
-    assert paper_results.readme(text, found) == text
+def test_a_typed_number_is_found(results, blocks):
+    text = results.PAGES[0].read_text("utf-8")
+    number = f" {100 * results.load('real_vit')['knn']:.1f} "
+    assert number in text
+    assert results.fill(text.replace(number, " 99.9 "), blocks) == text
 
 
-def test_a_record_of_too_few_seeds_is_not_taken(reports, tmp_path, monkeypatch):
-    *_, paper_results = reports
-    monkeypatch.setattr(paper_results, "RECORDS", tmp_path / "records")
+def test_readme_s_words_have_numbers_of_the_tables(results):
+    page, readme = (path.read_text("utf-8") for path in results.PAGES)
+    numbers = re.findall(r"\d+\.\d ± \d+\.\d", readme)
+    assert numbers
+    assert [number for number in numbers if number not in page] == []
+
+
+def test_only_what_is_between_known_markers_is_rendered(results):
+    text = "before\n<!-- a:begin -->\nold\n\nold\n<!-- a:end -->\nafter\n"
+    assert results.fill(text, {"a": "new"}) == "before\n<!-- a:begin -->\nnew\n<!-- a:end -->\nafter\n"
+    with pytest.raises(ValueError, match="There is no block 'a': blocks are b"):
+        results.fill(text, {"b": "new"})
+    with pytest.raises(ValueError, match="must stand once; it stands 0 times"):
+        results.fill("<!-- a:begin -->\n", {"a": "new"})
+
+
+def test_a_record_of_too_few_seeds_is_not_taken(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
     for name, seeds in (("table1", [0]), ("figure9", [0, 1]), ("table3", [0, 1, 2]), ("table7", [0]), ("table5", [0])):
         (tmp_path / f"{name}-small.json").write_text(json.dumps({"seeds": seeds}), "utf-8")
     for name in ("table3", "figure9"):
         Image.new("RGBA", (60, 40), "red").save(tmp_path / f"{name}-small.png")
-    paper_results.take(tmp_path)
-    taken = sorted(path.name for path in (tmp_path / "records").iterdir())
+    results.take(tmp_path)
+    taken = sorted(path.name for path in (tmp_path / "records/paper").iterdir())
     # The first two judge claims, and the last two none.
     assert taken == ["table3-small.json", "table3-small.png", "table5-small.json", "table7-small.json"]
-    with Image.open(tmp_path / "records" / "table3-small.png") as picture:
+    with Image.open(tmp_path / "records/paper/table3-small.png") as picture:
         assert (picture.size, picture.convert("RGB").getpixel((5, 5))) == ((60, 40), (255, 0, 0))
+
+
+def test_the_cards_are_rendered_from_the_records():
+    committed = {path.name: path.read_text("utf-8") for path in CARDS.iterdir()}
+    assert committed == import_example("model_cards").cards()
+
+
+def test_another_record_gives_another_card(results, monkeypatch, tmp_path):
+    shutil.copytree(EXAMPLES / "records", tmp_path / "records", ignore=shutil.ignore_patterns("paper"))
+    path = tmp_path / "records/real_vit.json"
+    path.write_text(path.read_text("utf-8").replace('"bytes": 677072', '"bytes": 677073'), "utf-8")
+    monkeypatch.setattr(results, "RECORDS", tmp_path / "records")
+    rendered = import_example("model_cards").cards()
+    assert {name for name, text in rendered.items() if text != (CARDS / name).read_text("utf-8")} == {
+        "vit-tiny-cifar10.md"
+    }
+
+
+def test_the_hub_s_client_reads_the_cards(results):
+    for path in CARDS.iterdir():
+        card = ModelCard.load(path)
+        assert card.data.library_name == "peft"
+        assert card.data.eval_results
+        assert "import smn_peft" in card.text
+        assert "/tmp" not in card.content
+    values = [row["after"] for row in results.load("swav_small")["rows"] if row["backbone"] == "vit"]
+    card = ModelCard.load(CARDS / "vit-tiny-cifar10-swav.md")
+    assert card.data.eval_results[0].metric_value == round(100 * sum(values) / 3, 2)
+
+
+def keeps_its_promises(record: dict) -> None:
+    rows, frozen = record["rows"], record["frozen"]
+    means = [statistics.mean(row.get("accuracy") or row["knn"]) for row in rows]
+    for mask, gap in ((MASK, 0.02), (PAPER, 0.01)):
+        assert means[mask] >= means[FULL] - gap
+        assert means[mask] >= frozen["knn"] + 0.1
+        assert means[mask] > max(frozen["probe"], means[CONTROL]), "a new head and new statistics do as well"
+    assert means[SWAV] >= frozen["knn"] + 0.05, "SwAV teaches the features nothing"
+    assert means[SWAV] >= means[SWAV_CONTROL] + 0.05, "new statistics do as well"
+    assert statistics.mean(rows[SWAV]["probe"]) >= frozen["probe"] - 0.01
+    assert record["reload_identical"] is True
+    assert [len(row["cpu_seconds"]) for row in rows] == [3] * 6
+    assert record["cpu_seconds"] < 240
+    size = rows[PAPER]["bytes"]
+    assert size["statistics"] > rows[MASK]["bytes"]["statistics"] == 0
+    assert size["mask"] + size["head"] + size["statistics"] <= size["total"]
+    assert rows[SWAV]["bytes"]["head"] == 0
+    assert size["total"] < rows[FULL]["bytes"]["total"] / 20
+
+
+def test_the_quickstart_s_record_keeps_the_promises(results):
+    keeps_its_promises(results.load("quickstart"))
+
+
+@pytest.mark.slow
+def test_a_whole_quickstart_keeps_the_promises(tmp_path):
+    (tmp_path / "run").mkdir()
+    run_example("quickstart.py", "--json", tmp_path / "record.json", folder=tmp_path / "run")
+    keeps_its_promises(json.loads((tmp_path / "record.json").read_text("utf-8")))
+
+
+def test_a_failed_reload_is_said_loudly(results):
+    render, record = import_example("quickstart").render, results.load("quickstart")
+    assert "identical to the bit" in render(record)
+    failed = render({**record, "reload_identical": False})
+    assert "identical to the bit" not in failed
+    assert "DID NOT GIVE THE SAME OUTPUTS" in failed

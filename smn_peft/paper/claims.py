@@ -45,7 +45,7 @@ CLAIMS = (
     Claim("a mask with labels comes within a point of full fine-tuning", "table1", "mask", _FULL, 0.01),
     Claim("… by the paper's recipe too", "table1", "mask, SGD and a random head", _FULL, 0.01),
     _Control("… beats a linear probe", "table1", "mask", "linear probe, frozen base"),
-    _Control("… beats LoRA of at most its bytes", "table1", "mask", "LoRA of at most the mask's bytes"),
+    _Control("… beats fp32 LoRA of at most its bytes, one rate", "table1", "mask", "LoRA of at most the mask's bytes"),
     _Control("… is more than statistics that adapt", "table1", "mask", f"new head, {_STATISTICS}"),
     Claim("a mask without labels beats the frozen base", "table2", "threshold", "frozen base"),
     Claim("thresholds beat topk at 50 %", "table2", "threshold", "topk 50 %"),

@@ -156,10 +156,7 @@ def test_which_names_mean_a_file():
     assert not is_file_spec("vit.pyramid")
 
 
-@pytest.mark.parametrize(
-    ("example", "feature_dim", "image_size", "mean"),
-    [("real_resnet", 1024, 48, (0.485, 0.456, 0.406)), ("real_vit", 192, 64, (0.5, 0.5, 0.5))],
-)
-def test_the_examples_backbones(assets, example, feature_dim, image_size, mean):
-    backbone = load_from_file(f"{ROOT / 'examples' / example}.py:build")
-    assert (backbone.feature_dim, backbone.image_size, backbone.mean) == (feature_dim, image_size, mean)
+def test_the_small_scale_s_own_backbone(assets):
+    backbone = load_from_file(f"{ROOT / 'smn_peft/paper/small_resnet.py'}:build")
+    assert (backbone.feature_dim, backbone.image_size) == (1024, 48)
+    assert backbone.mean == (0.485, 0.456, 0.406)

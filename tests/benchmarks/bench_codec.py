@@ -180,18 +180,16 @@ def fixture(assets: Path) -> tuple[Masks, Weights]:
 def trained(name: str, adam: bool) -> tuple[Masks, Weights]:
     """A mask trained by an example's recipe on 512 CIFAR-10 images, and its base's weights; about half a minute."""
     sys.path.insert(0, str(ROOT / "examples"))
-    example, cifar, transfer = (importlib.import_module(module) for module in (name, "cifar", "transfer"))
-    is_vit = name == "real_vit"
-    mean, std = ((0.5,) * 3, (0.5,) * 3) if is_vit else example.IMAGENET
-    task = cifar.load_task(64 if is_vit else 48, mean, std, (512, 1, 1), "cpu")
-    frozen = example.build()
-    seen = transfer.features(frozen, task, task.train)
+    example = importlib.import_module("real_backbones")
+    setting = example.SETTINGS[name]
+    images = example.load_task(setting, (512, 1, 1))["train"]
+    frozen = setting.build()
+    seen = example.outputs(frozen, images).features
     torch.manual_seed(0)
-    model = transfer.Classifier(frozen, seen.mean(0), seen.std(0) + 1e-6, classes=10)
-    recipe = example.MASK if adam else example.PAPER
-    lr = 0.1 if adam else 30 if is_vit else 100
-    targets = example.TARGETS if is_vit else "all-conv"
-    adapted, _ = transfer.train(model, task, recipe, lr, 0, targets, name)
+    model = example.Classifier(frozen, seen.mean(0), seen.std(0) + 1e-6)
+    paper, mask = example.RECIPES[name][-2:]
+    lr = 0.1 if adam else 30 if name == "vit" else 100
+    adapted, _ = example.train(model, images, mask if adam else paper, lr, 0, setting.targets)
     masks, weights = {}, {}
     for path, mask in adapted.base_model.masks().items():
         masks[path] = np.packbits(mask.numpy())
@@ -219,7 +217,7 @@ def main() -> None:
     if not options.quick:
         real += [
             (f"{label}, {'Adam' if adam else 'SGD'}, 48 steps", lambda name=name, adam=adam: trained(name, adam))
-            for label, name in (("ViT-Tiny", "real_vit"), ("ResNetV2", "real_resnet"))
+            for label, name in (("ViT-Tiny", "vit"), ("ResNetV2", "resnet"))
             for adam in (False, True)
         ]
     for label, make in real:

@@ -16,10 +16,10 @@ def scripts(monkeypatch):
     """The modules, which import each other as scripts of one folder do."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     import comparison
-    import readme_block
+    import page
     import recording
 
-    return SimpleNamespace(comparison=comparison, readme_block=readme_block, recording=recording)
+    return SimpleNamespace(comparison=comparison, page=page, recording=recording)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks' table in README.md, rendered from the saved baseline; run it to put it there.
+"""The table in docs/benchmarks.md, rendered from the saved baseline; run it to put it there.
 
 Every ratio has a line, and what is in a unit has one if it has a target. Where more than four cases share figure and
 target, they share a line.
@@ -15,9 +15,9 @@ from recording import BASELINE, Row, load
 
 from smn_peft.evaluation import markdown_table
 
-__all__ = ["render", "render_readme"]
+__all__ = ["render", "render_page"]
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md"
 MARKED = re.compile(r"(<!-- benchmarks:begin -->\n).*(<!-- benchmarks:end -->)", re.DOTALL)
 MANY = 4
 
@@ -77,18 +77,18 @@ def render(rows: Sequence[Row]) -> str:
     return f"{_machines(rows)}\n\n{markdown_table(lines)}"
 
 
-def render_readme(baseline: Path = BASELINE, readme: Path = README) -> None:
-    """Replace what stands between README's benchmark markers.
+def render_page(baseline: Path = BASELINE, page: Path = PAGE) -> None:
+    """Replace what stands between the page's markers.
 
     Raises:
         ValueError: If the markers are not there once.
     """
     block = render(load(baseline))
-    text, count = MARKED.subn(lambda match: f"{match[1]}{block}\n{match[2]}", readme.read_text("utf-8"))
+    text, count = MARKED.subn(lambda match: f"{match[1]}{block}\n{match[2]}", page.read_text("utf-8"))
     if count != 1:
-        raise ValueError(f"{readme} must have <!-- benchmarks:begin --> … <!-- benchmarks:end --> once.")
-    readme.write_text(text, "utf-8")
+        raise ValueError(f"{page} must have <!-- benchmarks:begin --> … <!-- benchmarks:end --> once.")
+    page.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
-    render_readme()
+    render_page()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README's benchmark table is what the saved baseline renders to, and what a rendering shows."""
+"""docs/benchmarks.md is what the saved baseline renders to, and what a rendering shows."""
 
 from __future__ import annotations
 
@@ -11,30 +11,24 @@ import pytest
 MARKERS = "before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n"
 
 
-def test_readme_is_rendered_from_the_baseline(scripts, tmp_path):
-    block = scripts.readme_block
-    if not block.BASELINE.exists():
-        pytest.skip("no baseline is saved yet: `make bench`, `make bench-save`")
-    copy = tmp_path / "README.md"
-    copy.write_text(block.README.read_text("utf-8"), "utf-8")
-    block.render_readme(readme=copy)
-    assert copy.read_text("utf-8") == block.README.read_text("utf-8")
-
-
-def test_readme_has_the_markers(scripts):
-    assert len(scripts.readme_block.MARKED.findall(scripts.readme_block.README.read_text("utf-8"))) == 1
+def test_the_page_is_rendered_from_the_baseline(scripts, tmp_path):
+    page = scripts.page
+    copy = tmp_path / "benchmarks.md"
+    copy.write_text(page.PAGE.read_text("utf-8"), "utf-8")
+    page.render_page(page=copy)
+    assert copy.read_text("utf-8") == page.PAGE.read_text("utf-8")
 
 
 def test_what_stands_between_the_markers_is_replaced(scripts, row, tmp_path):
-    readme, baseline = tmp_path / "README.md", tmp_path / "baseline.json"
+    page, baseline = tmp_path / "benchmarks.md", tmp_path / "baseline.json"
     baseline.write_text(json.dumps({"rows": [asdict(row(1.25))]}))
-    readme.write_text(MARKERS)
-    scripts.readme_block.render_readme(baseline, readme)
-    block = scripts.readme_block.render([row(1.25)])
-    assert readme.read_text() == MARKERS.replace("old", block)
-    readme.write_text("nothing")
+    page.write_text(MARKERS)
+    scripts.page.render_page(baseline, page)
+    block = scripts.page.render([row(1.25)])
+    assert page.read_text() == MARKERS.replace("old", block)
+    page.write_text("nothing")
     with pytest.raises(ValueError, match=r"must have <!-- benchmarks:begin -->"):
-        scripts.readme_block.render_readme(baseline, readme)
+        scripts.page.render_page(baseline, page)
 
 
 def cells(text):
@@ -50,7 +44,7 @@ def test_a_line_says_what_was_measured_and_what_was_wanted(scripts, row):
         row(3.5, what="opens in", unit="ms"),
         row(1.5, what="for comparison", better=None),
     ]
-    text = scripts.readme_block.render(rows)
+    text = scripts.page.render(rows)
     assert text.startswith("Measured on one, 2 cores, torch 2.0. Threads: 1 for training.\n\n| benchmark |")
     assert cells(text) == [
         ["training", "mine / its", "resnet18", "1.070", "1.060 to 1.085", "≤ 1.1"],
@@ -63,14 +57,14 @@ def test_a_line_says_what_was_measured_and_what_was_wanted(scripts, row):
 
 def test_many_cases_share_a_line(scripts, row):
     rows = [row(1 + number / 10, name=str(number), target=1.25) for number in range(5)]
-    assert cells(scripts.readme_block.render(rows)) == [
+    assert cells(scripts.page.render(rows)) == [
         ["training", "mine / its", "5 cases", "1.000 to 1.400", "", "≤ 1.25, missed by 2"]
     ]
 
 
 def test_a_figure_s_cases_stand_together(scripts, row):
     rows = [row(name="a", target=1.2), row(what="another"), row(name="b", target=1.3)]
-    assert [line[1:3] for line in cells(scripts.readme_block.render(rows))] == [
+    assert [line[1:3] for line in cells(scripts.page.render(rows))] == [
         ["mine / its", "a"],
         ["mine / its", "b"],
         ["another", "resnet18"],
@@ -78,7 +72,7 @@ def test_a_figure_s_cases_stand_together(scripts, row):
 
 
 def test_every_machine_is_named(scripts, row):
-    text = scripts.readme_block.render(
+    text = scripts.page.render(
         [row(machine={"threads": 2}), row(benchmark="codec"), row(machine={"device": "GPU", "threads": 2})]
     )
     machines = "Measured on one, 2 cores, torch 2.0; one, 2 cores, GPU, torch 2.0."
