@@ -24,7 +24,7 @@ test[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:80
 OLD, NEW = labels < 5, labels >= 5
 
 
-def train(model, optimizer, images, labels, epochs=8):
+def train(model, optimizer, images, labels, epochs=5):
     """Cross-entropy, the learning rates following a cosine to 0."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()

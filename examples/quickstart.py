@@ -11,6 +11,7 @@ It shows how the method is used, and reproduces no number of the paper, whose ne
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -107,6 +108,7 @@ class _Pngs:
         return self.files[row], f"digit {row}"
 
 
+@functools.cache
 def digits(classes: Sequence[int]) -> tuple[ImageDataset, ImageDataset]:
     """Training and test part (400 images) of scikit-learn's digits at 32 px; labels count from 0 in `classes`."""
     data = load_digits()

@@ -270,11 +270,11 @@ def main() -> None:
     parser.add_argument("experiment", choices=RECIPES)
     parser.add_argument("--seeds", type=int, default=3, help="seeds at the best learning rate")
     parser.add_argument("--json", type=Path, help="file for the record of all runs")
-    parser.add_argument("--smoke", action="store_true", help="a minute's run on 192 images, for tests")
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds on 64 images, for tests")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="Could not find a config file")
     device, setting = "cuda" if torch.cuda.is_available() else "cpu", SETTINGS[options.experiment.partition("-")[0]]
-    task = load_task(setting, (192, 64, 64) if options.smoke else (2000, 1000, 4000), device)
+    task = load_task(setting, (64, 32, 32) if options.smoke else (2000, 1000, 4000), device)
     frozen = setting.build().to(device)
     seen, validation, test = (outputs(frozen, task[name]) for name in ("train", "validation", "test"))
     probe = fit_linear_probe(seen, decays=(30, 100, 300, 1000), validation=validation, standardise=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load on `smn serve`: clients ask for random tasks, and every answer is compared with the task's own logits.
 
-Without arguments it makes 20 adapters with random masks over a small random ViT. Over a bank of yours:
+Without arguments it makes 10 adapters with random masks over a small random ViT. Over a bank of yours:
 ``serve_load.py BANK --base NAME --seconds 300 --clients 16``. It measures a server, and nothing of the paper.
 """
 
@@ -36,8 +36,8 @@ from smn_peft.serving.opening import open_bank
 
 
 def small_bank(folder: Path) -> list[str]:
-    """Save a base and 20 adapters of it; returns the arguments that name them."""
-    for task in range(20):
+    """Save a base and 10 adapters of it; returns the arguments that name them."""
+    for task in range(10):
         torch.manual_seed(0)
         base = timm.create_model("test_vit", num_classes=10)
         save_file(base.state_dict(), folder / "base.safetensors")
@@ -45,7 +45,7 @@ def small_bank(folder: Path) -> list[str]:
         torch.manual_seed(task)
         for name, parameter in model.named_parameters():
             if "smn_" in name:
-                parameter.data = 0.9 + task / 200 - torch.rand_like(parameter)  # 90 to 99.5 % stay on
+                parameter.data = 0.9 + task / 100 - torch.rand_like(parameter)  # 90 to 99 % stay on
             elif "head.modules_to_save" in name:
                 parameter.data = torch.randn_like(parameter)
         model.save_pretrained(str(folder / "bank" / f"task-{task:02}"))

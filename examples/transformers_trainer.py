@@ -28,7 +28,7 @@ from transformers import (
 from smn_peft import MaskConfig
 from smn_peft.training import ExactResumeCallback
 
-EPOCHS, BATCH = 8, 32
+EPOCHS, BATCH = 4, 32
 
 
 def digits(first: int) -> tuple[list, list]:

@@ -8,6 +8,7 @@ before a block leaves it out.
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import sys
@@ -16,7 +17,6 @@ from typing import NamedTuple
 import pytest
 import timm
 import torch
-import typer
 import yaml
 
 from smn_peft.cli.main import app, main
@@ -57,13 +57,14 @@ def blocks(text: str) -> list[Block]:
 
 def smn_problem(words: list[str]) -> str | None:
     """Why `smn` would refuse the words: they are parsed as the command line parses them, and nothing is run."""
-    name, command, rest = "smn", app if hasattr(app, "resolve_command") else typer.main.get_command(app), words
+    command = app if hasattr(app, "resolve_command") else importlib.import_module("typer").main.get_command(app)
+    name, rest = "smn", words
     try:
         while hasattr(command, "resolve_command"):  # a group, possibly in a group
             group = command
             name, command, rest = group.resolve_command(group.make_context(name, [], resilient_parsing=True), rest)
         context = command.make_context(name, rest)
-    except Exception as error:  # typer's own errors have no common class that it exports
+    except Exception as error:  # whatever the parser raises
         return f"smn refuses it: {getattr(error, 'message', error)}"
     return f"smn has no option {context.args[0]}" if context.args and "--launch" not in words else None
 

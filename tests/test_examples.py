@@ -26,7 +26,7 @@ ALONE: dict[str, tuple[list[str], list[str]]] = {
     "serve_load.py": (
         ["--seconds=1", "--clients=4"],
         [
-            r"20 tasks, 4 clients, \d+ requests in .* requests/s, p50 .* ms, p99 .* ms, 0 errors",
+            r"10 tasks, 4 clients, \d+ requests in .* requests/s, p50 .* ms, p99 .* ms, 0 errors",
             r"resident memory \d+ MiB at the start, \d+ at the end",
             r"Finished server process",
         ],
