@@ -14,9 +14,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from smn_peft.hub import facts_of_folder, plan_push, render_card
-from smn_peft.hub.collection import collection_card
-from smn_peft.hub.loading import base_code, loading_code
-from smn_peft.hub.names import as_code, as_span, as_text, hub_id
+from smn_peft.hub.card import collection_card, loading_code
+from smn_peft.hub.facts import (
+    as_code,
+    as_span,
+    as_text,
+    base_code,
+    hub_id,
+)
 from tests.hub.folders import code_of, write_run
 
 ATTACKS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from smn_peft.hub.names import dataset_id, hub_id, shown_name
+from smn_peft.hub.facts import dataset_id, hub_id, shown_name
 
 
 @pytest.mark.parametrize(
