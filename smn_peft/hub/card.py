@@ -104,9 +104,7 @@ def loading_code(base: str, where: str, subfolder: str | None = None, revision: 
 def merged_with(card: ModelCard, existing: str | None) -> str:
     """The card as text, with what an earlier README.md has outside of the marks and in fields that are not ours.
 
-    Args:
-        card: Of [`render_card`].
-        existing: The README.md there is; an unfilled template of PEFT or transformers counts as none.
+    An unfilled template of PEFT or transformers counts as no README.md.
 
     Raises:
         ValueError: The front matter of `existing` is not YAML.
@@ -286,11 +284,8 @@ def model_index(reports: Sequence[EvalReport]) -> list[EvalResult]:
 def eval_result_files(reports: Sequence[EvalReport], task: str | None = None) -> dict[str, bytes]:
     """Files of `.eval_results/` (https://huggingface.co/docs/hub/eval-results), by path in the repository.
 
-    A dataset that only its owner has cannot be named there, so its reports give no file.
-
-    Args:
-        reports: Evaluations of the adapter.
-        task: Folder of the adapter in a repository of several, which becomes part of the names.
+    A dataset that only its owner has cannot be named there, so its reports give no file. `task` is the folder of the
+    adapter in a repository of several, which becomes part of the names.
     """
     files = {}
     for report in reports:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from ..backbones import is_file_spec
 from ..data.registry import DATASETS
 from ..evaluation import EvalReport, merge_reports
-from ..storage import BASE_PREFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_config, read_json
+from ..storage import BASE_PREFIX, WEIGHTS_NAME, AdapterSizes, adapter_sizes, read_config, read_json
 
 __all__ = [
     "RUN_NAME",
@@ -66,22 +66,14 @@ class AdapterFacts:
     """Everything that a card says about an adapter.
 
     Attributes:
-        title: Heading of the card.
-        sizes: Bytes of the adapter file by purpose.
         base: Name of the base model as a card may show it; "" if unknown.
         base_id: Its repository on the Hub, None if it has none.
-        base_revision: Git revision of that repository.
-        fingerprint: Of the masked base weights.
         full_bytes: A checkpoint of all weights, as full fine-tuning would save it; None if unknown.
-        density: Fraction of the masked weights that are active; None if unknown.
-        dataset: Name of the dataset it was learned on, "" if unknown; as `load_images` takes it.
-        dataset_revision: Git revision of the dataset.
+        dataset: Name as `load_images` takes it, "" if unknown.
         objective: What was learned, such as "cross_entropy"; "" if unknown.
         recipe: Option -> value, as a table shows them.
-        reports: What the adapter is worth.
         baselines: What the frozen base is worth, and full fine-tuning where it was measured.
         code: Python lines that end with the base model in `base`.
-        versions: Versions of the libraries that learned it.
         notes: Limits of this adapter beside those of every mask.
     """
 
@@ -119,7 +111,7 @@ def facts_of_folder(
         ValueError: A file is damaged, or a folder of `seeds` is another run or repeats a seed.
     """
     folder = Path(folder)
-    config = check_config(_read_json(folder / CONFIG_NAME, "name the output folder of smn train, or an adapter's"))
+    config = read_config(folder)
     base = config.get("base_model_name_or_path")
     run = _read_run(folder / RUN_NAME) if (folder / RUN_NAME).exists() else {}
     arguments = run.get("arguments", {})
@@ -150,19 +142,14 @@ def facts_of_folder(
     )
 
 
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no {path}: {advice}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no object. Copy it again.")
-    return found
-
-
 def _read_run(path: Path) -> dict[str, Any]:
     """Read ``run.json`` and check the kinds of its values, which become text and code of a card."""
-    run = _read_json(path, "name the output folders of smn train")
+    try:
+        run = read_json(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no {path}: name the output folders of smn train.") from None
+    if not isinstance(run, dict):
+        raise ValueError(f"{path} is damaged: it holds no object. Copy it again.")
     arguments = run.get("arguments", {})
     for part, kinds in ((run, _KINDS), (arguments if isinstance(arguments, dict) else {}, _KINDS_OF_ARGUMENTS)):
         for name, kind in kinds.items():
@@ -254,10 +241,7 @@ def _notes(arguments: Mapping[str, Any]) -> list[str]:
 def base_code(folder: Path, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
     """Write the import lines, an empty line, and the lines that make `base` as it was in training.
 
-    Args:
-        folder: Folder of the adapter: its file tells how many classes a head has.
-        config: What adapter_config.json holds.
-        arguments: The run's, empty if there was none.
+    `arguments` are the run's, empty if there was none: then the adapter's file tells how many classes a head has.
     """
     mapping = config.get("auto_mapping") or {}
     kind, library = mapping.get("base_model_class") or "", mapping.get("parent_library") or ""
@@ -320,11 +304,7 @@ def _is_local(name: str) -> bool:
 
 
 def hub_id(name: str | None) -> str | None:
-    """The repository that a name means, such as "timm/resnet50.a1_in1k"; None for what only its owner has.
-
-    Args:
-        name: Name of a model or dataset as a run records it; timm's "hf-hub:" in front is taken off.
-    """
+    """The repository that a model's or dataset's name means, without timm's "hf-hub:"; None for a file or folder."""
     if not name or _is_local(name):
         return None
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:")

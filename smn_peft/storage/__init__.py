@@ -44,7 +44,7 @@ from .files import (
 )
 from .fingerprint import fingerprint, tensor_digest
 from .hub_files import PICKLE_NAME, check_folder_weights, check_hub_weights, locate_adapter
-from .inspection import AdapterReport, LayerReport, inspect_adapter, verify_adapter_file
+from .inspection import inspect_adapter, verify_adapter_file
 from .repack import (
     MAX_UNPACKED,
     pack_adapter,
@@ -67,9 +67,7 @@ __all__ = [
     "SETTINGS_NAME",
     "WEIGHTS_NAME",
     "AdapterFileError",
-    "AdapterReport",
     "AdapterSizes",
-    "LayerReport",
     "adapter_sizes",
     "atomic_write",
     "check_adapter_file",

@@ -32,25 +32,10 @@ FORMAT_VERSION = 1
 SETTINGS_NAME = "smn_settings"
 """Last part of the key of the tensor that holds an adapter's settings, see [`settings_tensor`]."""
 SETTINGS = (
-    "base_fingerprint",
-    "base_model_name_or_path",
-    "batch_norm",
-    "density",
-    "density_schedule",
-    "format_version",
-    "id2label",
-    "init_score",
-    "mask_type",
-    "preprocessing",
-    "rank_by",
-    "scale",
-    "scale_gradient",
-    "seed",
-    "select",
-    "threshold",
-    "trainable_fraction",
-    "unmasked_fingerprint",
-)
+    "base_fingerprint base_model_name_or_path batch_norm density density_schedule format_version id2label init_score "
+    "mask_type preprocessing rank_by scale scale_gradient seed select threshold trainable_fraction "
+    "unmasked_fingerprint"
+).split()
 """Fields of the config that decide an adapter's outputs. The keys of the file's tensors say what it targets."""
 
 
@@ -85,11 +70,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_format_version(version: object) -> None:
-    """Refuse a format that this release does not know.
-
-    Raises:
-        ValueError: If `version` is not an integer from 1 to [`FORMAT_VERSION`].
-    """
+    """ValueError for anything but an integer from 1 to [`FORMAT_VERSION`]."""
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(
             f"format_version must be a positive integer, got {version!r}: adapter_config.json is damaged."
@@ -134,7 +115,9 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG_NAME
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: name the folder of an adapter.")
+        raise FileNotFoundError(
+            f"{path} does not exist: name the output folder of smn train, or a folder with an adapter."
+        )
     try:
         config = read_json(path)
     except ValueError as error:
@@ -161,11 +144,7 @@ def settings_tensor(config: Mapping[str, Any]) -> Tensor:
 
 
 def read_settings(name: str, tensor: Tensor) -> dict[str, Any]:
-    """Decode what [`settings_tensor`] made; fields of a later release are left out.
-
-    Args:
-        name: Key of the tensor, for messages.
-        tensor: As the file has it.
+    """Decode what [`settings_tensor`] made; `name` is its key, and fields of a later release are left out.
 
     Raises:
         AdapterFileError: If it is no such tensor.

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..functional.packing import packed_size
 from .adapter_config import FORMAT_VERSION, is_settings
 from .codec import BLOB_NAME, MaskBlob
-from .files import AdapterFileError, atomic_write, open_regular
+from .files import AdapterFileError, atomic_write, open_regular, read_bytes
 
 __all__ = [
     "BASE_PREFIX",
@@ -60,15 +60,7 @@ _ADVICE = "The download or copy is incomplete or the file is damaged: fetch it a
 
 @dataclass(frozen=True)
 class AdapterSizes:
-    """Bytes of an adapter file, split by purpose.
-
-    Attributes:
-        mask: Masks, packed or coded.
-        head: `modules_to_save`, in general the task head.
-        statistics: BatchNorm running statistics.
-        scores: Scores, with ``save_scores=True``.
-        total: The whole file, header and settings included.
-    """
+    """Bytes of an adapter file by purpose; `total` is the whole file, header and settings included."""
 
     mask: int
     head: int
@@ -111,12 +103,7 @@ def coded_masks(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
 
 
 def check_packed(name: str, packed: Tensor, numel: int) -> None:
-    """Check a packed mask before it touches a model.
-
-    Args:
-        name: Key of the tensor, for the message.
-        packed: What the file holds under that key.
-        numel: Number of weights that the base model has there.
+    """Check the packed mask of `numel` weights, under the key `name`, before it touches a model.
 
     Raises:
         TypeError: If the tensor is not uint8.
@@ -145,13 +132,6 @@ def _weights_path(path: str | os.PathLike[str]) -> Path:
     return path / WEIGHTS_NAME if path.is_dir() else path
 
 
-def _open(path: Path) -> BinaryIO:
-    try:
-        return open_regular(path)
-    except ValueError as error:  # a FIFO or a device
-        raise AdapterFileError(str(error)) from error
-
-
 def _header_size(where: object, start: bytes, size: int) -> int:
     """Bytes of a file's header, bounded before anything parses it."""
     if len(start) < 8:
@@ -168,7 +148,7 @@ def _unreadable(where: object, error: Exception) -> AdapterFileError:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
     """Entries by tensor name, which safetensors found to fit the file; metadata; bytes of the file."""
-    with _open(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         text = file.read(_header_size(path, file.read(8), size))
     try:
@@ -243,9 +223,7 @@ def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -
         AdapterFileError: As [`check_adapter_file`].
     """
     path = _weights_path(path)
-    with _open(path) as file:
-        data = file.read()
-    return parse_adapter_file(data, path, settings=settings)
+    return parse_adapter_file(read_bytes(path), path, settings=settings)
 
 
 def parse_adapter_file(data: bytes, where: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
@@ -276,12 +254,9 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
 
 
 def rounded(name: str, tensor: Tensor, save_dtype: str) -> Tensor:
-    """Round a tensor to the dtype that it is saved in.
+    """Round a tensor, under the key `name`, to the dtype that it is saved in, one of [`SAVE_DTYPES`].
 
-    Args:
-        name: Its key, for the message.
-        tensor: Any tensor; one that is not a float, or not wider than the dtype, is returned as it is.
-        save_dtype: A key of [`SAVE_DTYPES`].
+    One that is not a float, or not wider than that dtype, is returned as it is.
 
     Raises:
         ValueError: If a finite value becomes infinite: fp16 ends at 65504.
@@ -303,13 +278,7 @@ def finish_adapter_file(
 ) -> None:
     """Round head and statistics of a file that PEFT wrote, and give a coded file its metadata, whole or not at all.
 
-    Bit-packed files in float32 are left as they are, byte for byte.
-
-    Args:
-        path: The safetensors file. If it does not exist, nothing is done.
-        codec: The config's codec.
-        save_dtype: The config's `save_dtype`.
-        base_fingerprint: The base's fingerprint.
+    Bit-packed files in float32 are left as they are, byte for byte, and so is a file that does not exist.
 
     Raises:
         ValueError: If a value is beyond what `save_dtype` can hold.

@@ -70,11 +70,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
-    """Read a regular file whole.
-
-    Args:
-        path: The file.
-        limit: Maximum size in bytes; None for any.
+    """Read a regular file of at most `limit` bytes, whole.
 
     Raises:
         FileNotFoundError: If there is no such file.

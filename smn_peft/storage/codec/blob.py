@@ -51,27 +51,24 @@ class Base(Protocol):
 
 @dataclass(frozen=True)
 class LayerEntry:
-    """One layer in a blob.
-
-    Attributes:
-        name: Its key in the adapter's file, without the part that all layers share.
-        size: Packed bytes of its mask.
-        coded: Packed bytes that are coded: `size`, or those of the selected weights.
-        inactive: Coded bits that are off, including those that pad the last byte.
-        code: How they are coded, see `LayerCode`.
-        selected: Whether only the weights that selective masking trains are coded; all others are on.
-        start: Where its payload starts, from the end of the table.
-        length: Bytes of its payload.
-    """
+    """One layer in a blob."""
 
     name: str
+    """Its key in the adapter's file, without the part that all layers share."""
     size: int
+    """Packed bytes of its mask."""
     coded: int
+    """Packed bytes that are coded: `size`, or those of the selected weights."""
     inactive: int
+    """Coded bits that are off, including those that pad the last byte."""
     code: int
+    """How they are coded, see `LayerCode`."""
     selected: bool
+    """Whether only the weights that selective masking trains are coded; all others are on."""
     start: int
+    """Where its payload starts, from the end of the table."""
     length: int
+    """Bytes of its payload."""
 
     @property
     def active(self) -> int:
@@ -81,23 +78,18 @@ class LayerEntry:
 
 @dataclass(frozen=True)
 class MaskBlob:
-    """Coded masks, their table read and checked, their payloads not yet.
-
-    Attributes:
-        codec: Name of the codec.
-        entries: The layers, in the order of the file.
-        checksum: CRC-32 of the table and the decoded bits.
-        data: The whole blob.
-        table: The table as bytes.
-        offset: Where the payloads start.
-    """
+    """Coded masks, their table read and checked, their payloads not yet."""
 
     codec: str
     entries: tuple[LayerEntry, ...]
+    """The layers, in the order of the file."""
     checksum: int
+    """CRC-32 of the table and the decoded bits."""
     data: memoryview
+    """The whole blob."""
     table: bytes
     offset: int
+    """Where the payloads start."""
 
     @classmethod
     def parse(cls, data: bytes | memoryview) -> MaskBlob:
