@@ -62,11 +62,10 @@ def render_card(
 
     Args:
         facts: What is known.
-        where: Repository or folder that the code loads from.
-        subfolder: Folder of the task in the repository.
-        revision: Branch that the code loads, None for the default one.
-        license: The adapter's licence as the Hub spells it, such as "apache-2.0"; None: the card says that none is
-            named.
+        where: Repository or folder that the code loads from, with the task's `subfolder` and the `revision`.
+        subfolder: See `where`.
+        revision: See `where`.
+        license: The adapter's licence as the Hub spells it, such as "apache-2.0"; without, the card says so.
         tags: Tags to add.
     """
     own = f"The adapter: {license}." if license else "Whoever published the adapter named no licence."

@@ -33,19 +33,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class PushPlan:
-    """What a push would commit.
-
-    Attributes:
-        repo_id: Repository.
-        facts: Of each adapter, by its folder in the repository; "" is the root.
-        files: Path in the repository -> content or local file.
-        notes: What the user may want to know before it is public.
-    """
+    """What a push would commit."""
 
     repo_id: str
     facts: dict[str, AdapterFacts] = field(default_factory=dict)
+    """Of each adapter, by its folder in the repository; "" is the root."""
     files: dict[str, bytes | Path] = field(default_factory=dict)
+    """Path in the repository -> content or local file."""
     notes: list[str] = field(default_factory=list)
+    """What the user may want to know before it is public."""
 
     def text(self) -> str:
         """The files with their bytes, and the notes."""
