@@ -62,14 +62,6 @@ class Series:
     y: tuple[float, ...]
     spread: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("x", "y", "spread"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        if len(self.x) != len(self.y) or len(self.spread) not in (0, len(self.y)):
-            raise ValueError(
-                f"{self.label!r} has {len(self.x)} positions, {len(self.y)} values and {len(self.spread)} spreads."
-            )
-
 
 def _averaged(label: str, values: Mapping[float, Sequence[float]]) -> Series:
     """Mean at every position; standard deviation too if every position has several values."""
@@ -104,11 +96,7 @@ def _label_fraction(report: EvalReport) -> float:
 
 
 def low_shot_series(reports: Sequence[EvalReport]) -> list[Series]:
-    """A line per label: accuracy over the labelled fraction, in percent, from `low_shot_reports`' reports.
-
-    Raises:
-        ValueError: A report is not of a low-shot run.
-    """
+    """A line per label: accuracy over the labelled fraction, in percent; ValueError for other reports."""
     series = []
     for label in dict.fromkeys(report.label for report in reports):
         mine = sorted((report for report in reports if report.label == label), key=_label_fraction)
