@@ -308,10 +308,10 @@ def eval_result_files(reports: Sequence[EvalReport], task: str | None = None) ->
 
 
 def collection_card(text: str | None, repo_id: str, tasks: Mapping[str, AdapterFacts], existing: str | None) -> str:
-    """README.md at the root of a repository of many tasks: a table with a row per folder.
+    """README.md at the root of a repository of many tasks, with a row per folder in its table.
 
     Args:
-        text: The card to put the table into: that of an adapter at the root, or the one there is; None: a fresh one.
+        text: The card to put the table into, an adapter's at the root or the one there is; None: a fresh one.
         repo_id: Repository.
         tasks: The adapters that are pushed, by folder.
         existing: The README.md there is, for the rows of the other tasks.
