@@ -33,15 +33,10 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class LayerDensity:
-    """Density of one masked tensor; the paper calls it sparsity.
+    """Density of one masked tensor, the fraction of its weights that is active; the paper calls it sparsity.
 
-    Attributes:
-        name: Name of the tensor in the model.
-        block: The block it lies in, "blocks.3" or "layer2.0"; "" outside of blocks.
-        kind: Its name within the block, "attn.qkv.weight" or "conv1.weight".
-        weights: Number of its weights.
-        density: Fraction that is active; after averaging the mean.
-        spread: Standard deviation over the averaged masks, None for one.
+    `block` is "blocks.3" or "layer2.0", and "" outside of blocks; `kind` is the name within the block, such as
+    "attn.qkv.weight". After averaging, `density` is the mean and `spread` the standard deviation; None for one mask.
     """
 
     name: str
@@ -53,10 +48,7 @@ class LayerDensity:
 
 
 def layer_densities(masks: Mapping[str, Tensor]) -> list[LayerDensity]:
-    """Density of every masked tensor, in the model's order.
-
-    Args:
-        masks: Bool masks by tensor name, as `model.masks()` returns them.
+    """Density of every tensor of `model.masks()`, in the model's order.
 
     Raises:
         ValueError: There is no mask.
@@ -92,15 +84,10 @@ def average_densities(runs: Sequence[Sequence[LayerDensity]]) -> list[LayerDensi
 
 @dataclass(frozen=True)
 class Similarity:
-    """Two masks of the same weights compared by their inactive weights, which are few.
+    """Two masks of the same weights, by name, compared by their inactive weights, which are few.
 
-    Attributes:
-        first: Name of the first mask.
-        second: Name of the second.
-        jaccard: Weights inactive in both over those inactive in either; 1 where neither has any.
-        jaccard_chance: The same, expected of random masks with each layer's own densities.
-        hamming: Fraction of the weights on which the masks differ.
-        hamming_chance: The same by chance.
+    `jaccard` is the weights inactive in both over those inactive in either, 1 where neither has any; `hamming` the
+    fraction of the weights on which the masks differ; `…_chance` is the same of random masks of the same densities.
     """
 
     first: str
@@ -114,12 +101,7 @@ class Similarity:
 def mask_similarity(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str] = ("first", "second")
 ) -> Similarity:
-    """Compare two masks with each other, and with random masks of the same density in every tensor.
-
-    Args:
-        first: Bool masks by tensor name.
-        second: Masks of the same tensors.
-        names: Names of the two in the result and in errors.
+    """Compare two masks (bool, by tensor name) with each other, and with random masks of the same densities.
 
     Raises:
         ValueError: The tensors or their shapes differ.
@@ -164,13 +146,7 @@ def similarity_matrix(masks: Mapping[str, Mapping[str, Tensor]]) -> list[Similar
 
 @dataclass(frozen=True)
 class ClusterComposition:
-    """Classes in one cluster of a router.
-
-    Attributes:
-        cluster: Index of the cluster.
-        images: Number of images in it.
-        cumulative: Share of its images in its most common class, in its two most common, and so on.
-    """
+    """One cluster of a router: its images' share in its most common class, in its two most common, and so on."""
 
     cluster: int
     images: int
@@ -180,12 +156,7 @@ class ClusterComposition:
 def cluster_composition(
     assignments: Tensor, labels: Tensor, num_classes: int | None = None
 ) -> list[ClusterComposition]:
-    """Composition of every cluster that has an image (Figure 11).
-
-    Args:
-        assignments: int64 (n,), the cluster of each image.
-        labels: int64 (n,), the class of each image.
-        num_classes: Number of classes; None: the largest label + 1.
+    """Composition of every cluster that has an image (Figure 11), from clusters and classes, int64 (n,) each.
 
     Raises:
         ValueError: There are no images, or the shapes differ.
@@ -228,7 +199,6 @@ def embedding_map(
         seed: t-SNE's.
 
     Raises:
-        ImportError: scikit-learn is not installed.
         ValueError: There are no labels, or fewer than 4 points.
     """
     try:

@@ -55,30 +55,12 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot.
-
-    Attributes:
-        label: Its name in the legend.
-        x: Positions.
-        y: Values, as many.
-        spread: Standard deviation of each value; empty if unknown.
-
-    Raises:
-        ValueError: The lengths differ.
-    """
+    """One line of a plot: positions, as many values, and the standard deviation of each; empty if unknown."""
 
     label: str
     x: tuple[float, ...]
     y: tuple[float, ...]
     spread: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("x", "y", "spread"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        if len(self.x) != len(self.y) or len(self.spread) not in (0, len(self.y)):
-            raise ValueError(
-                f"{self.label!r} has {len(self.x)} positions, {len(self.y)} values and {len(self.spread)} spreads."
-            )
 
 
 def _averaged(label: str, values: Mapping[float, Sequence[float]]) -> Series:
@@ -89,11 +71,7 @@ def _averaged(label: str, values: Mapping[float, Sequence[float]]) -> Series:
 
 
 def mean_curve(label: str, curves: Sequence[Mapping[float, float]]) -> Series:
-    """Mean and standard deviation of several curves, at the positions that all of them have.
-
-    Args:
-        label: Name of the line.
-        curves: Value by position, one mapping per seed.
+    """Mean and standard deviation of several curves (value by position), at the positions that all of them have.
 
     Raises:
         ValueError: There are no curves, or they have no position in common.
@@ -105,11 +83,7 @@ def mean_curve(label: str, curves: Sequence[Mapping[float, float]]) -> Series:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over at most `window` values.
-
-    Raises:
-        ValueError: The window is below 1.
-    """
+    """Trailing mean over at most `window` values, at least 1."""
     if window < 1:
         raise ValueError(f"window must be at least 1; got {window}.")
     return [statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
@@ -122,14 +96,7 @@ def _label_fraction(report: EvalReport) -> float:
 
 
 def low_shot_series(reports: Sequence[EvalReport]) -> list[Series]:
-    """A line per label: accuracy in percent over the labelled fraction in percent.
-
-    Args:
-        reports: From `low_shot_reports`, each with its `label_fraction`.
-
-    Raises:
-        ValueError: A report is not of a low-shot run.
-    """
+    """A line per label: accuracy over the labelled fraction, in percent; ValueError for other reports."""
     series = []
     for label in dict.fromkeys(report.label for report in reports):
         mine = sorted((report for report in reports if report.label == label), key=_label_fraction)
@@ -168,19 +135,11 @@ def selective_series(rows: Sequence[SelectiveRow]) -> list[Series]:
 
 @contextmanager
 def canvas(path: PathLike, columns: int = 1, size: tuple[float, float] = (6.0, 4.0)) -> Iterator[list[Any]]:
-    """Axes to draw on, saved as a picture when the block ends without an error.
-
-    Args:
-        path: File to write; its suffix names the format.
-        columns: Number of axes side by side.
-        size: Width and height of each in inches.
-
-    Yields:
-        The axes, one per column.
+    """Yield `columns` axes of `size` inches, side by side; the picture is saved when the block ends without an error.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The suffix names no format.
+        ValueError: The suffix of `path` names no format.
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -242,7 +201,7 @@ def plot_curves(
         path: File to write.
         xlabel: Label of the x-axes, with the unit.
         ylabel: Label of the y-axes, with the unit.
-        markers: Draw markers and error bars, and let each panel have its own scale; else bands, all on one scale.
+        markers: Draw markers and error bars, each panel on its own scale; else bands, all on one scale.
     """
     with canvas(path, columns=len(panels), size=(5.5, 4.0)) as axes:
         ends = [value for lines in panels.values() for line in lines for value in line.y]
@@ -259,11 +218,8 @@ def plot_low_shot(series: Sequence[Series], path: PathLike, *, title: str = "") 
     """Draw accuracy over the labelled fraction, on a logarithmic axis (Figure 3)."""
     with canvas(path) as (axes,):
         _draw_points(axes, series)
-        ticks = sorted({x for line in series for x in line.x})
-        axes.set(xscale="log", xlabel="labelled training images (%)", ylabel="test accuracy (%)", title=title)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.legend(frameon=False)
+        axes.set(xlabel="labelled training images (%)", ylabel="test accuracy (%)", title=title)
+        _logarithmic(axes, sorted({x for line in series for x in line.x}))
 
 
 def plot_selective(
@@ -279,10 +235,16 @@ def plot_selective(
         _draw_points(axes, series)
         if frozen is not None:
             axes.axhline(100 * frozen, color="0.4", linestyle=":", label="frozen base")
-        axes.set(xscale="log", xlabel="weights that a mask may touch (%)", ylabel=ylabel, title=title)
-        ticks = [tick for tick in (0.1, 1, 10, 100) if tick >= min(x for line in series for x in line.x) / 2]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.legend(frameon=False)
+        axes.set(xlabel="weights that a mask may touch (%)", ylabel=ylabel, title=title)
+        least = min(x for line in series for x in line.x)
+        _logarithmic(axes, [tick for tick in (0.1, 1, 10, 100) if tick >= least / 2])
+
+
+def _logarithmic(axes: Any, ticks: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
 
 
 def plot_densities(groups: Mapping[str, Sequence[LayerDensity]], path: PathLike, *, title: str = "") -> None:
@@ -290,11 +252,6 @@ def plot_densities(groups: Mapping[str, Sequence[LayerDensity]], path: PathLike,
 
     One group is drawn as a line per kind of layer over the blocks (Figure 6), several as a line each over all layers
     (Figure 7).
-
-    Args:
-        groups: Rows by label.
-        path: File to write.
-        title: Title of the picture.
     """
     lines: dict[str, list[tuple[int, LayerDensity]]] = {}
     (first, *others) = groups.values()

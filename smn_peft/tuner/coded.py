@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional.packing import packed_size
-from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks, needs_weight
+from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
 from ..storage.repack import shared_prefix
 from .checks import BASE_PREFIX, misfit
-from .identity import base_fingerprint
-from .layer import MaskLayer
 from .traversal import Place
 
 __all__ = ["condense", "expand"]
@@ -32,12 +30,6 @@ class _Base:
         layer, slot = self.places[name]
         chosen = layer.trainable(self.adapter_name, slot)
         return None if chosen is None else _to_numpy(chosen).reshape(-1)
-
-    def weight(self, name: str) -> NDArray[np.floating]:
-        layer, slot = self.places[name]
-        weight = layer.own_tensor(slot)
-        wide = weight.double() if weight.dtype == torch.float64 else weight.float()  # exact: the order stays
-        return _to_numpy(wide).reshape(-1)
 
 
 def condense(
@@ -101,23 +93,10 @@ def expand(
             raise misfit(sorted(places.keys() - found.keys()), sorted(found.keys() - places.keys()))
         for name, size in found.items():
             _check_size(name, size, places[name])
-        if any(needs_weight(entry.code) for entry in blob.entries):
-            _check_weights(places, adapter_name, fingerprint)
         base = _Base({entry.name: places[f"{bare}{entry.name}"] for entry in blob.entries}, adapter_name)
         masks = decode_masks(blob, blob.size, base)  # every size is the base's
         result.update({f"{shared}{name}": torch.from_numpy(bits).to(tensor.device) for name, bits in masks.items()})
     return result
-
-
-def _check_weights(places: Mapping[str, Place], adapter_name: str, expected: str | None) -> None:
-    layers = list(dict.fromkeys(place.layer for place in places.values()))
-    present = base_fingerprint([layer for layer in layers if isinstance(layer, MaskLayer)], adapter_name)
-    if None not in (expected, present) and expected != present:
-        raise ValueError(
-            f"The adapter's masks are coded on the very weights of their base ({expected}), and this base has others "
-            f"({present}), whatever check_base says. Load the base that adapter_config.json names, in that dtype; "
-            "`smn unpack --base` makes a file that does not depend on it."
-        )
 
 
 def _check_size(key: str, size: int, place: Place) -> None:

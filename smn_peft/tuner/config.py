@@ -86,8 +86,7 @@ class MaskConfig(PeftConfig):
     save_scores: bool = _option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
     codec: str = _option(
         "bits",
-        "How masks are stored: 'bits', one per weight; 'entropy', coded to about their entropy; 'archival', smaller, "
-        "readable only over the very weights that it was saved with.",
+        "How masks are stored: 'bits', one per weight; 'entropy', coded to about their entropy.",
     )
     save_dtype: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "Dtype that head and BatchNorm statistics are saved in; `round_extras(model)` rounds the live ones."
