@@ -17,7 +17,7 @@ from huggingface_hub.utils import logging
 from ..evaluation import EvalReport
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
 from ..tuner import MaskConfig
-from ..tuner._compat import SMN
+from ..tuner.config import SMN
 from .card import CARD_NAME, merged_with, own_words, render_card
 from .collection import collection_card
 from .errors import HubError, patiently

@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smn_peft import MaskConfig
-from smn_peft.tuner.architectures import default_targets
-from smn_peft.tuner.validation import check_pattern
+from smn_peft.tuner.config import check_pattern
+from smn_peft.tuner.targets import default_targets
 
 PLAIN = [
     r".*conv\d?",
