@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter of a real ViT-Tiny weighs: a mask in three codecs, LoRA of rank 8, and all weights fine-tuned.
+"""What an adapter of a real ViT-Tiny weighs: a mask in two codecs, LoRA of rank 8, and all weights fine-tuned.
 
 Images, weights (SMN_ASSETS) and training are those of `real_vit.py`, and so are the learning rates of mask and full
 fine-tuning, chosen there; LoRA's is chosen here. No number here compares with the paper's.
@@ -23,7 +23,7 @@ from transfer_recipe import LoraRecipe
 from smn_peft.storage import WEIGHTS_NAME, adapter_sizes
 from smn_peft.training.lora import lora_sizes
 
-CODECS = {"bits": "bit-packed", "entropy": "coded", "archival": "coded with the base's weights"}
+CODECS = {"bits": "bit-packed", "entropy": "coded"}
 LORA = LoraRecipe("LoRA, rank 8", mask=False, rank=8, lrs=(1e-3, 3e-3, 1e-2))
 
 

@@ -24,16 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..evaluation import markdown_table
-from ..storage import MAX_UNPACKED, purpose_of, read_adapter_file
+from ..storage import MAX_UNPACKED, purpose_of, read_adapter_file, unpack_tensors
 from ..storage.codec import encode_masks
 from ..storage.inspection import binary_entropy
-from ..storage.repack import unpack_tensors
 
 __all__ = ["CompressionRow", "CompressionTable", "adapter_compression", "compression_table", "format_compression"]
-
-
-def _cramjam() -> Any:
-    return importlib.import_module("cramjam")
 
 
 #: Compressors by name; the last three raise ImportError where cramjam is not installed.
@@ -41,22 +36,15 @@ _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
     "bz2": lambda data: bz2.compress(data, 9),
     "lzma": lambda data: lzma.compress(data, preset=6),
-    "lz4": lambda data: _cramjam().lz4.compress_block(data),
-    "snappy": lambda data: _cramjam().snappy.compress_raw(data),
-    "zstd": lambda data: _cramjam().zstd.compress(data, 19),
+    "lz4": lambda data: importlib.import_module("cramjam").lz4.compress_block(data),
+    "snappy": lambda data: importlib.import_module("cramjam").snappy.compress_raw(data),
+    "zstd": lambda data: importlib.import_module("cramjam").zstd.compress(data, 19),
 }
 
 
 @dataclass(frozen=True)
 class CompressionRow:
-    """Sizes under one compressor.
-
-    Attributes:
-        method: Its name.
-        mask_bytes: Bytes of all masks.
-        bits_per_weight: The same in bits for each masked weight.
-        weight_bytes: Bytes of the fp32 weights; None without weights, and for this package's codec.
-    """
+    """Sizes of all masks under one compressor, and of the fp32 weights; None without weights, and for our codec."""
 
     method: str
     mask_bytes: int
@@ -70,7 +58,7 @@ class CompressionTable:
 
     Attributes:
         rows: One per compressor, the uncompressed first, this package's codec last.
-        mask_weights: Number of masked weights: the bits of the masks.
+        mask_weights: Bits of the masks.
         weight_count: Number of fp32 weights; 0 if there are none.
         density: Fraction of mask bits that are on.
         entropy: Entropy of the masks layer by layer, in bits per weight.
@@ -132,9 +120,8 @@ def adapter_compression(
             ``model.safetensors``.
 
     Raises:
-        AdapterFileError: The adapter's file is damaged.
         FileNotFoundError: There is no such file.
-        ValueError: The masks can only be decoded with their base, there are none, or the weights cannot be read.
+        ValueError: A file is damaged, the masks can only be decoded with their base, or there are none.
     """
     tensors = unpack_tensors(read_adapter_file(folder), MAX_UNPACKED)
     masks = {name: tensor.numpy() for name, tensor in tensors.items() if purpose_of(name) == "mask"}

@@ -53,10 +53,7 @@ class LayerDensity:
 
 
 def layer_densities(masks: Mapping[str, Tensor]) -> list[LayerDensity]:
-    """Density of every masked tensor, in the model's order.
-
-    Args:
-        masks: Bool masks by tensor name, as `model.masks()` returns them.
+    """Density of every tensor of `model.masks()`, in the model's order.
 
     Raises:
         ValueError: There is no mask.
@@ -114,12 +111,7 @@ class Similarity:
 def mask_similarity(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str] = ("first", "second")
 ) -> Similarity:
-    """Compare two masks with each other, and with random masks of the same density in every tensor.
-
-    Args:
-        first: Bool masks by tensor name.
-        second: Masks of the same tensors.
-        names: Names of the two in the result and in errors.
+    """Compare two masks (bool, by tensor name) with each other, and with random masks of the same densities.
 
     Raises:
         ValueError: The tensors or their shapes differ.
@@ -164,13 +156,7 @@ def similarity_matrix(masks: Mapping[str, Mapping[str, Tensor]]) -> list[Similar
 
 @dataclass(frozen=True)
 class ClusterComposition:
-    """Classes in one cluster of a router.
-
-    Attributes:
-        cluster: Index of the cluster.
-        images: Number of images in it.
-        cumulative: Share of its images in its most common class, in its two most common, and so on.
-    """
+    """One cluster of a router: its images' share in its most common class, in its two most common, and so on."""
 
     cluster: int
     images: int
@@ -180,12 +166,7 @@ class ClusterComposition:
 def cluster_composition(
     assignments: Tensor, labels: Tensor, num_classes: int | None = None
 ) -> list[ClusterComposition]:
-    """Composition of every cluster that has an image (Figure 11).
-
-    Args:
-        assignments: int64 (n,), the cluster of each image.
-        labels: int64 (n,), the class of each image.
-        num_classes: Number of classes; None: the largest label + 1.
+    """Composition of every cluster that has an image (Figure 11), from clusters and classes, int64 (n,) each.
 
     Raises:
         ValueError: There are no images, or the shapes differ.

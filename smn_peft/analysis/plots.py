@@ -55,17 +55,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot.
-
-    Attributes:
-        label: Its name in the legend.
-        x: Positions.
-        y: Values, as many.
-        spread: Standard deviation of each value; empty if unknown.
-
-    Raises:
-        ValueError: The lengths differ.
-    """
+    """One line of a plot: positions, as many values, and the standard deviation of each; empty if unknown."""
 
     label: str
     x: tuple[float, ...]
@@ -89,11 +79,7 @@ def _averaged(label: str, values: Mapping[float, Sequence[float]]) -> Series:
 
 
 def mean_curve(label: str, curves: Sequence[Mapping[float, float]]) -> Series:
-    """Mean and standard deviation of several curves, at the positions that all of them have.
-
-    Args:
-        label: Name of the line.
-        curves: Value by position, one mapping per seed.
+    """Mean and standard deviation of several curves (value by position), at the positions that all of them have.
 
     Raises:
         ValueError: There are no curves, or they have no position in common.
@@ -105,11 +91,7 @@ def mean_curve(label: str, curves: Sequence[Mapping[float, float]]) -> Series:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over at most `window` values.
-
-    Raises:
-        ValueError: The window is below 1.
-    """
+    """Trailing mean over at most `window` values, at least 1."""
     if window < 1:
         raise ValueError(f"window must be at least 1; got {window}.")
     return [statistics.fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
@@ -122,10 +104,7 @@ def _label_fraction(report: EvalReport) -> float:
 
 
 def low_shot_series(reports: Sequence[EvalReport]) -> list[Series]:
-    """A line per label: accuracy in percent over the labelled fraction in percent.
-
-    Args:
-        reports: From `low_shot_reports`, each with its `label_fraction`.
+    """A line per label: accuracy over the labelled fraction, in percent, from `low_shot_reports`' reports.
 
     Raises:
         ValueError: A report is not of a low-shot run.
@@ -168,19 +147,11 @@ def selective_series(rows: Sequence[SelectiveRow]) -> list[Series]:
 
 @contextmanager
 def canvas(path: PathLike, columns: int = 1, size: tuple[float, float] = (6.0, 4.0)) -> Iterator[list[Any]]:
-    """Axes to draw on, saved as a picture when the block ends without an error.
-
-    Args:
-        path: File to write; its suffix names the format.
-        columns: Number of axes side by side.
-        size: Width and height of each in inches.
-
-    Yields:
-        The axes, one per column.
+    """Yield `columns` axes of `size` inches, side by side; the picture is saved when the block ends without an error.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The suffix names no format.
+        ValueError: The suffix of `path` names no format.
     """
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -242,7 +213,7 @@ def plot_curves(
         path: File to write.
         xlabel: Label of the x-axes, with the unit.
         ylabel: Label of the y-axes, with the unit.
-        markers: Draw markers and error bars, and let each panel have its own scale; else bands, all on one scale.
+        markers: Draw markers and error bars, each panel on its own scale; else bands, all on one scale.
     """
     with canvas(path, columns=len(panels), size=(5.5, 4.0)) as axes:
         ends = [value for lines in panels.values() for line in lines for value in line.y]
@@ -290,11 +261,6 @@ def plot_densities(groups: Mapping[str, Sequence[LayerDensity]], path: PathLike,
 
     One group is drawn as a line per kind of layer over the blocks (Figure 6), several as a line each over all layers
     (Figure 7).
-
-    Args:
-        groups: Rows by label.
-        path: File to write.
-        title: Title of the picture.
     """
     lines: dict[str, list[tuple[int, LayerDensity]]] = {}
     (first, *others) = groups.values()

@@ -29,10 +29,10 @@ from ..storage import (
     purpose_of,
     settings_tensor,
 )
-from ..storage.adapter_file import parse_adapter_file
+from ..storage.adapter_config import read_config
+from ..storage.adapter_file import parse_adapter_file, write_adapter_file
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
-from ..storage.finish import write_adapter_file
-from ..storage.repack import MAX_UNPACKED, read_config, shared_prefix, unpack_tensors
+from ..storage.repack import MAX_UNPACKED, shared_prefix, unpack_tensors
 from .names import check_name
 from .source import StoredAdapter, read_adapter
 from .task_info import MAX_FACTS, TaskInfo

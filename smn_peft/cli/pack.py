@@ -17,9 +17,6 @@ __all__ = ["command"]
 def command(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    codec: Annotated[
-        str, typer.Option(help="entropy, or archival: smaller, and tied to the base (implies --base).")
-    ] = "entropy",
     base: Annotated[
         bool, typer.Option("--base", help="Load the base: what selective masking leaves on then costs nothing.")
     ] = False,
@@ -29,10 +26,10 @@ def command(
 ) -> None:
     """Code an adapter's masks to about their entropy: smaller, exact, and read by PEFT as before."""
     before = adapter_sizes(folder)
-    if base or backbone or codec == "archival":
-        after = save_run_as(folder, out, codec, backbone)
+    if base or backbone:
+        after = save_run_as(folder, out, "entropy", backbone)
     else:
-        after = pack_adapter(folder, out, codec)
+        after = pack_adapter(folder, out)
         if read_config(folder).get("trainable_fraction", 1.0) < 1.0:
             typer.echo("Weights that selective masking leaves on were coded too: --base leaves them out.", err=True)
     typer.echo(f"{out}: {size_change(before, after)}")

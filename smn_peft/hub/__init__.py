@@ -6,8 +6,7 @@ from __future__ import annotations
 from .card import merged_with, render_card, write_card
 from .errors import HubError
 from .facts import RUN_NAME, AdapterFacts, facts_of_folder
-from .models import full_bytes, push_model
-from .push import PushPlan, plan_push, push_plan, push_run
+from .push import PushPlan, full_bytes, plan_push, push_model, push_plan, push_run
 
 __all__ = [
     "RUN_NAME",

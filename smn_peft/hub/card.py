@@ -1,31 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`render_card`: the model card of an adapter, from its facts; nothing on it is typed by hand."""
+"""`render_card`: the model card of an adapter, or of a repository of many, from facts; nothing is typed by hand."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from yaml import YAMLError
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation import format_fraction, markdown_table
+from ..evaluation import EvalReport, format_fraction, markdown_table
 from ..storage import atomic_write
-from .facts import AdapterFacts, facts_of_folder
-from .loading import loading_code
-from .names import as_span, as_text, dataset_id, shown_name
-from .results import eval_result_files, metric_name, model_index
+from .facts import AdapterFacts, as_code, as_span, as_text, dataset_id, facts_of_folder, shown_name
 
-__all__ = ["CARD_NAME", "merged_with", "own_words", "render_card", "write_card"]
+__all__ = [
+    "CARD_NAME",
+    "collection_card",
+    "eval_result_files",
+    "loading_code",
+    "merged_with",
+    "metric_name",
+    "model_index",
+    "own_words",
+    "render_card",
+    "write_card",
+]
 
 CARD_NAME = "README.md"
+EVAL_FOLDER = ".eval_results"
 _BEGIN = "<!-- smn:begin: rendered from the adapter's records; what stands outside of the two marks is kept -->"
 _END = "<!-- smn:end -->"
 _MARKED = re.compile(r"<!-- smn:begin\b.*?<!-- smn:end -->", re.DOTALL)
+_TASKS_BEGIN, _TASKS_END = "<!-- smn:tasks:begin -->", "<!-- smn:tasks:end -->"
+_TASKS = re.compile(rf"{_TASKS_BEGIN}\n(?P<table>.*?)\n{_TASKS_END}", re.DOTALL)
+_COLUMNS = ("task", "base", "dataset", "result", "density", "bytes")
 _PEFT_VERSIONS = re.compile(r"\n*### Framework versions\n\n(- PEFT [^\n]*\n?)+")
 _TEMPLATE = "[More Information Needed]"
 _OURS = ("base_model", "base_model_relation", "datasets", "library_name", "model-index", "pipeline_tag", "tags")
+_METRICS = {"knn": "k-NN accuracy", "linear_probe": "linear probe accuracy", "accuracy": "accuracy"}
 _PAPER = "[Self-Masking Networks for Unsupervised Adaptation](https://arxiv.org/abs/2409.07577)"
 _LIMITS = (
     "The mask fits the base weights it was learned on and no others: the adapter holds their fingerprint, and another "
@@ -44,7 +58,7 @@ def render_card(
     license: str | None = None,
     tags: Sequence[str] = (),
 ) -> ModelCard:
-    """The card, its front matter and its text between two marks.
+    """Render a card: its front matter, and its text between two marks.
 
     Args:
         facts: What is known.
@@ -55,27 +69,42 @@ def render_card(
             named.
         tags: Tags to add.
     """
-    data = _metadata(facts, license, tags)
+    own = f"The adapter: {license}." if license else "Whoever published the adapter named no licence."
     sections = [
+        _BEGIN,
         f"# {as_text(facts.title)}\n\n{_opening(facts)}",
         f"## Use\n\n```python\n{loading_code(facts.code, where, subfolder, revision)}\n```",
         _evaluation(facts),
         _sizes(facts),
         _recipe(facts),
-        _licence(facts, license),
+        f"## Licence\n\n{own} Base model and dataset have licences of their own, which hold for what is made of them.",
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in [*map(as_text, facts.notes), *_LIMITS]),
         f"The method: {_PAPER} (Warmerdam, Caron and Asano, GCPR 2024), by `smn_peft`.",
+        _END,
     ]
-    body = "\n\n".join([_BEGIN, *(section for section in sections if section), _END])
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{_front_matter(facts, license, tags).to_yaml()}\n---\n\n{body}\n")
+
+
+def loading_code(base: str, where: str, subfolder: str | None = None, revision: str | None = None) -> str:
+    """Whole code of a card: imports, the base by the lines `base`, and PEFT's loader of an adapter at `where`."""
+    options = "".join(
+        f", {name}={as_code(value)}" for name, value in (("subfolder", subfolder), ("revision", revision)) if value
+    )
+    lines = [
+        "import smn_peft  # registers masks with PEFT; without it loading fails: KeyError: 'SMN'",
+        "from peft import PeftModel",
+        base,
+        "",
+        f"model = PeftModel.from_pretrained(base, {as_code(where)}{options}).eval()",
+    ]
+    return "\n".join(lines)
 
 
 def merged_with(card: ModelCard, existing: str | None) -> str:
     """The card as text, with what an earlier README.md has outside of the marks and in fields that are not ours.
 
-    Args:
-        card: Of [`render_card`].
-        existing: The README.md there is; an unfilled template of PEFT or transformers counts as none.
+    An unfilled template of PEFT or transformers counts as no README.md.
 
     Raises:
         ValueError: The front matter of `existing` is not YAML.
@@ -102,7 +131,7 @@ def own_words(existing: str | None) -> str:
 def _parsed(text: str) -> ModelCard:
     try:
         return ModelCard(text.replace("\r\n", "\n"), ignore_metadata_errors=True)
-    except (YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"The lines between --- at the top of {CARD_NAME} are no metadata: {error}") from error
 
 
@@ -124,7 +153,7 @@ def write_card(folder: str | Path) -> None:
             file.write(content)
 
 
-def _metadata(facts: AdapterFacts, license: str | None, tags: Sequence[str]) -> ModelCardData:
+def _front_matter(facts: AdapterFacts, license: str | None, tags: Sequence[str]) -> ModelCardData:
     found = ["smn", "mask", *(["base_model:adapter:" + facts.base_id] if facts.base_id else []), *tags]
     dataset = dataset_id(facts.dataset)
     classifies = any(report.metric == "accuracy" for report in facts.reports)
@@ -141,21 +170,21 @@ def _metadata(facts: AdapterFacts, license: str | None, tags: Sequence[str]) -> 
     )
 
 
-def _link(name: str, address: str | None) -> str:
-    return f"[{as_text(name)}](https://huggingface.co/{address})" if address else as_span(name)
+def _link(name: str, address: str | None, revision: str | None) -> str:
+    shown = f"[{as_text(name)}](https://huggingface.co/{address})" if address else as_span(name)
+    return f"{shown} at revision {as_span(revision)}" if revision else shown
 
 
 def _opening(facts: AdapterFacts) -> str:
     base = "a base model that its config does not name"
     if facts.base:
-        base = "the frozen " + _link(facts.base, facts.base_id)
-        base += f" at revision {as_span(facts.base_revision)}" if facts.base_revision else ""
+        base = f"the frozen {_link(facts.base, facts.base_id, facts.base_revision)}"
     words = f"A mask adapter for PEFT: one bit per masked weight of {base} says whether the weight stays on."
     if facts.dataset:
         dataset = dataset_id(facts.dataset)
-        shown = _link(shown_name(facts.dataset), f"datasets/{dataset}" if dataset else None)
-        shown += f" at revision {as_span(facts.dataset_revision)}" if facts.dataset_revision else ""
-        words += f" Learned on {shown}" + (f" by {as_span(facts.objective)}." if facts.objective else ".")
+        address = f"datasets/{dataset}" if dataset else None
+        words += f" Learned on {_link(shown_name(facts.dataset), address, facts.dataset_revision)}"
+        words += f" by {as_span(facts.objective)}." if facts.objective else "."
     words += f" The file has {facts.sizes.total:,} bytes"
     if facts.full_bytes:
         words += f", {100 * facts.sizes.total / facts.full_bytes:.1f} % of a checkpoint of all weights"
@@ -205,19 +234,141 @@ def _sizes(facts: AdapterFacts) -> str:
 def _recipe(facts: AdapterFacts) -> str:
     if not facts.recipe:
         return ""
-    table = markdown_table(
-        [{"option": as_span(name), "value": as_text(value)} for name, value in facts.recipe.items()]
-    )
-    versions = _listed(facts.versions)
-    return f"## How it was learned\n\n{table}" + (f"\n\nWith {versions}." if versions else "")
+    rows = [{"option": as_span(name), "value": as_text(value)} for name, value in facts.recipe.items()]
+    versions = ", ".join(as_text(f"{name} {version}") for name, version in facts.versions.items())
+    return f"## How it was learned\n\n{markdown_table(rows)}" + (f"\n\nWith {versions}." if versions else "")
 
 
-def _listed(versions: Mapping[str, str]) -> str:
-    return ", ".join(as_text(f"{name} {version}") for name, version in versions.items())
+# --- Evaluations in the Hub's two formats ----------------------------------------------------------------------------
 
 
-def _licence(facts: AdapterFacts, license: str | None) -> str:
-    own = f"The adapter: {license}." if license else "Whoever published the adapter named no licence."
+def metric_name(report: EvalReport) -> str:
+    """The metric in words: ``k-NN accuracy (k = 200)``, ``linear probe accuracy, 10 % of the labels``."""
+    kind, _, fraction = report.metric.partition("@")
+    words = _METRICS.get(kind, kind)
+    if fraction:
+        return f"{words}, {100 * float(fraction):g} % of the labels"
+    return f"{words} (k = {report.settings['k']})" if kind == "knn" and "k" in report.settings else words
+
+
+def _percent(value: float) -> float:
+    return round(100 * value, 2)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def model_index(reports: Sequence[EvalReport]) -> list[EvalResult]:
+    """Entries of a card's `model-index`, in percent; `metric_args` holds the seeds and their standard deviation."""
+    found = []
+    for report in reports:
+        spread: dict[str, Any] = {"seeds": len(report.seeds)} if report.seeds else {}
+        if report.spread is not None:
+            spread["standard_deviation"] = _percent(report.spread)
+        result = EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset_id(report.dataset) or _line(shown_name(report.dataset)),
+            dataset_name=_line(shown_name(report.dataset)),
+            dataset_split=_line(report.split),
+            dataset_revision=None if report.revision is None else _line(report.revision),
+            metric_type="accuracy",
+            metric_name=_line(metric_name(report)),
+            metric_value=_percent(report.value),
+            metric_args=spread or None,
+        )
+        found.append(result)
+    return found
+
+
+def eval_result_files(reports: Sequence[EvalReport], task: str | None = None) -> dict[str, bytes]:
+    """Files of `.eval_results/` (https://huggingface.co/docs/hub/eval-results), by path in the repository.
+
+    A dataset that only its owner has cannot be named there, so its reports give no file. `task` is the folder of the
+    adapter in a repository of several, which becomes part of the names.
+    """
+    files = {}
+    for report in reports:
+        repository = dataset_id(report.dataset)
+        if repository is None:
+            continue
+        dataset: dict[str, Any] = {"id": repository, "task_id": "default"}
+        if report.revision is not None:
+            dataset["revision"] = report.revision
+        notes = [f"{metric_name(report)} in percent", f"split {report.split}"]  # the format has no fields for them
+        if report.spread is not None:
+            notes.append(f"mean of {len(report.seeds)} seeds, standard deviation {_percent(report.spread)}")
+        entry = {"dataset": dataset, "value": _percent(report.value), "notes": "; ".join(notes)}
+        name = "-".join(filter(None, [task, shown_name(report.dataset), report.metric]))
+        path = f"{EVAL_FOLDER}/{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.yaml"
+        files[path] = yaml.safe_dump([entry], sort_keys=False, allow_unicode=True).encode()
+    return files
+
+
+# --- Repositories of many tasks --------------------------------------------------------------------------------------
+
+
+def collection_card(text: str | None, repo_id: str, tasks: Mapping[str, AdapterFacts], existing: str | None) -> str:
+    """README.md at the root of a repository of many tasks: a table with a row per folder.
+
+    Args:
+        text: The card to put the table into: that of an adapter at the root, or the one there is; None: a fresh one.
+        repo_id: Repository.
+        tasks: The adapters that are pushed, by folder.
+        existing: The README.md there is, for the rows of the other tasks.
+    """
+    rows = {row["task"]: row for row in _task_rows(existing or "")}
+    rows |= {f"[{folder}]({folder})": _task_row(folder, facts) for folder, facts in tasks.items()}
+    if not rows:
+        assert text is not None
+        return text
+    card = ModelCard(text or _fresh_collection(repo_id, tasks), ignore_metadata_errors=True)
+    block = f"{_TASKS_BEGIN}\n{markdown_table([rows[name] for name in sorted(rows)])}\n{_TASKS_END}"
+    if _TASKS.search(card.text):
+        card.text = _TASKS.sub(lambda _: block, card.text, count=1)
+    else:
+        card.text = f"{card.text.rstrip()}\n\n## Tasks\n\n{block}\n"
+    bases = [facts.base_id for facts in tasks.values() if facts.base_id]
+    datasets = [found for facts in tasks.values() if (found := dataset_id(facts.dataset))]
+    tags = ["smn", "mask", *(f"base_model:adapter:{base}" for base in bases)]
+    for name, new in (("base_model", bases), ("datasets", datasets), ("tags", tags)):
+        old = card.data.get(name) or []
+        if merged := list(dict.fromkeys([*([old] if isinstance(old, str) else old), *new])):
+            card.data[name] = merged
+    card.data["library_name"] = "peft"
+    if not card.data.get("base_model"):
+        card.data.pop("base_model_relation")
+    return str(card)
+
+
+def _fresh_collection(repo_id: str, tasks: Mapping[str, AdapterFacts]) -> str:
+    folder, facts = next(iter(tasks.items()))
+    data = ModelCardData(library_name="peft", base_model_relation="adapter")
     return (
-        f"## Licence\n\n{own} Base model and dataset have licences of their own, which hold for what is made of them."
+        f"---\n{data.to_yaml()}\n---\n\n# {repo_id.rpartition('/')[2]}\n\nMasks for several tasks, each in a folder "
+        "with a card of its own: one bit per frozen weight says whether it stays on.\n\n"
+        f"{_TASKS_BEGIN}\n\n{_TASKS_END}\n\n```python\n{loading_code(facts.code, repo_id, folder)}\n```\n"
     )
+
+
+def _task_rows(text: str) -> list[dict[str, str]]:
+    """The rows of the table there is; none of a table with other columns, since it is not ours."""
+    found = _TASKS.search(text)
+    lines = found["table"].strip().splitlines() if found else []
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))] for line in lines]
+    if not cells or tuple(cells[0]) != _COLUMNS:
+        return []
+    rows = [dict(zip(_COLUMNS, line, strict=True)) for line in cells[2:] if len(line) == len(_COLUMNS)]
+    return [{name: cell.replace("\\|", "|") for name, cell in row.items()} for row in rows]
+
+
+def _task_row(folder: str, facts: AdapterFacts) -> dict[str, str]:
+    results = [f"{metric_name(r)} {format_fraction(r.value, r.spread)} %" for r in facts.reports]
+    return {
+        "task": f"[{folder}]({folder})",
+        "base": as_text(facts.base) or "–",
+        "dataset": as_text(shown_name(facts.dataset)) or "–",
+        "result": as_text(", ".join(results)) or "–",
+        "density": "–" if facts.density is None else f"{facts.density:.4f}",
+        "bytes": f"{facts.sizes.total:,}",
+    }

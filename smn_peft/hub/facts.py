@@ -1,41 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdapterFacts`: what is known about an adapter, from the records that lie beside it; cards are rendered from it."""
+"""`AdapterFacts`: what the records beside an adapter say of it, made fit for a page that anybody reads."""
 
 from __future__ import annotations
 
+import json
+import keyword
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import safe_open
+
+from ..backbones import is_file_spec
 from ..data.registry import DATASETS
 from ..evaluation import EvalReport, merge_reports
-from ..storage import CONFIG_NAME, AdapterSizes, adapter_sizes, check_config, read_json
-from .loading import base_code
-from .names import hub_id, shown_name
+from ..storage import BASE_PREFIX, WEIGHTS_NAME, AdapterSizes, adapter_sizes, read_config, read_json
 
-__all__ = ["RUN_NAME", "AdapterFacts", "facts_of_folder"]
+__all__ = [
+    "RUN_NAME",
+    "AdapterFacts",
+    "as_code",
+    "as_span",
+    "as_text",
+    "base_code",
+    "dataset_id",
+    "facts_of_folder",
+    "hub_id",
+    "shown_name",
+]
 
 RUN_NAME = "run.json"  # `smn train` writes it beside the adapter
 _SHOWN = (
     "epochs max_steps batch_size optimizer lr head_lr momentum weight_decay warmup_epochs mixed_precision score_dtype "
     "image_size head fraction limit seed"
 ).split()
-_NUMBER = (int, float)
-_KINDS: dict[str, Any] = dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict)
-_KINDS |= {"density": _NUMBER}
+_SHOWN_OF_MASK = (
+    "target_modules mask_type threshold init_score density density_schedule scale batch_norm trainable_fraction "
+    "select modules_to_save"
+).split()
+_MAY_DIFFER = frozenset(
+    "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()
+)
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict),
+    "density": (int, float),
+}
 _KINDS_OF_ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("backbone", "backbone_revision", "weights", "dataset", "dataset_revision", "eval_split"), str),
     **dict.fromkeys(("head_classes", "seed", "image_size", "eval_limit", "knn_k"), int),
     **{"objective": str, "objective_options": dict, "pretrained": bool},
 }
-_MAY_DIFFER = frozenset(
-    "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()
-)
-_SHOWN_OF_MASK = (
-    "target_modules mask_type threshold init_score density density_schedule scale batch_norm trainable_fraction "
-    "select modules_to_save"
-).split()
+_FILES = (".npz", ".parquet", ".safetensors")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# What is no id on the Hub: a timm name, or the last part of a path, perhaps with a function.
+_OWN_NAME = re.compile(r"[\w.-]+(\.py:\w+)?", re.ASCII)
+_UNKNOWN_BASE = "\nbase = ...  # the model that the mask was learned on, loaded as it was then"
 
 
 @dataclass(frozen=True)
@@ -43,22 +66,14 @@ class AdapterFacts:
     """Everything that a card says about an adapter.
 
     Attributes:
-        title: Heading of the card.
-        sizes: Bytes of the adapter file by purpose.
         base: Name of the base model as a card may show it; "" if unknown.
         base_id: Its repository on the Hub, None if it has none.
-        base_revision: Git revision of that repository.
-        fingerprint: Of the masked base weights.
         full_bytes: A checkpoint of all weights, as full fine-tuning would save it; None if unknown.
-        density: Fraction of the masked weights that are active; None if unknown.
-        dataset: Name of the dataset it was learned on, "" if unknown; as `load_images` takes it.
-        dataset_revision: Git revision of the dataset.
+        dataset: Name as `load_images` takes it, "" if unknown.
         objective: What was learned, such as "cross_entropy"; "" if unknown.
         recipe: Option -> value, as a table shows them.
-        reports: What the adapter is worth.
         baselines: What the frozen base is worth, and full fine-tuning where it was measured.
         code: Python lines that end with the base model in `base`.
-        versions: Versions of the libraries that learned it.
         notes: Limits of this adapter beside those of every mask.
     """
 
@@ -84,11 +99,11 @@ class AdapterFacts:
 def facts_of_folder(
     folder: str | Path, *, reports: Sequence[EvalReport] = (), seeds: Sequence[str | Path] = ()
 ) -> AdapterFacts:
-    """What the files of a folder say about the adapter in it.
+    """Read what the files of a folder say about the adapter in it.
 
     Args:
         folder: The output folder of `smn train`, or any folder with an adapter.
-        reports: Evaluations to show in the place of those at the end of training, such as `smn eval --json` writes.
+        reports: Evaluations to show instead of those at the end of training, such as `smn eval --json` writes.
         seeds: Folders of the same run with other seeds: results are shown over all of them.
 
     Raises:
@@ -96,52 +111,45 @@ def facts_of_folder(
         ValueError: A file is damaged, or a folder of `seeds` is another run or repeats a seed.
     """
     folder = Path(folder)
-    config = _read_json(folder / CONFIG_NAME, "name the output folder of smn train, or a folder with an adapter")
-    config, sizes = check_config(config), adapter_sizes(folder)
+    config = read_config(folder)
     base = config.get("base_model_name_or_path")
-    run = _read_run(folder / RUN_NAME, "") if (folder / RUN_NAME).exists() else {}
+    run = _read_run(folder / RUN_NAME) if (folder / RUN_NAME).exists() else {}
     arguments = run.get("arguments", {})
     name = arguments.get("backbone") or base
-    found, before = _reports_of(run), _reports_of(run, frozen=True)
-    for other in seeds:
-        path = Path(other) / RUN_NAME
-        more = _read_run(path, "name the output folders of smn train")
-        _check_same(arguments, more.get("arguments", {}), path)
-        found = [_merged(report, _reports_of(more), path) for report in found]
+    dataset = arguments.get("dataset") or ""
+    what = shown_name(name).rpartition("/")[2]
+    title = f"A mask for {what}" if what else "A mask"
+    if dataset:
+        title = f"{what or 'A model'} masked for {shown_name(dataset).partition('.')[0]}"
     return AdapterFacts(
-        title=_title(name, arguments.get("dataset")),
-        sizes=sizes,
+        title=title,
+        sizes=adapter_sizes(folder),
         base=shown_name(name),
         base_id=hub_id(base) or hub_id(name),
         base_revision=arguments.get("backbone_revision") or config.get("revision"),
         fingerprint=config.get("base_fingerprint"),
         full_bytes=run.get("sizes", {}).get("full"),
         density=run.get("density"),
-        dataset=arguments.get("dataset") or "",
+        dataset=dataset,
         dataset_revision=arguments.get("dataset_revision"),
         objective=shown_name(arguments.get("objective")),
         recipe=_recipe(arguments, config),
-        reports=list(reports) or found,
-        baselines=before,
+        reports=list(reports) or _over_seeds(run, seeds),
+        baselines=_reports(run, frozen=True),
         code=base_code(folder, config, arguments),
         versions=run.get("versions", {}),
         notes=_notes(arguments),
     )
 
 
-def _read_json(path: Path, advice: str) -> dict[str, Any]:
+def _read_run(path: Path) -> dict[str, Any]:
+    """Read ``run.json`` and check the kinds of its values, which become text and code of a card."""
     try:
-        found = read_json(path)
+        run = read_json(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no {path}: {advice}.") from None
-    if not isinstance(found, dict):
+        raise FileNotFoundError(f"There is no {path}: name the output folders of smn train.") from None
+    if not isinstance(run, dict):
         raise ValueError(f"{path} is damaged: it holds no object. Copy it again.")
-    return found
-
-
-def _read_run(path: Path, advice: str) -> dict[str, Any]:
-    """``run.json``, whose values have their kinds: they become text and code of a card, whoever wrote them."""
-    run = _read_json(path, advice)
     arguments = run.get("arguments", {})
     for part, kinds in ((run, _KINDS), (arguments if isinstance(arguments, dict) else {}, _KINDS_OF_ARGUMENTS)):
         for name, kind in kinds.items():
@@ -153,15 +161,8 @@ def _read_run(path: Path, advice: str) -> dict[str, Any]:
     return run
 
 
-def _title(base: str | None, dataset: str | None) -> str:
-    what = shown_name(base).rpartition("/")[2]
-    if not dataset:
-        return f"A mask for {what}" if what else "A mask"
-    return f"{what or 'A model'} masked for {shown_name(dataset).partition('.')[0]}"
-
-
-def _reports_of(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport]:
-    """What ``run.json`` says of the end of training, or of the frozen base before it."""
+def _reports(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport]:
+    """Evaluations at the end of training, or of the frozen base before it."""
     arguments = run.get("arguments", {})
     if not arguments.get("dataset") or not arguments.get("eval_split"):
         return []
@@ -169,36 +170,38 @@ def _reports_of(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport
     for metric, value in run.get("before" if frozen else "after", {}).items():
         if frozen and metric == "accuracy" and arguments.get("objective") != "zero_shot":
             continue  # of a head that nothing has trained
-        found.append(
-            EvalReport(
-                label="frozen base" if frozen else "this adapter",
-                dataset=arguments["dataset"],
-                split=arguments["eval_split"],
-                metric=metric,
-                values=(value,),
-                seeds=() if frozen else (arguments.get("seed", 0),),
-                revision=arguments.get("dataset_revision"),
-                settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
-                versions=run.get("versions", {}),
-            )
+        report = EvalReport(
+            label="frozen base" if frozen else "this adapter",
+            dataset=arguments["dataset"],
+            split=arguments["eval_split"],
+            metric=metric,
+            values=(value,),
+            seeds=() if frozen else (arguments.get("seed", 0),),
+            revision=arguments.get("dataset_revision"),
+            settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
+            versions=run.get("versions", {}),
         )
+        found.append(report)
     return found
 
 
-def _check_same(arguments: Mapping[str, Any], others: Mapping[str, Any], path: Path) -> None:
-    names = sorted((set(arguments) | set(others)) - _MAY_DIFFER)
-    if different := [name for name in names if arguments.get(name) != others.get(name)]:
-        raise ValueError(f"{path} is no other seed of the same run: {', '.join(different)} differ.")
-
-
-def _merged(report: EvalReport, others: Sequence[EvalReport], path: Path) -> EvalReport:
-    for other in others:
-        if other.metric == report.metric:
-            try:
-                return merge_reports([report, other])
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from error
-    raise ValueError(f"{path} has no {report.metric}: it is no other seed of the same run.")
+def _over_seeds(run: Mapping[str, Any], seeds: Sequence[str | Path]) -> list[EvalReport]:
+    """Evaluations at the end of a run, merged with those of the same run with other seeds."""
+    found, arguments = _reports(run), run.get("arguments", {})
+    for path in (Path(folder) / RUN_NAME for folder in seeds):
+        other = _read_run(path)
+        others = other.get("arguments", {})
+        names = sorted((set(arguments) | set(others)) - _MAY_DIFFER)
+        if different := [name for name in names if arguments.get(name) != others.get(name)]:
+            raise ValueError(f"{path} is no other seed of the same run: {', '.join(different)} differ.")
+        by_metric = {report.metric: report for report in _reports(other)}
+        if missing := [report.metric for report in found if report.metric not in by_metric]:
+            raise ValueError(f"{path} has no {missing[0]}: it is no other seed of the same run.")
+        try:
+            found = [merge_reports([report, by_metric[report.metric]]) for report in found]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return found
 
 
 def _recipe(arguments: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
@@ -230,3 +233,112 @@ def _notes(arguments: Mapping[str, Any]) -> list[str]:
     if (spec := DATASETS.get(arguments.get("dataset", ""))) is not None and spec.notes:
         notes.append(f"The dataset: {spec.notes}")
     return notes
+
+
+# --- The code that loads the base ------------------------------------------------------------------------------------
+
+
+def base_code(folder: Path, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+    """Write the import lines, an empty line, and the lines that make `base` as it was in training.
+
+    `arguments` are the run's, empty if there was none: then the adapter's file tells how many classes a head has.
+    """
+    mapping = config.get("auto_mapping") or {}
+    kind, library = mapping.get("base_model_class") or "", mapping.get("parent_library") or ""
+    name = arguments.get("backbone") or config.get("base_model_name_or_path")
+    repository, shown = hub_id(name), shown_name(name)
+    if not repository and not _OWN_NAME.fullmatch(shown):
+        return _UNKNOWN_BASE
+    if arguments or library.startswith("smn_peft."):
+        return _backbone_code(folder, name, config, arguments, kind)
+    is_class = kind.isascii() and kind.isidentifier() and not keyword.iskeyword(kind)
+    if library.startswith("transformers.") and repository and is_class:
+        revision = f", revision={as_code(config['revision'])}" if config.get("revision") else ""
+        return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({as_code(name)}{revision})"
+    if library.startswith("timm."):
+        shown = as_code(f"hf-hub:{repository}" if repository else shown)
+        return f"import timm\n\nbase = timm.create_model({shown}, pretrained=True)  # with the same head"
+    return _UNKNOWN_BASE
+
+
+def _backbone_code(
+    folder: Path, name: str | None, config: Mapping[str, Any], arguments: Mapping[str, Any], kind: str
+) -> str:
+    """Load the base by this package's own loaders, as `smn train` does."""
+    own_file = bool(name) and is_file_spec(str(name))
+    loader = "load_from_file" if own_file else "load_backbone"
+    options: dict[str, Any] = {}
+    if not own_file:
+        if not arguments.get("pretrained", True) and not arguments.get("weights"):
+            options["pretrained"] = False
+        if arguments.get("weights"):
+            options["state_dict"] = shown_name(arguments["weights"])
+        options["image_size"] = arguments.get("image_size")
+        options["revision"] = arguments.get("backbone_revision") or config.get("revision")
+        if arguments.get("objective") == "zero_shot" or "WithProjection" in kind:
+            options["projection"] = True
+    shown = "".join(f", {key}={as_code(value)}" for key, value in options.items() if value is not None)
+    classes = arguments.get("head_classes")
+    if not arguments:
+        key = f"{BASE_PREFIX}head.weight"
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+            classes = file.get_slice(key).get_shape()[0] if key in file.keys() else None
+    imports = f"from smn_peft.backbones import {loader}" + (", load_classifier" if classes else "")
+    lines = [imports, "", f"backbone = {loader}({as_code(shown_name(name))}{shown})"]
+    if options.get("pretrained") is False or own_file:
+        lines = ["import torch", *lines]
+        seed = as_code(arguments.get("seed", 0))
+        lines.insert(3, f"torch.manual_seed({seed})  # as in training, for weights that no file gives")
+    if classes:
+        seed = f", head_seed={as_code(arguments['seed'])}" if arguments.get("seed") else ""
+        lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{seed})")
+    return "\n".join([*lines, "base = backbone.model"])
+
+
+# --- Names and values on a page that anybody reads -------------------------------------------------------------------
+
+
+def _is_local(name: str) -> bool:
+    is_path = os.path.isabs(name) or name.startswith((".", "~")) or name.endswith(_FILES)
+    return is_path or is_file_spec(name) or os.path.exists(name)
+
+
+def hub_id(name: str | None) -> str | None:
+    """The repository that a model's or dataset's name means, without timm's "hf-hub:"; None for a file or folder."""
+    if not name or _is_local(name):
+        return None
+    name = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name if _REPOSITORY.fullmatch(name) else None
+
+
+def dataset_id(name: str | None) -> str | None:
+    """The dataset's repository on the Hub, of a name that `load_images` knows or the id itself; None without one."""
+    return DATASETS[name].hub_id if name in DATASETS else hub_id(name)
+
+
+def shown_name(name: str | None) -> str:
+    """The name as a card may show it: of a path on somebody's disk its last part only; "" for None."""
+    if not name:
+        return ""
+    return PurePath(name).name if _is_local(name) else name
+
+
+def as_text(value: object) -> str:
+    """A value from a record as Markdown that shows it on one line: nothing in it is a link, an image or HTML."""
+    text = " ".join(str(value).split())
+    return re.sub(r"([\\`*\[\]])", r"\\\1", text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def as_span(value: object) -> str:
+    """A value from a record as a code span of Markdown, which knows no escapes: what could end it is replaced."""
+    return "`" + " ".join(str(value).split()).replace("`", "'").replace("<", "(").replace(">", ")") + "`"
+
+
+def as_code(value: Any) -> str:
+    """A JSON value as a Python literal, which also leaves the block of code that it stands in as it is."""
+    text = json.dumps(value) if isinstance(value, str) else repr(value)
+    return text.replace("`", "\\x60").replace("<", "\\x3c")  # both are found in texts only

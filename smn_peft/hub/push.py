@@ -1,32 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`push_run`: an adapter's folder to the Hub in one commit, with its card and its results."""
+"""`push_run` and `push_model`: adapters to the Hub in one commit, with their cards and results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import EntryNotFoundError
-from huggingface_hub.utils import logging
+from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
+from peft import PeftModel
 
 from ..evaluation import EvalReport
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
 from ..tuner import MaskConfig
 from ..tuner.config import SMN
-from .card import CARD_NAME, merged_with, own_words, render_card
-from .collection import collection_card
-from .errors import HubError, patiently
-from .facts import AdapterFacts, facts_of_folder
-from .names import check_repo_id, check_subfolder, hub_id
-from .results import eval_result_files
+from .card import CARD_NAME, collection_card, eval_result_files, merged_with, own_words, render_card
+from .errors import HTTPError, HubError, patiently
+from .facts import AdapterFacts, facts_of_folder, hub_id
 
-__all__ = ["PushPlan", "full_name", "plan_push", "push_plan", "push_run"]
+__all__ = ["PushPlan", "full_bytes", "plan_push", "push_model", "push_plan", "push_run"]
 
+_FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 logger = logging.get_logger(__name__)
 
 
@@ -84,7 +85,7 @@ def plan_push(
         revision: Branch, for the card's code.
         license: The adapter's licence as the Hub spells it.
         tags: Tags for the card.
-        reports: Evaluations for the card, in the place of those of the run.
+        reports: Evaluations for the card, instead of those of the run.
         seeds: Folders of the same run with other seeds, for the card's spread.
         facts: What is known of the adapter, if not what the folder says.
 
@@ -92,25 +93,41 @@ def plan_push(
         FileNotFoundError: The folder lacks the adapter.
         ValueError: A name is not valid, or a file is damaged, no mask adapter, or a link out of the folder.
     """
-    check_repo_id(repo_id)
-    check_subfolder(subfolder)
+    _check_repo_id(repo_id)
+    if subfolder is not None and not _FOLDER.fullmatch(subfolder):
+        raise ValueError(
+            f"subfolder={subfolder!r}: a task's folder has letters, digits, '-', '_' and '.', parts divided by '/', "
+            "each beginning with a letter or digit, as in cifar100 or vit/cifar100."
+        )
     folder = Path(folder)
     _refuse_links(folder)
     if facts is None:
         facts = facts_of_folder(folder, reports=reports, seeds=seeds)
     check_adapter_file(folder)
-    _check_mask(folder)
+    content = (folder / CONFIG_NAME).read_bytes()
+    config = json.loads(content)
+    if (kind := config.get("peft_type")) != SMN.value:
+        raise ValueError(f"{folder} holds a {kind} adapter, no mask: push it by PEFT's push_to_hub.")
+    MaskConfig.from_pretrained(str(folder))  # raises for options that no mask has, and formats of a later release
     plan = PushPlan(repo_id, {subfolder or "": facts})
-    prefix = f"{subfolder}/" if subfolder else ""
+    base = config.get("base_model_name_or_path")
+    if base and not hub_id(base) and "/" in base:
+        plan.notes.append(
+            f"the base is a path on this disk ({base}): it is left out, and who loads the adapter has to have the base"
+        )
+        content = json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True).encode()
+    if license is None:
+        plan.notes.append("no licence is named; --license apache-2.0 names one")
     branch = None if revision is None or revision.startswith("refs/") else revision
     card = render_card(facts, repo_id, subfolder=subfolder, revision=branch, license=license, tags=tags)
     own = folder / CARD_NAME
-    plan.files[prefix + CARD_NAME] = merged_with(card, own.read_text("utf-8") if own.is_file() else None).encode()
-    plan.files[prefix + CONFIG_NAME] = _public_config(folder, plan)
-    plan.files[prefix + WEIGHTS_NAME] = folder / WEIGHTS_NAME
-    plan.files |= eval_result_files(facts.reports, subfolder)
-    if license is None:
-        plan.notes.append("no licence is named; --license apache-2.0 names one")
+    prefix = f"{subfolder}/" if subfolder else ""
+    plan.files = {
+        prefix + CARD_NAME: merged_with(card, own.read_text("utf-8") if own.is_file() else None).encode(),
+        prefix + CONFIG_NAME: content,
+        prefix + WEIGHTS_NAME: folder / WEIGHTS_NAME,
+        **eval_result_files(facts.reports, subfolder),
+    }
     return plan
 
 
@@ -145,13 +162,61 @@ def push_run(
         FileNotFoundError: The folder lacks the adapter.
         ValueError: A name is not valid, or a file is damaged.
     """
-    check_repo_id(repo_id)
-    if create_pr and revision is not None:
-        raise ValueError("A pull request is made against the main branch: leave out the revision, or create_pr.")
-    plan = plan_push(folder, full_name(repo_id, token), revision=revision, **options)
+    plan = plan_push(folder, _full_name(repo_id, token, create_pr, revision), revision=revision, **options)
     message = commit_message or f"Upload mask {options.get('subfolder') or Path(folder).resolve().name}"
     return push_plan(
         plan, private=private, revision=revision, create_pr=create_pr, commit_message=message, token=token
+    )
+
+
+def push_model(
+    model: PeftModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tags: Sequence[str] | None = None,
+    license: str | None = None,
+    commit_description: str | None = None,
+) -> CommitInfo:
+    """Push every mask adapter of a model in one commit; `PeftModel.push_to_hub` of a model with masks calls this.
+
+    As in a folder that `save_pretrained` writes, the adapter "default" lies at the root, and every other in a folder
+    of its name, to be loaded by ``subfolder=``. Arguments and errors are as of [`push_run`].
+    """
+    whole = PushPlan(_full_name(repo_id, token, create_pr, revision))
+    with tempfile.TemporaryDirectory() as temporary:
+        model.save_pretrained(temporary, save_embedding_layers=False)  # "auto" asks the Hub for the base's config
+        for name in model.peft_config:
+            subfolder = None if name == "default" else name
+            folder = Path(temporary, subfolder or "")
+            base: Any = model.base_model
+            facts = replace(facts_of_folder(folder), density=base.density(name), full_bytes=full_bytes(model))
+            options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "license": license}
+            plan = plan_push(folder, whole.repo_id, tags=tags or (), facts=facts, **options)
+            whole.facts |= plan.facts
+            whole.files |= plan.files
+        return push_plan(
+            whole,
+            commit_message=commit_message or f"Upload mask {', '.join(model.peft_config)}",
+            commit_description=commit_description,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+        )
+
+
+def full_bytes(model: PeftModel) -> int:
+    """Bytes of all weights and statistics of the base, heads included: what full fine-tuning would save."""
+    own = ("smn_", "lora_", "modules_to_save")
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in model.state_dict().items()
+        if not any(part.startswith(own) for part in name.split("."))
     )
 
 
@@ -167,9 +232,8 @@ def push_plan(
 ) -> CommitInfo:
     """Send a plan in one commit; arguments and errors as of [`push_run`]."""
     api = HfApi(library_name="smn_peft", token=token)
-    repo_id = plan.repo_id = patiently(
-        lambda: api.create_repo(plan.repo_id, private=private, exist_ok=True), plan.repo_id
-    ).repo_id
+    made = patiently(lambda: api.create_repo(plan.repo_id, private=private, exist_ok=True), plan.repo_id)
+    repo_id = plan.repo_id = made.repo_id
     info = patiently(lambda: api.model_info(repo_id), repo_id)
     if private and info.private is False:
         raise HubError(
@@ -180,16 +244,24 @@ def push_plan(
     # The root's card is shared: with other tasks, and with who edits it on the Hub's page.
     existing, parent = _root_card(api, repo_id, revision)
     files = dict(plan.files)
-    root = files.get(CARD_NAME)
-    text = existing if root is None else _with_words_of(existing, root)
+    text = existing
+    if isinstance(root := files.get(CARD_NAME), bytes):
+        text = root.decode()
+        if not own_words(text):  # nobody wrote into it on this side
+            text = merged_with(ModelCard(text), existing)
     tasks = {folder: facts for folder, facts in plan.facts.items() if folder}
     files[CARD_NAME] = collection_card(text, repo_id, tasks, existing).encode()
 
-    def commit(buffered: bool = False) -> CommitInfo:
-        contents: dict[str, Any] = {name: _buffer(content) for name, content in files.items()} if buffered else files
+    def commit(over_http: bool = False) -> CommitInfo:
+        operations = []
+        for name, content in files.items():
+            data: Any = content
+            if over_http:  # what the client cannot reopen it sends over plain HTTP
+                data = BytesIO(content if isinstance(content, bytes) else content.read_bytes())
+            operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=data))
         return api.create_commit(
             repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()],
+            operations,
             commit_message=commit_message,
             commit_description=commit_description,
             revision=revision,
@@ -200,28 +272,28 @@ def push_plan(
     try:
         return patiently(commit, repo_id)
     except (HubError, RuntimeError) as error:
-        if not _is_of_xet(error):
+        cause = error.__cause__ if isinstance(error, HubError) else error
+        if constants.HF_HUB_DISABLE_XET or isinstance(cause, HTTPError):
             raise
-        logger.warning(f"Uploading through Xet failed, going on over plain HTTP: {error.__cause__ or error}")
-    return patiently(lambda: commit(buffered=True), repo_id)
+        logger.warning(f"Uploading through Xet failed, going on over plain HTTP: {cause}")
+    return patiently(lambda: commit(over_http=True), repo_id)
 
 
-def _buffer(content: bytes | Path) -> BytesIO:
-    """The client sends what it cannot reopen over plain HTTP."""
-    return BytesIO(content if isinstance(content, bytes) else content.read_bytes())
-
-
-def _is_of_xet(error: BaseException) -> bool:
-    """Whether hf_xet failed, before anything was committed: it raises Python's own types, the HTTP client its own."""
-    cause = error.__cause__ if isinstance(error, HubError) else error
-    return not constants.HF_HUB_DISABLE_XET and type(cause).__module__ == "builtins"
-
-
-def full_name(repo_id: str, token: str | bool | None = None) -> str:
-    """The name with the user's own in front where it has none, as the Hub would complete it."""
+def _full_name(repo_id: str, token: str | bool | None, create_pr: bool, revision: str | None) -> str:
+    """Check a push's names and complete the repository's with the user's own, as the Hub would."""
+    _check_repo_id(repo_id)
+    if create_pr and revision is not None:
+        raise ValueError("A pull request is made against the main branch: leave out the revision, or create_pr.")
     if "/" in repo_id:
         return repo_id
     return f"{patiently(HfApi(token=token).whoami, repo_id)['name']}/{repo_id}"
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository name: {error} Write it as user/smn-cifar100.") from error
 
 
 def _root_card(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, str | None]:
@@ -245,30 +317,3 @@ def _refuse_links(folder: Path) -> None:
             raise ValueError(
                 f"{path} is a link to {target}, outside its folder: put the file itself there to push it."
             )
-
-
-def _check_mask(folder: Path) -> None:
-    kind = json.loads((folder / CONFIG_NAME).read_bytes()).get("peft_type")
-    if kind != SMN.value:
-        raise ValueError(f"{folder} holds a {kind} adapter, no mask: push it by PEFT's push_to_hub.")
-    MaskConfig.from_pretrained(str(folder))  # raises for options that no mask has, and formats of a later release
-
-
-def _with_words_of(existing: str | None, root: bytes | Path) -> str:
-    """The root's card; where nobody wrote into it on this side, with what somebody wrote on the Hub."""
-    assert isinstance(root, bytes)
-    text = root.decode()
-    return text if own_words(text) else merged_with(ModelCard(text), existing)
-
-
-def _public_config(folder: Path, plan: PushPlan) -> bytes:
-    """The config's bytes; a base that is a path on this disk is nobody else's, and is left out."""
-    content = (folder / CONFIG_NAME).read_bytes()
-    config: Mapping[str, Any] = json.loads(content)
-    base = config.get("base_model_name_or_path")
-    if not base or hub_id(base) or "/" not in base:
-        return content
-    plan.notes.append(
-        f"the base is a path on this disk ({base}): it is left out, and who loads the adapter has to have the base"
-    )
-    return json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True).encode()

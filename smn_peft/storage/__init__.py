@@ -1,35 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters as bytes: what is read is checked, what is written is whole, and a base model has a fingerprint."""
+"""Adapters as bytes: checked when they are read, written whole or not at all, tied to a base by its fingerprint."""
 
 from __future__ import annotations
 
-from .adapter_config import check_config
-from .adapter_file import (
+from .adapter_config import (
     CONFIG_NAME,
+    FORMAT_VERSION,
     SETTINGS_NAME,
+    check_config,
+    check_format_version,
+    is_settings,
+    read_config,
+    read_settings,
+    settings_tensor,
+)
+from .adapter_file import (
+    BASE_PREFIX,
+    SAVE_DTYPES,
     WEIGHTS_NAME,
-    AdapterFileError,
     AdapterSizes,
     adapter_sizes,
     check_adapter_file,
+    check_packed,
+    coded_masks,
+    finish_adapter_file,
+    parse_adapter_file,
     purpose_of,
     read_adapter_file,
     read_metadata,
+    rounded,
+    write_adapter_file,
 )
-from .atomic import atomic_write, to_disk
 from .codec import CODECS
+from .files import (
+    MAX_JSON,
+    AdapterFileError,
+    atomic_write,
+    check_regular,
+    open_regular,
+    read_bytes,
+    read_json,
+    to_disk,
+)
 from .fingerprint import fingerprint, tensor_digest
-from .finish import finish_adapter_file
-from .formats import FORMAT_VERSION, check_format_version, check_packed
-from .inspection import AdapterReport, LayerReport, inspect_adapter
-from .locate import PICKLE_NAME, check_folder_weights, check_hub_weights, locate_adapter
-from .reading import MAX_JSON, check_regular, open_regular, read_bytes, read_json
-from .repack import MAX_UNPACKED, pack_adapter, read_config, size_change, unpack_adapter
-from .rounding import SAVE_DTYPES, rounded
-from .settings import is_settings, read_settings, settings_tensor
-from .verification import verify_adapter_file
+from .hub_files import PICKLE_NAME, check_folder_weights, check_hub_weights, locate_adapter
+from .inspection import inspect_adapter, verify_adapter_file
+from .repack import (
+    MAX_UNPACKED,
+    pack_adapter,
+    pack_tensors,
+    shared_prefix,
+    size_change,
+    unpack_adapter,
+    unpack_tensors,
+)
 
 __all__ = [
+    "BASE_PREFIX",
     "CODECS",
     "CONFIG_NAME",
     "FORMAT_VERSION",
@@ -40,9 +67,7 @@ __all__ = [
     "SETTINGS_NAME",
     "WEIGHTS_NAME",
     "AdapterFileError",
-    "AdapterReport",
     "AdapterSizes",
-    "LayerReport",
     "adapter_sizes",
     "atomic_write",
     "check_adapter_file",
@@ -52,6 +77,7 @@ __all__ = [
     "check_hub_weights",
     "check_packed",
     "check_regular",
+    "coded_masks",
     "fingerprint",
     "finish_adapter_file",
     "inspect_adapter",
@@ -59,6 +85,8 @@ __all__ = [
     "locate_adapter",
     "open_regular",
     "pack_adapter",
+    "pack_tensors",
+    "parse_adapter_file",
     "purpose_of",
     "read_adapter_file",
     "read_bytes",
@@ -68,9 +96,12 @@ __all__ = [
     "read_settings",
     "rounded",
     "settings_tensor",
+    "shared_prefix",
     "size_change",
     "tensor_digest",
     "to_disk",
     "unpack_adapter",
+    "unpack_tensors",
     "verify_adapter_file",
+    "write_adapter_file",
 ]

@@ -1,20 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter_config.json must hold where this package reads it: PEFT, which wrote it, checks no types."""
+"""adapter_config.json, checked field by field, and the settings that an adapter's weights file repeats from it."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from .adapter_file import AdapterFileError
-from .formats import check_format_version
+import torch
+from torch import Tensor
 
-__all__ = ["check_config"]
+from .files import AdapterFileError, read_json
 
+__all__ = [
+    "CONFIG_NAME",
+    "FORMAT_VERSION",
+    "SETTINGS_NAME",
+    "check_config",
+    "check_format_version",
+    "is_settings",
+    "read_config",
+    "read_settings",
+    "settings_tensor",
+]
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = 1
+"""Version of the adapter format that this release writes; it reads every version up to this one."""
+SETTINGS_NAME = "smn_settings"
+"""Last part of the key of the tensor that holds an adapter's settings, see [`settings_tensor`]."""
+SETTINGS = (
+    "base_fingerprint base_model_name_or_path batch_norm density density_schedule format_version id2label init_score "
+    "mask_type preprocessing rank_by scale scale_gradient seed select threshold trainable_fraction "
+    "unmasked_fingerprint"
+).split()
+"""Fields of the config that decide an adapter's outputs. The keys of the file's tensors say what it targets."""
 
 
 def _is_text_or_none(value: Any) -> bool:
@@ -26,36 +48,42 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def _is_mapping(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_text_or_none, value.values())))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "auto_mapping": (_is_mapping, "an object of texts"),
+    "auto_mapping": (
+        lambda value: value is None or (isinstance(value, dict) and all(map(_is_text_or_none, value.values()))),
+        "an object of texts",
+    ),
     "base_fingerprint": (_is_text_or_none, "text or null"),
     "base_model_name_or_path": (_is_text_or_none, "text or null"),
     "check_base": (_is_flag, "true or false"),
-    "codec": (_is_text, "text"),
+    "codec": (lambda value: isinstance(value, str), "text"),
     "revision": (_is_text_or_none, "text or null"),
     "scale": (_is_flag, "true or false"),
-    "seed": (_is_number, "an integer"),
+    "seed": (lambda value: _is_number(value) and isinstance(value, int), "an integer"),
     "select": (lambda value: value in ("random", "magnitude"), '"random" or "magnitude"'),
-    "trainable_fraction": (_is_fraction, "a number above 0, and 1 at most"),
+    "trainable_fraction": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, and 1 at most"),
 }
+"""PEFT checks no types: what this package reads of a config, and what it must be."""
+
+
+def check_format_version(version: object) -> None:
+    """ValueError for anything but an integer from 1 to [`FORMAT_VERSION`]."""
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError(
+            f"format_version must be a positive integer, got {version!r}: adapter_config.json is damaged."
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"This adapter has format version {version}; this smn_peft reads up to {FORMAT_VERSION}. "
+            "Upgrade it: pip install -U smn_peft."
+        )
 
 
 def check_config(config: Any) -> dict[str, Any]:
-    """An adapter's config, if it can be used: fields may be missing, those that are there have their kind of value.
-
-    Args:
-        config: What the JSON gave.
+    """Check an adapter's config as JSON gave it; fields may be missing.
 
     Raises:
         AdapterFileError: If it is no object, a field is of another kind, or a text cannot be encoded.
@@ -75,3 +103,60 @@ def check_config(config: Any) -> dict[str, Any]:
         raise AdapterFileError(f"adapter_config.json holds a text that is none ({error}): fetch it again.") from error
     check_format_version(config.get("format_version", 1))
     return dict(config)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and check the config in an adapter's folder.
+
+    Raises:
+        AdapterFileError: If it is no JSON object, or a field is of another kind.
+        FileNotFoundError: If there is none.
+        ValueError: If its format is not known.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist: name the output folder of smn train, or a folder with an adapter."
+        )
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise AdapterFileError(str(error)) from error
+    try:
+        return check_config(config)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{path} is damaged: {error}") from error
+
+
+def is_settings(name: str) -> bool:
+    """Whether a tensor of an adapter's file holds its settings."""
+    return name.rpartition(".")[2] == SETTINGS_NAME
+
+
+def settings_tensor(config: Mapping[str, Any]) -> Tensor:
+    """Encode the settings of a config as (bytes,) uint8 for the weights file, which PEFT may load without the config.
+
+    The bytes are JSON, the same for the same settings.
+    """
+    values = json.loads(json.dumps({name: config[name] for name in SETTINGS if name in config}))  # keys are texts now
+    text = json.dumps(values, separators=(",", ":"), sort_keys=True)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def read_settings(name: str, tensor: Tensor) -> dict[str, Any]:
+    """Decode what [`settings_tensor`] made; `name` is its key, and fields of a later release are left out.
+
+    Raises:
+        AdapterFileError: If it is no such tensor.
+        ValueError: If its format is not known.
+    """
+    try:
+        if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+            raise ValueError(f"it is {tensor.dtype} {tuple(tensor.shape)}")
+        values = json.loads(tensor.cpu().numpy().tobytes())
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{name} holds no settings of an adapter ({error}): fetch the file again.") from error
+    check_format_version(values.get("format_version", 1))
+    return {name: values[name] for name in SETTINGS if name in values}

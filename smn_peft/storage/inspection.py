@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an adapter holds, without its base: density, bits per weight and entropy of each layer, sizes, provenance."""
+"""What an adapter's file holds and whether it is whole, without its base: densities, entropy, sizes, provenance."""
 
 from __future__ import annotations
 
@@ -10,14 +10,22 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..functional.packing import popcount
-from .adapter_file import CONFIG_NAME, AdapterSizes, adapter_sizes, purpose_of, read_adapter_file, read_metadata
-from .codec import BLOB_NAME, LayerCode, LayerEntry
-from .repack import check_bits, coded_masks, read_config
+from .adapter_config import CONFIG_NAME, read_config
+from .adapter_file import (
+    REST_CHECKSUM,
+    AdapterSizes,
+    adapter_sizes,
+    check_adapter_file,
+    coded_masks,
+    purpose_of,
+    read_adapter_file,
+    read_metadata,
+)
+from .codec import LayerCode, LayerEntry
+from .repack import MAX_UNPACKED, unpack_tensors
 
-__all__ = ["AdapterReport", "LayerReport", "binary_entropy", "inspect_adapter"]
+__all__ = ["AdapterReport", "LayerReport", "binary_entropy", "inspect_adapter", "verify_adapter_file"]
 
 _PROVENANCE = (
     "base_model_name_or_path",
@@ -38,17 +46,13 @@ def binary_entropy(share: float) -> float:
 class LayerReport:
     """A layer's mask.
 
-    A file has ⌈N/8⌉ bytes for N weights and does not say N: `weights` is 8 bits for each byte, at most 7 more than N,
-    and the same where N is a multiple of 8.
-
     Attributes:
         name: Key of the mask.
-        weights: Number of bits.
+        weights: Number of bits: 8 for each byte, up to 7 more than the layer has weights.
         active: Number of bits that are on.
         code: How they are stored.
         bits_per_weight: Stored bits for each bit of mask.
-        entropy: Entropy in bits for each bit of mask, if every coded bit were drawn alone: what `bits_per_weight` is
-            compared with.
+        entropy: Entropy in bits for each bit of mask, if every coded bit were drawn alone.
     """
 
     name: str
@@ -66,7 +70,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter's file and what its config says of where it comes from.
+    """An adapter's file, and what its config says of where it comes from.
 
     Attributes:
         codec: ``"bits"`` or the codec of its blob.
@@ -74,7 +78,7 @@ class AdapterReport:
         sizes: Bytes by purpose.
         dtypes: Dtypes of head and statistics, in alphabetical order.
         checksum: Checksum of the decoded masks as the file says it; None for bit-packed ones.
-        provenance: What the config says: base, revision, fingerprint, versions; empty for a file alone.
+        provenance: Base, revision, fingerprint and versions from the config; of a file alone its metadata's.
     """
 
     codec: str
@@ -105,32 +109,25 @@ class AdapterReport:
         return sum(layer.entropy * layer.weights for layer in self.layers) / max(self.weights, 1)
 
     def to_json(self) -> str:
-        """All of it as JSON, the totals included."""
+        """Render everything as JSON, the totals included."""
         totals = {name: getattr(self, name) for name in ("weights", "density", "bits_per_weight", "entropy")}
         layers = [{**asdict(layer), "density": layer.density} for layer in self.layers]
         return json.dumps({**asdict(self), **totals, "layers": layers}, indent=1)
 
     def __str__(self) -> str:
-        head = ("mask", "weights", "density", "bits/weight", "entropy", "code")
+        def row(name: str, of: LayerReport | AdapterReport, code: str) -> tuple[str, ...]:
+            shares = (f"{share:.4f}" for share in (of.density, of.bits_per_weight, of.entropy))
+            return (name, f"{of.weights:,}", *shares, code)
+
         rows = [
-            (
-                layer.name,
-                f"{layer.weights:,}",
-                f"{layer.density:.4f}",
-                f"{layer.bits_per_weight:.4f}",
-                f"{layer.entropy:.4f}",
-                layer.code,
-            )
-            for layer in self.layers
+            ("mask", "weights", "density", "bits/weight", "entropy", "code"),
+            *(row(layer.name, layer, layer.code) for layer in self.layers),
+            row(f"all {len(self.layers)}", self, self.codec),
         ]
-        total = (f"{self.weights:,}", f"{self.density:.4f}", f"{self.bits_per_weight:.4f}", f"{self.entropy:.4f}")
-        lines = [head, *rows, (f"all {len(rows)}", *total, self.codec)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        table = [
-            "  ".join(
-                c.ljust(w) if i in (0, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
+        names, *numbers, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join([name.ljust(names), *(c.rjust(w) for c, w in zip(cells, numbers, strict=True)), code])
+            for name, *cells, code in rows
         ]
         parts = [f"{name} {size:,}" for name, size in asdict(self.sizes).items() if name != "total" and size]
         facts = {"file": f"{self.sizes.total:,} bytes: {', '.join(parts)}"}
@@ -140,11 +137,11 @@ class AdapterReport:
             facts["checksum of the masks"] = self.checksum
         facts |= {name: str(value) for name, value in self.provenance.items()}
         width = max(map(len, facts))
-        return "\n".join([*(line.rstrip() for line in table), "", *(f"{k:<{width}}  {v}" for k, v in facts.items())])
+        return "\n".join([*lines, "", *(f"{name:<{width}}  {value}" for name, value in facts.items())])
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
-    """Look into an adapter's file; masks are neither decoded nor compared with a base, see `smn verify`.
+    """Report on an adapter's file; masks are neither decoded nor compared with a base, see `smn verify`.
 
     Args:
         path: The safetensors file, or the folder that holds it and its config.
@@ -154,20 +151,22 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
         FileNotFoundError: If there is no such file.
     """
     tensors = read_adapter_file(path)
-    layers: list[LayerReport] = []
     codec, checksum = "bits", None
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] == BLOB_NAME:
-            blob = coded_masks(name, tensor)
-            codec, checksum = blob.codec, f"crc32:{blob.checksum:08x}"
-            layers += [_coded(name.removesuffix(BLOB_NAME), entry) for entry in blob.entries]
-        elif purpose_of(name) == "mask":
-            check_bits(name, tensor)
-            layers.append(_packed(name, tensor))
-    extras = {name: t for name, t in tensors.items() if purpose_of(name) in ("head", "statistics")}
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in extras.values() if t.is_floating_point()})
+    layers: list[LayerReport] = []
+    if (coded := coded_masks(tensors)) is not None:
+        prefix, blob = coded
+        codec, checksum = blob.codec, f"crc32:{blob.checksum:08x}"
+        layers = [_coded(prefix, entry) for entry in blob.entries]
+    else:
+        for name, tensor in unpack_tensors(tensors, MAX_UNPACKED).items():  # checks them
+            if purpose_of(name) == "mask":
+                weights, active = 8 * tensor.numel(), popcount(tensor)
+                entropy = binary_entropy(active / max(weights, 1))
+                layers.append(LayerReport(name, weights, active, "bits", 1.0, entropy))
+    extras = [t for name, t in tensors.items() if purpose_of(name) in ("head", "statistics")]
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in extras if t.is_floating_point()})
     provenance: dict[str, Any] = {}
-    if Path(path).is_dir() and (Path(path) / CONFIG_NAME).is_file():
+    if (Path(path) / CONFIG_NAME).is_file():
         config = read_config(path)
         provenance = {key: config[key] for key in _PROVENANCE if config.get(key) is not None}
     elif (base := read_metadata(path).get("smn_base")) is not None:
@@ -175,20 +174,46 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
     return AdapterReport(codec, tuple(layers), adapter_sizes(path), tuple(dtypes), checksum, provenance)
 
 
-def _packed(name: str, tensor: Tensor) -> LayerReport:
-    weights, active = 8 * tensor.numel(), popcount(tensor)
-    return LayerReport(name, weights, active, "bits", 1.0, binary_entropy(active / max(weights, 1)))
-
-
-def _coded(shared: str, entry: LayerEntry) -> LayerReport:
+def _coded(prefix: str, entry: LayerEntry) -> LayerReport:
     weights, coded = 8 * entry.size, 8 * entry.coded
     kind = entry.code & 7
     code = LayerCode(kind).name.lower().replace("_", " ") if kind in set(LayerCode) else "unknown"
     return LayerReport(
-        name=f"{shared}{entry.name}",
+        name=f"{prefix}{entry.name}",
         weights=weights,
         active=weights - entry.inactive,
         code=f"{code}, selected" if entry.selected else code,
         bits_per_weight=8 * entry.length / max(weights, 1),
         entropy=binary_entropy(entry.inactive / max(coded, 1)) * coded / max(weights, 1),
     )
+
+
+def verify_adapter_file(path: str | os.PathLike[str], limit: int = MAX_UNPACKED) -> list[str]:
+    """Check all of a file that can be checked without the base.
+
+    Args:
+        path: The safetensors file, or the folder that holds it.
+        limit: Bytes that all masks together may take.
+
+    Returns:
+        What was found, one fact a line.
+
+    Raises:
+        AdapterFileError: If the file is damaged.
+        FileNotFoundError: If there is no such file.
+    """
+    check_adapter_file(path)
+    tensors = read_adapter_file(path)
+    facts = [f"file: whole, {len(tensors)} tensors"]
+    coded = coded_masks(tensors)
+    if coded is not None and coded[1].needs_base:
+        facts.append(f"masks: {len(coded[1].entries)}, coded ({coded[1].codec}); their checksum takes the base")
+    else:
+        masks = [name for name in unpack_tensors(tensors, limit) if purpose_of(name) == "mask"]
+        kind = "bit-packed, without a checksum"
+        if coded is not None:
+            kind = f"coded ({coded[1].codec}), checksum crc32:{coded[1].checksum:08x} holds"
+        facts.append(f"masks: {len(masks)}, {kind}")
+    if (checksum := read_metadata(path).get(REST_CHECKSUM)) is not None:
+        facts.append(f"head and statistics: checksum {checksum} holds")
+    return facts

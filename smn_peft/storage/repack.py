@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapter_config import check_config
+from .adapter_config import CONFIG_NAME, read_config
 from .adapter_file import (
-    CONFIG_NAME,
     WEIGHTS_NAME,
-    AdapterFileError,
     AdapterSizes,
     adapter_sizes,
+    coded_masks,
     purpose_of,
     read_adapter_file,
+    write_adapter_file,
 )
-from .atomic import atomic_write
-from .codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
-from .finish import write_adapter_file
-from .reading import read_json
+from .codec import BLOB_NAME, Base, decode_masks, encode_masks
+from .files import AdapterFileError, atomic_write
 
 __all__ = [
     "MAX_UNPACKED",
-    "check_bits",
-    "coded_masks",
     "pack_adapter",
-    "read_config",
+    "pack_tensors",
     "shared_prefix",
     "size_change",
     "unpack_adapter",
@@ -45,13 +43,12 @@ MAX_UNPACKED = 1 << 28
 _CARD = "README.md"
 
 
-def pack_adapter(source: str | os.PathLike[str], out: str | os.PathLike[str], codec: str = "entropy") -> AdapterSizes:
-    """Write an adapter with its masks coded; head, statistics and scores stay what they are.
+def pack_adapter(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> AdapterSizes:
+    """Write an adapter with its masks coded; head, statistics and scores stay as they are.
 
     Args:
         source: Folder of an adapter, bit-packed or coded.
         out: Folder to write, made if it does not exist; may be `source`.
-        codec: A codec that makes a blob.
 
     Returns:
         Sizes of what was written.
@@ -59,17 +56,14 @@ def pack_adapter(source: str | os.PathLike[str], out: str | os.PathLike[str], co
     Raises:
         AdapterFileError: If the file or its config is damaged.
         FileNotFoundError: If there is no adapter.
-        ValueError: If there is no such codec, or the adapter holds no mask.
+        ValueError: If the adapter holds no mask.
     """
     config, tensors = read_config(source), unpack_tensors(read_adapter_file(source, settings=True), MAX_UNPACKED)
-    masks = {name: tensor for name, tensor in tensors.items() if _is_packed_mask(name)}
+    masks = {name: tensor for name, tensor in tensors.items() if purpose_of(name) == "mask"}
     if not masks:
         raise ValueError(f"{source} holds no mask: it is not an adapter of this method.")
-    shared = shared_prefix(masks)
-    packed = {name.removeprefix(shared): tensor.numpy() for name, tensor in masks.items()}
-    blob = np.frombuffer(encode_masks(packed, codec), np.uint8).copy()
     rest = {name: tensor for name, tensor in tensors.items() if name not in masks}
-    return _write(source, out, {**rest, f"{shared}{BLOB_NAME}": torch.from_numpy(blob)}, {**config, "codec": codec})
+    return _write(source, out, {**rest, **pack_tensors(masks)}, {**config, "codec": "entropy"})
 
 
 def unpack_adapter(
@@ -94,72 +88,41 @@ def unpack_adapter(
     return _write(source, out, tensors, {**config, "codec": "bits"})
 
 
-def unpack_tensors(tensors: dict[str, Tensor], limit: int) -> dict[str, Tensor]:
-    """An adapter's tensors with its masks bit-packed, checked against the checksum; see [`unpack_adapter`]."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] != BLOB_NAME:
-            check_bits(name, tensor)
-            result[name] = tensor
-            continue
-        shared = name.removesuffix(BLOB_NAME)
-        for key, bits in decode_masks(coded_masks(name, tensor), limit).items():
-            result[f"{shared}{key}"] = torch.from_numpy(bits)
+def pack_tensors(masks: Mapping[str, Tensor], base: Base | None = None) -> dict[str, Tensor]:
+    """Encode bit-packed masks by key as one blob, under the part of the path that all of them share.
+
+    A `key_mapping` that renames the shared part then does for a coded file what it does for any other.
+    """
+    shared = shared_prefix(masks)
+    packed = {name.removeprefix(shared): tensor.detach().cpu().numpy() for name, tensor in masks.items()}
+    blob = np.frombuffer(encode_masks(packed, base=base), np.uint8).copy()
+    return {f"{shared}{BLOB_NAME}": torch.from_numpy(blob)}
+
+
+def unpack_tensors(tensors: Mapping[str, Tensor], limit: int, base: Base | None = None) -> dict[str, Tensor]:
+    """Replace the blob among an adapter's tensors, if there is one, by bit-packed masks; see [`unpack_adapter`]."""
+    result = dict(tensors)
+    if (coded := coded_masks(tensors)) is not None:
+        prefix, blob = coded
+        del result[f"{prefix}{BLOB_NAME}"]
+        masks = decode_masks(blob, limit, base)
+        result |= {f"{prefix}{name}": torch.from_numpy(bits) for name, bits in masks.items()}
+    for name, tensor in result.items():
+        if purpose_of(name) == "mask" and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
+            raise AdapterFileError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} and no packed mask.")
     return result
 
 
-def coded_masks(name: str, tensor: Tensor) -> MaskBlob:
-    """The blob in a tensor of an adapter's file; AdapterFileError if it is none."""
-    if tensor.dtype != torch.uint8:
-        raise AdapterFileError(f"{name} is {tensor.dtype}, coded masks are uint8: the file is damaged.")
-    return MaskBlob.parse(tensor.numpy().data)
-
-
-def check_bits(name: str, tensor: Tensor) -> None:
-    """AdapterFileError if a tensor has the name of a bit-packed mask and is none."""
-    if purpose_of(name) == "mask" and (tensor.dtype != torch.uint8 or tensor.dim() != 1):
-        raise AdapterFileError(f"{name} is {tensor.dtype} {tuple(tensor.shape)} and no packed mask.")
-
-
-def shared_prefix(keys: dict[str, Tensor]) -> str:
+def shared_prefix(keys: Iterable[str]) -> str:
     """The longest run of leading path components that all keys share, with its dot."""
     paths = [key.split(".")[:-1] for key in keys]
-    first, last = min(paths), max(paths)
-    length = 0
-    while length < min(len(first), len(last)) and first[length] == last[length]:
-        length += 1
-    return "".join(f"{part}." for part in first[:length])
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return "".join(f"{parts[0]}." for parts in shared)
 
 
 def size_change(before: AdapterSizes, after: AdapterSizes) -> str:
     """One line on what became of an adapter's bytes."""
     return f"{before.total:,} -> {after.total:,} bytes, masks {before.mask:,} -> {after.mask:,}"
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """An adapter's config as a dictionary, its format version checked.
-
-    Raises:
-        AdapterFileError: If it is no JSON object, or a field is not of its kind.
-        FileNotFoundError: If there is none.
-        ValueError: If its format is not known.
-    """
-    path = Path(folder) / CONFIG_NAME
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: name the folder of an adapter.")
-    try:
-        config = read_json(path)
-    except ValueError as error:
-        raise AdapterFileError(str(error)) from error
-    try:
-        return check_config(config)
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}") from error
-
-
-def _is_packed_mask(name: str) -> bool:
-    attribute = name.rpartition(".")[2]
-    return attribute.startswith("smn_") and attribute.endswith("mask")
 
 
 def _write(

@@ -25,22 +25,19 @@ FEATURES = Features(
 )
 
 
-@pytest.mark.parametrize(
-    ("name", "block", "kind"),
-    [
+def test_blocks_and_kinds():
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[0, :3] = True
+    for name, block, kind in (
         ("backbone.timm_model.blocks.3.attn.qkv.weight", "blocks.3", "attn.qkv.weight"),
         ("vision_model.encoder.layers.11.self_attn.k_proj.bias", "layers.11", "self_attn.k_proj.bias"),
         ("layer2.0.downsample.0.weight", "layer2.0", "downsample.weight"),
         ("stages.1.blocks.5.conv2.weight", "stages.1.blocks.5", "conv2.weight"),
         ("conv1.weight", "", "conv1.weight"),
         ("stem.conv.weight", "", "stem.conv.weight"),
-    ],
-)
-def test_blocks_and_kinds(name, block, kind):
-    mask = torch.zeros(2, 8, dtype=torch.bool)
-    mask[0, :3] = True
-    (row,) = layer_densities({name: mask})
-    assert (row.name, row.block, row.kind, row.weights, row.density) == (name, block, kind, 16, 3 / 16)
+    ):
+        (row,) = layer_densities({name: mask})
+        assert (row.name, row.block, row.kind, row.weights, row.density) == (name, block, kind, 16, 3 / 16)
 
 
 def masks(*active: int) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ def saved(tmp_path_factory):
         with torch.no_grad():
             logits[name] = model(IMAGES)
     pack_adapter(root / "sparse", root / "sparse")
-    _, model = adapter("vit", DENSITIES["mixed"], 2, codec="archival")
+    _, model = adapter("vit", DENSITIES["mixed"], 2, codec="entropy")
     model.save_pretrained(root / "mixed")
     with torch.no_grad():
         logits["__base__"] = build("vit")(IMAGES)

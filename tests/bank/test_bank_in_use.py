@@ -25,11 +25,11 @@ DENSITIES = {"a": 0.999, "b": 0.7, "c": 0.99}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of adapters of the small ViT, one that is coded over the base's own weights, one of a ResNet."""
+    """Folders of adapters of the small ViT, a coded one, one of a ResNet."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, (name, density) in enumerate(DENSITIES.items()):
         adapter("vit", density, seed)[1].save_pretrained(root / name)
-    adapter("vit", 0.9, 5, codec="archival")[1].save_pretrained(root / "archival")
+    adapter("vit", 0.9, 5, codec="entropy")[1].save_pretrained(root / "coded")
     adapter("resnet", 0.9, 6)[1].save_pretrained(root / "resnet")
     return root
 
@@ -70,14 +70,14 @@ def test_a_bank_closes_while_tasks_are_prefetched(saved, tmp_path):
 
 def test_tasks_are_decoded_while_another_is_in_use(bank, saved):
     expected = logits(bank, "b")
-    bank.add("archival", saved / "archival")
-    for name in ("c", "archival"):
+    bank.add("coded", saved / "coded")
+    for name in ("c", "coded"):
         bank._cache.drop(name)
 
     def work():
         with bank.use("b") as model:
-            bank.prefetch(["c", "archival"]).result(10)
-            bank.add("more", saved / "archival")
+            bank.prefetch(["c", "coded"]).result(10)
+            bank.add("more", saved / "coded")
             with torch.no_grad():
                 done.append(torch.equal(model(IMAGES), expected))
 

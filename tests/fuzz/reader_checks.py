@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 import zlib
@@ -21,28 +20,23 @@ class Base:
 
     def __init__(self) -> None:
         rng = np.random.default_rng(1)
-        self.theta = rng.standard_normal(2000).astype(np.float32)
         self.chosen = rng.random(2000) < 0.5
 
     def selected(self, name: str) -> np.ndarray | None:
         """Half of the weights of layer c."""
         return self.chosen if name == "c" else None
 
-    def weight(self, name: str) -> np.ndarray:
-        """The same weights for all."""
-        return self.theta
-
 
 @contextmanager
 def accelerated() -> Iterator[None]:
     """The accelerated reader is on, interpreted."""
-    from smn_peft.storage.codec import accelerated
+    from smn_peft.storage.codec import layer
 
-    accelerated._FLIP[:] = [accelerated.flip_gaps]
+    layer._flip_gaps = layer._flip_by_loop
     try:
         yield
     finally:
-        accelerated.accelerate(False)
+        layer.accelerate(False)
 
 
 def by_both_readers(read: Callable[[], dict[str, bytes]], refusals: type[Exception]) -> dict[str, bytes] | None:
@@ -84,10 +78,11 @@ def check_blob(data: bytes, base: Base, known: dict[bytes, dict[str, bytes]]) ->
         assert known.setdefault(blob.table + struct.pack("<I", checksum), masks) == masks
 
 
-def check_layer(data: bytes, base: Base) -> None:
+def check_layer(data: bytes) -> None:
     """Decode a layer whose payload is DEFLATE of hostile symbols, with a hostile code and count."""
-    from smn_peft.storage.codec import CodecError, decode_layer
-    from smn_peft.storage.codec.deflate import deflate
+    from smn_peft.storage import AdapterFileError
+    from smn_peft.storage.codec import decode_layer
+    from smn_peft.storage.codec.layer import deflate
 
     if len(data) < 6:
         return
@@ -98,61 +93,12 @@ def check_layer(data: bytes, base: Base) -> None:
 
     def read() -> dict[str, bytes]:
         out = np.zeros(size, np.uint8)
-        decode_layer(code, active, payload, out, base.theta[: 8 * size])
+        decode_layer(code, active, payload, out)
         return {"": out.tobytes()}
 
-    masks = by_both_readers(read, CodecError)
-    if masks is not None and 8 * size <= len(base.theta):
-        assert int(np.unpackbits(np.frombuffer(masks[""], np.uint8)).sum()) == active or code & 7 in (0, 1)
-
-
-def check_ranked(data: bytes, base: Base) -> None:
-    """Decode a ranked layer of right counts and hostile gaps, and once more in plain Python."""
-    from smn_peft.storage.codec import CodecError
-    from smn_peft.storage.codec.deflate import deflate
-    from smn_peft.storage.codec.ranked import decode_ranked
-
-    if len(data) < 36:
-        return
-    exponent, shift, ties, size = 1 + data[0] % 5, data[0] // 5 % 3, data[1], 1 + data[2]
-    theta = base.theta[:size] if ties & 1 else np.round(base.theta[:size] * (ties >> 4)) / 4
-    order = sorted(range(size), key=lambda i: -abs(theta[i]))
-    bins = [sorted(order[size * i >> exponent : size * (i + 1) >> exponent]) for i in range(1 << exponent)]
-    counts = [byte % min(len(members) + 1, 128) for byte, members in zip(data[4:], bins, strict=False)]
-    sizes = [math.log(2) * len(members) for members in bins]
-    ks = [c and max(0, math.floor(math.log2(n / c)) - 4 + shift) for c, n in zip(counts, sizes, strict=True)]
-    width = sum(c * k for c, k in zip(counts, ks, strict=True))
-    rest = data[36:].ljust((width + 7) // 8, b"\0")
-    planes, symbols = rest[: (width + 7) // 8], rest[(width + 7) // 8 :]
-    if ties & 2:  # as many gaps as there should be
-        symbols += bytes(sum(counts))
-        ends = [place + 1 for place, symbol in enumerate(symbols) if symbol != 255]
-        symbols = symbols[: ends[sum(counts) - 1] if any(counts) else 0]
-    payload = bytes([exponent | shift << 4, *counts]) + planes + deflate(symbols)
-    try:
-        found = np.flatnonzero(decode_ranked(memoryview(payload), sum(counts), theta)).tolist()
-    except CodecError:
-        found = None
-    assert found == plain_ranked(bins, counts, ks, iter(np.unpackbits(np.frombuffer(planes, np.uint8))), symbols)
-
-
-def plain_ranked(
-    bins: list[list[int]], counts: list[int], ks: list[int], low: Iterator[np.uint8], symbols: bytes
-) -> list[int] | None:
-    """The minority's weights, or None where the gaps do not fit."""
-    ends = [place for place, symbol in enumerate(symbols) if symbol != 255]
-    if len(ends) != sum(counts) or symbols[-1:] == b"\xff":
-        return None
-    highs = iter([sum(symbols[first + 1 : last + 1]) for first, last in zip([-1, *ends], ends, strict=False)])
-    found = []
-    for members, count, k in zip(bins, counts, ks, strict=True):
-        at = -1
-        for _ in range(count):
-            at += 1 + (next(highs) << k) + sum(int(next(low)) << place for place in range(k))
-            if at >= len(members):
-                return None
-            found.append(members[at])
-    return sorted(found)
+    masks = by_both_readers(read, AdapterFileError)
+    if masks is not None:
+        assert int(np.unpackbits(np.frombuffer(masks[""], np.uint8)).sum()) == active
 
 
 def check_file(data: bytes, path: Path) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 from smn_peft.hub import facts_of_folder, plan_push, render_card
-from smn_peft.hub.collection import collection_card
-from smn_peft.hub.loading import base_code, loading_code
-from smn_peft.hub.names import as_code, as_span, as_text, hub_id
+from smn_peft.hub.card import collection_card, loading_code
+from smn_peft.hub.facts import (
+    as_code,
+    as_span,
+    as_text,
+    base_code,
+    hub_id,
+)
 from tests.hub.folders import code_of, write_run
 
 ATTACKS = [
@@ -77,58 +83,69 @@ def check_card(text: str) -> None:
     assert ModelCard(text).data.get("license") is None
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("library", ["transformers.models.vit", "timm.models.vit", "smn_peft.backbones.classifier"])
-@pytest.mark.parametrize("field", ["base_model_name_or_path", "base_model_class", "revision"])
-def test_code_of_a_config(tmp_path, attack, library, field):
-    write_run(tmp_path)
-    (tmp_path / "run.json").unlink()
-    mapping = {"base_model_class": "ViTModel", "parent_library": library}
-    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "a/b"}
-    if field == "base_model_class":
-        mapping[field] = attack
-    else:
-        config[field] = attack
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "auto_mapping": mapping}))
-    check_card(str(render_card(facts_of_folder(tmp_path), "user/x")))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder as a run leaves it."""
+    folder = tmp_path_factory.mktemp("written") / "out"
+    write_run(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("field", "backbone backbone_revision weights dataset dataset_revision objective".split())
-def test_text_of_a_run(tmp_path, attack, field):
-    write_run(tmp_path)
-    write_argument(tmp_path, field, attack)
-    check_card(str(render_card(facts_of_folder(tmp_path), "user/x", tags=["t"])))
-    card = plan_push(tmp_path, "user/x").card()
-    assert ModelCard(card).data.get("license") is None
-    rows = collection_card(None, "user/many", {"a": facts_of_folder(tmp_path)}, None)
-    assert len([line for line in rows.splitlines() if line.startswith("| [a](a)")]) == 1
-    rows = ModelCard(rows).text
-    assert rows.count("<!-- smn:tasks:end -->") == 1
-    check_code(code_of(rows))
+def test_code_of_a_config(folder, attack):
+    (folder / "run.json").unlink()
+    path = folder / "adapter_config.json"
+    plain = json.loads(path.read_text()) | {"base_model_name_or_path": "a/b"}
+    for library in ("transformers.models.vit", "timm.models.vit", "smn_peft.backbones.classifier"):
+        for field in ("base_model_name_or_path", "base_model_class", "revision"):
+            config = {**plain, "auto_mapping": {"base_model_class": "ViTModel", "parent_library": library}}
+            (config["auto_mapping"] if field == "base_model_class" else config)[field] = attack
+            path.write_text(json.dumps(config))
+            check_card(str(render_card(facts_of_folder(folder), "user/x")))
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_deeper_parts_of_a_run(tmp_path, attack):
-    write_run(tmp_path)
-    path = tmp_path / "run.json"
+def test_text_of_a_run(folder, attack):
+    plain = (folder / "run.json").read_text()
+    for field in ("backbone", "backbone_revision", "weights", "dataset", "dataset_revision", "objective"):
+        (folder / "run.json").write_text(plain)
+        write_argument(folder, field, attack)
+        facts = facts_of_folder(folder)
+        check_card(str(render_card(facts, "user/x", tags=["t"])))
+        rows = collection_card(None, "user/many", {"a": facts}, None)
+        assert len([line for line in rows.splitlines() if line.startswith("| [a](a)")]) == 1
+        rows = ModelCard(rows).text
+        assert rows.count("<!-- smn:tasks:end -->") == 1
+        check_code(code_of(rows))
+    assert ModelCard(plan_push(folder, "user/x").card()).data.get("license") is None
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_deeper_parts_of_a_run(folder, attack):
+    path = folder / "run.json"
     run = json.loads(path.read_text())
     run["versions"] = {attack: attack}
     run["arguments"]["objective_options"] = {attack: attack, "b": [attack] * 9}
     run["arguments"]["epochs"] = attack
     path.write_text(json.dumps(run))
-    check_card(str(render_card(facts_of_folder(tmp_path), "user/x")))
+    check_card(str(render_card(facts_of_folder(folder), "user/x")))
 
 
-@pytest.mark.parametrize("field", ["head_classes", "seed", "image_size", "pretrained"])
-def test_numbers_that_are_none(tmp_path, field):
+def test_numbers_that_are_none(folder):
     attack = "10); import os; os.system('x') #"
-    write_run(tmp_path)
-    write_argument(tmp_path, field, attack)
-    with pytest.raises(ValueError, match=rf"run\.json: {field} is .10\); import os"):
-        facts_of_folder(tmp_path)
-    arguments = {"backbone": "a/b", "pretrained": False, field: attack}  # whoever calls it without that check
-    check_code(loading_code(base_code(tmp_path, {}, arguments), "user/x"))
+    plain = (folder / "run.json").read_text()
+    for field in ("head_classes", "seed", "image_size", "pretrained"):
+        (folder / "run.json").write_text(plain)
+        write_argument(folder, field, attack)
+        with pytest.raises(ValueError, match=rf"run\.json: {field} is .10\); import os"):
+            facts_of_folder(folder)
+        arguments = {"backbone": "a/b", "pretrained": False, field: attack}  # whoever calls it without that check
+        check_code(loading_code(base_code(folder, {}, arguments), "user/x"))
 
 
 def write_argument(folder: Path, field: str, value: Any) -> None:
@@ -148,9 +165,8 @@ def test_the_three_ways_to_write_a_value(attack):
     assert hub_id(attack) is None
 
 
-def test_plain_names_read_as_before(tmp_path):
-    write_run(tmp_path, dataset="cifar10")
-    facts = replace(facts_of_folder(tmp_path), dataset_revision="main_2")
+def test_plain_names_read_as_before(folder):
+    facts = replace(facts_of_folder(folder), dataset_revision="main_2")
     text = str(render_card(facts, "user/x"))
     assert "`main_2`" in text
     assert as_text("vit_tiny_patch16_224.augreg (k = 200)") == "vit_tiny_patch16_224.augreg (k = 200)"

@@ -11,7 +11,8 @@ from peft import PeftModel, get_peft_model
 from smn_peft import MaskConfig
 from smn_peft.backbones import load_backbone, load_classifier
 from smn_peft.hub import push_run
-from smn_peft.hub.loading import base_code, loading_code
+from smn_peft.hub.card import loading_code
+from smn_peft.hub.facts import base_code
 from tests.hub.folders import code_of
 
 TIMM = {"base_model_class": "ResNet", "parent_library": "timm.models.resnet"}

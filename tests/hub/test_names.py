@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import pytest
-
-from smn_peft.hub.names import dataset_id, hub_id, shown_name
+from smn_peft.hub.facts import dataset_id, hub_id, shown_name
 
 
-@pytest.mark.parametrize(
-    ("name", "repository", "shown"),
-    [
+def test_models():
+    for name, repository, shown in (
         ("timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k"),
         ("hf-hub:timm/resnet50.a1_in1k", "timm/resnet50.a1_in1k", "hf-hub:timm/resnet50.a1_in1k"),
         ("resnet50.a1_in1k", None, "resnet50.a1_in1k"),
@@ -22,10 +19,8 @@ from smn_peft.hub.names import dataset_id, hub_id, shown_name
         ("a/b/c", None, "a/b/c"),
         (None, None, ""),
         ("", None, ""),
-    ],
-)
-def test_models(name, repository, shown):
-    assert (hub_id(name), shown_name(name)) == (repository, shown)
+    ):
+        assert (hub_id(name), shown_name(name)) == (repository, shown)
 
 
 def test_a_folder_wins_over_the_hub(tmp_path, monkeypatch):

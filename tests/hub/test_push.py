@@ -216,7 +216,9 @@ def test_what_was_written_on_the_page_is_kept(hub, tmp_path):
 
 
 def test_damaged_and_foreign_folders_are_refused_before_anything_is_sent(hub, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no .*adapter_config\.json: name the output folder of smn train"):
+    with pytest.raises(
+        FileNotFoundError, match=r"adapter_config\.json does not exist: name the output folder of smn train"
+    ):
         push_run(tmp_path, "user/x")
     write_run(tmp_path)
     weights = tmp_path / "adapter_model.safetensors"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from smn_peft.evaluation import EvalReport
-from smn_peft.hub.results import eval_result_files, metric_name, model_index
+from smn_peft.hub.card import eval_result_files, metric_name, model_index
 
 REPORTS = [
     EvalReport("a", "pets", "test", "knn", (0.7, 0.8), (0, 1), revision="a" * 40, settings={"k": 20}),

@@ -6,14 +6,22 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from smn_peft import MaskConfig
-from smn_peft.storage import AdapterFileError, check_config, read_config
+from smn_peft.storage import (
+    FORMAT_VERSION,
+    AdapterFileError,
+    check_config,
+    check_format_version,
+    read_config,
+    read_settings,
+    settings_tensor,
+)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
+def test_a_field_of_another_kind(tmp_path):
+    for field, value in (
         ("trainable_fraction", "abc"),
         ("trainable_fraction", None),
         ("trainable_fraction", True),
@@ -30,12 +38,40 @@ from smn_peft.storage import AdapterFileError, check_config, read_config
         ("revision", {}),
         ("auto_mapping", 5),
         ("auto_mapping", {"base_model_class": 5}),
-    ],
-)
-def test_a_field_of_another_kind(field, value, tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SMN", field: value}))
-    with pytest.raises(AdapterFileError, match=rf"adapter_config.json is damaged: {field} in .* must be"):
-        read_config(tmp_path)
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SMN", field: value}))
+        with pytest.raises(AdapterFileError, match=rf"adapter_config.json is damaged: {field} in .* must be"):
+            read_config(tmp_path)
+
+
+def test_format_versions():
+    for version in range(1, FORMAT_VERSION + 1):
+        check_format_version(version)
+    for version in (FORMAT_VERSION + 1, 10**9):
+        message = f"format version {version}; this smn_peft reads up to {FORMAT_VERSION}.*pip install -U smn_peft"
+        with pytest.raises(ValueError, match=message):
+            check_format_version(version)
+    for version in (0, -1, 1.0, "1", None, True, [1]):
+        with pytest.raises(ValueError, match=r"format_version must be a positive integer, got .*damaged"):
+            check_format_version(version)
+
+
+def test_settings_are_what_the_config_says(tmp_path):
+    config = {"threshold": 0.5, "seed": 3, "id2label": {0: "cat"}, "codec": "bits", "format_version": 1}
+    tensor = settings_tensor(config)
+    assert torch.equal(tensor, settings_tensor(dict(reversed(config.items()))))
+    expected = {"threshold": 0.5, "seed": 3, "id2label": {"0": "cat"}, "format_version": 1}
+    assert read_settings("x.smn_settings", tensor) == expected
+    for wrong in (
+        tensor.float(),
+        tensor[None],
+        tensor[:-1],
+        torch.frombuffer(bytearray(b"[" * 9999), dtype=torch.uint8),
+    ):
+        with pytest.raises(AdapterFileError, match=r"x\.smn_settings holds no settings of an adapter"):
+            read_settings("x.smn_settings", wrong)
+    with pytest.raises(ValueError, match="format version 9"):
+        read_settings("x.smn_settings", settings_tensor({"format_version": 9}))
 
 
 def test_what_is_no_object_or_no_text(tmp_path):

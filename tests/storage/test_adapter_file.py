@@ -15,13 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from smn_peft import MaskConfig
+from smn_peft.functional import pack_bits
 from smn_peft.storage import (
     WEIGHTS_NAME,
     AdapterFileError,
     AdapterSizes,
     adapter_sizes,
     check_adapter_file,
+    check_packed,
     read_adapter_file,
+    rounded,
 )
 
 TENSORS = {
@@ -43,7 +46,7 @@ def write(path: Path, header: object, data: bytes = b"", length: int | None = No
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
-def assert_refused(path: Path, message: str = "unreadable|promises") -> None:
+def assert_refused(path: Path, message: str = "cannot be read|promises") -> None:
     for function in (check_adapter_file, read_adapter_file, adapter_sizes):
         with pytest.raises(AdapterFileError, match=message):
             function(path)
@@ -65,21 +68,21 @@ def test_a_file_cut_anywhere_is_refused(path):
     data = path.read_bytes()
     for size in [*range(0, 24), *range(24, len(data), 7), len(data) - 1]:
         path.write_bytes(data[:size])
-        assert_refused(path, "truncated|promises|unreadable")
+        assert_refused(path, "truncated|promises|cannot be read.*fetch it again")
     path.write_bytes(data)
     check_adapter_file(path)
 
 
 def test_a_file_with_more_bytes_than_it_says_is_refused(path):
     path.write_bytes(path.read_bytes() + b"\0")
-    assert_refused(path, r"has \d+ bytes, its header promises \d+")
+    assert_refused(path, "cannot be read.*fetch it again")
 
 
-@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 25_000_001, 10**6])
-def test_a_header_that_promises_gigabytes_costs_no_memory(path, length):
+def test_a_header_that_promises_gigabytes_costs_no_memory(path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    write(path, b"{}", b"\0" * 64, length)
-    assert_refused(path, f"promises a header of {length} bytes but has 74 bytes.*fetch it again")
+    for length in (2**63, 2**64 - 1, 2**40, 25_000_001, 10**6):
+        write(path, b"{}", b"\0" * 64, length)
+        assert_refused(path, f"promises a header of {length} bytes but has 74 bytes.*fetch it again")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
@@ -90,23 +93,20 @@ def test_a_large_header_that_is_really_there_is_refused(path):
     assert_refused(path, "promises a header of 30000000 bytes")
 
 
-@pytest.mark.parametrize("size", [1 << 33, 1 << 62])
-def test_tensors_that_promise_gigabytes_are_refused(path, size):
-    write(path, {"a.smn_mask": entry(0, size, shape=(size,))}, b"\0" * 16)
-    assert_refused(path, rf"its header promises \d{{{len(str(size))}}}")
+def test_tensors_that_promise_gigabytes_are_refused(path):
+    for size in (1 << 33, 1 << 62):
+        write(path, {"a.smn_mask": entry(0, size, shape=(size,))}, b"\0" * 16)
+        assert_refused(path, "cannot be read")
 
 
-@pytest.mark.parametrize(
-    "header", [b"", b"{", b"not json", b"\xff\xfe", b"[" * 5000, b"nul", b"[]", b"3", b'"x"', b"null"]
-)
-def test_a_header_that_is_no_object(path, header):
-    write(path, header, b"\0" * 4)
-    assert_refused(path, "unreadable header|truncated")
+def test_a_header_that_is_no_object(path):
+    for header in (b"", b"{", b"not json", b"\xff\xfe", b"[" * 5000, b"nul", b"[]", b"3", b'"x"', b"null"):
+        write(path, header, b"\0" * 4)
+        assert_refused(path, "cannot be read.*fetch it again")
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_an_entry_that_makes_no_sense(path):
+    for bad in (
         3,
         None,
         [],
@@ -122,17 +122,13 @@ def test_a_header_that_is_no_object(path, header):
         {"data_offsets": [0, True]},
         {"data_offsets": {}},
         {"data_offsets": [[0], [4]]},
-    ],
-    ids=str,
-)
-def test_an_entry_that_makes_no_sense(path, bad):
-    write(path, {"a.smn_mask": bad}, b"\0" * 4)
-    assert_refused(path)
+    ):
+        write(path, {"a.smn_mask": bad}, b"\0" * 4)
+        assert_refused(path)
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
+def test_tensors_that_contradict_themselves_are_not_read(path):
+    for header in (
         {"a": entry(0, 4), "b": entry(2, 6)},  # they overlap
         {"a": entry(0, 4), "b": entry(6, 10)},  # a hole
         {"a": entry(2, 6)},  # a hole in front
@@ -144,30 +140,20 @@ def test_an_entry_that_makes_no_sense(path, bad):
         {"a": {"data_offsets": [0, 4]}},
         {"a": entry(0, 4, shape="4")},
         {"a": entry(0, 4), "__metadata__": {"x": 1}},
-    ],
-    ids=lambda header: json.dumps(header)[:60],
-)
-def test_tensors_that_contradict_themselves_are_not_read(path, header):
-    size = max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
-    write(path, header, b"\0" * size)
-    with pytest.raises(
-        AdapterFileError, match=r"cannot be read|unreadable|promises|starts at byte|bytes, which are no"
+        {"a": entry(0, 8, "C64", shape=(1,))},  # neither are complex numbers, nor what torch has no dtype for
+        {"a": entry(0, 8, "F4", shape=(16,))},
+        {"a": entry(0, 4, shape=(1,) * 20 + (4,))},
     ):
-        read_adapter_file(path)
-
-
-@pytest.mark.parametrize("wrong", [entry(0, 4, "F32"), entry(0, 4, shape=(5,)), entry(0, 4, shape=(1 << 40, 1 << 40))])
-def test_bytes_and_shape_disagree_before_anything_is_read(path, wrong):
-    write(path, {"a": wrong}, b"\0" * 4)
-    with pytest.raises(AdapterFileError, match=r"'a' has 4 bytes, which are no (F32|U8) of shape \["):
-        check_adapter_file(path)
+        size = max(value["data_offsets"][1] for key, value in header.items() if key != "__metadata__")
+        write(path, header, b"\0" * size)
+        assert_refused(path, "cannot be read")
 
 
 def test_bits_flipped_anywhere_never_crash(path):
     data = bytearray(path.read_bytes())
     generator = torch.Generator().manual_seed(0)
     refused = 0
-    for _ in range(400):
+    for _ in range(200):
         where = int(torch.randint(0, len(data), (), generator=generator))
         bent = bytearray(data)
         bent[where] ^= 1 << int(torch.randint(0, 8, (), generator=generator))
@@ -176,7 +162,7 @@ def test_bits_flipped_anywhere_never_crash(path):
             read_adapter_file(path)
         except AdapterFileError:
             refused += 1
-    assert refused > 50
+    assert refused > 25
 
 
 def test_a_missing_file_is_not_a_damaged_one(tmp_path):
@@ -216,7 +202,7 @@ def test_tensors_that_lie_over_each_other_cost_no_memory(path):
     header = {f"t{index}": entry(0, size, shape=[size]) for index in range(500)}
     write(path, {**header, "__metadata__": {"smn_rest_checksum": "crc32:00000000"}}, bytes(size))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert_refused(path, "'t1' starts at byte 0, the one before ends at 1048576")
+    assert_refused(path, "cannot be read")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
@@ -227,3 +213,43 @@ def test_what_was_read_stays_whatever_becomes_of_the_file(path):
         file.write(bytes(len(data)))
         file.truncate(0)
     assert all(torch.equal(tensor, TENSORS[key]) for key, tensor in read.items())
+
+
+def test_a_packed_mask_of_the_base_is_accepted():
+    for numel in (1, 7, 8, 9, 64, 1001):
+        for share in (0.0, 0.5, 1.0):
+            mask = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < share
+            check_packed("a.smn_mask", pack_bits(mask), numel)
+    check_packed("a.smn_mask", torch.zeros(2, dtype=torch.uint8, device="meta"), 9)
+
+
+def test_every_padding_bit_must_be_zero():
+    for numel in (1, 7, 9, 15, 1001):
+        for bit in range(-numel % 8):
+            packed = pack_bits(torch.zeros(numel, dtype=torch.bool))
+            packed[-1] |= 1 << bit
+            with pytest.raises(ValueError, match=f"a.smn_mask has non-zero padding bits after its {numel} bits"):
+                check_packed("a.smn_mask", packed, numel)
+        packed = pack_bits(torch.zeros(numel, dtype=torch.bool))
+        packed[-1] |= 1 << (-numel % 8)  # the last bit that counts
+        check_packed("a.smn_mask", packed, numel)
+
+
+def test_a_mask_of_another_dtype_or_size_is_refused():
+    for dtype in (torch.int8, torch.bool, torch.float32, torch.int64):
+        with pytest.raises(TypeError, match=f"a.smn_mask is {dtype}, a packed mask is uint8.*save_pretrained"):
+            check_packed("a.smn_mask", torch.zeros(2, dtype=dtype), 16)
+    message = r"but the base weight has 16 entries and takes \(2,\) bytes.*another architecture"
+    for shape in ((1,), (3,), (2, 1), (1, 2), (), (0,)):
+        for device in ("cpu", "meta"):
+            with pytest.raises(ValueError, match=message):
+                check_packed("a.smn_mask", torch.zeros(shape, dtype=torch.uint8, device=device), 16)
+
+
+def test_rounding_stops_at_what_overflows():
+    tensor = torch.tensor([1.0, 1 / 3, 60000.0, float("inf")])
+    assert rounded("x", tensor, "float32") is tensor
+    assert rounded("x", torch.arange(3), "float16").dtype == torch.int64
+    assert torch.equal(rounded("x", tensor, "float16"), tensor.half())
+    with pytest.raises(ValueError, match=r"x holds values beyond what float16 can hold \(7e\+04\)"):
+        rounded("x", torch.tensor([70000.0]), "float16")

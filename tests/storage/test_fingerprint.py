@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
@@ -11,18 +10,19 @@ from torch import nn
 from smn_peft import MaskConfig
 from smn_peft.storage import fingerprint, tensor_digest
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_digest_is_of_dtype_shape_and_values(dtype):
-    tensor = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    digest = tensor_digest(tensor)
-    assert tensor_digest(tensor.clone()) == digest
-    assert tensor_digest(nn.Parameter(tensor.clone())) == digest
-    assert tensor_digest(tensor.t().contiguous().t()) == digest  # the layout in memory does not count
-    assert tensor_digest(tensor.reshape(6, 4)) != digest
-    assert tensor_digest(tensor.view(torch.uint8)) != digest
+def test_a_digest_is_of_dtype_shape_and_values():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        tensor = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+        digest = tensor_digest(tensor)
+        assert tensor_digest(tensor.clone()) == digest
+        assert tensor_digest(nn.Parameter(tensor.clone())) == digest
+        assert tensor_digest(tensor.t().contiguous().t()) == digest  # the layout in memory does not count
+        assert tensor_digest(tensor.reshape(6, 4)) != digest
+        assert tensor_digest(tensor.view(torch.uint8)) != digest
+    for shape in ((), (0,), (3, 0)):
+        assert tensor_digest(torch.zeros(shape)) == tensor_digest(torch.zeros(shape))
+        assert tensor_digest(torch.zeros(shape)) != tensor_digest(torch.zeros((*shape, 1)))
 
 
 def test_one_bit_changes_a_digest():
@@ -41,12 +41,6 @@ def test_a_digest_is_the_same_on_every_machine():
     digest = tensor_digest(torch.arange(6, dtype=torch.float32).reshape(2, 3))
     assert digest == "84c5528b38cba35b6e87acb2715399cd230071d820ed906d3bb743a985372647"
     assert fingerprint([digest], torch.float32) == "float32:63ecba4bba306f7536d6d44103d1dbb4"
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
-def test_digests_of_odd_shapes(shape):
-    assert tensor_digest(torch.zeros(shape)) == tensor_digest(torch.zeros(shape))
-    assert tensor_digest(torch.zeros(shape)) != tensor_digest(torch.zeros((*shape, 1)))
 
 
 def test_order_does_not_count_but_the_dtype_stands_in_front():

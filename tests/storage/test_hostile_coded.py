@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from smn_peft.storage import (
     AdapterFileError,
     check_adapter_file,
     inspect_adapter,
+    parse_adapter_file,
     read_adapter_file,
     verify_adapter_file,
 )
-from smn_peft.storage.codec import BLOB_NAME, encode_masks
-from smn_peft.storage.finish import write_adapter_file
+from smn_peft.storage.adapter_file import write_adapter_file
+from smn_peft.storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
 from smn_peft.storage.repack import unpack_tensors
 
 LIMIT = 1 << 16
@@ -36,18 +38,26 @@ def masks() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("coded") / "adapter.safetensors"
-    blob = torch.from_numpy(np.frombuffer(encode_masks(masks()), np.uint8).copy())
-    tensors = {f"base_model.model.{BLOB_NAME}": blob, HEAD: torch.arange(3.0)}
+    tensors = {f"base_model.model.{BLOB_NAME}": blob(), HEAD: torch.arange(3.0)}
     write_adapter_file(path, tensors, "float32:00")
     return path.read_bytes()
 
 
-def read(path: Path) -> dict[str, torch.Tensor] | None:
+def read(data: bytes) -> dict[str, torch.Tensor] | None:
     """What a reader gets, or None where it is refused."""
+    try:
+        return unpack_tensors(parse_adapter_file(data, "it"), LIMIT)
+    except ValueError:  # an AdapterFileError, or a code that takes the base
+        return None
+
+
+def read_path(path: Path, data: bytes) -> dict[str, torch.Tensor] | None:
+    """The same from a file, which is checked before."""
+    path.write_bytes(data)
     try:
         check_adapter_file(path)
         return unpack_tensors(read_adapter_file(path), LIMIT)
-    except ValueError:  # an AdapterFileError, or a code that takes the base
+    except ValueError:
         return None
 
 
@@ -61,30 +71,26 @@ def wrong(found: dict[str, torch.Tensor] | None) -> list[str]:
 
 
 def test_the_whole_file_is_read(data, tmp_path):
-    path = tmp_path / "adapter.safetensors"
-    path.write_bytes(data)
-    found = read(path)
-    assert found is not None
-    assert len(found) == 4
-    assert not wrong(found)
+    for found in (read(data), read_path(tmp_path / "adapter.safetensors", data)):
+        assert found is not None
+        assert len(found) == 4
+        assert not wrong(found)
 
 
 def test_every_truncation_is_refused(data, tmp_path):
-    path = tmp_path / "adapter.safetensors"
     for length in range(len(data)):
-        path.write_bytes(data[:length])
-        assert read(path) is None, length
+        assert read(data[:length]) is None, length
+        assert length % 9 or read_path(tmp_path / "adapter.safetensors", data[:length]) is None, length
 
 
 def test_no_flipped_bit_gives_a_wrong_mask_or_head(data, tmp_path):
-    path = tmp_path / "adapter.safetensors"
     refused = 0
     for place in range(8 * len(data)):
         bent = bytearray(data)
         bent[place >> 3] ^= 1 << (place & 7)
-        path.write_bytes(bent)
-        found = read(path)
+        found = read(bytes(bent))
         assert not wrong(found), place
+        assert place % 13 or not wrong(read_path(tmp_path / "adapter.safetensors", bytes(bent))), place
         refused += found is None
     # The rest are bits of names, of the metadata, and of what pads header and stream.
     start = 8 * len(data) - 8 * (len(encode_masks(masks())) + 12)
@@ -94,23 +100,20 @@ def test_no_flipped_bit_gives_a_wrong_mask_or_head(data, tmp_path):
 
 def test_random_overwrites_cost_no_memory(data, tmp_path):
     """Headers and tables that promise gigabytes are refused before anything of that size is made."""
-    path, rng = tmp_path / "adapter.safetensors", np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     start = len(data) - len(encode_masks(masks())) - 12
     tracemalloc.start()
     for _ in range(300):
         bent = np.frombuffer(data, np.uint8).copy()
         first = int(rng.integers(start, len(data) - 1))
         bent[first : first + int(rng.integers(1, 9))] = rng.choice([0, 1, 127, 128, 255])
-        path.write_bytes(bent.tobytes())
-        assert not wrong(read(path))
+        assert not wrong(read_path(tmp_path / "adapter.safetensors", bent.tobytes()))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2_000_000
 
 
 def test_decoding_takes_little_more_than_the_masks():
-    from smn_peft.storage.codec import MaskBlob, decode_masks
-
     rng = np.random.default_rng(0)
     for share in (0.999, 0.95, 0.8, 0.6):
         packed = {"layer": np.packbits(rng.random(16_000_000) < share)}  # one layer: the hardest case
@@ -122,22 +125,35 @@ def test_decoding_takes_little_more_than_the_masks():
         assert peak < 2 * blob.size + 3_000_000, share
 
 
-@pytest.mark.parametrize("name", ["base_model.model.smn_masks", "smn_masks"])
-def test_a_file_can_be_verified_wherever_its_blob_is(tmp_path, name):
-    blob = torch.from_numpy(np.frombuffer(encode_masks(masks()), np.uint8).copy())
-    write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob}, None)
-    assert any("checksum" in fact for fact in verify_adapter_file(tmp_path))
+def blob() -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(encode_masks(masks()), np.uint8).copy())
 
 
-@pytest.mark.parametrize("name", ["a.smn_masks", "smn_masks", "a.smn_mask"])
-@pytest.mark.parametrize(
-    ("dtype", "shape"), [("BF16", [4]), ("F8_E4M3", [8]), ("F4", [16]), ("F32", [2]), ("U8", [2, 4])]
-)
-def test_masks_of_another_kind_are_refused_by_every_reader(tmp_path, name, dtype, shape):
+def test_a_file_can_be_verified_wherever_its_blob_is(tmp_path):
+    for name in ("base_model.model.smn_masks", "smn_masks"):
+        write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob()}, None)
+        assert any("checksum" in fact for fact in verify_adapter_file(tmp_path))
+
+
+def test_masks_of_another_kind_are_refused_by_every_reader(tmp_path):
     """What the fuzzer's files led to: `inspect` and `verify` passed them to numpy, which raises a TypeError."""
-    header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}}).encode()
     path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    for read in (verify_adapter_file, inspect_adapter, lambda path: unpack_tensors(read_adapter_file(path), LIMIT)):
-        with pytest.raises(AdapterFileError):
-            read(path)
+    kinds = ("BF16", [4]), ("F8_E4M3", [8]), ("F4", [16]), ("F32", [2]), ("U8", [2, 4])
+    for name in ("a.smn_masks", "smn_masks", "a.smn_mask"):
+        for dtype, shape in kinds:
+            header = json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}}).encode()
+            path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+            for reader in (
+                verify_adapter_file,
+                inspect_adapter,
+                lambda at: unpack_tensors(read_adapter_file(at), LIMIT),
+            ):
+                with pytest.raises(AdapterFileError):
+                    reader(path)
+
+
+def test_masks_that_are_coded_twice_are_refused(tmp_path):
+    save_file({"a.smn_masks": blob(), "b.smn_masks": blob()}, tmp_path / "adapter_model.safetensors")
+    for reader in (verify_adapter_file, inspect_adapter):
+        with pytest.raises(AdapterFileError, match=r"coded masks twice, as a\.smn_masks and b\.smn_masks"):
+            reader(tmp_path)

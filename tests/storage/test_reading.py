@@ -75,16 +75,18 @@ def put(path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("read", [open_regular, check_regular, read_bytes, read_json])
-def test_readers(tmp_path, kind, read):
-    with pytest.raises(ValueError, match=rf"thing is {KINDS[kind]} and no regular file"):
-        read(put(tmp_path / "thing", kind))
+def test_readers(tmp_path, kind):
+    thing = put(tmp_path / "thing", kind)
+    for read in (open_regular, check_regular, read_bytes, read_json):
+        with pytest.raises(ValueError, match=rf"thing is {KINDS[kind]} and no regular file"):
+            read(thing)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "read",
-    [
+def test_weights(tmp_path, kind):
+    write_run(tmp_path)
+    put(tmp_path / WEIGHTS, kind)
+    readers: list[Callable[[Path], object]] = [
         check_adapter_file,
         verify_adapter_file,
         inspect_adapter,
@@ -93,24 +95,20 @@ def test_readers(tmp_path, kind, read):
         lambda folder: pack_adapter(folder, folder / "out"),
         lambda folder: push_run(folder, "user/x"),
         lambda folder: PeftModel.from_pretrained(base(), str(folder)),
-    ],
-    ids="check verify inspect bank facts pack push peft".split(),
-)
-def test_weights(tmp_path, kind, read: Callable[[Path], object]):
-    write_run(tmp_path)
-    put(tmp_path / WEIGHTS, kind)
-    with pytest.raises(ValueError, match=rf"{WEIGHTS} is ({KINDS[kind]}|a link to /dev/zero)"):
-        read(tmp_path)
+    ]
+    for read in readers:
+        with pytest.raises(ValueError, match=rf"{WEIGHTS} is ({KINDS[kind]}|a link to /dev/zero)"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "zero"])
-@pytest.mark.parametrize("read", [read_config, read_adapter, facts_of_folder, load_run])
-def test_configs(tmp_path, kind, read):
+def test_configs(tmp_path, kind):
     write_run(tmp_path)
     (tmp_path / RUN).unlink()
     put(tmp_path / CONFIG, kind)
-    with pytest.raises(ValueError, match=rf"{CONFIG} is {KINDS[kind]}"):
-        read(tmp_path)
+    for read in (read_config, read_adapter, facts_of_folder, load_run):
+        with pytest.raises(ValueError, match=rf"{CONFIG} is {KINDS[kind]}"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "zero"])
@@ -140,12 +138,12 @@ def test_images(tmp_path, kind):
         dataset[0]
 
 
-def test_a_config_of_70_megabytes(tmp_path):
+def test_a_config_of_17_megabytes(tmp_path):
     write_run(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**config, "inference_mode": "x" * 70_000_000}))
+    (tmp_path / CONFIG).write_text(json.dumps({**config, "inference_mode": "x" * 17_000_000}))
     for read in (read_config, read_adapter, facts_of_folder):
-        with pytest.raises(ValueError, match=rf"has 70,\d+,\d+ bytes; such a file has {MAX_JSON:,} at most"):
+        with pytest.raises(ValueError, match=rf"has 17,\d+,\d+ bytes; such a file has {MAX_JSON:,} at most"):
             read(tmp_path)
     result = CliRunner().invoke(app, ["pack", str(tmp_path), "-o", str(tmp_path / "out")])
     assert "at most" in result.output
@@ -153,7 +151,7 @@ def test_a_config_of_70_megabytes(tmp_path):
 
 
 def test_what_is_nested_without_end(tmp_path):
-    (tmp_path / "deep.json").write_text("[" * 5_000_000)
+    (tmp_path / "deep.json").write_text("[" * 500_000)
     with pytest.raises(ValueError, match=r"deep\.json is damaged: it is nested too deeply"):
         read_json(tmp_path / "deep.json")
 

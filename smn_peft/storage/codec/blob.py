@@ -7,6 +7,7 @@ number of layers · bytes of the deflated table · bytes of the table · CRC-32 
 deflated table · payloads, one after the other
 ```
 
+The table holds the layers' codes, then their numbers byte plane by byte plane, which compresses well, and their names.
 The checksum is of the table and of the DECODED bits, layer by layer: two builds of zlib may write one mask in
 different bytes, and it is the mask that has to be right.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,121 +24,154 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
-from .errors import CodecError
-from .layer_codes import decode_layer, encode_layer, needs_weight
-from .registry import codec_id, codec_name
-from .table import LayerEntry, compress_table, decompress_table, read_table, write_table
+from ..files import AdapterFileError
+from .layer import decode_layer, encode_layer
 
-__all__ = ["BLOB_NAME", "LayerEntry", "MaskBlob", "decode_masks", "encode_masks"]
+__all__ = ["BLOB_NAME", "CODECS", "Base", "LayerEntry", "MaskBlob", "decode_masks", "encode_masks"]
 
 BLOB_NAME = "smn_masks"
 """Last part of the key under which an adapter's file holds a blob."""
+CODECS: dict[str, int] = {"bits": 0, "entropy": 1}
+"""Codec numbers by name, never reused (2 was taken); 0 is a file of plain `smn_mask` tensors."""
 LAYOUT_VERSION = 1
 _MAGIC = b"SMNM"
 _HEADER = struct.Struct("<4sBBHIIII")
+_MAX_TABLE = 1 << 26  # bytes: a million layers
+_COLUMNS = 4  # of 8 bytes
+_SELECTED = 0x80
+_DAMAGED = "The table of the coded masks is damaged: the file is cut or broken. Fetch it again."
 
 
 class Base(Protocol):
     """What the base model knows of the layers, by their names in a blob."""
 
     def selected(self, name: str) -> NDArray[np.bool_] | None:
-        """The weights that selective masking trains, (weights,) in C order; None if it trains all."""
+        """Weights that selective masking trains, (weights,) in C order; None if it trains all."""
 
-    def weight(self, name: str) -> NDArray[np.floating]:
-        """The frozen weights θ, (weights,) in C order."""
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer in a blob."""
+
+    name: str
+    """Its key in the adapter's file, without the part that all layers share."""
+    size: int
+    """Packed bytes of its mask."""
+    coded: int
+    """Packed bytes that are coded: `size`, or those of the selected weights."""
+    inactive: int
+    """Coded bits that are off, including those that pad the last byte."""
+    code: int
+    """How they are coded, see `LayerCode`."""
+    selected: bool
+    """Whether only the weights that selective masking trains are coded; all others are on."""
+    start: int
+    """Where its payload starts, from the end of the table."""
+    length: int
+    """Bytes of its payload."""
+
+    @property
+    def active(self) -> int:
+        """Coded bits that are on."""
+        return 8 * self.coded - self.inactive
 
 
 @dataclass(frozen=True)
 class MaskBlob:
-    """Coded masks, their table read and checked, their payloads not yet.
-
-    Attributes:
-        codec: Name of the codec.
-        entries: The layers, in the order of the file.
-        checksum: CRC-32 of the table and the decoded bits.
-        data: The whole blob.
-        table: The table as bytes.
-        offset: Where the payloads start.
-    """
+    """Coded masks, their table read and checked, their payloads not yet."""
 
     codec: str
     entries: tuple[LayerEntry, ...]
+    """The layers, in the order of the file."""
     checksum: int
+    """CRC-32 of the table and the decoded bits."""
     data: memoryview
+    """The whole blob."""
     table: bytes
     offset: int
+    """Where the payloads start."""
 
     @classmethod
     def parse(cls, data: bytes | memoryview) -> MaskBlob:
         """Read header and table; no payload is touched.
 
         Raises:
-            CodecError: If the blob is cut, damaged or of an unknown kind.
+            AdapterFileError: If the blob is cut, damaged or of an unknown kind.
         """
         view = memoryview(data).cast("B")
         if len(view) < _HEADER.size:
-            raise CodecError(f"Coded masks of {len(view)} bytes are cut off. Fetch the file again.")
-        magic, layout, codec, zero, count, deflated, size, checksum = _HEADER.unpack_from(view)
+            raise AdapterFileError(f"Coded masks of {len(view)} bytes are cut off. Fetch the file again.")
+        magic, layout, number, zero, count, deflated, size, checksum = _HEADER.unpack_from(view)
         if magic != _MAGIC or zero:
-            raise CodecError("What should be coded masks is something else: the file is damaged. Fetch it again.")
+            raise AdapterFileError(
+                "What should be coded masks is something else: the file is damaged. Fetch it again."
+            )
         if layout != LAYOUT_VERSION:
-            raise CodecError(
+            raise AdapterFileError(
                 f"The masks are coded in layout {layout}; this smn_peft reads layout {LAYOUT_VERSION}. Upgrade it: "
                 "pip install -U smn_peft."
             )
-        name, offset = codec_name(codec), _HEADER.size + deflated
+        codec = next((name for name, known in CODECS.items() if known == number and number), None)
+        if codec is None:
+            raise AdapterFileError(
+                f"The masks are coded by codec {number}, which this smn_peft does not know: upgrade it (pip install "
+                "-U smn_peft), or the file is damaged."
+            )
+        offset = _HEADER.size + deflated
         if offset > len(view):
-            raise CodecError(f"Coded masks are cut off after {len(view)} bytes. Fetch the file again.")
-        table = decompress_table(view[_HEADER.size : offset], size)
+            raise AdapterFileError(f"Coded masks are cut off after {len(view)} bytes. Fetch the file again.")
+        table = inflate_table(view[_HEADER.size : offset], size)
         entries = read_table(table, count)
         end = offset + sum(entry.length for entry in entries)
         if end != len(view):
-            raise CodecError(f"Coded masks have {len(view)} bytes, their table says {end}. Fetch the file again.")
-        return cls(name, tuple(entries), checksum, view, table, offset)
+            raise AdapterFileError(
+                f"Coded masks have {len(view)} bytes, their table says {end}. Fetch the file again."
+            )
+        return cls(codec, tuple(entries), checksum, view, table, offset)
 
     @property
     def size(self) -> int:
         """Packed bytes of all masks together."""
         return sum(entry.size for entry in self.entries)
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether a layer can be decoded only with the base: selective masking left weights out."""
+        return any(entry.selected for entry in self.entries)
+
     def payload(self, entry: LayerEntry) -> memoryview:
         """A layer's bytes."""
         start = self.offset + entry.start
         return self.data[start : start + entry.length]
 
-    @property
-    def needs_base(self) -> bool:
-        """Whether any layer can be decoded only by who has the base."""
-        return any(entry.selected or needs_weight(entry.code) for entry in self.entries)
-
     def decode_entry(self, entry: LayerEntry, base: Base | None = None) -> NDArray[np.uint8]:
-        """Packed bits (size,) of one layer, not compared with the checksum, which is of all layers.
+        """Decode the packed bits (size,) of one layer; the checksum, which is of all layers, is not compared.
 
         Args:
             entry: One of `entries`. Whoever calls this has checked that `entry.size` is what can be.
             base: What the base knows; see `needs_base`.
 
         Raises:
-            CodecError: If the payload is damaged.
+            AdapterFileError: If the payload is damaged.
             ValueError: If decoding takes the base and `base` is None.
         """
+        if entry.selected and base is None:
+            raise ValueError(
+                f"{entry.name}: only the weights that selective masking trains are coded. Load the adapter over its "
+                "base, or name the base: smn unpack --base."
+            )
         part = np.empty(entry.coded, np.uint8)
-        if base is None:
-            if entry.selected or needs_weight(entry.code):
-                raise ValueError(
-                    f"{entry.name}: its code builds on the base model's weights. Load the adapter over its base, or "
-                    "name the base: smn unpack --base."
-                )
-            decode_layer(entry.code, entry.active, self.payload(entry), part)
+        chosen = _selected(entry, base) if entry.selected and base is not None else None
+        decode_layer(entry.code, entry.active, self.payload(entry), part)
+        if chosen is None:
             return part
-        chosen = _chosen(entry, base) if entry.selected else None
-        weight = _of(base.weight(entry.name), chosen) if needs_weight(entry.code) else None
-        decode_layer(entry.code, entry.active, self.payload(entry), part, weight)
-        return part if chosen is None else _spread(part, chosen)
+        full = np.ones(len(chosen), np.bool_)
+        full[chosen] = np.unpackbits(part, count=int(np.count_nonzero(chosen))).view(np.bool_)
+        return np.packbits(full)
 
 
 def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[str, NDArray[np.uint8]]:
-    """Packed bits of all layers by name, compared with the checksum.
+    """Decode the packed bits of all layers, by name, and compare them with the checksum.
 
     Args:
         blob: From [`MaskBlob.parse`].
@@ -145,18 +179,20 @@ def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[s
         base: See [`MaskBlob.decode_entry`].
 
     Raises:
-        CodecError: If the masks would be larger than `limit`, a payload is damaged, or the checksum differs.
+        AdapterFileError: If the masks would be larger than `limit`, a payload is damaged, or the checksum differs.
         ValueError: If decoding takes the base and `base` is None.
     """
     if blob.size > limit:
-        raise CodecError(f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible here.")
+        raise AdapterFileError(
+            f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible here."
+        )
     masks: dict[str, NDArray[np.uint8]] = {}
     checksum = zlib.crc32(blob.table)
     for entry in blob.entries:
         masks[entry.name] = blob.decode_entry(entry, base)
         checksum = zlib.crc32(masks[entry.name].data, checksum)
     if checksum != blob.checksum:
-        raise CodecError(
+        raise AdapterFileError(
             f"The decoded masks have the checksum {checksum:08x}, the file says {blob.checksum:08x}: the file is "
             "damaged, or the base's weights or dtype are not those that it was saved with. Fetch it again, or load "
             "the base that adapter_config.json names, in the dtype that base_fingerprint begins with."
@@ -164,76 +200,112 @@ def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[s
     return masks
 
 
-def encode_masks(
-    masks: Mapping[str, NDArray[np.uint8]],
-    codec: str = "entropy",
-    base: Base | None = None,
-) -> bytes:
-    """Masks as a blob; the same masks give the same bytes, in whatever order they come.
+def encode_masks(masks: Mapping[str, NDArray[np.uint8]], codec: str = "entropy", base: Base | None = None) -> bytes:
+    """Encode masks as a blob; the same masks give the same bytes, in whatever order they come.
 
     Args:
         masks: Packed bits (size,) by name.
-        codec: Name of a codec.
+        codec: Name of a codec that makes a blob.
         base: What the base knows of these layers. The weights that selective masking leaves out then cost nothing if
-            they are on; where one is off, the layer is coded in full. Codec ``"archival"`` cannot do without.
+            they are on; where one is off, the layer is coded in full.
 
     Raises:
-        ValueError: If there is no such codec, it lacks the base, or a name is empty or has a line break.
+        ValueError: If there is no such codec, or a name is empty or has a line break.
     """
-    number, entries, payloads, start = codec_id(codec), [], [], 0
-    checksums = []
+    if CODECS.get(codec, 0) == 0:
+        choices = ", ".join(repr(name) for name, number in CODECS.items() if number)
+        raise ValueError(f"No codec makes a coded file by the name of {codec!r}: choose {choices}.")
+    entries: list[LayerEntry] = []
+    payloads: list[bytes] = []
+    start = 0
     for name in sorted(masks):
         if not name or "\n" in name:
             raise ValueError(f"{name!r} cannot name a layer in a coded file.")
-        packed, is_part = masks[name], False
-        checksums.append(packed)
-        if base is not None and (chosen := base.selected(name)) is not None:
+        packed, part = masks[name], masks[name]
+        chosen = None if base is None else base.selected(name)
+        if chosen is not None:
             bits = np.unpackbits(packed, count=len(chosen)).view(np.bool_)
-            is_part = bool(bits[~chosen].all())
-        part = np.packbits(bits[chosen]) if is_part else packed
-        weight = None
-        if codec == "archival":
-            if base is None:
-                raise ValueError(
-                    "codec='archival' builds on the base model's weights: save from the model, or --base."
-                )
-            weight = _of(base.weight(name), chosen if is_part else None)
-        code, active, payload = encode_layer(part, weight)
-        inactive = 8 * len(part) - active
+            if bits[~chosen].all():
+                part = np.packbits(bits[chosen])
+            else:
+                chosen = None
+        code, active, payload = encode_layer(part)
+        inactive, is_part = 8 * len(part) - active, chosen is not None
         entries.append(LayerEntry(name, len(packed), len(part), inactive, code, is_part, start, len(payload)))
         payloads.append(payload)
         start += len(payload)
     table = write_table(entries)
     checksum = zlib.crc32(table)
-    for packed in checksums:
-        checksum = zlib.crc32(np.ascontiguousarray(packed).data, checksum)
-    deflated = compress_table(table)
-    header = _HEADER.pack(_MAGIC, LAYOUT_VERSION, number, 0, len(entries), len(deflated), len(table), checksum)
+    for name in sorted(masks):
+        checksum = zlib.crc32(np.ascontiguousarray(masks[name]).data, checksum)
+    deflated = deflate_table(table)
+    sizes = len(entries), len(deflated), len(table)
+    header = _HEADER.pack(_MAGIC, LAYOUT_VERSION, CODECS[codec], 0, *sizes, checksum)
     return b"".join([header, deflated, *payloads])
 
 
-def _chosen(entry: LayerEntry, base: Base) -> NDArray[np.bool_]:
+def _selected(entry: LayerEntry, base: Base) -> NDArray[np.bool_]:
     """The weights that a layer codes, checked against its sizes."""
     chosen = base.selected(entry.name)
     if chosen is None:
-        raise CodecError(
+        raise AdapterFileError(
             f"{entry.name} codes a part of its weights, and the adapter's config trains all: it is damaged."
         )
     count = int(np.count_nonzero(chosen))
     if packed_size(len(chosen)) != entry.size or packed_size(count) != entry.coded:
-        raise CodecError(
+        raise AdapterFileError(
             f"{entry.name} is coded for {entry.size} bytes of which {entry.coded} train, the base has "
             f"{packed_size(len(chosen))} and {packed_size(count)}: load the base that adapter_config.json names."
         )
     return chosen
 
 
-def _spread(part: NDArray[np.uint8], chosen: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The layer's packed bits from those of its selected weights; all others are on."""
-    full = np.ones(len(chosen), np.bool_)
-    full[chosen] = np.unpackbits(part, count=int(np.count_nonzero(chosen))).view(np.bool_)
-    return np.packbits(full)
+def write_table(entries: Sequence[LayerEntry]) -> bytes:
+    """Write the entries of a table as bytes."""
+    columns = np.array([[e.size, e.size - e.coded, e.inactive, e.length] for e in entries], "<u8").reshape(-1, 4)
+    planes = columns.T.copy().view(np.uint8).reshape(_COLUMNS, len(entries), 8).transpose(0, 2, 1)
+    codes = bytes(e.code | (_SELECTED if e.selected else 0) for e in entries)
+    return codes + planes.tobytes() + "\n".join(e.name for e in entries).encode()
 
 
-def _of(weight: NDArray[np.floating], chosen: NDArray[np.bool_] | None) -> NDArray[np.floating]:
-    return weight if chosen is None else weight[chosen]
+def read_table(raw: bytes, count: int) -> list[LayerEntry]:
+    """Read the entries of a table of `count` layers; AdapterFileError if it does not hold what it should."""
+    fixed = count * (1 + 8 * _COLUMNS)
+    if len(raw) < fixed or not (count or len(raw) == 0):
+        raise AdapterFileError(_DAMAGED)
+    try:
+        names = raw[fixed:].decode().split("\n") if count else []
+    except UnicodeDecodeError as error:
+        raise AdapterFileError(_DAMAGED) from error
+    if len(names) != count or len(set(names)) != count or not all(names):
+        raise AdapterFileError(_DAMAGED)
+    planes = np.frombuffer(raw, np.uint8, count * 8 * _COLUMNS, count).reshape(_COLUMNS, 8, count)
+    columns: NDArray[np.uint64] = planes.transpose(0, 2, 1).copy().view("<u8").reshape(_COLUMNS, count)
+    entries, start = [], 0
+    for name, byte, *numbers in zip(names, raw[:count], *columns.tolist(), strict=True):
+        size, left_out, inactive, length = numbers
+        coded = size - left_out
+        if max(numbers) >= 1 << 48 or coded < 0 or inactive > 8 * coded:
+            raise AdapterFileError(_DAMAGED)
+        code, selected = byte & ~_SELECTED, bool(byte & _SELECTED)
+        entries.append(LayerEntry(name, size, coded, inactive, code, selected, start, length))
+        start += length
+    return entries
+
+
+def deflate_table(raw: bytes) -> bytes:
+    """Compress a table."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
+    return coder.compress(raw) + coder.flush()
+
+
+def inflate_table(data: memoryview, size: int) -> bytes:
+    """Decompress a table of a known size; AdapterFileError if it is damaged or has another size."""
+    decoder = zlib.decompressobj(-15)
+    try:
+        raw = decoder.decompress(data, size + 1) if size <= _MAX_TABLE else b""
+    except zlib.error as error:
+        raise AdapterFileError(_DAMAGED) from error
+    if len(raw) != size or not decoder.eof or decoder.unused_data:
+        raise AdapterFileError(_DAMAGED)
+    return raw

@@ -9,9 +9,15 @@ import zlib
 import numpy as np
 import pytest
 
-from smn_peft.storage.adapter_file import AdapterFileError
-from smn_peft.storage.codec import CodecError, LayerCode, LayerEntry, MaskBlob, decode_masks, encode_masks
-from smn_peft.storage.codec.table import compress_table, read_table, write_table
+from smn_peft.storage import AdapterFileError
+from smn_peft.storage.codec import (
+    LayerCode,
+    LayerEntry,
+    MaskBlob,
+    decode_masks,
+    encode_masks,
+)
+from smn_peft.storage.codec.blob import deflate_table, read_table, write_table
 
 LIMIT = 1 << 20
 
@@ -34,16 +40,13 @@ def masks() -> dict[str, np.ndarray]:
 
 
 class Base:
-    """The base of one layer: which of its weights train, and what they are."""
+    """The base of one layer, and which of its weights train."""
 
-    def __init__(self, chosen: np.ndarray | None = None, weight: np.ndarray | None = None) -> None:
-        self.chosen, self.theta = chosen, weight
+    def __init__(self, chosen: np.ndarray | None = None) -> None:
+        self.chosen = chosen
 
     def selected(self, name: str) -> np.ndarray | None:
         return self.chosen
-
-    def weight(self, name: str) -> np.ndarray:
-        return self.theta
 
 
 def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
@@ -53,7 +56,7 @@ def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
 def test_masks_round_trip_by_every_code(masks):
     blob = MaskBlob.parse(encode_masks(masks))
     assert same(decode_masks(blob, LIMIT), masks)
-    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode) - {LayerCode.RANKED_OFF, LayerCode.RANKED_ON}
+    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode)
     assert {entry.name: entry.size for entry in blob.entries} == {name: len(m) for name, m in masks.items()}
     for entry in blob.entries:
         assert entry.active == int(np.unpackbits(masks[entry.name]).sum())
@@ -78,10 +81,10 @@ def test_what_selective_masking_leaves_on_costs_no_bits(share):
     assert same(decode_masks(blob, LIMIT, Base(chosen)), packed)
     with pytest.raises(ValueError, match="Load the adapter over its base"):
         decode_masks(blob, LIMIT)
-    with pytest.raises(CodecError, match="load the base that"):
+    with pytest.raises(AdapterFileError, match="load the base that"):
         decode_masks(blob, LIMIT, Base(chosen[:19_000]))
     other = np.roll(chosen, 1)
-    with pytest.raises(CodecError, match="checksum"):
+    with pytest.raises(AdapterFileError, match="checksum"):
         decode_masks(blob, LIMIT, Base(other))
 
 
@@ -93,55 +96,10 @@ def test_a_mask_that_is_off_where_nothing_trains_is_coded_in_full():
     assert same(decode_masks(blob, LIMIT), packed)
 
 
-@pytest.mark.parametrize("count", [20_001, 64])
-@pytest.mark.parametrize("selective", [False, True])
-@pytest.mark.parametrize("inverted", [False, True])
-def test_the_archival_code_uses_the_weights(count, selective, inverted):
-    rng = np.random.default_rng(0)
-    theta = rng.standard_normal(count).astype(np.float32)
-    theta[:20] = 0.5  # ties
-    chosen = bits(0.7, count, seed=1) if selective else None
-    mask = (rng.random(count) > 0.3 * np.abs(theta) ** 3) ^ inverted
-    if chosen is not None:
-        mask |= ~chosen
-    packed, base = {"layer": np.packbits(mask)}, Base(chosen, theta)
-    data = encode_masks(packed, "archival", base)
-    blob = MaskBlob.parse(data)
-    assert blob.codec == "archival"
-    assert same(decode_masks(blob, LIMIT, base), packed)
-    if count > 1000:
-        assert len(data) < 0.93 * len(encode_masks(packed, base=base))
-        assert blob.needs_base
-        with pytest.raises(ValueError, match="builds on the base"):
-            decode_masks(blob, LIMIT)
-        with pytest.raises(CodecError):
-            decode_masks(blob, LIMIT, Base(chosen, np.roll(theta, 1)))
-        with pytest.raises(CodecError):
-            decode_masks(blob, LIMIT, Base(chosen if chosen is None else chosen[:-9], theta[:-9]))
-        payload = blob.payload(blob.entries[0])
-        for place in range(0, 8 * len(payload), 37):
-            bent = bytearray(data)
-            bent[len(data) - len(payload) + (place >> 3)] ^= 1 << (place & 7)
-            try:
-                found = decode_masks(MaskBlob.parse(bytes(bent)), LIMIT, base)
-            except CodecError:
-                continue
-            assert same(found, packed)
-
-
-def test_the_archival_code_of_constant_masks():
-    theta = np.arange(13.0)
-    for mask in (np.ones(13, np.bool_), np.zeros(13, np.bool_)):
-        packed, base = {"layer": np.packbits(mask)}, Base(None, theta)
-        assert same(decode_masks(MaskBlob.parse(encode_masks(packed, "archival", base)), LIMIT, base), packed)
-    with pytest.raises(ValueError, match="save from the model"):
-        encode_masks(packed, "archival")
-
-
 def test_masks_beyond_the_limit_are_not_decoded(masks):
     blob = MaskBlob.parse(encode_masks(masks))
     assert same(decode_masks(blob, blob.size), masks)
-    with pytest.raises(CodecError, match=f"{blob.size} bytes; at most {blob.size - 1}"):
+    with pytest.raises(AdapterFileError, match=f"{blob.size} bytes; at most {blob.size - 1}"):
         decode_masks(blob, blob.size - 1)
 
 
@@ -169,7 +127,7 @@ def test_every_truncation_and_every_flipped_bit_is_refused_or_harmless(masks):
 
 def blob_of(entries: list[LayerEntry], payload: bytes = b"", **changes: int) -> bytes:
     table = write_table(entries)
-    deflated = compress_table(table)
+    deflated = deflate_table(table)
     fields = {"layout": 1, "codec": 1, "zero": 0, "count": len(entries), "deflated": len(deflated), "size": len(table)}
     fields |= {"checksum": zlib.crc32(table)} | changes
     return struct.pack("<4sBBHIIII", b"SMNM", *fields.values()) + deflated + payload
@@ -211,7 +169,7 @@ def test_the_writer_of_hostile_blobs_can_write_a_good_one():
     ],
 )
 def test_headers_that_lie_are_refused(changes, message):
-    with pytest.raises(CodecError, match=message):
+    with pytest.raises(AdapterFileError, match=message):
         MaskBlob.parse(blob_of([entry()], **changes))
 
 
@@ -228,7 +186,7 @@ def test_headers_that_lie_are_refused(changes, message):
     ids=str,
 )
 def test_tables_that_lie_are_refused(entries):
-    with pytest.raises(CodecError):
+    with pytest.raises(AdapterFileError):
         MaskBlob.parse(blob_of(entries))
 
 
@@ -236,14 +194,14 @@ def test_a_table_that_inflates_to_gigabytes_is_refused():
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = coder.compress(bytes(1 << 27)) + coder.flush()
     header = struct.pack("<4sBBHIIII", b"SMNM", 1, 1, 0, 1, len(bomb), 1 << 27, 0)
-    with pytest.raises(CodecError, match="table"):
+    with pytest.raises(AdapterFileError, match="table"):
         MaskBlob.parse(header + bomb)
 
 
 def test_a_constant_layer_cannot_promise_what_the_caller_does_not_expect():
     data = blob_of([entry(size=1 << 40, coded=1 << 40, inactive=1 << 43)])
     assert len(data) < 100
-    with pytest.raises(CodecError, match="at most 1000"):
+    with pytest.raises(AdapterFileError, match="at most 1000"):
         decode_masks(MaskBlob.parse(data), 1000)
 
 
@@ -269,11 +227,10 @@ def test_names_that_the_table_cannot_hold(name):
 
 def test_only_codecs_that_make_a_blob():
     for codec in ("bits", "zip"):
-        with pytest.raises(ValueError, match="choose 'entropy', 'archival'"):
+        with pytest.raises(ValueError, match="choose 'entropy'"):
             encode_masks({}, codec)
 
 
-def test_the_error_is_that_of_a_bad_file():
-    assert issubclass(CodecError, AdapterFileError)
+def test_a_blob_that_is_cut_off_says_so():
     with pytest.raises(AdapterFileError, match="cut off"):
         MaskBlob.parse(b"SMN")

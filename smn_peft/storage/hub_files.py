@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .adapter_file import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
+from .adapter_config import CONFIG_NAME
+from .adapter_file import WEIGHTS_NAME, check_adapter_file
 
 __all__ = ["PICKLE_NAME", "check_folder_weights", "check_hub_weights", "locate_adapter"]
 

@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_written(path, monkeypatch, code):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("smn_peft.storage.atomic.open", refuse, raising=False)
+    monkeypatch.setattr("smn_peft.storage.files.open", refuse, raising=False)
     with pytest.raises(OSError, match=f"Cannot write {path}: {os.strerror(code)}.*choose another folder") as caught:
         with atomic_write(path):
             pytest.fail("the block must not run")
@@ -124,13 +124,3 @@ def test_a_private_file_stays_private_while_it_is_written(path):
     path.chmod(0o600)
     with atomic_write(path):
         assert {stat.S_IMODE(each.stat().st_mode) for each in path.parent.iterdir()} == {0o600}
-
-
-def test_a_temporary_name_that_is_taken(path, monkeypatch):
-    names = iter(["0" * 8, "1" * 8])
-    monkeypatch.setattr("secrets.token_hex", lambda _: next(names))
-    taken = path.with_name(".file.bin.00000000")
-    taken.write_bytes(b"another writer's")
-    with atomic_write(path) as file:
-        file.write(b"new")
-    assert (path.read_bytes(), taken.read_bytes()) == (b"new", b"another writer's")

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The codes of one layer's bits, and the choice of the cheapest: constant, gaps between the minority, or packed bytes.
+
+A gap is how many bits of the majority stand before a bit of the minority. It is split into its low k bits, stored raw
+as k bit planes, and its high part, bytes that DEFLATE codes by Huffman alone: 255 adds 255 and goes on. k leaves the
+high part a mean of about 16 to 32, where an alphabet of bytes costs nothing against the entropy and is cheap to read.
+A layer of few gaps may take a larger k (`shift`): fewer symbols make a smaller table of Huffman codes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...functional.compiled import compiled
+from ...functional.packing import packed_size
+from ..files import AdapterFileError
+
+__all__ = ["LayerCode", "accelerate", "decode_layer", "encode_layer"]
+
+_SPARSE = 0.32  # above this share of the minority packed bytes are always the smaller code
+_DENSE = 0.125  # and below this the gaps
+_FEW = 1 << 15  # up to so many gaps other numbers of low bits are tried
+_SHIFTS = 4
+_FASTER = 1.006  # packed bytes are read twice as fast as gaps of such shares: worth so much in size
+_GO_ON = 255
+_PIECE = 1 << 15  # symbols at a time: what is built from them stays in a core's cache
+_SLICE = 1 << 14
+_COUNTING = np.arange(_PIECE, dtype=np.int64)
+_BIT = np.array([128, 64, 32, 16, 8, 4, 2, 1], np.uint8)
+_TABLE = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
+_ONES: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = getattr(np, "bitwise_count", _TABLE.__getitem__)
+_MISFIT = "Coded masks do not fit their layer: the file is damaged. Fetch it again."
+
+
+class LayerCode(IntEnum):
+    """How a layer's bits are coded: the low three bits of the number in the file; above them is the gaps' shift."""
+
+    ALL_OFF = 0
+    ALL_ON = 1
+    GAPS_OF_OFF = 2
+    GAPS_OF_ON = 3
+    PACKED = 4
+
+
+_MAJORITY = {LayerCode.GAPS_OF_OFF: 255, LayerCode.GAPS_OF_ON: 0}
+"""Codes by gaps, and the bytes of their majority."""
+
+
+def popcount_bytes(packed: NDArray[np.uint8]) -> int:
+    """Number of bits that are on."""
+    return int(_ONES(packed).sum(dtype=np.int64))
+
+
+def encode_layer(packed: NDArray[np.uint8]) -> tuple[int, int, bytes]:
+    """Encode a layer's packed bits (size,) by the cheapest code, padding bits included.
+
+    Returns:
+        The code as the file has it, the number of bits that are on, and the payload, empty if all bits are equal.
+    """
+    total, active = 8 * len(packed), popcount_bytes(packed)
+    if active in (0, total):
+        return (LayerCode.ALL_ON if active else LayerCode.ALL_OFF), active, b""
+    code = LayerCode.GAPS_OF_ON if 2 * active <= total else LayerCode.GAPS_OF_OFF
+    share = min(active, total - active) / total
+    candidates: list[tuple[int, bytes]] = []
+    if share < _SPARSE:
+        minority = packed if code is LayerCode.GAPS_OF_ON else ~packed
+        positions = np.flatnonzero(np.unpackbits(minority))
+        for shift in range(_SHIFTS if len(positions) <= _FEW else 1):
+            candidates.append((code | shift << 3, encode_gaps(positions, total, shift)))
+    if share >= _DENSE or total < 1024:
+        candidates.append((LayerCode.PACKED, deflate(packed.tobytes())))
+    best, payload = min(candidates, key=lambda made: len(made[1]) * (1.0 if made[0] == LayerCode.PACKED else _FASTER))
+    return best, active, payload
+
+
+def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
+    """Decode a layer's packed bits.
+
+    Args:
+        code: A [`LayerCode`], with the shift above its three bits.
+        active: Number of bits that are on, as the file says.
+        payload: The layer's bytes in the file.
+        out: Filled in place, (size,) packed bytes.
+
+    Raises:
+        AdapterFileError: If the payload is damaged or disagrees with `active`; `out` then holds anything.
+    """
+    kind, shift, total = code & 7, code >> 3, 8 * len(out)
+    if kind not in set(LayerCode) or shift >= (_SHIFTS if kind in _MAJORITY else 1):
+        raise AdapterFileError(f"Coded masks use layer code {code}, which this smn_peft does not know: upgrade it.")
+    if kind in _MAJORITY:
+        majority = _MAJORITY[LayerCode(kind)]
+        count = total - active if majority else active
+        if not 0 < count < total:
+            raise AdapterFileError(_MISFIT)
+        out[:] = majority
+        decode_gaps(payload, total, count, shift, out)
+    elif kind == LayerCode.PACKED:
+        done = found = 0
+        for piece in inflate(payload, len(out)):
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+            found += popcount_bytes(piece)
+        if done != len(out) or found != active:
+            raise AdapterFileError(_MISFIT)
+    else:
+        if len(payload) or active not in (0, total):
+            raise AdapterFileError(_MISFIT)
+        out[:] = 255 if active else 0
+
+
+def low_bits(total: int, count: int, shift: int = 0) -> int:
+    """Raw low bits k of the gaps between `count` of `total` bits: ``max(0, floor(log2(ln 2 / p)) − 4 + shift)``.
+
+    In whole numbers (ln 2 ≈ 45426/65536), so that every machine says the same.
+    """
+    return max(0, (total * 45426 // (count * 65536)).bit_length() - 5 + shift)
+
+
+def encode_gaps(positions: NDArray[np.int64], total: int, shift: int = 0) -> bytes:
+    """Encode the positions of the minority.
+
+    Args:
+        positions: Sorted positions, at least one, below `total`.
+        total: Number of bits of the layer.
+        shift: Low bits beyond the usual k.
+
+    Returns:
+        k bit planes of ⌈count / 8⌉ bytes, then one DEFLATE stream.
+    """
+    k = low_bits(total, len(positions), shift)
+    gaps = np.diff(positions, prepend=-1) - 1
+    planes = [np.packbits((gaps >> bit & 1).astype(np.bool_)).tobytes() for bit in range(k)]
+    high = gaps >> k
+    lengths = high // _GO_ON + 1
+    symbols = np.full(int(lengths.sum()), _GO_ON, np.uint8)
+    symbols[np.cumsum(lengths) - 1] = high % _GO_ON
+    return b"".join([*planes, deflate(symbols.tobytes())])
+
+
+def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: NDArray[np.uint8]) -> None:
+    """Flip the coded bits of a packed layer in place.
+
+    Args:
+        payload: What [`encode_gaps`] gave.
+        total: Number of bits of the layer.
+        count: Number of coded positions, at least one.
+        shift: As it was coded with.
+        out: The layer as packed bytes; it holds the majority everywhere.
+
+    Raises:
+        AdapterFileError: If the payload is not the code of `count` positions below `total`.
+    """
+    k, size = low_bits(total, count, shift), packed_size(count)
+    if len(payload) < k * size:
+        raise AdapterFileError(_MISFIT)
+    low = np.zeros(count if k else 0, np.uint32)
+    for bit in range(k):
+        plane = np.frombuffer(payload[bit * size : (bit + 1) * size], np.uint8)
+        low |= np.unpackbits(plane, count=count).astype(np.uint32) << np.uint32(bit)
+    state = np.zeros(3, np.int64)
+    for symbols in inflate(payload[k * size :], count + total // _GO_ON + 1):
+        if len(symbols) and not _flip_gaps(symbols, low, k, state, out, total, count):
+            raise AdapterFileError(_MISFIT)
+    if state[1] != count or state[2]:
+        raise AdapterFileError(_MISFIT)
+
+
+def _flip_by_numpy(
+    symbols: NDArray[np.uint8],
+    low: NDArray[np.uint32],
+    k: int,
+    state: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    total: int,
+    count: int,
+) -> bool:
+    """Flip the bits that a piece of a stream of gaps names.
+
+    Args:
+        symbols: High parts, (n,), at least one.
+        low: Low parts of all gaps, (count,), empty where `k` is 0.
+        k: Number of low bits.
+        state: Changed in place: position that the open gap has reached, gaps found, whether a gap is open.
+        out: Packed bits.
+        total: Number of bits of the layer.
+        count: Number of gaps.
+
+    Returns:
+        Whether all of them fit the layer.
+    """
+    at, found = int(state[0]), int(state[1])
+    sums = np.cumsum(symbols, dtype=np.int64)
+    step = int(sums[-1]) << k
+    positions = sums if symbols.max() < _GO_ON else sums[symbols != _GO_ON]
+    number = len(positions)
+    if found + number > count:
+        return False
+    if number:
+        if k:
+            positions <<= k
+            lows = np.cumsum(low[found : found + number], dtype=np.int64)
+            positions += lows
+            step += int(lows[-1])
+        positions += _COUNTING[:number]
+        if at + int(positions[-1]) >= total:
+            return False
+        _flip_bits(out, at, positions)
+    state[:] = at + step + number, found + number, symbols[-1] == _GO_ON
+    return bool(state[0] <= total)
+
+
+def _flip_bits(out: NDArray[np.uint8], start: int, positions: NDArray[np.int64]) -> None:
+    """Flip sorted, distinct bits of packed bytes; positions count from `start`, and are overwritten."""
+    first = start >> 3
+    positions += start & 7
+    span = (int(positions[-1]) >> 3) + 1
+    if span < 4 * len(positions):  # dense: through a byte per bit
+        bits = np.zeros(8 * span, np.uint8)
+        bits[positions] = 1
+        out[first : first + span] ^= np.packbits(bits)
+        return
+    places = positions >> 3
+    values = _BIT[positions & 7]
+    starts = np.flatnonzero(np.diff(places, prepend=-1))
+    out[first:][places[starts]] ^= np.bitwise_or.reduceat(values, starts)
+
+
+def _flip_by_loop(
+    symbols: NDArray[np.uint8],
+    low: NDArray[np.uint32],
+    k: int,
+    state: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    total: int,
+    count: int,
+) -> bool:
+    """[`_flip_by_numpy`] symbol by symbol, for numba: the same bits and the same refusals."""
+    at, found, is_open = state[0], state[1], state[2]
+    for index in range(len(symbols)):
+        symbol = np.int64(symbols[index])
+        at += symbol << k
+        if symbol == 255:
+            is_open = 1
+            if at > total:
+                return False
+            continue
+        if found >= count:
+            return False
+        if k:
+            at += np.int64(low[found])
+        if at >= total:
+            return False
+        out[at >> 3] ^= np.uint8(128 >> (at & 7))
+        at += 1
+        found += 1
+        is_open = 0
+    state[0], state[1], state[2] = at, found, is_open
+    return True
+
+
+_flip_gaps: Callable[..., bool] = _flip_by_numpy
+
+
+def accelerate(on: bool = True) -> None:
+    """Decode gaps by a loop that numba compiles (1.6 to 1.9 × as fast), where it is installed, or by numpy again.
+
+    It pays where many masks are read, as in a server: importing numba and compiling take as long as numpy needs for
+    some hundred million weights.
+    """
+    global _flip_gaps
+    _flip_gaps = (compiled(_flip_by_loop) if on else None) or _flip_by_numpy
+
+
+def deflate(symbols: bytes) -> bytes:
+    """Huffman-code bytes, each on its own.
+
+    Repetitions are not looked for: on the symbols of a mask they are accidents, and plain DEFLATE is 8 % larger.
+    """
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(symbols) + coder.flush()
+
+
+def inflate(payload: memoryview, limit: int) -> Iterator[NDArray[np.uint8]]:
+    """Read the symbols of a payload in bounded pieces.
+
+    Args:
+        payload: One whole DEFLATE stream, and nothing after it.
+        limit: Symbols that the caller can use.
+
+    Raises:
+        AdapterFileError: If the stream is damaged, ends early, goes on after its end, or holds more than `limit`.
+    """
+    decoder, start, total = zlib.decompressobj(-15), 0, 0
+    while not decoder.eof:
+        data: bytes | memoryview = decoder.unconsumed_tail
+        if not data:
+            data = payload[start : start + _SLICE]
+            start += len(data)
+        try:
+            symbols = decoder.decompress(data, _PIECE)
+        except zlib.error as error:
+            raise AdapterFileError(
+                f"Coded masks are unreadable ({error}): the file is damaged. Fetch it again."
+            ) from error
+        if not symbols and not data:  # zlib may have read all of its input and still hold symbols back
+            raise AdapterFileError("Coded masks end early: the file is cut or damaged. Fetch it again.")
+        total += len(symbols)
+        if total > limit:
+            raise AdapterFileError("Coded masks hold more than their layer has: the file is damaged. Fetch it again.")
+        yield np.frombuffer(symbols, np.uint8)
+    if decoder.unused_data or start < len(payload):
+        raise AdapterFileError("Coded masks hold bytes after their end: the file is damaged. Fetch it again.")

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read files that came from elsewhere, regular ones only and within a limit, and replace files whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+__all__ = [
+    "MAX_JSON",
+    "AdapterFileError",
+    "atomic_write",
+    "check_regular",
+    "open_regular",
+    "read_bytes",
+    "read_json",
+    "to_disk",
+]
+
+MAX_JSON = 16 << 20
+"""Bytes of the largest JSON file that is read: the class names of ImageNet-21k take one million."""
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+class AdapterFileError(ValueError):
+    """An adapter's file, coded masks or config that cannot be trusted: truncated, damaged or hostile."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; a FIFO is refused at once, without waiting for a writer.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is a FIFO, a device, a socket or a folder.
+    """
+    # O_NONBLOCK so that opening a FIFO returns; it changes nothing for regular files.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket cannot be opened
+            raise _not_regular(path, stat.S_IFSOCK) from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise _not_regular(path, mode)
+    return open(descriptor, "rb")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Check a path that a library is about to open itself, as [`open_regular`] does, without opening it."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise _not_regular(path, mode)
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """Read a regular file of at most `limit` bytes, whole.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a regular file, or larger than `limit`.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            raise ValueError(f"{path} has {size:,} bytes; such a file has {limit:,} at most, so it is none.")
+        # Not more than was checked, should the file be growing.
+        return file.read() if limit is None else file.read(limit)
+
+
+def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
+    """Read a JSON file of at most `limit` bytes.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a regular file, larger than `limit`, nested too deeply, or not JSON.
+    """
+    data = read_bytes(path, limit)
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: it is nested too deeply. Copy it again.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
+
+
+def _not_regular(path: str | os.PathLike[str], mode: int) -> ValueError:
+    kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+    return ValueError(f"{path} is {kind} and no regular file: put the file itself there.")
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Write to a temporary file beside `path` and rename it to `path` when the block ends without an error.
+
+    The bytes are on the disk before the rename. After an error (a full disk, an exception in the block) the temporary
+    file is removed and `path` is unchanged.
+
+    Args:
+        path: The file to write; its folder must exist. A file there passes its permissions on.
+
+    Yields:
+        A binary file to write to.
+
+    Raises:
+        OSError: If the disk refuses; the message names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        mode: int | None = path.stat().st_mode & 0o777
+    except OSError:
+        mode = None
+
+    def create(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o666 if mode is None else 0o600)  # less the umask; private until it is whole
+
+    try:
+        file = open(temporary, "xb", opener=create)
+    except OSError as error:
+        message = f"Cannot write {path}: {error.strerror}. Free some space or choose another folder"
+        raise OSError(error.errno, message) from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if mode is not None:
+            os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            message = f"Cannot write {path}: {error.strerror}. The old file, if any, is untouched"
+            raise OSError(error.errno, message) from error
+        raise
+
+
+def to_disk(path: str | os.PathLike[str]) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
