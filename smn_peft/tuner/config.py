@@ -28,7 +28,6 @@ from ..storage import (
     check_folder_weights,
     check_format_version,
     check_hub_weights,
-    finish_adapter_file,
 )
 
 __all__ = ["SMN", "MaskConfig", "check_preprocessing"]
@@ -263,7 +262,6 @@ class MaskConfig(PeftConfig):
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; save_pretrained writes into a folder.")
         os.makedirs(save_directory, exist_ok=True)
-        finish_adapter_file(weights, codec=self.codec, save_dtype="float32", base_fingerprint=self.base_fingerprint)
         values = self.to_dict()
         if (mapping := kwargs.pop("auto_mapping_dict", None)) is not None:
             values["auto_mapping"] = dict(mapping)

@@ -17,16 +17,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional.packing import packed_size
-from ..storage import (
-    SETTINGS_NAME,
-    AdapterFileError,
-    is_settings,
-    read_settings,
-    rounded,
-    settings_tensor,
-)
-from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
-from ..storage.repack import shared_prefix
+from ..storage import AdapterFileError, is_settings, purpose_of, read_settings, rounded, settings_tensor
+from ..storage.adapter_config import SETTINGS_NAME
+from ..storage.adapter_file import BASE_PREFIX, coded_masks
+from ..storage.codec import BLOB_NAME, decode_masks
+from ..storage.repack import pack_tensors, shared_prefix
 from .batch_norm import BatchNorm
 from .checks import check_base, fingerprints
 from .config import MaskConfig
@@ -35,8 +30,6 @@ from .wrapper import AdapterLayer, Slot, adapter_layers
 
 __all__ = ["bare_key", "check_pair", "entries_of", "loaded_entries", "reload_entries", "round_extras"]
 
-BASE_PREFIX = "base_model.model."
-"""What a `PeftModel` puts before the base model's paths."""
 _PREFIX = "smn_"
 
 
@@ -112,63 +105,61 @@ def entries_of(
         own = layer.to_checkpoint(adapter_name, prefix, state_dict)
         entries.update({f"{names[layer]}{key.removeprefix(prefix)}": value for key, value in own.items()})
     config.take_fingerprints(*fingerprints(model, adapter_name, config))
-    _round(config.save_dtype, entries, [key for key in entries if "running_" in key.rpartition(f"{_PREFIX}")[2]])
-    _round(config.save_dtype, state_dict, [key for key in state_dict if f".modules_to_save.{adapter_name}." in key])
+    suffix = f".{adapter_name}"
+    masks = [key for key in entries if purpose_of(key.removesuffix(suffix)) == "mask"]
+    heads = [key for key in state_dict if f".modules_to_save{suffix}." in key]
+    changed = _round(config.save_dtype, state_dict, heads)
+    changed += _round(config.save_dtype, entries, [key for key in entries if "smn_running_" in key])
+    if changed:
+        warnings.warn(
+            f"{changed} values of head and statistics were rounded to {config.save_dtype} on saving: the file is not "
+            "what was evaluated. Call smn_peft.round_extras(model) before the evaluation.",
+            stacklevel=5,
+        )
     if config.unmasked_fingerprint is not None:  # an adapter of an earlier release keeps its file as it was
         prefix = BASE_PREFIX if next(iter(layers), "").startswith(BASE_PREFIX) else ""
-        entries[f"{prefix}{SETTINGS_NAME}.{adapter_name}"] = settings_tensor(config.to_dict())
-    return entries if config.codec == "bits" else _coded(model, entries, adapter_name, config.codec)
+        rest = [value for key, value in entries.items() if key not in masks]
+        rest += _saved_whole(model, adapter_name, state_dict)
+        entries[f"{prefix}{SETTINGS_NAME}{suffix}"] = settings_tensor(config.to_dict(), rest)
+    if config.codec == "bits" or not masks:
+        return entries
+    packed = {key.removesuffix(suffix): entries.pop(key) for key in masks}
+    coded = pack_tensors(packed, _Selected(_places(model, adapter_name), adapter_name, shared_prefix(packed)))
+    return {**entries, **{f"{key}{suffix}": value for key, value in coded.items()}}
 
 
-def _round(save_dtype: str, tensors: dict[str, Tensor], keys: list[str]) -> None:
+def _saved_whole(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> list[Tensor]:
+    """Tensors of the adapter's `modules_to_save`, which PEFT adds to its file."""
+    found: list[Tensor] = []
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}."
+            own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+            found += module.adapter_state_dict(adapter_name, own).values()
+    return found
+
+
+def _round(save_dtype: str, tensors: dict[str, Tensor], keys: list[str]) -> int:
+    """Round some of the tensors; returns how many values changed."""
     changed = 0
     for key in keys:
         narrow = rounded(key, tensors[key], save_dtype)
         if narrow is not tensors[key]:
             changed += int((narrow.to(tensors[key].dtype) != tensors[key]).sum())
             tensors[key] = narrow
-    if changed:
-        warnings.warn(
-            f"{changed} values of head and statistics were rounded to {save_dtype} on saving: the file is not what "
-            "was evaluated. Call smn_peft.round_extras(model) before the evaluation.",
-            stacklevel=6,
-        )
-
-
-def _coded(model: nn.Module, entries: Mapping[str, Tensor], adapter_name: str, codec: str) -> dict[str, Tensor]:
-    """Replace the packed masks among an adapter's entries by one blob.
-
-    The blob's key carries the part of the path that all masked layers share, and the blob the rest: a `key_mapping`
-    that renames the shared part does for a coded file what it does for any other.
-    """
-    suffix = f".{adapter_name}"
-    places = {key: place for key, place in _places(model, adapter_name).items() if f"{key}{suffix}" in entries}
-    if not places:
-        return dict(entries)
-    masks = {key: entries[f"{key}{suffix}"] for key in places}
-    shared = shared_prefix(masks)
-    base = _Selected({key.removeprefix(shared): place for key, place in places.items()}, adapter_name)
-    packed = {key.removeprefix(shared): _to_numpy(value) for key, value in masks.items()}
-    blob = torch.from_numpy(np.frombuffer(encode_masks(packed, codec, base), np.uint8).copy())
-    rest = {key: value for key, value in entries.items() if key.removesuffix(suffix) not in places}
-    return {**rest, f"{shared}{BLOB_NAME}{suffix}": blob}
+    return changed
 
 
 class _Selected:
-    """Which weights an adapter masks: what the codec asks of the base."""
+    """Which weights of a layer an adapter masks, by the layer's name in a blob: what the codec asks of the base."""
 
-    def __init__(self, places: Mapping[str, _Place], adapter_name: str) -> None:
-        self._places, self._adapter_name = places, adapter_name
+    def __init__(self, places: Mapping[str, _Place], adapter_name: str, shared: str) -> None:
+        self._places, self._adapter_name, self._shared = places, adapter_name, shared
 
     def selected(self, name: str) -> NDArray[np.bool_] | None:
-        layer, slot = self._places[name]
+        layer, slot = self._places[f"{self._shared}{name}"]
         chosen = layer.trainable(self._adapter_name, slot)
-        return None if chosen is None else _to_numpy(chosen).reshape(-1)
-
-
-def _to_numpy(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.detach().cpu().contiguous().numpy()
-    return array
+        return None if chosen is None else chosen.cpu().numpy().reshape(-1)
 
 
 # --- Loading ---------------------------------------------------------------------------------------------------------
@@ -272,29 +263,25 @@ def _is_embedding(model: nn.Module, module: nn.Module) -> bool:
 
 def _decoded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Replace a blob among the tensors of an adapter's file by the packed masks that it codes, one per layer."""
+    if (coded := coded_masks(state_dict)) is None:
+        return dict(state_dict)
+    prefix, blob = coded
+    shared = prefix.removeprefix(BASE_PREFIX)
     places = {key.removeprefix(BASE_PREFIX): place for key, place in _places(model, adapter_name).items()}
-    result = dict(state_dict)
-    for key in [key for key in result if key.rpartition(".")[2] == BLOB_NAME]:
-        tensor, shared = result.pop(key), key.removesuffix(BLOB_NAME)
-        if tensor.dtype != torch.uint8:
-            raise TypeError(f"{key} is {tensor.dtype}, coded masks are uint8. The file is damaged: fetch it again.")
-        blob = MaskBlob.parse(_to_numpy(tensor).data)
-        bare = shared.removeprefix(BASE_PREFIX)
-        found = {f"{bare}{entry.name}": entry.size for entry in blob.entries}
-        if found.keys() != places.keys():
-            raise _misfit(sorted(places.keys() - found.keys()), sorted(found.keys() - places.keys()))
-        for name, size in found.items():
-            numel = places[name].layer.base_tensor(places[name].slot).numel()
-            if size != packed_size(numel):
-                raise ValueError(
-                    f"{name} codes {size} bytes, but the base weight has {numel} entries and takes "
-                    f"{packed_size(numel)}. The adapter was made for another architecture: load the base model that "
-                    "its adapter_config.json names."
-                )
-        base = _Selected({entry.name: places[f"{bare}{entry.name}"] for entry in blob.entries}, adapter_name)
-        masks = decode_masks(blob, blob.size, base)  # every size is the base's
-        result.update({f"{shared}{name}": torch.from_numpy(bits).to(tensor.device) for name, bits in masks.items()})
-    return result
+    found = {f"{shared}{entry.name}": entry.size for entry in blob.entries}
+    if found.keys() != places.keys():
+        raise _misfit(sorted(places.keys() - found.keys()), sorted(found.keys() - places.keys()))
+    for name, size in found.items():
+        numel = places[name].layer.base_tensor(places[name].slot).numel()
+        if size != packed_size(numel):
+            raise ValueError(
+                f"{name} codes {size} bytes, but the base weight has {numel} entries and takes {packed_size(numel)}. "
+                "The adapter was made for another architecture: load the base model that adapter_config.json names."
+            )
+    device = state_dict[f"{prefix}{BLOB_NAME}"].device
+    masks = decode_masks(blob, blob.size, _Selected(places, adapter_name, shared))  # every size is the base's
+    rest = {key: value for key, value in state_dict.items() if key != f"{prefix}{BLOB_NAME}"}
+    return {**rest, **{f"{prefix}{name}": torch.from_numpy(bits).to(device) for name, bits in masks.items()}}
 
 
 # --- Settings: the weights file has what of the config decides the answers, since PEFT may load that file alone ------

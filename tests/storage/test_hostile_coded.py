@@ -39,7 +39,7 @@ def masks() -> dict[str, np.ndarray]:
 def data(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("coded") / "adapter.safetensors"
     tensors = {f"base_model.model.{BLOB_NAME}": blob(), HEAD: torch.arange(3.0)}
-    write_adapter_file(path, tensors, "float32:00")
+    write_adapter_file(path, tensors)
     return path.read_bytes()
 
 
@@ -131,7 +131,7 @@ def blob() -> torch.Tensor:
 
 def test_a_file_can_be_verified_wherever_its_blob_is(tmp_path):
     for name in ("base_model.model.smn_masks", "smn_masks"):
-        write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob()}, None)
+        write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob()})
         assert any("checksum" in fact for fact in verify_adapter_file(tmp_path))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import warnings
@@ -12,12 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from smn_peft import MaskConfig, round_extras
-from smn_peft.storage import WEIGHTS_NAME, AdapterFileError, adapter_sizes, pack_adapter, read_metadata, unpack_adapter
+from smn_peft.storage import (
+    WEIGHTS_NAME,
+    AdapterFileError,
+    adapter_sizes,
+    check_adapter_file,
+    pack_adapter,
+    unpack_adapter,
+)
 
 from .cases import REPRESENTATIVES, Case, mask_bits, masked_model
 
@@ -103,16 +111,13 @@ def test_files_are_repacked_without_a_base(tmp_path):
     assert reload(tmp_path / "unpacked").peft_config["default"].codec == "bits"
 
 
-def test_the_header_says_what_the_file_holds(tmp_path):
-    model = adapter()
-    saved(model, tmp_path)
-    facts = read_metadata(tmp_path)
-    masks = model.base_model.masks().values()
-    assert facts["format"] == "pt"
-    assert (facts["smn_codec"], facts["smn_format"], facts["smn_bit_order"]) == ("entropy", "1", "big")
-    assert facts["smn_active"] == f"{sum(int(m.sum()) for m in masks)}/{sum(m.numel() for m in masks)}"
-    assert facts["smn_base"] == model.peft_config["default"].base_fingerprint
-    assert facts["smn_checksum"].startswith("crc32:")
+def test_the_checksum_is_of_what_peft_saves(tmp_path):
+    for codec in ("bits", "entropy"):
+        saved(adapter(codec), tmp_path / codec)
+        assert check_adapter_file(tmp_path / codec).endswith(" of 5")  # three statistics, weight and bias of the head
+    tensors = load_file(tmp_path / "bits" / WEIGHTS_NAME)
+    save_file({**tensors, "base_model.model.embed_tokens.weight": torch.ones(3)}, tmp_path / "file")
+    assert check_adapter_file(tmp_path / "file") is None  # PEFT adds embeddings to what it was computed of
 
 
 def test_several_coded_adapters_load_switch_and_train_on(tmp_path):
@@ -250,14 +255,19 @@ def test_values_beyond_fp16_are_refused(tmp_path):
             action()
 
 
-def test_damage_of_head_or_mask_is_found_on_loading(tmp_path):
-    data = saved(adapter(), tmp_path / "whole")
-    offset = 8 + struct.unpack_from("<Q", data)[0]
-    sizes = adapter_sizes(tmp_path / "whole")
-    for place in (offset, offset + sizes.statistics, len(data) - 1, len(data) - sizes.mask // 2):
-        shutil.copytree(tmp_path / "whole", tmp_path / "bent", dirs_exist_ok=True)
+@pytest.mark.parametrize("codec", ["bits", "entropy"])
+def test_damage_is_found_on_loading(codec, tmp_path):
+    data = saved(adapter(codec), tmp_path / "whole")
+    start = 8 + struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8:start])
+    del header["__metadata__"]
+    for name, entry in header.items():
+        if codec == "bits" and name.endswith("mask"):
+            continue
+        first, last = entry["data_offsets"]
         bent = bytearray(data)
-        bent[place] ^= 0x80
+        bent[start + (first + last) // 2] ^= 0x01
+        shutil.copytree(tmp_path / "whole", tmp_path / "bent", dirs_exist_ok=True)
         (tmp_path / "bent" / WEIGHTS_NAME).write_bytes(bent)
         model = base().eval()
         before = run(model)
@@ -274,7 +284,7 @@ def test_a_blob_of_another_dtype_is_refused(tmp_path):
     for bad in (tensors[key].float(), tensors[key].view(torch.int8)):
         from peft import set_peft_model_state_dict
 
-        with pytest.raises(TypeError, match="coded masks are uint8"):
+        with pytest.raises(AdapterFileError, match="coded masks are uint8"):
             set_peft_model_state_dict(model, {**tensors, key: bad})
 
 
