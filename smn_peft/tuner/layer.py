@@ -241,19 +241,23 @@ class MaskLayer(AdapterLayer):
 
     def effective(self, slot: Slot, names: Sequence[str]) -> Tensor:
         """Effective tensor of a slot under the named adapters: differentiable while something trains."""
-        holders, weight = self.holders(names, slot), self.base_tensor(slot)
-        if not holders:
-            return weight
-        learns = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a traced model is for inference
-        if learns and (weight.requires_grad or self._trains(slot, holders)):
-            return self._differentiable(slot, holders)
         cached = self._from_cache(names)
-        return self._build(slot, holders) if cached is None else cached[self.present_slots.index(slot)]
+        return self._compute(slot, names) if cached is None else cached[self.present_slots.index(slot)]
 
     def effective_tensors(self, names: Sequence[str]) -> tuple[Tensor, ...]:
         """Effective tensors of all slots, for [`run`]."""
         cached = self._from_cache(names)
-        return tuple(self.effective(slot, names) for slot in self.present_slots) if cached is None else cached
+        return tuple(self._compute(slot, names) for slot in self.present_slots) if cached is None else cached
+
+    def _compute(self, slot: Slot, names: Sequence[str]) -> Tensor:
+        holders, weight = self.holders(names, slot), self.base_tensor(slot)
+        if not holders:
+            return weight
+        scores = self.scores(slot)
+        trains = weight.requires_grad or any(name in scores and scores[name].requires_grad for name in holders)
+        if trains and torch.is_grad_enabled() and not torch.jit.is_tracing():  # a traced model is for inference
+            return self._differentiable(slot, holders)
+        return self._build(slot, holders)
 
     def _from_cache(self, names: Sequence[str]) -> tuple[Tensor, ...] | None:
         """Effective tensors of all slots, computed once; None where nothing may be cached."""
@@ -265,15 +269,10 @@ class MaskLayer(AdapterLayer):
         if cached is None or not cached.is_valid(self):
             if not CachedWeights.is_possible(self, names):
                 return None
-            holders = [(slot, self.holders(names, slot)) for slot in self.present_slots]
             with torch.inference_mode(False):  # what is cached serves a backward as well
-                tensors = (self._build(slot, own) if own else self.base_tensor(slot) for slot, own in holders)
-                self._cached = cached = CachedWeights(self, names, tuple(tensors))
+                tensors = tuple(self._compute(slot, names) for slot in self.present_slots)
+                self._cached = cached = CachedWeights(self, names, tensors)
         return cached.tensors
-
-    def _trains(self, slot: Slot, holders: Sequence[str]) -> bool:
-        scores = self.scores(slot)
-        return any(name in scores and scores[name].requires_grad for name in holders)
 
     def fused_arguments(self, names: Sequence[str]) -> tuple[Any, ...] | None:
         """Weight, scores, bias, spec and trainable weights for the fused autograd nodes of `functional.ops`.
@@ -289,7 +288,7 @@ class MaskLayer(AdapterLayer):
         (name,) = holders
         if not scores[name].requires_grad:
             return None
-        bias = self.effective(biases[0], names) if biases else None
+        bias = self._compute(biases[0], names) if biases else None
         return weight, scores[name], bias, self.smn_info[name].spec, self.trainable(name, slot)
 
     def _merged_spec(self, holders: Sequence[str]) -> MaskSpec:
