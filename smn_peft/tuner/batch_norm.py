@@ -93,7 +93,7 @@ class BatchNorm(AdapterLayer):
         return [name for name in names if name in self.statistics("running_mean")]
 
     def _combined(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Statistics of those of the named adapters that have some: their own, or the mean over several."""
+        """Statistics of the named adapters that have some; the mean over several."""
         names = self._adapting(names)
         if len(names) <= 1:
             return self.statistics_of(names[0]) if names else {}
@@ -104,7 +104,7 @@ class BatchNorm(AdapterLayer):
         """An attribute of the base layer; statistics are those that the layer normalises by."""
         if name not in STATISTICS:
             return super().of_base(name)
-        self.take_out_merged()
+        self.unmerge_if_disabled()
         statistics = {} if self._disable_adapters or self.merged else self._combined(self.active_adapters)
         return statistics[name] if name in statistics else super().of_base(name)
 
@@ -187,7 +187,7 @@ class BatchNorm(AdapterLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, …) -> the same, normalised by the active adapter's or the base's statistics."""
-        self.take_out_merged()
+        self.unmerge_if_disabled()
         if self._disable_adapters or self.merged_adapters:
             return self.get_base_layer()(x)  # type: ignore[no-any-return]
         if (rows := rows_in_force(self)) is None:
@@ -236,7 +236,7 @@ class BatchNorm(AdapterLayer):
 
 
 def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
-    """What torch's own BatchNorm does, with other statistics, without the detour of giving it these for one call."""
+    """Compute torch's BatchNorm with other statistics; quicker than [`call_with`]."""
     base._check_input_dim(x)
     if base.training:
         statistics["num_batches_tracked"].add_(1)
@@ -246,7 +246,7 @@ def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, 
 
 
 def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, active_adapters: list[str]) -> None:
-    """Put the policy of an adapter on every BatchNorm of a model, but for those in `modules_to_save`."""
+    """Add an adapter's policy to every BatchNorm of a model except those in `modules_to_save`."""
     held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
     saved = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     own = tuple(f"{name}." for name, module in saved if adapter_name in module.modules_to_save)
@@ -268,9 +268,9 @@ def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, act
 
 @contextmanager
 def bare_norms(model: nn.Module, config: MaskConfig) -> Iterator[None]:
-    """Inside, the base's own BatchNorms stand in the modules that an adapter trains whole, so that copies have them.
+    """Unwrap the BatchNorms in `modules_to_save` for the block, so that PEFT copies the base's own.
 
-    Afterwards the other adapters' wrappers are where they were, or in the original that PEFT keeps beside its copies.
+    Afterwards the wrappers are where they were, or in the original that PEFT keeps beside its copies.
     """
     ends = tuple(config.modules_to_save or ())
     copied = tuple(f"{name}." for name, _ in model.named_modules() if name and ends and name.endswith(ends))

@@ -27,7 +27,7 @@ class ScoreDict(nn.ParameterDict):
     """
 
     def __getitem__(self, key: str) -> nn.Parameter:
-        """Scores of an adapter, read in every forward: without `nn.ParameterDict`'s detour."""
+        """Scores of an adapter; quicker than `nn.ParameterDict`'s own, since every forward reads them."""
         own = self._parameters.get(key)
         return self.__dict__[key] if own is None else own  # a replica of nn.DataParallel has attributes
 
@@ -155,7 +155,7 @@ class CachedWeights:
 
     @staticmethod
     def is_possible(layer: MaskLayer, names: Sequence[str]) -> bool:
-        """Whether nothing that the layer's effective tensors are made of may train, or change unseen."""
+        """Whether no source of the effective tensors may train, or change without moving a version."""
         for slot in layer.present_slots:
             weight, holders = layer.base_tensor(slot), layer.holders(names, slot)
             owner, _, attribute = slot.path.rpartition(".")
@@ -169,7 +169,7 @@ class CachedWeights:
         return True
 
     def is_valid(self, layer: MaskLayer) -> bool:
-        """Whether the same sources, unchanged, would give the active adapters' tensors again."""
+        """Whether the active adapters and all sources are the same and unchanged."""
         if layer._active_adapter != self.active or layer._modules["base_layer"] is not self.base:
             return False
         for info, spec in self.specs:

@@ -163,7 +163,7 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
 
 
 def _check_recomputed(name: str, module: nn.Module, path: str) -> None:
-    """Refuse a tensor that hooks make anew for every forward, from others."""
+    """Refuse a tensor that hooks compute before every forward."""
     owner, _, attribute = path.rpartition(".")
     layer = module.get_submodule(owner)
     if attribute in layer._parameters:
@@ -243,7 +243,7 @@ def unmasked_fingerprint(model: nn.Module, masked: Collection[str], config: Mapp
 
 
 def unmasked_tensors(model: nn.Module, masked: Collection[str], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that an adapter's features depend on beside the masked ones, by their names in the bare model.
+    """Tensors that an adapter's features depend on beside the masked ones, by name in the bare model.
 
     Left out are heads and `modules_to_save`, which may be replaced; with ``batch_norm="adapt"`` the statistics, of
     which the adapter has its own; whatever has to do with positions, which are resampled for other sizes of images;

@@ -153,7 +153,7 @@ class MaskConfig(PeftConfig):
         self._check_numbers()
 
     def _check_texts(self) -> None:
-        """Check what a file of anybody's may bring, before PEFT matches it with modules."""
+        """Bound names and patterns, which a file may bring, before PEFT matches them with modules."""
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             if isinstance(value := getattr(self, name), str):
                 check_pattern(name, value)
@@ -214,10 +214,10 @@ class MaskConfig(PeftConfig):
 
         An adapter that was saved without the second one was not compared by it, and does not get it in saving again.
         """
-        came_without = not self._has_own_fingerprint and self.base_fingerprint and not self.unmasked_fingerprint
+        was_saved_without = not self._has_own_fingerprint and self.base_fingerprint and not self.unmasked_fingerprint
         if masked is not None:
             self.base_fingerprint = masked
-            if unmasked is not None and not came_without:
+            if unmasked is not None and not was_saved_without:
                 self.unmasked_fingerprint, self._has_own_fingerprint = unmasked, True
 
     def mask_spec(self) -> MaskSpec:
@@ -342,7 +342,7 @@ def _cost(pattern: str) -> float:
 
 
 def _times(quantifier: str) -> tuple[float, float]:
-    """How often at least and at most."""
+    """Least and greatest number of repetitions."""
     if quantifier in "*+?":
         return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[quantifier]
     least, comma, most = quantifier[1:-1].partition(",")

@@ -36,8 +36,8 @@ class MaskLayer(AdapterLayer):
     the intersection of their masks, with the scale of the intersection. The effective weight of packed bits is
     computed once and cached; that of scores, which may train, is computed in every forward.
 
-    An adapter that trains has bits too from its injection to its first use, if a loader may write some: its initial
-    mask, in the place where transformers' own loader and PEFT's look for it. [`receive`] makes scores of what came.
+    Where a loader may write bits, an adapter that trains has some too until its first use: its initial mask, under the
+    key where transformers' own loader looks for it. [`consume_pending`] converts what the loader wrote to scores.
     """
 
     slots: tuple[Slot, ...] = (Slot("", "weight"), Slot("bias_", "bias", is_bias=True))
@@ -99,7 +99,7 @@ class MaskLayer(AdapterLayer):
     def mask(self, adapter_name: str, slot: Slot | None = None) -> Tensor:
         """Bool mask of an adapter on this layer, of the weight's shape."""
         slot = slot or self.present_slots[0]
-        self._settle()
+        self._ensure_loaded()
         if adapter_name in self.scores(slot):
             return self._mask_of_scores(adapter_name, slot, self.scores(slot)[adapter_name])
         weight = self.base_tensor(slot)  # in a replica on another device than the bits, unless they are the newest
@@ -111,7 +111,7 @@ class MaskLayer(AdapterLayer):
     def set_mask(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
         """Replace the mask of an adapter; one that trains gets the scores that [`scores_of_mask`] gives."""
         self._cached = None
-        self._settle()
+        self._ensure_loaded()
         packed = pack_bits(mask)
         if adapter_name in self.scores(slot):
             with torch.no_grad():
@@ -126,7 +126,7 @@ class MaskLayer(AdapterLayer):
         return scores_of_mask(self.smn_info[adapter_name].config, weight, mask)
 
     def _reach_density(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
-        """Set the density that a schedule has reached to that of a mask which was made under it."""
+        """Set the density of a schedule to that of a mask that was made under it."""
         if self.smn_info[adapter_name].config.density_schedule is not None and slot is self.present_slots[0]:
             taking_part = self.trainable(adapter_name, slot)
             self.update_density(adapter_name, density(mask if taking_part is None else mask[taking_part]))
@@ -361,12 +361,12 @@ class MaskLayer(AdapterLayer):
 
     @property
     def weight(self) -> Tensor:
-        """What the layer multiplies by: some models take it and never call the layer (timm's BEiT …)."""
+        """The effective weight: some models read it and never call the layer (timm's BEiT …)."""
         return self._in_use("weight")  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        """What the layer adds, None without a bias."""
+        """The effective bias, None without one."""
         return self._in_use("bias")  # type: ignore[no-any-return]
 
     def of_base(self, name: str) -> Any:
@@ -382,8 +382,8 @@ class MaskLayer(AdapterLayer):
         slot = next((slot for slot in self.present_slots if slot.path == path), None)
         if slot is None:
             return getattr(self.base_layer, path)
-        self._settle()
-        self.take_out_merged()
+        self._ensure_loaded()
+        self.unmerge_if_disabled()
         if self._disable_adapters or self.merged:
             return self.base_tensor(slot)
         rows = rows_in_force(self)
@@ -411,8 +411,8 @@ class MaskLayer(AdapterLayer):
             if cached.is_valid(self):
                 return self.run(cached.tensors, *args)
             self._cached = None
-        self._settle()
-        self.take_out_merged()
+        self._ensure_loaded()
+        self.unmerge_if_disabled()
         if self._disable_adapters:
             return self.base_layer(*args, **kwargs)
         if (rows := rows_in_force(self)) is not None:
@@ -447,7 +447,7 @@ class MaskLayer(AdapterLayer):
 
     def to_checkpoint(self, adapter_name: str, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bits, packed from the scores of an adapter that trains; the scores too with `save_scores`."""
-        self._settle()
+        self._ensure_loaded()
         entries: dict[str, Tensor] = {}
         for slot in self.slots_of(adapter_name):
             mask_key, scores_key = (f"{prefix}{name}.{adapter_name}" for name in (slot.mask_name, slot.scores_name))
@@ -493,8 +493,8 @@ class MaskLayer(AdapterLayer):
             result[f"{slot.scores_name}.{adapter_name}"] = scores
         return result
 
-    def loaded(self, adapter_name: str) -> None:
-        """Note that an adapter's masks have come, so that [`receive`] expects none."""
+    def mark_loaded(self, adapter_name: str) -> None:
+        """Record that an adapter's masks are loaded."""
         self.pending.discard(adapter_name)
         for slot in self.present_slots:
             if adapter_name in self.scores(slot):
@@ -515,19 +515,18 @@ class MaskLayer(AdapterLayer):
                         scores.copy_(self._scores_from_bits(name, slot, packed))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _settle(self) -> None:
+    def _ensure_loaded(self) -> None:
         if not self.pending:
             return
         if _is_exporting() and any(name in self.scores(slot) for slot in self.present_slots for name in self.pending):
             raise RuntimeError("Masks may have been loaded and not taken over: call the model once before its export.")
-        self.receive()
+        self.consume_pending()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def receive(self) -> bool:
-        """Turn the bits that a loader wrote for an adapter that trains into its scores; once, before the first use.
+    def consume_pending(self) -> bool:
+        """Convert bits that a loader wrote for a trainable adapter to its scores; once, before the first use.
 
-        Bits that are still the initial mask, or that the scores make, change nothing. Other threads wait until it is
-        done.
+        Bits that are the initial mask, or the mask of the scores, change nothing. Other threads wait until it is done.
 
         Returns:
             Whether any scores changed.
@@ -548,12 +547,12 @@ class MaskLayer(AdapterLayer):
                     )
                 for slot in self.slots_of(name):
                     if name in self.scores(slot) and name in self.bits(slot):
-                        changed |= self._take_over(name, slot, self.bits(slot)[name])
+                        changed |= self._consume(name, slot, self.bits(slot)[name])
                         del self.bits(slot)[name]
             self.pending = set()  # now, and not before: other threads look at it
             return changed
 
-    def _take_over(self, adapter_name: str, slot: Slot, packed: Tensor) -> bool:
+    def _consume(self, adapter_name: str, slot: Slot, packed: Tensor) -> bool:
         scores = self.scores(slot)[adapter_name]
         if "meta" in (scores.device.type, packed.device.type):
             return False
@@ -570,7 +569,7 @@ class MaskLayer(AdapterLayer):
         Raises:
             RuntimeError: If something is left to do that every replica would do on its own.
         """
-        if self.pending and self.receive():
+        if self.pending and self.consume_pending():
             raise RuntimeError(
                 "Masks were loaded and not taken over yet: call the model once before it is in nn.DataParallel."
             )

@@ -25,7 +25,7 @@ _ALTERNATIVES = "Use MaskBank.forward, or run one batch per adapter."
 
 
 class _Mixed(NamedTuple):
-    """What is in force."""
+    """A mixed batch that is running in this context."""
 
     rows: list[str] | None = None  # adapter of every row that a layer is given, or None while `name` is in force
     unrepeated: list[str] | None = None  # the same inside `encoder`, whose rows a beam search does not repeat
@@ -63,7 +63,7 @@ def name_in_force() -> str | None:
 
 
 def rows_in_force(layer: nn.Module) -> list[str] | None:
-    """Adapter of every row that this layer is given; None unless a mixed batch is told apart in the layers."""
+    """Adapter of every row of a layer's input; None unless rows are separated inside the layers."""
     mixed: _Mixed | None = _get() if _running else None
     if mixed is None:
         return None
@@ -120,7 +120,7 @@ def _pass_names(wrapper: Any, args: Any, kwargs: dict[str, Any] | None = None) -
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_groups(model: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> tuple[Any, Any] | None:
-    """Before the model runs: run it for every adapter but one. What follows is that one's forward."""
+    """Run the model for every adapter but the last; the forward that follows is the last one's."""
     mixed = _current.get()
     if mixed is None or mixed.rows is None or kwargs is None:  # as above
         return None
@@ -156,7 +156,7 @@ def _positions(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _take(inputs: Any, positions: list[int], count: int) -> Any:
-    """Arguments for some of the samples: tensors and lists that have a row for each sample are cut to theirs."""
+    """Select the samples at some positions from all tensors and lists that have a row for each sample."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() and len(value) == count:
@@ -200,7 +200,7 @@ def _join(outputs: Sequence[Any], positions: Sequence[list[int]]) -> Any:
 
 
 def _order(positions: Sequence[list[int]]) -> Tensor:
-    """Where the row of each sample is in the joined groups."""
+    """Index of each sample's row in the joined groups."""
     return torch.tensor([position for group in positions for position in group], device="cpu").argsort()
 
 
@@ -240,7 +240,7 @@ class MixedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let through what tells no value."""
+        """Allow functions that read no value."""
         with torch._C.DisableTorchFunctionSubclass():
             if func.__name__ in _TELL_NO_VALUE:
                 result = func(*args, **(kwargs or {}))

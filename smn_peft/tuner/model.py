@@ -174,7 +174,7 @@ class MaskModel(BaseTuner):
         else:
             entries = reload_entries(model, adapter_name, state_dict)
         for layer in layers:
-            layer.loaded(adapter_name)
+            layer.mark_loaded(adapter_name)
         return entries
 
     # --- What only masks have ----------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class MaskModel(BaseTuner):
             with _whole_or_nothing(self.model, adapter_name):
                 self.inject_adapter(self.model, adapter_name)
                 for layer in layers:
-                    layer.loaded(adapter_name)
+                    layer.mark_loaded(adapter_name)
                     for slot in layer.slots_of(adapter_name):
                         masks = torch.stack([layer.mask(name, slot) for name in names])
                         layer.set_mask(adapter_name, slot, combine_masks(masks, votes, combination_type))
@@ -366,7 +366,7 @@ def _hide_parts(model: nn.Module, hidden: bool) -> None:
 
 
 def _forbid_fast_path(layer: AdapterLayer) -> None:
-    """Keep torch's fused TransformerEncoderLayer from reading the frozen weights past a layer: it minds hooks only."""
+    """Disable torch's fused TransformerEncoderLayer, which reads the frozen weights: only a hook does that."""
     if not layer._forward_pre_hooks:
         layer.register_forward_pre_hook(_no_hook)
 
@@ -396,7 +396,7 @@ def _whole_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 def _discard(model: Any, adapter_name: str) -> None:
-    """Take an adapter off a `PeftModel` after its file turned out to be bad; the last one leaves the bare base."""
+    """Remove an adapter whose file is bad from a `PeftModel`; after the last one the bare base is left."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, BaseTuner):  # injected without a PeftModel: PEFT has nothing that could take it back
         return

@@ -37,12 +37,12 @@ _PREFIX = "smn_"
 
 
 def bare_key(key: str) -> str:
-    """A key without what FSDP and `torch.compile` put into it where they wrap a part of a model."""
+    """Remove what wrappers of FSDP and `torch.compile` put into a key."""
     return key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _file_names(model: nn.Module) -> dict[AdapterLayer, str]:
-    """Every adapted layer's prefix as an adapter's file has it: as if nothing else wrapped it or what it lies in."""
+    """Prefix of every adapted layer's keys in an adapter's file, where no other wrapper shows."""
     wholes = [f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     names: dict[AdapterLayer, str] = {}
     for name, module in model.named_modules():
@@ -73,7 +73,7 @@ def _places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
 
 
 def _at_every_place(model: nn.Module, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State-dict entries under every name that their layers have: one module may stand in several places."""
+    """Repeat entries under every name of their layers: one module may stand in several places."""
     names = {layer: f"{name}." for name, layer in adapter_layers(model)}
     for name, module in model.named_modules(remove_duplicate=False):
         first = names.get(module) if isinstance(module, AdapterLayer) else None
@@ -89,7 +89,7 @@ def _at_every_place(model: nn.Module, entries: dict[str, Tensor]) -> dict[str, T
 def entries_of(
     model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What an adapter's file holds of its layers; the fingerprints of the base are put into the config.
+    """Collect what an adapter's file holds of its layers, and store the base's fingerprints in the config.
 
     Args:
         model: Model with the adapter.
@@ -151,7 +151,7 @@ def _round(save_dtype: str, tensors: dict[str, Tensor], keys: list[str]) -> int:
 
 
 class _Selected:
-    """Which weights of a layer an adapter masks, by the layer's name in a blob: what the codec asks of the base."""
+    """Weights that an adapter masks, by the layer's name in a blob: what the codec asks of the base."""
 
     def __init__(self, places: Mapping[str, _Place], adapter_name: str, shared: str) -> None:
         self._places, self._adapter_name, self._shared = places, adapter_name, shared
@@ -166,7 +166,7 @@ class _Selected:
 
 
 def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's entries as the model's state dict wants them: buffers for inference, scores for training.
+    """Convert a file's entries to the model's state dict: buffers for inference, scores for training.
 
     Args:
         model: Model with the adapter.
@@ -231,7 +231,7 @@ def _misfit(missing: list[str], strange: list[str]) -> ValueError:
 
 
 def _unused(entries: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> list[str]:
-    """What a file has for a layer and the layer does not take; of a mask's scores and bits it may take either."""
+    """Entries of a file that its layer does not use; of scores and bits it may use either."""
 
     def what(key: str) -> str:
         return key.partition(".")[0].replace("scores", "mask")
@@ -241,7 +241,7 @@ def _unused(entries: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> list
 
 
 def _is_of_base(model: nn.Module, key: str) -> bool:
-    """Whether a loader would write a file's tensor over the frozen base's: only PEFT's embeddings may come so."""
+    """Whether a file's tensor would overwrite one of the frozen base, as only PEFT's embeddings may."""
     path, _, attribute = key.rpartition(".")
     for owner in (path, path.removeprefix(BASE_PREFIX)):
         module, copied = model, False
@@ -296,7 +296,7 @@ def _settings_in(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_pair(config: MaskConfig, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse a config and a weights file of two adapters, as a copy or a save that was broken off leaves them.
+    """Refuse a config and a weights file of two adapters, as an interrupted copy or save leaves them.
 
     Raises:
         AdapterFileError: If what decides the answers is not the same in both.
@@ -328,7 +328,7 @@ def reload_entries(model: Any, adapter_name: str, state_dict: Mapping[str, Tenso
 
 @contextmanager
 def _under_settings(model: Any, adapter_name: str, settings: Mapping[str, Any]) -> Iterator[MaskConfig]:
-    """Give an adapter the settings of a file; if the block fails, it has its own again."""
+    """Apply a file's settings to an adapter; if the block fails, restore its own."""
     config: MaskConfig = model.peft_config[adapter_name]
     if all(getattr(config, name) == value for name, value in settings.items()):
         yield config

@@ -101,7 +101,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self.of_base(name)
 
     def of_base(self, name: str) -> Any:
-        """An attribute of the base layer, as it is for this layer."""
+        """An attribute of the base layer, with its value in this layer."""
         base = self._modules["base_layer"]
         known = (alias for alias in (name, *_SIZES.get(name, ())) if hasattr(base, alias))
         return getattr(base, next(known, name))
@@ -115,7 +115,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         active = self._active_adapter
         return [active] if isinstance(active, str) else active
 
-    def take_out_merged(self) -> None:
+    def unmerge_if_disabled(self) -> None:
         """Unmerge if adapters are disabled; other threads wait until the base is as it was."""
         if self._disable_adapters and self.merged_adapters:
             with STATE_LOCK:
@@ -123,11 +123,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                     self.unmerge()
 
     def unmerged(self) -> dict[int, Tensor | None]:
-        """Own values of the base's tensors that adapters are merged into, by the tensor's id; None if inexact."""
+        """Values before merging of the base's tensors, by the tensor's `id`; None if they come back rounded only."""
         raise NotImplementedError
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Modules of the layer, without its parts while PEFT looks for `modules_to_save` by the ends of names."""
+        """Modules of the layer; without its parts while PEFT looks for `modules_to_save`."""
         found = super().named_modules(*args, **kwargs)
         return islice(found, 1) if self.hides_parts else found
 
@@ -226,7 +226,7 @@ def _call_hook(hook: Callable[..., Any], module: nn.Module, view: nn.Module, *ar
 
 
 class _Replaced(TorchFunctionMode):
-    """Inside, in this thread, torch's functions take other tensors for the given ones."""
+    """Replace tensors in the arguments of torch's functions, in this thread."""
 
     def __init__(self, tensors: Mapping[int, Tensor]) -> None:
         super().__init__()
