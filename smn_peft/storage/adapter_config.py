@@ -172,11 +172,16 @@ def _to_json(values: Mapping[str, Any]) -> bytes:
 
 def _checksum(values: Mapping[str, Any], rest: Collection[Tensor]) -> str:
     """CRC-32 of settings and tensors, and the number of these; names do not count, which loaders may change."""
-    parts = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in rest]
     checksum = zlib.crc32(_to_json(values))
-    for part in sorted(zlib.crc32(part.data) if part.size else 0 for part in parts):
+    for part in sorted(map(_crc32, rest)):
         checksum = zlib.crc32(part.to_bytes(4, "little"), checksum)
     return f"crc32:{checksum:08x} of {len(rest)}"
+
+
+def _crc32(tensor: Tensor) -> int:
+    start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(data.view(torch.uint8).numpy().data, start) if data.numel() else start
 
 
 def read_settings(name: str, tensor: Tensor) -> dict[str, Any]:
