@@ -145,7 +145,7 @@ def test_scores_written_by_hand_before_the_first_forward_stay(build):
     assert all(torch.equal(parameter, old) for parameter, old in zip(scores, before, strict=True))
 
 
-@pytest.mark.parametrize("is_config_given", [False, True])
+@pytest.mark.parametrize("is_config_given", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_compiled_before_its_first_forward_has_what_was_loaded(build, tmp_path, is_config_given):
     expected = saved(build, tmp_path)
     model = build()
