@@ -13,7 +13,7 @@ Hooks of PEFT that this package overrides, and why PEFT's own do not do:
   in a file, and bits scores or buffers, checked.
 * `_enable_peft_forward_hooks`: mixed batches by `adapter_names`.
 * of layers, `_get_available_adapters` and `_move_adapter_to_device_of_base_layer`: PEFT's look at containers of
-  modules, and would cast scores to the base's dtype; of `nn.Module`, `_apply` (scores stay wide, the cache is emptied),
+  modules, and would cast scores to the base's dtype; of `nn.Module`, `_apply` (scores stay wide, the cache goes),
   `_load_from_state_dict` (bits become scores) and `_replicate_for_data_parallel` (nothing may be left to do).
 """
 

@@ -14,9 +14,9 @@ structure, not at a list of class names, so they hold for sizes and variants not
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -301,41 +301,24 @@ def stage_targets(model: nn.Module, target_modules: str | Iterable[str] | None, 
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One layer of the report.
+    """One layer of the report."""
 
-    Attributes:
-        name: Full name in the model; the parameter's name where a container holds it itself.
-        type: Class of the layer, "Parameter" for one held by a container.
-        shape: Shape of the (first) weight.
-        parameters: Number of values in the layer, biases included.
-        masked: Number of values that get a bit.
-        reason: "masked", or why not: "norm", "head", "embedding", "excluded", "modules_to_save", "not targeted" or
-            "unsupported type …".
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    parameters: int
-    masked: int
-    reason: str
+    name: str  # full name in the model; the parameter's name where a container holds it itself
+    type: str  # class of the layer, "Parameter" for one held by a container
+    shape: tuple[int, ...]  # of the (first) weight
+    parameters: int  # number of values in the layer, biases included
+    masked: int  # number of values that get a bit
+    reason: str  # "masked", or why not: "norm", "head", "embedding", "excluded", "modules_to_save", "not targeted" …
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What an adapter masks in a model; `str()` gives the table.
+    """What an adapter masks in a model; `str()` gives the table."""
 
-    Attributes:
-        rows: One per layer, in the model's order.
-        total_parameters: Values in the model, each once, adapters not counted.
-        packed_bytes: Size of the bit-packed masks, ⌈n/8⌉ per tensor.
-        note: Why nothing is masked, where the architecture has no default.
-    """
-
-    rows: tuple[TargetRow, ...]
-    total_parameters: int
-    packed_bytes: int
-    note: str = field(default="")
+    rows: tuple[TargetRow, ...]  # one per layer, in the model's order
+    total_parameters: int  # values in the model, each once, adapters not counted
+    packed_bytes: int  # size of the bit-packed masks, ⌈n/8⌉ per tensor
+    note: str = ""  # why nothing is masked, where the architecture has no default
 
     @property
     def masked_weights(self) -> int:
@@ -349,32 +332,27 @@ class TargetReport:
 
     def __str__(self) -> str:
         """The table and the totals."""
-        head = ("module", "type", "shape", "parameters", "masked", "")
-        lines = [
-            (row.name, row.type, "×".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.masked:,}", row.reason)
-            for row in self.rows
-        ]
-        widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-        align = ("<", "<", "<", ">", ">", "<")
-        table = [
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, align, widths, strict=True)).rstrip()
-            for line in [head, *lines]
-        ]
-        return "\n".join([*table, "", *self._totals(), *([self.note] if self.note else [])])
-
-    def _totals(self) -> list[str]:
-        masked = [row for row in self.rows if row.masked]
-        totals = []
-        for kind in dict.fromkeys(row.type for row in masked):
-            same = [row for row in masked if row.type == kind]
-            totals.append(f"{kind}: {len(same)} layers, {sum(row.masked for row in same):,} masked weights")
+        table = [("module", "type", "shape", "parameters", "masked", "")]
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape))
+            table.append((row.name, row.type, shape, f"{row.parameters:,}", f"{row.masked:,}", row.reason))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        pattern = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>><", widths, strict=True))
+        masked = Counter[str]()
+        for row in self.rows:
+            masked[row.type] += row.masked
+        layers = Counter(row.type for row in self.rows if row.masked)
         share = self.masked_weights / max(1, self.total_parameters)
-        return [
-            *totals,
+        lines = [
+            *(pattern.format(*line).rstrip() for line in table),
+            "",
+            *(f"{kind}: {number} layers, {masked[kind]:,} masked weights" for kind, number in layers.items()),
             f"masked: {self.masked_weights:,} of {self.total_parameters:,} parameters ({share:.2%})",
             f"adapter file: {self.packed_bytes / 1e6:.2f} MB packed; "
             f"scores while training: {self.score_bytes / 1e6:.2f} MB (fp32)",
+            self.note,
         ]
+        return "\n".join(lines if self.note else lines[:-1])
 
 
 def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = True) -> TargetReport:
