@@ -54,15 +54,9 @@ class CompressionRow:
 
 @dataclass(frozen=True)
 class CompressionTable:
-    """Compressors on the same masks, and on the same weights.
+    """Compressors on the same masks and weights: the uncompressed first, this package's codec last.
 
-    Attributes:
-        rows: One per compressor, the uncompressed first, this package's codec last.
-        mask_weights: Bits of the masks.
-        weight_count: Number of fp32 weights; 0 if there are none.
-        density: Fraction of mask bits that are on.
-        entropy: Entropy of the masks layer by layer, in bits per weight.
-        missing: Compressors that are not installed.
+    `entropy` is that of the masks layer by layer, in bits per weight; `missing` names what is not installed.
     """
 
     rows: tuple[CompressionRow, ...]
@@ -74,11 +68,7 @@ class CompressionTable:
 
 
 def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | None = None) -> CompressionTable:
-    """Compress masks, all layers in one string of packed bits, and weights by every installed compressor.
-
-    Args:
-        masks: Packed bits by name.
-        weights: fp32 weights as bytes, such as those of a fully fine-tuned model.
+    """Compress packed masks, all layers in one string, and fp32 weights as bytes by every installed compressor.
 
     Raises:
         ValueError: There is no mask.

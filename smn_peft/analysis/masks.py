@@ -33,15 +33,10 @@ _BLOCK = re.compile(
 
 @dataclass(frozen=True)
 class LayerDensity:
-    """Density of one masked tensor; the paper calls it sparsity.
+    """Density of one masked tensor, the fraction of its weights that is active; the paper calls it sparsity.
 
-    Attributes:
-        name: Name of the tensor in the model.
-        block: The block it lies in, "blocks.3" or "layer2.0"; "" outside of blocks.
-        kind: Its name within the block, "attn.qkv.weight" or "conv1.weight".
-        weights: Number of its weights.
-        density: Fraction that is active; after averaging the mean.
-        spread: Standard deviation over the averaged masks, None for one.
+    `block` is "blocks.3" or "layer2.0", and "" outside of blocks; `kind` is the name within the block, such as
+    "attn.qkv.weight". After averaging, `density` is the mean and `spread` the standard deviation; None for one mask.
     """
 
     name: str
@@ -89,15 +84,10 @@ def average_densities(runs: Sequence[Sequence[LayerDensity]]) -> list[LayerDensi
 
 @dataclass(frozen=True)
 class Similarity:
-    """Two masks of the same weights compared by their inactive weights, which are few.
+    """Two masks of the same weights, by name, compared by their inactive weights, which are few.
 
-    Attributes:
-        first: Name of the first mask.
-        second: Name of the second.
-        jaccard: Weights inactive in both over those inactive in either; 1 where neither has any.
-        jaccard_chance: The same, expected of random masks with each layer's own densities.
-        hamming: Fraction of the weights on which the masks differ.
-        hamming_chance: The same by chance.
+    `jaccard` is the weights inactive in both over those inactive in either, 1 where neither has any; `hamming` the
+    fraction of the weights on which the masks differ; `…_chance` is the same of random masks of the same densities.
     """
 
     first: str
@@ -209,7 +199,6 @@ def embedding_map(
         seed: t-SNE's.
 
     Raises:
-        ImportError: scikit-learn is not installed.
         ValueError: There are no labels, or fewer than 4 points.
     """
     try:

@@ -62,14 +62,6 @@ class Series:
     y: tuple[float, ...]
     spread: tuple[float, ...] = ()
 
-    def __post_init__(self) -> None:
-        for name in ("x", "y", "spread"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        if len(self.x) != len(self.y) or len(self.spread) not in (0, len(self.y)):
-            raise ValueError(
-                f"{self.label!r} has {len(self.x)} positions, {len(self.y)} values and {len(self.spread)} spreads."
-            )
-
 
 def _averaged(label: str, values: Mapping[float, Sequence[float]]) -> Series:
     """Mean at every position; standard deviation too if every position has several values."""
@@ -104,11 +96,7 @@ def _label_fraction(report: EvalReport) -> float:
 
 
 def low_shot_series(reports: Sequence[EvalReport]) -> list[Series]:
-    """A line per label: accuracy over the labelled fraction, in percent, from `low_shot_reports`' reports.
-
-    Raises:
-        ValueError: A report is not of a low-shot run.
-    """
+    """A line per label: accuracy over the labelled fraction, in percent; ValueError for other reports."""
     series = []
     for label in dict.fromkeys(report.label for report in reports):
         mine = sorted((report for report in reports if report.label == label), key=_label_fraction)
@@ -230,11 +218,8 @@ def plot_low_shot(series: Sequence[Series], path: PathLike, *, title: str = "") 
     """Draw accuracy over the labelled fraction, on a logarithmic axis (Figure 3)."""
     with canvas(path) as (axes,):
         _draw_points(axes, series)
-        ticks = sorted({x for line in series for x in line.x})
-        axes.set(xscale="log", xlabel="labelled training images (%)", ylabel="test accuracy (%)", title=title)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-        axes.legend(frameon=False)
+        axes.set(xlabel="labelled training images (%)", ylabel="test accuracy (%)", title=title)
+        _logarithmic(axes, sorted({x for line in series for x in line.x}))
 
 
 def plot_selective(
@@ -250,10 +235,16 @@ def plot_selective(
         _draw_points(axes, series)
         if frozen is not None:
             axes.axhline(100 * frozen, color="0.4", linestyle=":", label="frozen base")
-        axes.set(xscale="log", xlabel="weights that a mask may touch (%)", ylabel=ylabel, title=title)
-        ticks = [tick for tick in (0.1, 1, 10, 100) if tick >= min(x for line in series for x in line.x) / 2]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.legend(frameon=False)
+        axes.set(xlabel="weights that a mask may touch (%)", ylabel=ylabel, title=title)
+        least = min(x for line in series for x in line.x)
+        _logarithmic(axes, [tick for tick in (0.1, 1, 10, 100) if tick >= least / 2])
+
+
+def _logarithmic(axes: Any, ticks: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
 
 
 def plot_densities(groups: Mapping[str, Sequence[LayerDensity]], path: PathLike, *, title: str = "") -> None:

@@ -6,19 +6,17 @@ from __future__ import annotations
 from .card import merged_with, render_card, write_card
 from .errors import HubError
 from .facts import RUN_NAME, AdapterFacts, facts_of_folder
-from .push import PushPlan, full_bytes, plan_push, push_model, push_plan, push_run
+from .push import full_bytes, plan_push, push_model, push_run
 
 __all__ = [
     "RUN_NAME",
     "AdapterFacts",
     "HubError",
-    "PushPlan",
     "facts_of_folder",
     "full_bytes",
     "merged_with",
     "plan_push",
     "push_model",
-    "push_plan",
     "push_run",
     "render_card",
     "write_card",

@@ -62,11 +62,10 @@ def render_card(
 
     Args:
         facts: What is known.
-        where: Repository or folder that the code loads from.
-        subfolder: Folder of the task in the repository.
-        revision: Branch that the code loads, None for the default one.
-        license: The adapter's licence as the Hub spells it, such as "apache-2.0"; None: the card says that none is
-            named.
+        where: Repository or folder that the code loads from, with the task's `subfolder` and the `revision`.
+        subfolder: See `where`.
+        revision: See `where`.
+        license: The adapter's licence as the Hub spells it, such as "apache-2.0"; without, the card says so.
         tags: Tags to add.
     """
     own = f"The adapter: {license}." if license else "Whoever published the adapter named no licence."
@@ -309,10 +308,10 @@ def eval_result_files(reports: Sequence[EvalReport], task: str | None = None) ->
 
 
 def collection_card(text: str | None, repo_id: str, tasks: Mapping[str, AdapterFacts], existing: str | None) -> str:
-    """README.md at the root of a repository of many tasks: a table with a row per folder.
+    """README.md at the root of a repository of many tasks, with a row per folder in its table.
 
     Args:
-        text: The card to put the table into: that of an adapter at the root, or the one there is; None: a fresh one.
+        text: The card to put the table into, an adapter's at the root or the one there is; None: a fresh one.
         repo_id: Repository.
         tasks: The adapters that are pushed, by folder.
         existing: The README.md there is, for the rows of the other tasks.

@@ -82,7 +82,6 @@ class AdapterFacts:
     base: str = ""
     base_id: str | None = None
     base_revision: str | None = None
-    fingerprint: str | None = None
     full_bytes: int | None = None
     density: float | None = None
     dataset: str = ""
@@ -127,7 +126,6 @@ def facts_of_folder(
         base=shown_name(name),
         base_id=hub_id(base) or hub_id(name),
         base_revision=arguments.get("backbone_revision") or config.get("revision"),
-        fingerprint=config.get("base_fingerprint"),
         full_bytes=run.get("sizes", {}).get("full"),
         density=run.get("density"),
         dataset=dataset,

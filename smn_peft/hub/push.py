@@ -25,7 +25,7 @@ from .card import CARD_NAME, collection_card, eval_result_files, merged_with, ow
 from .errors import HTTPError, HubError, patiently
 from .facts import AdapterFacts, facts_of_folder, hub_id
 
-__all__ = ["PushPlan", "full_bytes", "plan_push", "push_model", "push_plan", "push_run"]
+__all__ = ["PushPlan", "full_bytes", "plan_push", "push_model", "push_run"]
 
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 logger = logging.get_logger(__name__)
@@ -33,19 +33,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class PushPlan:
-    """What a push would commit.
-
-    Attributes:
-        repo_id: Repository.
-        facts: Of each adapter, by its folder in the repository; "" is the root.
-        files: Path in the repository -> content or local file.
-        notes: What the user may want to know before it is public.
-    """
+    """What a push would commit."""
 
     repo_id: str
     facts: dict[str, AdapterFacts] = field(default_factory=dict)
+    """Of each adapter, by its folder in the repository; "" is the root."""
     files: dict[str, bytes | Path] = field(default_factory=dict)
+    """Path in the repository -> content or local file."""
     notes: list[str] = field(default_factory=list)
+    """What the user may want to know before it is public."""
 
     def text(self) -> str:
         """The files with their bytes, and the notes."""
@@ -164,9 +160,7 @@ def push_run(
     """
     plan = plan_push(folder, _full_name(repo_id, token, create_pr, revision), revision=revision, **options)
     message = commit_message or f"Upload mask {options.get('subfolder') or Path(folder).resolve().name}"
-    return push_plan(
-        plan, private=private, revision=revision, create_pr=create_pr, commit_message=message, token=token
-    )
+    return _send(plan, message, private=private, revision=revision, create_pr=create_pr, token=token)
 
 
 def push_model(
@@ -199,15 +193,9 @@ def push_model(
             plan = plan_push(folder, whole.repo_id, tags=tags or (), facts=facts, **options)
             whole.facts |= plan.facts
             whole.files |= plan.files
-        return push_plan(
-            whole,
-            commit_message=commit_message or f"Upload mask {', '.join(model.peft_config)}",
-            commit_description=commit_description,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-        )
+        message = commit_message or f"Upload mask {', '.join(model.peft_config)}"
+        commit: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
+        return _send(whole, message, commit_description, **commit)
 
 
 def full_bytes(model: PeftModel) -> int:
@@ -220,15 +208,15 @@ def full_bytes(model: PeftModel) -> int:
     )
 
 
-def push_plan(
+def _send(
     plan: PushPlan,
+    message: str,
+    description: str | None = None,
     *,
-    commit_message: str,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    commit_description: str | None = None,
-    token: str | bool | None = None,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    token: str | bool | None,
 ) -> CommitInfo:
     """Send a plan in one commit; arguments and errors as of [`push_run`]."""
     api = HfApi(library_name="smn_peft", token=token)
@@ -262,8 +250,8 @@ def push_plan(
         return api.create_commit(
             repo_id,
             operations,
-            commit_message=commit_message,
-            commit_description=commit_description,
+            commit_message=message,
+            commit_description=description,
             revision=revision,
             create_pr=create_pr,
             parent_commit=parent,

@@ -109,17 +109,11 @@ def _not_regular(path: str | os.PathLike[str], mode: int) -> ValueError:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Write to a temporary file beside `path` and rename it to `path` when the block ends without an error.
 
-    The bytes are on the disk before the rename. After an error (a full disk, an exception in the block) the temporary
-    file is removed and `path` is unchanged.
-
-    Args:
-        path: The file to write; its folder must exist. A file there passes its permissions on.
-
-    Yields:
-        A binary file to write to.
+    The bytes are on the disk before the rename, and the old file's permissions stay. After an error (a full disk, an
+    exception in the block) the temporary file is removed and `path` is unchanged.
 
     Raises:
-        OSError: If the disk refuses; the message names `path`.
+        OSError: If the disk refuses, or there is no such folder; the message names `path`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

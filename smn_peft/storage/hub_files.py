@@ -19,9 +19,7 @@ PICKLE_NAME = "adapter_model.bin"
 
 
 def locate_adapter(name: str, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Where an adapter lies on the disk; one on the Hub is downloaded into the Hub's cache.
-
-    Only the two files of an adapter are fetched, whatever else the repository holds.
+    """Find an adapter on the disk, or download its two files into the Hub's cache.
 
     Args:
         name: A safetensors file, a folder, or ``user/name`` on the Hub.
@@ -65,12 +63,7 @@ def check_folder_weights(folder: str | os.PathLike[str]) -> None:
 def check_hub_weights(repo_id: str, subfolder: str | None = None, **options: Any) -> None:
     """As [`check_folder_weights`], of a repository on the Hub; the file is then in the Hub's cache.
 
-    What cannot be fetched is left for PEFT to fetch and to report.
-
-    Args:
-        repo_id: ``user/name``.
-        subfolder: Folder of the adapter inside.
-        options: Of `hf_hub_download`: revision, token and so on.
+    What cannot be fetched is left for PEFT to fetch and to report. `options` are those of `hf_hub_download`.
     """
     revision, pickle = options.get("revision"), f"{subfolder}/{PICKLE_NAME}" if subfolder else PICKLE_NAME
     try:

@@ -58,8 +58,6 @@ def test_the_mean_is_over_what_all_have():
     for nothing in ([], [{1: 1.0}, {2: 1.0}]):
         with pytest.raises(ValueError, match="'c' have no position in common"):
             mean_curve("c", nothing)
-    with pytest.raises(ValueError, match="'a' has 2 positions, 1 values and 0 spreads"):
-        Series("a", (1, 2), (1,))
 
 
 def test_smoothing_is_trailing():

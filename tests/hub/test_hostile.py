@@ -82,7 +82,7 @@ def test_a_pickle_beside_the_masks_is_never_fetched(hub, folder):
 def test_a_damaged_file_of_the_hub_is_found_before_a_model_is_touched(hub, folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
     upload("user/cut", folder)
-    with pytest.raises(AdapterFileError, match="its header promises"):
+    with pytest.raises(AdapterFileError, match=r"cannot be read.*fetch it again"):
         MaskConfig.from_pretrained("user/cut")
 
 

@@ -95,7 +95,7 @@ def test_no_flipped_bit_gives_a_wrong_mask_or_head(data, tmp_path):
         bent[place >> 3] ^= 1 << (place & 7)
         found = read(bytes(bent))
         assert not wrong(found), place
-        assert place % 13 or not wrong(read_path(tmp_path / "adapter.safetensors", bytes(bent))), place
+        assert place % 41 or not wrong(read_path(tmp_path / "adapter.safetensors", bytes(bent))), place
         for name, (first, last) in ranges.items():
             refused[name] += found is None and first <= place >> 3 < last
     for name, (first, last) in ranges.items():  # the rest are bits that pad a stream
@@ -108,7 +108,7 @@ def test_random_overwrites_cost_no_memory(data, tmp_path):
     rng = np.random.default_rng(0)
     start = 8 + int.from_bytes(data[:8], "little")
     tracemalloc.start()
-    for _ in range(300):
+    for _ in range(150):
         bent = np.frombuffer(data, np.uint8).copy()
         first = int(rng.integers(start, len(data) - 1))
         bent[first : first + int(rng.integers(1, 9))] = rng.choice([0, 1, 127, 128, 255])
@@ -121,7 +121,7 @@ def test_random_overwrites_cost_no_memory(data, tmp_path):
 def test_decoding_takes_little_more_than_the_masks():
     rng = np.random.default_rng(0)
     for share in (0.999, 0.95, 0.8, 0.6):
-        packed = {"layer": np.packbits(rng.random(16_000_000) < share)}  # one layer: the hardest case
+        packed = {"layer": np.packbits(rng.random(5_000_000, dtype=np.float32) < share)}  # one layer: the hardest case
         blob = MaskBlob.parse(encode_masks(packed))
         tracemalloc.start()
         decode_masks(blob, blob.size)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
 from ..files import AdapterFileError
-from .layer import decode_layer, encode_layer
+from .layer import damaged, decode_layer, encode_layer
 
 __all__ = ["BLOB_NAME", "CODECS", "Base", "LayerEntry", "MaskBlob", "decode_masks", "encode_masks"]
 
@@ -39,7 +39,7 @@ _HEADER = struct.Struct("<4sBBHIIII")
 _MAX_TABLE = 1 << 26  # bytes: a million layers
 _COLUMNS = 4  # of 8 bytes
 _SELECTED = 0x80
-_DAMAGED = "The table of the coded masks is damaged: the file is cut or broken. Fetch it again."
+_TABLE = "have a table that is cut or broken"
 
 
 class Base(Protocol):
@@ -86,26 +86,19 @@ class MaskBlob:
     checksum: int
     """CRC-32 of the table and the decoded bits."""
     data: memoryview
-    """The whole blob."""
     table: bytes
     offset: int
     """Where the payloads start."""
 
     @classmethod
     def parse(cls, data: bytes | memoryview) -> MaskBlob:
-        """Read header and table; no payload is touched.
-
-        Raises:
-            AdapterFileError: If the blob is cut, damaged or of an unknown kind.
-        """
+        """Read header and table, no payload; AdapterFileError if they are cut, damaged or of an unknown kind."""
         view = memoryview(data).cast("B")
         if len(view) < _HEADER.size:
-            raise AdapterFileError(f"Coded masks of {len(view)} bytes are cut off. Fetch the file again.")
+            raise damaged(f"of {len(view)} bytes are cut off")
         magic, layout, number, zero, count, deflated, size, checksum = _HEADER.unpack_from(view)
         if magic != _MAGIC or zero:
-            raise AdapterFileError(
-                "What should be coded masks is something else: the file is damaged. Fetch it again."
-            )
+            raise damaged("are something else")
         if layout != LAYOUT_VERSION:
             raise AdapterFileError(
                 f"The masks are coded in layout {layout}; this smn_peft reads layout {LAYOUT_VERSION}. Upgrade it: "
@@ -119,14 +112,12 @@ class MaskBlob:
             )
         offset = _HEADER.size + deflated
         if offset > len(view):
-            raise AdapterFileError(f"Coded masks are cut off after {len(view)} bytes. Fetch the file again.")
+            raise damaged(f"are cut off after {len(view)} bytes")
         table = inflate_table(view[_HEADER.size : offset], size)
         entries = read_table(table, count)
         end = offset + sum(entry.length for entry in entries)
         if end != len(view):
-            raise AdapterFileError(
-                f"Coded masks have {len(view)} bytes, their table says {end}. Fetch the file again."
-            )
+            raise damaged(f"have {len(view)} bytes, their table says {end}")
         return cls(codec, tuple(entries), checksum, view, table, offset)
 
     @property
@@ -147,9 +138,7 @@ class MaskBlob:
     def decode_entry(self, entry: LayerEntry, base: Base | None = None) -> NDArray[np.uint8]:
         """Decode the packed bits (size,) of one layer; the checksum, which is of all layers, is not compared.
 
-        Args:
-            entry: One of `entries`. Whoever calls this has checked that `entry.size` is what can be.
-            base: What the base knows; see `needs_base`.
+        Whoever calls this has checked that `entry.size` is what can be.
 
         Raises:
             AdapterFileError: If the payload is damaged.
@@ -272,13 +261,13 @@ def read_table(raw: bytes, count: int) -> list[LayerEntry]:
     """Read the entries of a table of `count` layers; AdapterFileError if it does not hold what it should."""
     fixed = count * (1 + 8 * _COLUMNS)
     if len(raw) < fixed or not (count or len(raw) == 0):
-        raise AdapterFileError(_DAMAGED)
+        raise damaged(_TABLE)
     try:
         names = raw[fixed:].decode().split("\n") if count else []
     except UnicodeDecodeError as error:
-        raise AdapterFileError(_DAMAGED) from error
+        raise damaged(_TABLE) from error
     if len(names) != count or len(set(names)) != count or not all(names):
-        raise AdapterFileError(_DAMAGED)
+        raise damaged(_TABLE)
     planes = np.frombuffer(raw, np.uint8, count * 8 * _COLUMNS, count).reshape(_COLUMNS, 8, count)
     columns: NDArray[np.uint64] = planes.transpose(0, 2, 1).copy().view("<u8").reshape(_COLUMNS, count)
     entries, start = [], 0
@@ -286,7 +275,7 @@ def read_table(raw: bytes, count: int) -> list[LayerEntry]:
         size, left_out, inactive, length = numbers
         coded = size - left_out
         if max(numbers) >= 1 << 48 or coded < 0 or inactive > 8 * coded:
-            raise AdapterFileError(_DAMAGED)
+            raise damaged(_TABLE)
         code, selected = byte & ~_SELECTED, bool(byte & _SELECTED)
         entries.append(LayerEntry(name, size, coded, inactive, code, selected, start, length))
         start += length
@@ -305,7 +294,7 @@ def inflate_table(data: memoryview, size: int) -> bytes:
     try:
         raw = decoder.decompress(data, size + 1) if size <= _MAX_TABLE else b""
     except zlib.error as error:
-        raise AdapterFileError(_DAMAGED) from error
+        raise damaged(_TABLE) from error
     if len(raw) != size or not decoder.eof or decoder.unused_data:
-        raise AdapterFileError(_DAMAGED)
+        raise damaged(_TABLE)
     return raw

@@ -34,7 +34,6 @@ _COUNTING = np.arange(_PIECE, dtype=np.int64)
 _BIT = np.array([128, 64, 32, 16, 8, 4, 2, 1], np.uint8)
 _TABLE = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 _ONES: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = getattr(np, "bitwise_count", _TABLE.__getitem__)
-_MISFIT = "Coded masks do not fit their layer: the file is damaged. Fetch it again."
 
 
 class LayerCode(IntEnum):
@@ -49,6 +48,11 @@ class LayerCode(IntEnum):
 
 _MAJORITY = {LayerCode.GAPS_OF_OFF: 255, LayerCode.GAPS_OF_ON: 0}
 """Codes by gaps, and the bytes of their majority."""
+
+
+def damaged(what: str = "do not fit their layer") -> AdapterFileError:
+    """The error about coded masks that cannot be read."""
+    return AdapterFileError(f"Coded masks {what}: the file is damaged. Fetch it again.")
 
 
 def popcount_bytes(packed: NDArray[np.uint8]) -> int:
@@ -80,13 +84,13 @@ def encode_layer(packed: NDArray[np.uint8]) -> tuple[int, int, bytes]:
 
 
 def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
-    """Decode a layer's packed bits.
+    """Decode a layer's payload into `out`, (size,) packed bytes.
 
     Args:
         code: A [`LayerCode`], with the shift above its three bits.
         active: Number of bits that are on, as the file says.
         payload: The layer's bytes in the file.
-        out: Filled in place, (size,) packed bytes.
+        out: Overwritten.
 
     Raises:
         AdapterFileError: If the payload is damaged or disagrees with `active`; `out` then holds anything.
@@ -98,7 +102,7 @@ def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.ui
         majority = _MAJORITY[LayerCode(kind)]
         count = total - active if majority else active
         if not 0 < count < total:
-            raise AdapterFileError(_MISFIT)
+            raise damaged()
         out[:] = majority
         decode_gaps(payload, total, count, shift, out)
     elif kind == LayerCode.PACKED:
@@ -108,10 +112,10 @@ def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.ui
             done += len(piece)
             found += popcount_bytes(piece)
         if done != len(out) or found != active:
-            raise AdapterFileError(_MISFIT)
+            raise damaged()
     else:
         if len(payload) or active not in (0, total):
-            raise AdapterFileError(_MISFIT)
+            raise damaged()
         out[:] = 255 if active else 0
 
 
@@ -124,15 +128,9 @@ def low_bits(total: int, count: int, shift: int = 0) -> int:
 
 
 def encode_gaps(positions: NDArray[np.int64], total: int, shift: int = 0) -> bytes:
-    """Encode the positions of the minority.
+    """Encode the sorted positions of the minority, at least one, as k bit planes of ⌈count / 8⌉ bytes and one stream.
 
-    Args:
-        positions: Sorted positions, at least one, below `total`.
-        total: Number of bits of the layer.
-        shift: Low bits beyond the usual k.
-
-    Returns:
-        k bit planes of ⌈count / 8⌉ bytes, then one DEFLATE stream.
+    `total` is the number of bits of the layer, and `shift` the low bits beyond the usual k.
     """
     k = low_bits(total, len(positions), shift)
     gaps = np.diff(positions, prepend=-1) - 1
@@ -145,21 +143,14 @@ def encode_gaps(positions: NDArray[np.int64], total: int, shift: int = 0) -> byt
 
 
 def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: NDArray[np.uint8]) -> None:
-    """Flip the coded bits of a packed layer in place.
-
-    Args:
-        payload: What [`encode_gaps`] gave.
-        total: Number of bits of the layer.
-        count: Number of coded positions, at least one.
-        shift: As it was coded with.
-        out: The layer as packed bytes; it holds the majority everywhere.
+    """Flip the coded bits of a packed layer, which holds the majority everywhere, in place.
 
     Raises:
-        AdapterFileError: If the payload is not the code of `count` positions below `total`.
+        AdapterFileError: If the payload is not what [`encode_gaps`] makes of `count` positions below `total`.
     """
     k, size = low_bits(total, count, shift), packed_size(count)
     if len(payload) < k * size:
-        raise AdapterFileError(_MISFIT)
+        raise damaged()
     low = np.zeros(count if k else 0, np.uint32)
     for bit in range(k):
         plane = np.frombuffer(payload[bit * size : (bit + 1) * size], np.uint8)
@@ -167,9 +158,9 @@ def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: ND
     state = np.zeros(3, np.int64)
     for symbols in inflate(payload[k * size :], count + total // _GO_ON + 1):
         if len(symbols) and not _flip_gaps(symbols, low, k, state, out, total, count):
-            raise AdapterFileError(_MISFIT)
+            raise damaged()
     if state[1] != count or state[2]:
-        raise AdapterFileError(_MISFIT)
+        raise damaged()
 
 
 def _flip_by_numpy(
@@ -181,19 +172,10 @@ def _flip_by_numpy(
     total: int,
     count: int,
 ) -> bool:
-    """Flip the bits that a piece of a stream of gaps names.
+    """Flip the bits that a piece of a stream of gaps names, and return whether all of them fit the layer.
 
-    Args:
-        symbols: High parts, (n,), at least one.
-        low: Low parts of all gaps, (count,), empty where `k` is 0.
-        k: Number of low bits.
-        state: Changed in place: position that the open gap has reached, gaps found, whether a gap is open.
-        out: Packed bits.
-        total: Number of bits of the layer.
-        count: Number of gaps.
-
-    Returns:
-        Whether all of them fit the layer.
+    `symbols` are high parts, (n,), at least one; `low` the low parts of all gaps, (count,), empty where `k` is 0.
+    `state` is updated: position that the open gap has reached, gaps found, whether a gap is open.
     """
     at, found = int(state[0]), int(state[1])
     sums = np.cumsum(symbols, dtype=np.int64)
@@ -269,7 +251,7 @@ _flip_gaps: Callable[..., bool] = _flip_by_numpy
 
 
 def accelerate(on: bool = True) -> None:
-    """Decode gaps by a loop that numba compiles (1.6 to 1.9 × as fast), where it is installed, or by numpy again.
+    """Decode gaps by a loop that numba compiles (1.6 to 2.6 × as fast), where it is installed, or by numpy again.
 
     It pays where many masks are read, as in a server: importing numba and compiling take as long as numpy needs for
     some hundred million weights.
@@ -290,12 +272,8 @@ def deflate(symbols: bytes) -> bytes:
 def inflate(payload: memoryview, limit: int) -> Iterator[NDArray[np.uint8]]:
     """Read the symbols of a payload in bounded pieces.
 
-    Args:
-        payload: One whole DEFLATE stream, and nothing after it.
-        limit: Symbols that the caller can use.
-
     Raises:
-        AdapterFileError: If the stream is damaged, ends early, goes on after its end, or holds more than `limit`.
+        AdapterFileError: If it is not one whole DEFLATE stream of at most `limit` symbols.
     """
     decoder, start, total = zlib.decompressobj(-15), 0, 0
     while not decoder.eof:
@@ -306,14 +284,12 @@ def inflate(payload: memoryview, limit: int) -> Iterator[NDArray[np.uint8]]:
         try:
             symbols = decoder.decompress(data, _PIECE)
         except zlib.error as error:
-            raise AdapterFileError(
-                f"Coded masks are unreadable ({error}): the file is damaged. Fetch it again."
-            ) from error
+            raise damaged(f"are unreadable ({error})") from error
         if not symbols and not data:  # zlib may have read all of its input and still hold symbols back
-            raise AdapterFileError("Coded masks end early: the file is cut or damaged. Fetch it again.")
+            raise damaged("end early")
         total += len(symbols)
         if total > limit:
-            raise AdapterFileError("Coded masks hold more than their layer has: the file is damaged. Fetch it again.")
+            raise damaged("hold more than their layer has")
         yield np.frombuffer(symbols, np.uint8)
     if decoder.unused_data or start < len(payload):
-        raise AdapterFileError("Coded masks hold bytes after their end: the file is damaged. Fetch it again.")
+        raise damaged("hold bytes after their end")
