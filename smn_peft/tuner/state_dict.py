@@ -135,7 +135,7 @@ def _saved_whole(model: nn.Module, adapter_name: str, state_dict: Mapping[str, T
         if isinstance(module, AuxiliaryTrainingWrapper):
             prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}."
             own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-            found += module.adapter_state_dict(adapter_name, own).values()
+            found += module.adapter_state_dict(adapter_name, own).values()  # type: ignore[call-arg]
     return found
 
 
