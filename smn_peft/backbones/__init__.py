@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..tuner.base_name import base_name
+from ..tuner.checks import base_name
 from .backbone import Backbone, pooled_features
 from .classifier import Classifier, load_classifier
 from .from_file import is_file_spec, load_from_file, name_read_from

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..tuner.base_name import base_name
+from ..tuner.checks import base_name
 from .backbone import Backbone, pooled_features
 from .load import load_backbone
 

@@ -8,8 +8,7 @@ import warnings
 import torch
 
 from ..storage import fingerprint, tensor_digest
-from ..tuner.base_name import base_name
-from ..tuner.identity import unmasked_tensors
+from ..tuner.checks import base_name, unmasked_tensors
 from .live import LiveModel
 from .task import Task
 

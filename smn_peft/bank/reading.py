@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..storage import is_settings
 from ..storage.codec import BLOB_NAME
-from ..tuner.architectures import head_modules
 from ..tuner.batch_norm import has_statistics
 from ..tuner.forms import mask_layer_for
+from ..tuner.targets import head_modules
 from .live import LiveModel
 from .task import SPARSE_BELOW, Task, TaskMask
 from .unpacking import blob_in, decode_blob

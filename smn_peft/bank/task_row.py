@@ -88,11 +88,12 @@ class TaskRow:
         if adapter.config.get("codec", "bits") == "bits":
             tensors = unpack_tensors(tensors, MAX_UNPACKED)
         if adapter.config.get("unmasked_fingerprint") is not None:  # as PEFT's `save_pretrained` writes it
-            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config)
+            rest = [tensor for name, tensor in tensors.items() if purpose_of(name) != "mask"]
+            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config, rest)
         path.mkdir(parents=True, exist_ok=True)
         with atomic_write(begun) as file:
             file.write(self.config)
-        write_adapter_file(path / WEIGHTS_NAME, tensors, adapter.config.get("base_fingerprint"))
+        write_adapter_file(path / WEIGHTS_NAME, tensors)
 
     def check(self) -> None:
         """Decode the masks too, and compare the facts with what they are about.

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ..tuner.validation import check_preprocessing
+from ..tuner.config import check_preprocessing
 from .augmentation import Draws, Normalise, augmented_crop, to_float
 from .options import MultiCropOptions, SupervisedOptions
 

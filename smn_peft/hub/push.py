@@ -20,7 +20,7 @@ from peft import PeftModel
 from ..evaluation import EvalReport
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
 from ..tuner import MaskConfig
-from ..tuner._compat import SMN
+from ..tuner.config import SMN
 from .card import CARD_NAME, collection_card, eval_result_files, merged_with, own_words, render_card
 from .errors import HTTPError, HubError, patiently
 from .facts import AdapterFacts, facts_of_folder, hub_id

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "SETTINGS_NAME",
     "check_config",
     "check_format_version",
+    "check_settings",
     "is_settings",
     "read_config",
     "read_settings",
@@ -133,14 +135,53 @@ def is_settings(name: str) -> bool:
     return name.rpartition(".")[2] == SETTINGS_NAME
 
 
-def settings_tensor(config: Mapping[str, Any]) -> Tensor:
+def settings_tensor(config: Mapping[str, Any], rest: Collection[Tensor]) -> Tensor:
     """Encode the settings of a config as (bytes,) uint8 for the weights file, which PEFT may load without the config.
 
-    The bytes are JSON, the same for the same settings.
+    The bytes are JSON, the same for the same settings, with a checksum of them and of `rest`: the file's other tensors
+    but masks, which have one of their own where they are coded.
     """
     values = json.loads(json.dumps({name: config[name] for name in SETTINGS if name in config}))  # keys are texts now
-    text = json.dumps(values, separators=(",", ":"), sort_keys=True)
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    values["checksum"] = _checksum(values, rest)
+    return torch.frombuffer(bytearray(_to_json(values)), dtype=torch.uint8)
+
+
+def check_settings(where: object, tensor: Tensor, rest: Collection[Tensor]) -> str | None:
+    """Compare settings and `rest` with the checksum that [`settings_tensor`] wrote; returns it, None if there is none.
+
+    Nothing is compared where PEFT has added tensors after it was computed, as it does with embeddings.
+    """
+    try:
+        values = json.loads(tensor.numpy().tobytes())
+        expected = values.pop("checksum", None)
+    except (ValueError, RecursionError, AttributeError):
+        return None  # `read_settings` says what is wrong
+    if not isinstance(expected, str) or not expected.endswith(f" of {len(rest)}"):
+        return None
+    if (found := _checksum(values, rest)) != expected:
+        raise AdapterFileError(
+            f"{where}: settings, head and statistics have the checksum {found}, the file says {expected}: it is "
+            "damaged. Fetch it again."
+        )
+    return expected
+
+
+def _to_json(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, separators=(",", ":"), sort_keys=True).encode()
+
+
+def _checksum(values: Mapping[str, Any], rest: Collection[Tensor]) -> str:
+    """CRC-32 of settings and tensors, and the number of these; names do not count, which loaders may change."""
+    checksum = zlib.crc32(_to_json(values))
+    for part in sorted(map(_crc32, rest)):
+        checksum = zlib.crc32(part.to_bytes(4, "little"), checksum)
+    return f"crc32:{checksum:08x} of {len(rest)}"
+
+
+def _crc32(tensor: Tensor) -> int:
+    start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    return zlib.crc32(data.view(torch.uint8).numpy().data, start) if data.numel() else start
 
 
 def read_settings(name: str, tensor: Tensor) -> dict[str, Any]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..functional.packing import packed_size
-from .adapter_config import FORMAT_VERSION, is_settings
+from .adapter_config import check_settings, is_settings
 from .codec import BLOB_NAME, MaskBlob
 from .files import AdapterFileError, atomic_write, open_regular, read_bytes
 
 __all__ = [
     "BASE_PREFIX",
-    "REST_CHECKSUM",
     "SAVE_DTYPES",
     "WEIGHTS_NAME",
     "AdapterSizes",
@@ -32,11 +29,9 @@ __all__ = [
     "check_adapter_file",
     "check_packed",
     "coded_masks",
-    "finish_adapter_file",
     "parse_adapter_file",
     "purpose_of",
     "read_adapter_file",
-    "read_metadata",
     "rounded",
     "write_adapter_file",
 ]
@@ -44,8 +39,6 @@ __all__ = [
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names in the keys of an adapter's file."""
-REST_CHECKSUM = "smn_rest_checksum"
-"""Metadata key of the checksum of all tensors that are not masks; coded masks have one of their own."""
 SAVE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -146,8 +139,8 @@ def _unreadable(where: object, error: Exception) -> AdapterFileError:
     return AdapterFileError(f"{where} cannot be read: {error}. {_ADVICE}")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
-    """Entries by tensor name, which safetensors found to fit the file; metadata; bytes of the file."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Entries by tensor name, which safetensors found to fit the file, and the bytes of the file."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         text = file.read(_header_size(path, file.read(8), size))
@@ -156,34 +149,21 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int]:
             header = json.loads(text)
     except (SafetensorError, ValueError, OSError) as error:
         raise _unreadable(path, error) from error
-    metadata = header.pop("__metadata__", None) or {}
+    header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES or len(entry["shape"]) > _MAX_DIM:
             raise _unreadable(path, ValueError(f"{name!r} is {entry['dtype']} of {len(entry['shape'])} dimensions"))
-    return header, metadata, size
+    return header, size
 
 
-def _check_rest(where: object, metadata: Mapping[str, str], rest: Iterable[tuple[str, Tensor]]) -> None:
-    """Compare the tensors that are not masks, by name, with the file's checksum if it has one."""
-    expected = metadata.get(REST_CHECKSUM)
-    if expected is not None and (found := _rest_checksum(rest)) != expected:
-        raise AdapterFileError(
-            f"{where}: head and statistics have the checksum {found}, the file says {expected}: it is damaged. "
-            "Fetch it again."
-        )
+def _check_rest(where: object, tensors: Mapping[str, Tensor]) -> str | None:
+    """Compare the tensors that are not masks with the file's checksum; returns it, None if there is none."""
+    settings = [tensor for name, tensor in tensors.items() if is_settings(name)]
+    rest = [tensor for name, tensor in tensors.items() if purpose_of(name) != "mask" and not is_settings(name)]
+    return check_settings(where, settings[0], rest) if settings else None
 
 
-def _rest_checksum(rest: Iterable[tuple[str, Tensor]]) -> str:
-    """CRC-32 of the names and bytes of tensors that come sorted by name."""
-    checksum = 0
-    for name, tensor in rest:
-        checksum = zlib.crc32(name.encode(), checksum)
-        if tensor.numel():
-            checksum = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
-    return f"crc32:{checksum:08x}"
-
-
-def check_adapter_file(path: str | os.PathLike[str]) -> None:
+def check_adapter_file(path: str | os.PathLike[str]) -> str | None:
     """Check a file's header and size, and head and statistics against their checksum if it has one.
 
     Masks are not read: a coded file has their checksum where they are decoded.
@@ -191,22 +171,20 @@ def check_adapter_file(path: str | os.PathLike[str]) -> None:
     Args:
         path: The file, or the folder that holds `adapter_model.safetensors`.
 
+    Returns:
+        The checksum.
+
     Raises:
         AdapterFileError: If the file is truncated, its header is unreadable or does not fit it, or the checksum
             differs.
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
-    header, metadata, _ = _read_header(path)
-    if REST_CHECKSUM in metadata:
-        with safe_open(path, "pt") as file:
-            names = sorted(name for name in header if purpose_of(name) != "mask")
-            _check_rest(path, metadata, ((name, file.get_tensor(name)) for name in names))
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the ``__metadata__`` of a file's header, without its tensors; errors as of [`check_adapter_file`]."""
-    return _read_header(_weights_path(path))[1]
+    header, _ = _read_header(path)
+    if not any(map(is_settings, header)):
+        return None
+    with safe_open(path, "pt") as file:
+        return _check_rest(path, {name: file.get_tensor(name) for name in header if purpose_of(name) != "mask"})
 
 
 def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
@@ -228,23 +206,21 @@ def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -
 
 def parse_adapter_file(data: bytes, where: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
     """Parse the bytes of an adapter file; `where` names it in errors, the rest is as of [`read_adapter_file`]."""
-    length = _header_size(where, data[:8], len(data))
+    _header_size(where, data[:8], len(data))
     try:
         tensors = load(data)
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch does not have
         raise _unreadable(where, error) from error
     for name, tensor in tensors.items():
         if tensor.is_complex() or tensor.dim() > _MAX_DIM:
             raise _unreadable(where, ValueError(f"{name!r} is {tensor.dtype} of {tensor.dim()} dimensions"))
-    names = sorted(tensors)
-    _check_rest(where, metadata, ((name, tensors[name]) for name in names if purpose_of(name) != "mask"))
-    return {name: tensors[name] for name in names if settings or not is_settings(name)}
+    _check_rest(where, tensors)
+    return {name: tensors[name] for name in sorted(tensors) if settings or not is_settings(name)}
 
 
 def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
     """Count the bytes of an adapter file, or of the file in a folder, by purpose."""
-    header, _, total = _read_header(_weights_path(path))
+    header, total = _read_header(_weights_path(path))
     sums = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
@@ -273,63 +249,7 @@ def rounded(name: str, tensor: Tensor, save_dtype: str) -> Tensor:
     return narrow
 
 
-def finish_adapter_file(
-    path: str | os.PathLike[str], *, codec: str, save_dtype: str, base_fingerprint: str | None
-) -> None:
-    """Round head and statistics of a file that PEFT wrote, and give a coded file its metadata, whole or not at all.
-
-    Bit-packed files in float32 are left as they are, byte for byte, and so is a file that does not exist.
-
-    Raises:
-        ValueError: If a value is beyond what `save_dtype` can hold.
-    """
-    if (codec == "bits" and save_dtype == "float32") or not Path(path).is_file():
-        return
-    tensors, changed = read_adapter_file(path, settings=True), 0
-    for name, tensor in tensors.items():
-        if purpose_of(name) in ("head", "statistics"):
-            tensors[name] = rounded(name, tensor, save_dtype)
-            changed += int((tensors[name].to(tensor.dtype) != tensor).sum())
-    if changed:
-        warnings.warn(
-            f"{changed} values of head and statistics were rounded to {save_dtype} on saving: the file is not what "
-            "was evaluated. Call smn_peft.round_extras(model) before the evaluation.",
-            stacklevel=2,
-        )
-    write_adapter_file(path, tensors, base_fingerprint)
-
-
-def write_adapter_file(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], base_fingerprint: str | None
-) -> None:
-    """Write an adapter's tensors, whole or not at all; a coded file says in its metadata what it holds."""
-    data = save(dict(tensors), metadata=_metadata(tensors, base_fingerprint))
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    # safetensors writes the metadata in a random order: sorted, the same adapter has the same bytes
-    ordered = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
-    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+def write_adapter_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's tensors, whole or not at all, in the bytes that PEFT writes."""
     with atomic_write(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text + data[8 + length :])
-
-
-def _metadata(tensors: Mapping[str, Tensor], base_fingerprint: str | None) -> dict[str, str]:
-    """Codec, counts, checksums and fingerprint of a coded file, for whoever reads only its header."""
-    metadata = {"format": "pt"}
-    if (coded := coded_masks(tensors)) is None:
-        return metadata
-    blob = coded[1]
-    inactive = sum(entry.inactive for entry in blob.entries)
-    metadata |= {
-        "smn_format": str(FORMAT_VERSION),
-        "smn_codec": blob.codec,
-        "smn_bit_order": "big",
-        "smn_active": f"{8 * blob.size - inactive}/{8 * blob.size}",
-        "smn_checksum": f"crc32:{blob.checksum:08x}",
-    }
-    if base_fingerprint is not None:
-        metadata["smn_base"] = base_fingerprint
-    if rest := [(name, tensors[name]) for name in sorted(tensors) if purpose_of(name) != "mask"]:
-        metadata[REST_CHECKSUM] = _rest_checksum(rest)
-    return metadata
+        file.write(save(dict(tensors), metadata={"format": "pt"}))

@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import log2
 from pathlib import Path
 from typing import Any
 
 from ..functional.packing import popcount
-from .adapter_config import CONFIG_NAME, read_config
+from .adapter_config import CONFIG_NAME, is_settings, read_config, read_settings
 from .adapter_file import (
-    REST_CHECKSUM,
     AdapterSizes,
     adapter_sizes,
     check_adapter_file,
     coded_masks,
     purpose_of,
     read_adapter_file,
-    read_metadata,
 )
 from .codec import LayerCode, LayerEntry
 from .repack import MAX_UNPACKED, unpack_tensors
@@ -150,7 +149,8 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
         AdapterFileError: If the file is damaged.
         FileNotFoundError: If there is no such file.
     """
-    tensors = read_adapter_file(path)
+    tensors = read_adapter_file(path, settings=True)
+    settings = {name: read_settings(name, tensors.pop(name)) for name in list(tensors) if is_settings(name)}
     codec, checksum = "bits", None
     layers: list[LayerReport] = []
     if (coded := coded_masks(tensors)) is not None:
@@ -165,12 +165,9 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
                 layers.append(LayerReport(name, weights, active, "bits", 1.0, entropy))
     extras = [t for name, t in tensors.items() if purpose_of(name) in ("head", "statistics")]
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in extras if t.is_floating_point()})
-    provenance: dict[str, Any] = {}
-    if (Path(path) / CONFIG_NAME).is_file():
-        config = read_config(path)
-        provenance = {key: config[key] for key in _PROVENANCE if config.get(key) is not None}
-    elif (base := read_metadata(path).get("smn_base")) is not None:
-        provenance = {"base_fingerprint": base}
+    has_config = (Path(path) / CONFIG_NAME).is_file()
+    config: Mapping[str, Any] = read_config(path) if has_config else next(iter(settings.values()), {})
+    provenance = {key: config[key] for key in _PROVENANCE if config.get(key) is not None}
     return AdapterReport(codec, tuple(layers), adapter_sizes(path), tuple(dtypes), checksum, provenance)
 
 
@@ -202,7 +199,7 @@ def verify_adapter_file(path: str | os.PathLike[str], limit: int = MAX_UNPACKED)
         AdapterFileError: If the file is damaged.
         FileNotFoundError: If there is no such file.
     """
-    check_adapter_file(path)
+    checksum = check_adapter_file(path)
     tensors = read_adapter_file(path)
     facts = [f"file: whole, {len(tensors)} tensors"]
     coded = coded_masks(tensors)
@@ -214,6 +211,6 @@ def verify_adapter_file(path: str | os.PathLike[str], limit: int = MAX_UNPACKED)
         if coded is not None:
             kind = f"coded ({coded[1].codec}), checksum crc32:{coded[1].checksum:08x} holds"
         facts.append(f"masks: {len(masks)}, {kind}")
-    if (checksum := read_metadata(path).get(REST_CHECKSUM)) is not None:
-        facts.append(f"head and statistics: checksum {checksum} holds")
+    if checksum is not None:
+        facts.append(f"settings, head and statistics: checksum {checksum} holds")
     return facts

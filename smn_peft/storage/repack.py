@@ -130,7 +130,7 @@ def _write(
 ) -> AdapterSizes:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    write_adapter_file(folder / WEIGHTS_NAME, tensors, config.get("base_fingerprint"))
+    write_adapter_file(folder / WEIGHTS_NAME, tensors)
     with atomic_write(folder / CONFIG_NAME) as file:
         file.write(json.dumps(config, indent=2, sort_keys=True).encode())
     card = Path(source) / _CARD

@@ -18,8 +18,7 @@ from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
 from ..storage import fingerprint, tensor_digest
 from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
-from ..tuner.stages import stage_targets
-from ..tuner.targets import resolve_targets
+from ..tuner.targets import resolve_targets, stage_targets
 from .crops import check_crops
 from .images import Images, build_images
 from .lora import lora_config

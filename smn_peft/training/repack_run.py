@@ -9,8 +9,7 @@ from peft import PeftModel
 
 from ..storage import AdapterSizes, adapter_sizes
 from ..tuner import MaskConfig
-from ..tuner.identity import base_fingerprint
-from ..tuner.layer import MaskLayer
+from ..tuner.checks import base_fingerprint
 from .saved import load_run
 
 __all__ = ["save_run_as", "verify_run"]
@@ -54,7 +53,7 @@ def verify_run(folder: str | Path, backbone: str | None = None) -> str:
     expected = config.base_fingerprint
     if expected is None:
         raise ValueError(f"{folder} names no fingerprint of its base: save it again with model.save_pretrained.")
-    present = base_fingerprint((m for m in model.modules() if isinstance(m, MaskLayer)), "default")
+    present = base_fingerprint(model, "default")
     if present != expected:
         raise ValueError(f"{folder} was made for a base with fingerprint {expected}; this base has {present}.")
     return expected

@@ -6,11 +6,10 @@ from __future__ import annotations
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
-from ._compat import SMN
-from .config import MaskConfig
+from .config import SMN, MaskConfig
 from .layer import MaskLayer
 from .model import MaskModel
-from .rounding import round_extras
+from .state_dict import round_extras
 from .targets import explain_targets
 
 __all__ = ["MaskConfig", "MaskLayer", "MaskModel", "explain_targets", "round_extras"]

@@ -8,7 +8,8 @@ batch while training and keeps the running statistics per adapter, saved with it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,14 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional.masking import MaskSpec
-from .adapters import AdapterLayer
 from .buffers import ResidentBuffers
 from .config import MaskConfig
 from .mixed import in_rows, rows_in_force
-from .slots import AdapterInfo, Slot
-from .substitution import call_with, is_plain
+from .wrapper import AdapterInfo, AdapterLayer, call_with, is_plain
 
-__all__ = ["STATISTICS", "BatchNorm", "add_batch_norms", "has_statistics"]
+__all__ = ["BatchNorm", "add_batch_norms", "bare_norms", "has_statistics"]
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -37,30 +36,8 @@ def has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
-def _is_plain(base: Any) -> bool:
-    """Whether calling a module is nothing more than torch's `batch_norm`."""
-    return type(base) in _PLAIN and base.momentum is not None and is_plain(base)
-
-
-def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
-    """What torch's own BatchNorm does, with other statistics, without the detour of giving it these for one call."""
-    base._check_input_dim(x)
-    if base.training:
-        statistics["num_batches_tracked"].add_(1)
-    weight, bias = (p if p is None or p.dtype == dtype else p.to(dtype) for p in (base.weight, base.bias))
-    mean, variance = statistics["running_mean"], statistics["running_var"]
-    return F.batch_norm(x, mean, variance, weight, bias, base.training, base.momentum, base.eps)
-
-
-def _in_backward() -> bool:
-    """Whether this forward is gradient checkpointing's second one, of a batch that was counted in the first."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
 class BatchNorm(AdapterLayer):
     """A frozen BatchNorm whose running statistics may differ between adapters."""
-
-    slots: tuple[Slot, ...] = ()
 
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`, and hold it in eval mode."""
@@ -71,29 +48,12 @@ class BatchNorm(AdapterLayer):
         self._base_statistics: dict[str, Tensor] = {}
         self._set_mode()
 
-    def of_base(self, name: str) -> Any:
-        """An attribute of the base layer; statistics are those that the layer normalises by."""
-        if name not in STATISTICS:
-            return super().of_base(name)
-        self._take_out_merged()
-        names = [] if self._disable_adapters or self.merged else self._adapting()
-        return self._combined(names)[name] if names else super().of_base(name)
+    # --- Statistics --------------------------------------------------------------------------------------------------
 
     def statistics(self, name: str) -> ResidentBuffers:
         """`running_mean`, `running_var` or `num_batches_tracked` by adapter name."""
         container: ResidentBuffers = self._modules[f"smn_{name}"]  # type: ignore[assignment]
         return container
-
-    def update_layer(self, adapter_name: str, config: MaskConfig, key: str) -> None:
-        """Add an adapter and its statistics."""
-        self.smn_info[adapter_name] = AdapterInfo(config, MaskSpec(), key, ())
-        self.add_statistics(adapter_name, config)
-
-    def add_statistics(self, adapter_name: str, config: MaskConfig) -> None:
-        """With ``batch_norm="adapt"``, start an adapter's statistics from a copy of the base's."""
-        if config.batch_norm == "adapt":
-            self.set_statistics(adapter_name, self.base_statistics())
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def base_statistics(self) -> dict[str, Tensor]:
         """A copy of the base's own statistics by name, whatever is merged into them."""
@@ -110,95 +70,8 @@ class BatchNorm(AdapterLayer):
             if name in statistics:
                 self.statistics(name)[adapter_name] = statistics[name]
             else:
-                self.statistics(name).forget(adapter_name)
+                self.statistics(name).discard(adapter_name)
         self._set_mode()
-
-    def _base_buffer(self, name: str) -> Tensor:
-        buffer = self.get_base_layer().get_buffer(name)
-        return self._base_statistics.get(name, buffer)
-
-    def _adapting(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.statistics("running_mean")]
-
-    def _set_mode(self) -> None:
-        """Normalise by the batch only in train mode, for the one active adapter that adapts and trains."""
-        names = self._adapting() if not self.disable_adapters and not self.merged else []
-        trainable = [name for name in names if not self.smn_info[name].config.inference_mode]
-        if self.training and len(trainable) > 1:
-            raise ValueError(
-                f"The adapters {trainable} all adapt the BatchNorm statistics and cannot train together: activate "
-                "one, or use batch_norm='frozen'."
-            )
-        self.get_base_layer().train(self.training and len(names) == len(trainable) == 1)
-
-    def train(self, mode: bool = True) -> BatchNorm:
-        """As `nn.Module.train`; the base BatchNorm follows the policy."""
-        super().train(mode)
-        self._set_mode()
-        return self
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's; the statistics switch with the adapter."""
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._set_mode()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """As PEFT's; a disabled adapter leaves the base's statistics."""
-        super().enable_adapters(enabled)
-        self._set_mode()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; nothing of the adapter stays resident."""
-        super().delete_adapter(adapter_name)
-        self._set_mode()
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Nothing to do: statistics have no gradient."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the adapter's statistics into the base; [`unmerge`] puts the base's back."""
-        self.merge_statistics(self.statistics_to_merge(safe_merge, adapter_names))
-
-    def statistics_to_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> list[str]:
-        """All adapters that are merged after [`merge`], checked if that is wanted; none if there is nothing to do."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
-        together = [*self.merged_adapters, *names] if names else []
-        buffers = self._combined([name for name in together if name in self.statistics("running_mean")])
-        if safe_merge and not all(torch.isfinite(buffer).all() for buffer in buffers.values()):
-            raise ValueError(f"NaNs detected in the BatchNorm statistics of adapter {names[0]!r}: nothing was merged.")
-        return together
-
-    def merge_statistics(self, together: list[str]) -> None:
-        """Write the statistics of these adapters into the base, and take note that they are merged."""
-        if not together:
-            return
-        for name, buffer in self._combined([n for n in together if n in self.statistics("running_mean")]).items():
-            base = self.get_base_layer().get_buffer(name)
-            self._base_statistics.setdefault(name, base.clone())
-            base.copy_(buffer)
-        self.merged_adapters = together
-        self._set_mode()
-
-    def unmerge(self) -> None:
-        """Restore the base's statistics."""
-        for name, buffer in self._base_statistics.items():
-            self.get_base_layer().get_buffer(name).copy_(buffer)
-        self._base_statistics = {}
-        self.merged_adapters = []
-        self._set_mode()
-
-    def own_statistics(self) -> dict[str, Tensor]:
-        """See [`AdapterLayer.own_statistics`]."""
-        return self._base_statistics
-
-    def _combined(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Statistics of the named adapters: their own, or the mean over several."""
-        if not names:
-            return {}
-        if len(names) == 1:
-            return {name: self.statistics(name)[names[0]] for name in STATISTICS}
-        stacks = {name: torch.stack([self.statistics(name)[other] for other in names]) for name in STATISTICS}
-        return {name: s.mean(0) if s.is_floating_point() else s.amax(0) for name, s in stacks.items()}
 
     def average(self, adapter_name: str, adapters: Sequence[str], weights: Sequence[float]) -> None:
         """Set an adapter's statistics to the weighted mean of others', or of the base's where one has none."""
@@ -213,50 +86,145 @@ class BatchNorm(AdapterLayer):
             ]
             self.statistics(name)[adapter_name] = torch.stack(parts).sum(0)
 
-    def statistics_for(self, names: Sequence[str], x: Tensor) -> dict[str, Tensor]:
-        """What to normalise an input by under the named adapters; nothing if none has statistics of its own."""
-        means = self.statistics("running_mean")
-        tensors = self._combined([name for name in names if name in means])
-        if tensors and _in_backward() and self.get_base_layer().training:
-            return {name: tensor.clone() for name, tensor in tensors.items()}
-        # A replica on another device has only the newest adapter's there.
-        return {name: tensor.to(x.device) for name, tensor in tensors.items()}
+    def _base_buffer(self, name: str) -> Tensor:
+        return self._base_statistics.get(name, self.get_base_layer().get_buffer(name))
 
-    def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
-        base: Any = self._modules["base_layer"]
-        if not (tensors := self.statistics_for(names, x)):
-            return base(x)  # type: ignore[no-any-return]
-        dtype = tensors["running_mean"].dtype
-        if _is_plain(base):
-            return _normalise(base, tensors, dtype, x)
-        for name, parameter in base._parameters.items():  # PEFT widens an adapter's tensors only
-            if parameter is not None and parameter.dtype != dtype:
-                tensors[name] = parameter.to(dtype)
-        result: Tensor = call_with(base, tensors, x)
-        return result
+    def _adapting(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.statistics("running_mean")]
+
+    def _combined(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Statistics of the named adapters that have some; the mean over several."""
+        names = self._adapting(names)
+        if len(names) <= 1:
+            return self.statistics_of(names[0]) if names else {}
+        stacks = {name: torch.stack([self.statistics(name)[other] for other in names]) for name in STATISTICS}
+        return {name: s.mean(0) if s.is_floating_point() else s.amax(0) for name, s in stacks.items()}
+
+    def of_base(self, name: str) -> Any:
+        """An attribute of the base layer; statistics are those that the layer normalises by."""
+        if name not in STATISTICS:
+            return super().of_base(name)
+        self.unmerge_if_disabled()
+        statistics = {} if self._disable_adapters or self.merged else self._combined(self.active_adapters)
+        return statistics[name] if name in statistics else super().of_base(name)
+
+    # --- Life cycle --------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: MaskConfig, key: str) -> None:
+        """Add an adapter; with ``batch_norm="adapt"`` its statistics start from a copy of the base's."""
+        self.smn_info[adapter_name] = AdapterInfo(config, MaskSpec(), key, ())
+        if config.batch_norm == "adapt":
+            self.set_statistics(adapter_name, self.base_statistics())
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _set_mode(self) -> None:
+        """Normalise by the batch only in train mode, for the one active adapter that adapts and trains."""
+        names = self._adapting(self.active_adapters) if not self.disable_adapters and not self.merged else []
+        trainable = [name for name in names if not self.smn_info[name].config.inference_mode]
+        if self.training and len(trainable) > 1:
+            raise ValueError(
+                f"The adapters {trainable} all adapt the BatchNorm statistics and cannot train together: activate "
+                "one, or use batch_norm='frozen'."
+            )
+        self.get_base_layer().train(self.training and len(names) == len(trainable) == 1)
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Set the mode; the base BatchNorm follows the policy."""
+        super().train(mode)
+        self._set_mode()
+        return self
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; the statistics switch with them."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._set_mode()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable; a disabled adapter leaves the base's statistics."""
+        super().enable_adapters(enabled)
+        self._set_mode()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; nothing of it stays resident."""
+        super().delete_adapter(adapter_name)
+        self._set_mode()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        for name, tensor in self.statistics_of(adapter_name).items():
+            self.statistics(name)[adapter_name] = tensor.to(device or self._base_buffer(name).device)
+
+    # --- Merging -----------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapter's statistics into the base; [`unmerge`] puts the base's back."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
+        if not names:
+            return
+        together = [*self.merged_adapters, *names]
+        statistics = self._combined(together)
+        if safe_merge and not all(torch.isfinite(tensor).all() for tensor in statistics.values()):
+            raise ValueError(f"NaNs detected in the BatchNorm statistics of adapter {names[0]!r}: nothing was merged.")
+        for name, tensor in statistics.items():
+            base = self.get_base_layer().get_buffer(name)
+            self._base_statistics.setdefault(name, base.clone())
+            base.copy_(tensor)
+        self.merged_adapters = together
+        self._set_mode()
+
+    def unmerge(self) -> None:
+        """Restore the base's statistics."""
+        for name, buffer in self._base_statistics.items():
+            self.get_base_layer().get_buffer(name).copy_(buffer)
+        self._base_statistics = {}
+        self.merged_adapters = []
+        self._set_mode()
+
+    def unmerged(self) -> dict[int, Tensor | None]:
+        """See [`AdapterLayer.unmerged`]."""
+        return {id(self.get_base_layer().get_buffer(name)): own for name, own in self._base_statistics.items()}
+
+    # --- Forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, …) -> the same, normalised by the active adapter's or the base's statistics."""
-        self._take_out_merged()
+        self.unmerge_if_disabled()
         if self._disable_adapters or self.merged_adapters:
             return self.get_base_layer()(x)  # type: ignore[no-any-return]
         if (rows := rows_in_force(self)) is None:
             return self._run(self.active_adapters, x)
         return in_rows(rows, next(iter(self.smn_info.values())).key, lambda name, part: self._run([name], part), x)
 
+    def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
+        base: Any = self._modules["base_layer"]
+        if not (tensors := self._combined(names)):
+            return base(x)  # type: ignore[no-any-return]
+        # Gradient checkpointing's second forward is of a batch that was counted in the first.
+        if base.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        # A replica on another device has only the newest adapter's there.
+        tensors = {name: tensor.to(x.device) for name, tensor in tensors.items()}
+        dtype = tensors["running_mean"].dtype  # PEFT widens an adapter's tensors only
+        if type(base) in _PLAIN and base.momentum is not None and is_plain(base):
+            return _normalise(base, tensors, dtype, x)
+        for name, parameter in base._parameters.items():
+            if parameter is not None and parameter.dtype != dtype:
+                tensors[name] = parameter.to(dtype)
+        result: Tensor = call_with(base, tensors, x)
+        return result
+
+    # --- Files -------------------------------------------------------------------------------------------------------
+
     def to_checkpoint(self, adapter_name: str, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Statistics of an adapter that has its own; see [`AdapterLayer.to_checkpoint`]."""
-        if adapter_name not in self.statistics("running_mean"):
-            return {}
-        keys = {name: f"{prefix}smn_{name}.{adapter_name}" for name in STATISTICS}
-        return {key: state_dict.get(key, self.statistics(name)[adapter_name]) for name, key in keys.items()}
+        own = self.statistics_of(adapter_name)
+        keys = {name: f"{prefix}smn_{name}.{adapter_name}" for name in own}
+        return {key: state_dict.get(key, own[name]) for name, key in keys.items()}
 
     def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Statistics from an adapter's file, checked; see [`AdapterLayer.from_checkpoint`]."""
         result: dict[str, Tensor] = {}
-        for name in STATISTICS if adapter_name in self.statistics("running_mean") else ():
-            own, loaded = self.statistics(name)[adapter_name], entries.get(f"smn_{name}")
-            if loaded is None:
+        for name, own in self.statistics_of(adapter_name).items():
+            if (loaded := entries.get(f"smn_{name}")) is None:
                 raise KeyError(f"{prefix}smn_{name}")
             if loaded.shape != own.shape or loaded.is_floating_point() != own.is_floating_point():
                 raise ValueError(
@@ -266,18 +234,19 @@ class BatchNorm(AdapterLayer):
             result[f"smn_{name}.{adapter_name}"] = loaded
         return result
 
-    def __repr__(self) -> str:
-        return "smn." + super().__repr__()
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for name in STATISTICS:
-            container: Any = self.statistics(name)
-            if adapter_name in container:
-                container[adapter_name] = container[adapter_name].to(device or self._base_buffer(name).device)
+def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Compute torch's BatchNorm with other statistics; quicker than [`call_with`]."""
+    base._check_input_dim(x)
+    if base.training:
+        statistics["num_batches_tracked"].add_(1)
+    weight, bias = (p if p is None or p.dtype == dtype else p.to(dtype) for p in (base.weight, base.bias))
+    mean, variance = statistics["running_mean"], statistics["running_var"]
+    return F.batch_norm(x, mean, variance, weight, bias, base.training, base.momentum, base.eps)
 
 
 def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, active_adapters: list[str]) -> None:
-    """Put the policy of an adapter on every BatchNorm of a model, but for those in `modules_to_save`."""
+    """Add an adapter's policy to every BatchNorm of a model except those in `modules_to_save`."""
     held = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, (AdapterLayer, AuxiliaryTrainingWrapper)))
     saved = [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     own = tuple(f"{name}." for name, module in saved if adapter_name in module.modules_to_save)
@@ -285,10 +254,8 @@ def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, act
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if name.startswith(own):  # PEFT saves and switches all of it
             continue
-        if isinstance(module, BatchNorm) and adapter_name in module.smn_info:  # its mask is there already
-            module.add_statistics(adapter_name, config)
-        elif isinstance(module, BatchNorm):
-            BatchNorm.update_layer(module, adapter_name, config, name)
+        if isinstance(module, BatchNorm):
+            module.update_layer(adapter_name, config, name)
         elif has_statistics(module) and name and not name.startswith(held):
             if module not in wrappers:  # one module may stand in several places
                 wrapper = wrappers[module] = BatchNorm(module)
@@ -297,3 +264,43 @@ def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, act
                 wrapper.update_layer(adapter_name, config, name)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, wrappers[module])
+
+
+@contextmanager
+def bare_norms(model: nn.Module, config: MaskConfig) -> Iterator[None]:
+    """Unwrap the BatchNorms in `modules_to_save` for the block, so that PEFT copies the base's own.
+
+    Afterwards the wrappers are where they were, or in the original that PEFT keeps beside its copies.
+    """
+    ends = tuple(config.modules_to_save or ())
+    copied = tuple(f"{name}." for name, _ in model.named_modules() if name and ends and name.endswith(ends))
+    wrappers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BatchNorm) and f"{name}.".startswith(copied)
+    }
+    for name, wrapper in wrappers.items():
+        _put(model, name, wrapper.get_base_layer().train(wrapper.training))
+    try:
+        yield
+    finally:
+        for name, wrapper in wrappers.items():
+            _put(model, name, wrapper)
+            wrapper.train(wrapper.training)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set a module at a path of the base, through the wrappers of `modules_to_save` that may have come on the way."""
+    parent = model
+    *parts, attribute = path.split(".")
+    for part in parts:
+        parent = getattr(_original(parent, part), part)
+    parent = _original(parent, attribute)
+    if isinstance(now := getattr(parent, attribute, None), ModulesToSaveWrapper):
+        parent, attribute = now, "original_module"
+    setattr(parent, attribute, module)
+
+
+def _original(module: nn.Module, part: str) -> nn.Module:
+    is_wrapper = isinstance(module, ModulesToSaveWrapper) and part not in module._modules
+    return module.get_submodule("original_module") if is_wrapper else module

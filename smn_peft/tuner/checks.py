@@ -1,33 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is checked before an adapter touches a model, each with the fix in its message."""
+"""Checks before an adapter touches a model: its name, its targets, and whether the base is the one of the adapter."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .forms import mask_layer_for
-from .kinds import is_norm, iter_layers, type_name
+from ..storage import fingerprint, tensor_digest
+from .batch_norm import has_statistics
+from .config import MaskConfig
+from .forms import is_norm, iter_layers, mask_layer_for, type_name
 from .layer import MaskLayer
-from .norms import norm_form_of
+from .targets import base_model_of, head_modules, vision_scope
+from .wrapper import adapter_layers
 
 __all__ = [
-    "BASE_PREFIX",
+    "base_fingerprint",
+    "base_name",
     "check_adapter_name",
+    "check_base",
     "check_base_kind",
     "check_saved",
     "check_targets",
-    "misfit",
+    "fingerprints",
+    "masked_parameters",
+    "unmasked_fingerprint",
+    "unmasked_tensors",
 ]
-
-BASE_PREFIX = "base_model.model."
-"""What a `PeftModel` puts before the base model's paths."""
 
 _UNQUANTISED = (
     "a mask needs the float weights. Load the base without quantization_config, or as it was before it was quantised, "
@@ -45,11 +52,7 @@ _WRAPPED = ("base_layer", "modules_to_save", "original_module")  # what PEFT add
 
 
 def check_adapter_name(name: str, model: nn.Module) -> None:
-    """Refuse a name that would make PEFT lose another adapter's tensors when it saves (peft#3584).
-
-    Raises:
-        ValueError: If the name is empty, has a dot, or is a part of a module's path or a parameter's name.
-    """
+    """Refuse a name that would make PEFT lose another adapter's tensors when it saves (peft#3584)."""
     if not name or "." in name:
         raise ValueError(f"{name!r} cannot name an adapter: it must not be empty nor hold a dot. Choose another name.")
     own = (path for path, _ in (*model.named_parameters(), *model.named_buffers()) if "smn_" not in path)
@@ -62,11 +65,7 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
 
 
 def check_base_kind(model: nn.Module) -> None:
-    """Refuse bases that cannot be masked yet.
-
-    Raises:
-        ValueError: If the model is quantised.
-    """
+    """Refuse quantised bases."""
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(f"Quantised base models are not supported yet: {_UNQUANTISED}")
     for name, module in model.named_modules():
@@ -75,11 +74,7 @@ def check_base_kind(model: nn.Module) -> None:
 
 
 def check_saved(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Refuse `modules_to_save` that name nothing, or a part of what another adapter trains whole.
-
-    Raises:
-        ValueError: If so; names the entry.
-    """
+    """Refuse `modules_to_save` that name nothing, or a part of what another adapter trains whole."""
     if not names:
         return
     ends = tuple(names)
@@ -97,17 +92,8 @@ def check_saved(model: nn.Module, names: Sequence[str] | None) -> None:
                 )
 
 
-def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False) -> None:
-    """Refuse targets that have no masked form, before anything is changed.
-
-    Args:
-        model: The base model, possibly with adapters on it.
-        names: Names of the modules that would be masked.
-        norms: Whether norm layers may be among them.
-
-    Raises:
-        ValueError: A norm layer, an unsupported type, tied, quantised, sharded or offloaded weights.
-    """
+def check_targets(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse targets that have no masked form: norms, unsupported types, tied, sharded or offloaded weights."""
     # A module that stands in several places is wrapped in all of them only where the place is one: its parent's.
     names_of: dict[int, set[str]] = defaultdict(set)
     owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
@@ -120,10 +106,8 @@ def check_targets(model: nn.Module, names: Iterable[str], *, norms: bool = False
         module = model.get_submodule(name)
         if isinstance(module, MaskLayer):
             continue
-        form = norm_form_of(module) if norms else None
-        if form is None:
-            _check_type(name, module, model)
-            form = mask_layer_for(module)
+        _check_type(name, module, model)
+        form = mask_layer_for(module)
         assert form is not None
         for slot in form(module).present_slots if not _is_offloaded(module) else ():
             _check_recomputed(name, module, slot.path)
@@ -149,8 +133,7 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
     if is_norm(module):
         raise ValueError(
             f"Target {name!r} is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): "
-            "take it out of target_modules, or set mask_norms=True to see it. For BatchNorm statistics see "
-            "batch_norm='adapt'."
+            "take it out of target_modules. For BatchNorm statistics see batch_norm='adapt'."
         )
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
@@ -180,7 +163,7 @@ def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
 
 
 def _check_recomputed(name: str, module: nn.Module, path: str) -> None:
-    """Refuse a tensor that hooks make anew for every forward, from others."""
+    """Refuse a tensor that hooks compute before every forward."""
     owner, _, attribute = path.rpartition(".")
     layer = module.get_submodule(owner)
     if attribute in layer._parameters:
@@ -224,16 +207,154 @@ def _check_weight(name: str, weight: Tensor) -> None:
         )
 
 
-def misfit(missing: Sequence[str], strange: Sequence[str]) -> ValueError:
-    """The error for an adapter's file whose masks are not those of the model.
+# --- Which base an adapter belongs to --------------------------------------------------------------------------------
+
+#: What is resampled when the same base is loaded for images of another size.
+_POSITIONS = re.compile(
+    r"(?:^|[._])(?:pos(?:ition(?:al)?)?_?emb\w*|rel(?:ative)?_pos\w*|pos_bias\w*|attention_biases\w*|attn_mask|rope\w*)"
+    r"(?:$|\.)"
+)
+_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, place, digest)
+
+
+def _digest(tensor: Tensor) -> str:
+    version = -1 if tensor.is_inference() else tensor._version
+    known = _digests.get(tensor)
+    if known is None or known[:2] != (version, tensor.data_ptr()):
+        known = (version, tensor.data_ptr(), tensor_digest(tensor))
+        _digests[tensor] = known
+    return str(known[2])
+
+
+def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
+    """Fingerprint of the base weights that an adapter masks, whatever is merged; None if there are none or no data."""
+    weights = _masked_tensors(model, adapter_name)
+    return _fingerprint_of(model, weights) if weights else None
+
+
+def _masked_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:
+    layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
+    return [layer.base_tensor(slot) for layer in layers for slot in layer.slots_of(adapter_name)]
+
+
+def unmasked_fingerprint(model: nn.Module, masked: Collection[str], config: Mapping[str, Any]) -> str | None:
+    """Fingerprint of [`unmasked_tensors`], whatever is merged; None while one is on the meta device."""
+    return _fingerprint_of(model, unmasked_tensors(model, masked, config).values())
+
+
+def unmasked_tensors(model: nn.Module, masked: Collection[str], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors that an adapter's features depend on beside the masked ones, by name in the bare model.
+
+    Left out are heads and `modules_to_save`, which may be replaced; with ``batch_norm="adapt"`` the statistics, of
+    which the adapter has its own; whatever has to do with positions, which are resampled for other sizes of images;
+    integers, a dense pooler (most checkpoints hold none) and, of a model with two towers, all but the masked one.
 
     Args:
-        missing: Keys of masks that the model wants and the file does not have.
-        strange: Keys of masks that the file has and the model does not want.
+        model: The base model, bare or with adapters.
+        masked: Names of the masked parameters in the bare model, as from [`masked_parameters`].
+        config: The adapter's `batch_norm` and `modules_to_save`.
     """
-    return ValueError(
-        f"The adapter's masks do not fit this model: {len(missing)} missing ({', '.join(missing[:3])} …), "
-        f"{len(strange)} that no masked layer takes ({', '.join(strange[:3])} …). If the module paths differ "
-        "between versions of transformers, pass key_mapping to from_pretrained: "
-        "smn_peft.backbones.clip_key_mapping() gives CLIP's."
-    )
+    model = base_model_of(model)
+    scope, heads = vision_scope(model), head_modules(model)
+    if not all(name.startswith(scope) for name in masked):
+        scope = ""
+    adapts, saved = config.get("batch_norm") == "adapt", tuple(config.get("modules_to_save") or ())
+    result: dict[int, tuple[str, Tensor]] = {}
+    apart: tuple[str, ...] = ()  # modules whose tensors do not count; a module comes before its parts
+    for name, module in iter_layers(model, parts=True):
+        prefix = f"{name}." if name else ""
+        pooler = name.rpartition(".")[2] == "pooler" and hasattr(module, "dense")
+        if pooler or id(module) in heads or (saved and name and name.endswith(saved)):
+            apart = (*apart, prefix)
+        if not prefix.startswith(scope) or prefix.startswith(apart):
+            continue
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            key = prefix + attribute
+            if (
+                tensor is not None
+                and tensor.is_floating_point()
+                and attribute not in module._non_persistent_buffers_set
+                and key not in masked
+                and not (adapts and attribute in module._buffers and has_statistics(module))
+                and not _POSITIONS.search(key)
+            ):
+                result.setdefault(id(tensor), (key, tensor))
+    return dict(result.values())
+
+
+def masked_parameters(model: nn.Module, adapter_name: str) -> set[str]:
+    """Names, in the bare model, of the parameters that an adapter masks."""
+    ids = set(map(id, _masked_tensors(model, adapter_name)))
+    return {
+        f"{name}.{attribute}"
+        for name, module in iter_layers(base_model_of(model), parts=True)
+        for attribute, parameter in module._parameters.items()
+        if id(parameter) in ids
+    }
+
+
+def _fingerprint_of(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
+    """Fingerprint of the base's own values of tensors, whatever is merged into them; None if one is not known."""
+    own = {key: value for _, layer in adapter_layers(model) for key, value in layer.unmerged().items()}
+    values = [own.get(id(tensor), tensor) for tensor in tensors]
+    known = [tensor for tensor in values if tensor is not None and tensor.device.type != "meta"]
+    if len(known) < len(values):
+        return None
+    return fingerprint((_digest(tensor) for tensor in known), known[0].dtype if known else torch.float32)
+
+
+def fingerprints(model: nn.Module, adapter_name: str, config: MaskConfig) -> tuple[str | None, str | None]:
+    """Fingerprints of a model's own weights: those that an adapter masks, and all else that its features depend on."""
+    masked = masked_parameters(model, adapter_name)
+    return base_fingerprint(model, adapter_name), unmasked_fingerprint(model, masked, config.to_dict())
+
+
+def check_base(model: nn.Module, adapter_name: str, config: MaskConfig) -> str | None:
+    """Refuse a base that is not the one that an adapter was learned on.
+
+    Returns:
+        A warning if they cannot be compared because their dtypes differ, else None.
+
+    Raises:
+        ValueError: If one differs; names both bases, both fingerprints and which weights are not the adapter's.
+    """
+    expected = (config.base_fingerprint, config.unmasked_fingerprint)
+    if not config.check_base or expected == (None, None):
+        return None
+    warning = None
+    parts = ("masked weights", "weights or statistics outside the mask")
+    for part, known, present in zip(parts, expected, fingerprints(model, adapter_name, config), strict=True):
+        if known is None or present is None or known == present:
+            continue
+        names = f"made for {config.base_model_name_or_path or 'a base without a name'} ({known}), this base is "
+        names += f"{base_name(model) or type(model).__name__} ({present})"
+        if known.partition(":")[0] == present.partition(":")[0]:
+            raise ValueError(
+                f"The adapter does not belong to this base model, whose {part} differ: {names}. Load the base that it "
+                "names; check_base=False in the config overrides the check."
+            )
+        warning = warning or f"The adapter's base model cannot be verified in another dtype: {names}."
+    return warning
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The Hub id ("timm/resnet50.a1_in1k"), path or timm name of a model's weights; None if nothing is known.
+
+    Of a timm model it is what its `pretrained_cfg` says, even where those weights were not loaded: the fingerprint
+    in the adapter's config tells them apart.
+    """
+    path = getattr(model, "name_or_path", None)
+    if isinstance(path, str) and path:
+        return path
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if config is None:
+        return None
+    hub_id, architecture, tag = (_entry(config, key) for key in ("hf_hub_id", "architecture", "tag"))
+    if hub_id:
+        return hub_id
+    return f"{architecture}.{tag}" if architecture and tag else architecture
+
+
+def _entry(config: Any, key: str) -> str | None:
+    value = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
+    return value if isinstance(value, str) and value else None

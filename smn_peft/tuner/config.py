@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`MaskConfig`: everything that can be said about a mask adapter, each option with its help text."""
+"""`MaskConfig`: the options of a mask adapter, each with its help text, and the checks of values from a file."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
 from typing_extensions import Self
 
 from ..functional.masking import MASK_TYPES, MaskSpec
@@ -25,12 +28,35 @@ from ..storage import (
     check_folder_weights,
     check_format_version,
     check_hub_weights,
-    finish_adapter_file,
 )
-from ._compat import SMN
-from .validation import MAX_SAVED, check_names, check_pattern, check_preprocessing, class_names
 
-__all__ = ["MaskConfig"]
+__all__ = ["SMN", "MaskConfig", "check_preprocessing"]
+
+MAX_NAMES = 20_000
+MAX_SAVED = 128  # PEFT matches each of `modules_to_save` with every module
+MAX_NAME = 1_000
+MAX_PATTERN = 1_000_000
+MAX_CLASSES = 100_000
+MAX_SIZE = 4096  # pixels of a side: a downloaded config decides no more memory than that
+
+
+def _peft_type() -> PeftType:
+    """`PeftType.SMN`, made if PEFT does not have it: PEFT looks types up by value, so a plain string will not do."""
+    if "SMN" in PeftType.__members__:
+        return PeftType["SMN"]
+    member = str.__new__(PeftType, "SMN")
+    member._name_ = member._value_ = "SMN"
+    member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    PeftType._member_map_["SMN"] = member
+    PeftType._value2member_map_["SMN"] = member
+    PeftType._member_names_.append("SMN")
+    type.__setattr__(PeftType, "SMN", member)
+    return member
+
+
+SMN = _peft_type()
+"""The PEFT type of this method."""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -71,9 +97,6 @@ class MaskConfig(PeftConfig):
     scale: bool = _option(True, "Divide the masked weight by σ = sqrt(density), one σ per tensor.")
     scale_gradient: bool = _option(True, "Let the gradient flow through σ.")
     mask_bias: bool = _option(False, "Mask the biases of the target modules too.")
-    mask_norms: bool = _option(
-        False, "Mask every norm layer's scale too (with mask_bias its shift): an ablation that ruins a model."
-    )
     trainable_fraction: float = _option(1.0, "Fraction of each tensor's weights that take part; the rest stays on.")
     select: Literal["random", "magnitude"] = _option(
         "random", "How `trainable_fraction` selects: at random (`seed`) or the largest |θ| of each tensor."
@@ -85,8 +108,7 @@ class MaskConfig(PeftConfig):
     )
     save_scores: bool = _option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
     codec: str = _option(
-        "bits",
-        "How masks are stored: 'bits', one per weight; 'entropy', coded to about their entropy.",
+        "bits", "How masks are stored: 'bits', one per weight, or 'entropy', coded to about their entropy."
     )
     save_dtype: Literal["float32", "bfloat16", "float16"] = _option(
         "float32", "Dtype that head and BatchNorm statistics are saved in; `round_extras(model)` rounds the live ones."
@@ -108,11 +130,8 @@ class MaskConfig(PeftConfig):
         """Check the options against each other, before a model is touched."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SMN
-        self.being_loaded = False  # from the reading of the config until the masks are in the model
-        self.expects_bits = True  # whether bits may come for an adapter that trains
-        self._has_own_fingerprint = False  # one that was computed, not read from a file
-        #: A saved adapter's coded masks, until they are decoded into the model
-        self.awaits_blob = self.codec != "bits" and self.base_fingerprint is not None
+        self._has_own_fingerprint = False  # computed on saving, not read from a file
+        self._is_from_file = False
         check_format_version(self.format_version)
         for name, allowed in (
             ("mask_type", tuple(MASK_TYPES)),
@@ -127,23 +146,22 @@ class MaskConfig(PeftConfig):
                 choices = ", ".join(repr(choice) for choice in allowed)
                 raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
         self._check_texts()
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
         self._check_layers()
         self._check_numbers()
 
     def _check_texts(self) -> None:
-        """What a file of anybody's may bring, before PEFT matches it with modules."""
+        """Bound names and patterns, which a file may bring, before PEFT matches them with modules."""
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             if isinstance(value := getattr(self, name), str):
                 check_pattern(name, value)
             elif value is not None:
-                check_names(name, value)
-        check_names("modules_to_save", self.modules_to_save or (), MAX_SAVED)
+                _check_names(name, value, MAX_NAMES)
+        _check_names("modules_to_save", self.modules_to_save or (), MAX_SAVED)
         if self.id2label is not None:
-            self.id2label = class_names(self.id2label)
+            self.id2label = _class_names(self.id2label)
         if self.preprocessing is not None:
             self.preprocessing = check_preprocessing(self.preprocessing)
 
@@ -156,8 +174,6 @@ class MaskConfig(PeftConfig):
                 "layers_to_transform works with a list of target_modules only, not with "
                 f"target_modules={self.target_modules!r}: pass the list, or put the indices into the regex."
             )
-        if self.layers_to_transform is not None and self.mask_norms:
-            raise ValueError("mask_norms masks the norms of all layers: leave layers_to_transform out.")
         if self.target_parameters:
             raise ValueError("target_parameters is not supported for masks: name the modules in target_modules.")
 
@@ -177,31 +193,31 @@ class MaskConfig(PeftConfig):
         elif self.density is not None or self.density_schedule is not None:
             raise ValueError("density and density_schedule belong to mask_type='topk'; 'threshold' finds its density.")
 
-    def for_model(self, *, native: bool) -> Self:
-        """A copy for one model, which may write to it; of this object the caller stays the owner.
-
-        Args:
-            native: Whether a loader may write to the model without `PeftModel`, as transformers' own does.
-        """
+    def for_model(self) -> Self:
+        """Copy the config for one model, which may write to the copy; this object stays the caller's."""
         result = copy.copy(self)
         for option in fields(self):
             if isinstance(value := getattr(self, option.name), (list, set, dict)):
                 setattr(result, option.name, copy.copy(value))
-        if self._has_own_fingerprint and not self.being_loaded:  # another model's config, for a fresh adapter
+        if self._has_own_fingerprint:  # another model's config, for a fresh adapter
             result.base_fingerprint = result.unmasked_fingerprint = None
         result._has_own_fingerprint = False
-        result.expects_bits = native or self.being_loaded or result.base_fingerprint is not None
         return result
 
+    @property
+    def comes_from_file(self) -> bool:
+        """Whether the config is a saved adapter's, whose masks are yet to be loaded."""
+        return self._is_from_file or self.base_fingerprint is not None
+
     def take_fingerprints(self, masked: str | None, unmasked: str | None) -> None:
-        """Keep the fingerprints of the base that the adapter is on, for saving; None leaves what is known.
+        """Store the fingerprints of the base for saving; None leaves what is known.
 
         An adapter that was saved without the second one was not compared by it, and does not get it in saving again.
         """
-        came_without = not self._has_own_fingerprint and self.base_fingerprint and not self.unmasked_fingerprint
+        was_saved_without = not self._has_own_fingerprint and self.base_fingerprint and not self.unmasked_fingerprint
         if masked is not None:
             self.base_fingerprint = masked
-            if unmasked is not None and not came_without:
+            if unmasked is not None and not was_saved_without:
                 self.unmasked_fingerprint, self._has_own_fingerprint = unmasked, True
 
     def mask_spec(self) -> MaskSpec:
@@ -218,13 +234,13 @@ class MaskConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
-        """As PEFT's; the adapter's file is checked before any model is touched, and a pickle is refused."""
+        """Read a config; the adapter's weights are checked before any model is touched, and a pickle is refused."""
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         check_folder_weights(folder)
         config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not os.path.isdir(folder):
             check_hub_weights(pretrained_model_name_or_path, subfolder, **PeftConfig._split_kwargs(kwargs)[0])
-        config.being_loaded = True
+        config._is_from_file = True
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,9 +249,6 @@ class MaskConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; the old file stays whole until the new one is.
-
-        A coded or rounded adapter's file, which PEFT writes before it calls this, is finished: see
-        [`finish_adapter_file`].
 
         Args:
             save_directory: Folder, created if it does not exist.
@@ -249,15 +262,168 @@ class MaskConfig(PeftConfig):
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; save_pretrained writes into a folder.")
         os.makedirs(save_directory, exist_ok=True)
-        finish_adapter_file(
-            os.path.join(save_directory, WEIGHTS_NAME),
-            codec=self.codec,
-            save_dtype=self.save_dtype,
-            base_fingerprint=self.base_fingerprint,
-        )
         values = self.to_dict()
-        mapping: Mapping[str, Any] | None = kwargs.pop("auto_mapping_dict", None)
-        if mapping is not None:
+        if (mapping := kwargs.pop("auto_mapping_dict", None)) is not None:
             values["auto_mapping"] = dict(mapping)
         with atomic_write(os.path.join(save_directory, CONFIG_NAME)) as file:
             file.write(json.dumps(values, indent=2, sort_keys=True).encode())
+
+
+# --- Values that may come from anybody's file ------------------------------------------------------------------------
+
+_MAX_COST = 3.5
+_TOKEN = re.compile(
+    r"(?P<comment>\(\?#[^)]*\)|\(\?[a-zA-Z]+\))"
+    r"|(?P<open>\((?:\?(?:P<\w+>|<?[=!]|\(\w+\)|[\w-]*:|>))?)"
+    r"|(?P<close>\))"
+    r"|(?P<branch>\|)"
+    r"|(?P<repeat>[*+?]|\{\d+(?:,\d*)?\}|\{,\d*\})[?+]?"
+    r"|(?P<digit>\\d|\[0-9\])"
+    r"|(?P<atom>\(\?P=\w+\)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.)",
+    re.DOTALL,
+)
+
+
+def check_pattern(option: str, pattern: str) -> None:
+    r"""Refuse a regular expression that may take for ever on a module's name.
+
+    Python's engine tries every way of sharing a name among the repetitions of a pattern, and cannot be stopped. Here a
+    repetition such as ``.*`` costs 1, digits 0, what is optional and a choice by ``|`` ¼; what is repeated costs as
+    often as it may be, so that a repetition inside an unlimited one is never taken. With 3.5 in all, the worst pattern
+    takes milliseconds for a name.
+
+    Raises:
+        ValueError: If it is no regular expression, too long, verbose, or costs more than 3.5.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"{option} is a pattern of {len(pattern):,} characters, and may have {MAX_PATTERN:,}.")
+    try:
+        flags = re.compile(pattern).flags
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{option} is no regular expression ({error}): {pattern[:80]!r}.") from error
+    if flags & re.VERBOSE or re.search(r"\(\?[a-zA-Z]*x[a-zA-Z-]*:", pattern):
+        raise ValueError(f"{option} is a verbose pattern, (?x): write it without spaces and comments.")
+    if _cost(pattern) > _MAX_COST:
+        raise ValueError(
+            f"{option} is a pattern that may take for ever to match, with repetitions inside a repetition or too many "
+            f"in a row: {pattern[:80]!r}. Write it with three of '.*' at most and none of them repeated, or list the "
+            "names."
+        )
+
+
+def _cost(pattern: str) -> float:
+    """See [`check_pattern`]; the pattern is a valid one."""
+    # Of each open group: the cost of its branches so far, of the current branch, and of the last item in that.
+    groups = [[0.0, 0.0, 0.0]]
+    is_digit, has_branches = False, [False]
+    for token in _TOKEN.finditer(pattern):
+        kind, group = token.lastgroup, groups[-1]
+        if kind == "open":
+            groups.append([0.0, 0.0, 0.0])
+            has_branches.append(False)
+        elif kind == "branch":
+            group[0], group[1], group[2] = max(group[0], group[1] + group[2]), 0.0, 0.0
+            has_branches[-1] = True
+        elif kind == "close":
+            worst, done, last = groups.pop()
+            groups[-1][1] += groups[-1][2]
+            groups[-1][2] = max(worst, done + last) + 0.25 * has_branches.pop()
+        elif kind == "repeat":
+            least, most = _times(token["repeat"])
+            group[2] *= most if group[2] else 1
+            if least != most and not is_digit:
+                group[2] += 0.25 if most == 1 else 1.0
+        elif kind != "comment":
+            group[1], group[2] = group[1] + group[2], 0.0
+        if kind != "comment":
+            is_digit = kind == "digit"
+    worst, done, last = groups[0]
+    return max(worst, done + last) + 0.25 * has_branches[0]
+
+
+def _times(quantifier: str) -> tuple[float, float]:
+    """Least and greatest number of repetitions."""
+    if quantifier in "*+?":
+        return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[quantifier]
+    least, comma, most = quantifier[1:-1].partition(",")
+    return float(least or 0), float(most or (math.inf if comma else least))
+
+
+def _check_names(option: str, names: Any, most: int) -> None:
+    """Refuse a list of modules that is none, or longer than PEFT can match."""
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{option} must hold names of modules; got {next(n for n in names if type(n) is not str)!r}.")
+    if len(names) > most:
+        raise ValueError(f"{option} has {len(names):,} names, and may have {most:,}: name the modules they lie in.")
+    for name in names:
+        if not 0 < len(name) <= MAX_NAME:
+            raise ValueError(f"{option} has a name of {len(name):,} characters; it may have 1 to {MAX_NAME:,}.")
+        if re.fullmatch(r"[\w.-]+", name) is None:  # PEFT matches some lists as patterns
+            check_pattern(option, name)
+
+
+def _class_names(id2label: Any) -> dict[int, str]:
+    """Names of classes by index, in their order; JSON has the indices as texts."""
+    if not isinstance(id2label, Mapping) or len(id2label) > MAX_CLASSES:
+        raise ValueError(f"id2label must map up to {MAX_CLASSES:,} indices to names; got {_short(id2label)}.")
+    result: dict[int, str] = {}
+    for key, name in id2label.items():
+        index = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
+        if type(index) is not int or index < 0 or index in result:
+            raise ValueError(f"id2label must have the indices of classes as its keys, each once; got {_short(key)}.")
+        if not isinstance(name, str) or len(name) > MAX_NAME:
+            raise ValueError(f"id2label must have names of up to {MAX_NAME:,} characters; got {_short(name)}.")
+        result[index] = name
+    return dict(sorted(result.items()))
+
+
+def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
+    """Check how images are prepared: it may come from a file that somebody else wrote.
+
+    Args:
+        preprocessing: `image_size` in pixels, 1 to 4096; `mean` and `std`, three numbers each of images in
+            [0, 1], below 1e6, std above 1e-6; `interpolation`, "bicubic" or "bilinear"; `crop_pct` in
+            [0.5, 1], the part of the resized shorter side that is kept. The last two may be missing: "bicubic" and 1.
+
+    Returns:
+        All five, `mean` and `std` as lists, as JSON has them.
+
+    Raises:
+        ValueError: A value is missing or unusable; it is named.
+    """
+    keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
+    if not isinstance(preprocessing, Mapping):
+        raise ValueError(
+            f"preprocessing must be a mapping such as {{'image_size': 224, …}}; got {preprocessing!r:.80}."
+        )
+    if strange := [key for key in preprocessing if key not in keys]:
+        raise ValueError(f"preprocessing: {_short(strange[0])} is unknown; it has {', '.join(keys)}.")
+    known = {"interpolation": "bicubic", "crop_pct": 1.0, **preprocessing}
+    size = known.get("image_size")
+    checks = {
+        "image_size": (type(size) is int and 1 <= size <= MAX_SIZE, f"a number of pixels from 1 to {MAX_SIZE}"),
+        # Beyond these bounds fp32 holds infinity, or near enough.
+        "mean": (_is_triple(known.get("mean"), -1e6), "three numbers between -1e+06 and 1e6, one per channel"),
+        "std": (_is_triple(known.get("std"), 1e-6), "three numbers between 1e-06 and 1e6, one per channel"),
+        "interpolation": (known["interpolation"] in ("bicubic", "bilinear"), "one of bicubic, bilinear"),
+        "crop_pct": (_is_within(known["crop_pct"], 0.5, 1), "a number from 0.5 to 1"),
+    }
+    for name, (is_usable, wanted) in checks.items():
+        if not is_usable:
+            got = f"it is {known[name]!r:.80}" if name in known else "it is missing"
+            raise ValueError(f"preprocessing: {name} must be {wanted}; {got}. Correct it in the adapter's config.")
+    numbers = {name: [float(value) for value in known[name]] for name in ("mean", "std")}
+    return {**known, **numbers, "crop_pct": float(known["crop_pct"])}
+
+
+def _is_triple(value: Any, least: float) -> bool:
+    return isinstance(value, Sequence) and len(value) == 3 and all(_is_within(number, least, 1e6) for number in value)
+
+
+def _is_within(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,24 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer types that can be masked: Linear, convolutions, Embedding, transformers' Conv1D, attention."""
+"""The layer types that can be masked, as a registry: Linear, convolutions, Embedding, attention and others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..functional.convolution import ConvGeometry, convolution
+from ..functional.convolution import ConvGeometry
 from ..functional.ops import masked_conv, masked_linear
-from .cache import Training
-from .kinds import kind_of
 from .layer import MaskLayer
-from .slots import Slot
-from .substitution import call_with
+from .wrapper import Slot, call_with
 
-__all__ = ["Conv", "Embedding", "Linear", "LinearConv1D", "MultiheadAttention", "Substituted", "mask_layer_for"]
+__all__ = [
+    "COMPILED",
+    "CONVOLUTIONS",
+    "DENSE",
+    "MASKABLE",
+    "Conv",
+    "Embedding",
+    "Linear",
+    "LinearConv1D",
+    "MultiheadAttention",
+    "Substituted",
+    "is_norm",
+    "iter_layers",
+    "mask_layer_for",
+    "type_name",
+]
+
+#: What `torch.compile` wraps a module in.
+COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 
 
 def _autocast(*tensors: Tensor | None) -> list[Any]:
@@ -35,16 +53,14 @@ class Linear(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
-        training = self.alone(names)
-        return self.run(self.effective_tensors(names), input) if training is None else self.train_on(training, input)
-
-    def train_on(self, training: Training, input: Tensor) -> Tensor:
-        """[`masked_forward`] as one autograd node."""
-        input, bias = _autocast(input, training.bias)
-        return masked_linear(input, training.weight, training.scores, bias, training.spec, training.trainable)
+        if (arguments := self.fused_arguments(names)) is None:
+            return self.run(self.effective_tensors(names), input)
+        weight, scores, bias, spec, trainable = arguments
+        input, bias = _autocast(input, bias)
+        return masked_linear(input, weight, scores, bias, spec, trainable)
 
     def run(self, tensors: Sequence[Tensor], input: Tensor) -> Tensor:
-        """See [`masked_forward`]; `tensors` are weight and bias."""
+        """See [`MaskLayer.run`]."""
         return F.linear(input, *tensors)
 
 
@@ -53,29 +69,22 @@ class Conv(MaskLayer):
 
     def masked_forward(self, names: Sequence[str], input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(batch, in_channels, …) -> (batch, out_channels, …), or without the batch dimension."""
-        if (training := self.alone(names)) is None:
+        if (arguments := self.fused_arguments(names)) is None:
             return self.run(self.effective_tensors(names), input, output_size)
-        return self.train_on(training, input, output_size)
-
-    def train_on(self, training: Training, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """[`masked_forward`] as one autograd node."""
-        weight, scores, spec, trainable = training.weight, training.scores, training.spec, training.trainable
+        weight, scores, bias, spec, trainable = arguments
 
         def convolve(x: Tensor, geometry: ConvGeometry) -> Tensor:
-            x, bias = _autocast(x, training.bias)
-            return masked_conv(x, weight, scores, bias, geometry, spec, trainable)
+            x, shift = _autocast(x, bias)
+            return masked_conv(x, weight, scores, shift, geometry, spec, trainable)
 
         return self._batched(convolve, input, output_size)
 
     def run(self, tensors: Sequence[Tensor], input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """See [`masked_forward`]; `tensors` are weight and bias."""
+        """See [`MaskLayer.run`]."""
         weight, bias = tensors if len(tensors) == 2 else (tensors[0], None)
-        trains = weight.requires_grad and torch.is_grad_enabled()
 
         def convolve(x: Tensor, geometry: ConvGeometry) -> Tensor:
             x, kernel, shift = _autocast(x, weight, bias)  # on a CPU it would leave `torch.convolution` alone
-            if trains:
-                return convolution(x, kernel, shift, geometry)
             return torch.convolution(x, kernel, shift, *geometry)
 
         return self._batched(convolve, input, output_size)
@@ -91,6 +100,7 @@ class Conv(MaskLayer):
 
     @staticmethod
     def _geometry(base: Any, x: Tensor, output_size: list[int] | None, dims: int) -> tuple[Tensor, ConvGeometry]:
+        """The input, padded if the padding is not zeros, and what the convolution is."""
         if base.transposed:
             output_padding = base._output_padding(
                 x, output_size, base.stride, base.padding, base.kernel_size, dims, base.dilation
@@ -109,12 +119,8 @@ class Embedding(MaskLayer):
 
     slots = (Slot("", "weight"),)
 
-    def masked_forward(self, names: Sequence[str], input: Tensor) -> Tensor:
-        """(…) of indices -> (…, embedding_dim)."""
-        return self.run(self.effective_tensors(names), input)
-
     def run(self, tensors: Sequence[Tensor], input: Tensor) -> Tensor:
-        """See [`masked_forward`]; `tensors` is the table."""
+        """(…) of indices -> (…, embedding_dim)."""
         base: Any = self.base_layer
         return F.embedding(
             input, tensors[0], base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
@@ -127,12 +133,8 @@ class LinearConv1D(MaskLayer):
     PEFT's "all-linear" knows a wrapped linear layer by "Linear" in the name of its class.
     """
 
-    def masked_forward(self, names: Sequence[str], x: Tensor) -> Tensor:
-        """(…, in_features) -> (…, out_features)."""
-        return self.run(self.effective_tensors(names), x)
-
     def run(self, tensors: Sequence[Tensor], x: Tensor) -> Tensor:
-        """See [`masked_forward`]; `tensors` are weight and bias."""
+        """(…, in_features) -> (…, out_features)."""
         weight, *bias = tensors
         return F.linear(x, weight.t(), *bias)
 
@@ -146,12 +148,8 @@ class Substituted(MaskLayer):
     def _masked(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         return self.masked_forward(names, *args, **kwargs)  # it calls the base layer, hooks and all
 
-    def masked_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """Whatever the base layer's forward takes and gives."""
-        return self.run(self.effective_tensors(names), *args, **kwargs)
-
     def run(self, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        """See [`masked_forward`]; `tensors` are those of `present_slots`."""
+        """Whatever the base layer's forward takes and gives."""
         paths = (slot.path for slot in self.present_slots)
         return call_with(self.get_base_layer(), dict(zip(paths, tensors, strict=True)), *args, **kwargs)
 
@@ -176,20 +174,91 @@ class MultiheadAttention(Substituted):
         )
 
 
-def mask_layer_for(module: nn.Module) -> type[MaskLayer] | None:
-    """The masked form of a layer, by its exact type; None if there is none.
+# --- Registry --------------------------------------------------------------------------------------------------------
 
-    A subclass may have a forward of its own, which a masked form would bypass: it is never matched.
-    """
-    kind = kind_of(module)
-    return None if kind is None else _FORMS[kind]
-
-
-_FORMS: dict[str, type[MaskLayer]] = {
-    "linear": Linear,
-    "conv": Conv,
-    "embedding": Embedding,
-    "conv1d_transformers": LinearConv1D,
-    "attention": MultiheadAttention,
-    "substituted": Substituted,
+# Exact types only: a subclass may have its own forward, which a masked layer would bypass in silence.
+# Types of other libraries go by qualified name, so that nothing is imported to look them up.
+MASKABLE: Mapping[type[nn.Module] | str, type[MaskLayer]] = {
+    nn.Linear: Linear,
+    nn.Conv1d: Conv,
+    nn.Conv2d: Conv,
+    nn.Conv3d: Conv,
+    nn.ConvTranspose1d: Conv,
+    nn.ConvTranspose2d: Conv,
+    nn.ConvTranspose3d: Conv,
+    nn.Embedding: Embedding,
+    nn.MultiheadAttention: MultiheadAttention,
+    "transformers.pytorch_utils.Conv1D": LinearConv1D,
+    # Only its constructor differs from nn.Conv2d.
+    "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": Conv,
+    # These compute with a transformed weight or pad as TensorFlow does: their own forward is kept.
+    "timm.layers.conv2d_same.Conv2dSame": Substituted,
+    "timm.layers.std_conv.StdConv2d": Substituted,
+    "timm.layers.std_conv.StdConv2dSame": Substituted,
+    "timm.layers.std_conv.ScaledStdConv2d": Substituted,
+    "timm.layers.std_conv.ScaledStdConv2dSame": Substituted,
 }
+CONVOLUTIONS = frozenset({Conv, Substituted})
+DENSE = frozenset({Linear, LinearConv1D, MultiheadAttention})
+
+
+def type_name(module: nn.Module) -> str:
+    """The module's class as `package.module.Class`, the form of the string keys of MASKABLE."""
+    cls = type(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def mask_layer_for(module: nn.Module) -> type[MaskLayer] | None:
+    """The masked form of a layer, by its exact type; None if there is none."""
+    return MASKABLE.get(type(module)) or MASKABLE.get(type_name(module))
+
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm and InstanceNorm of every dimension
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+_NORM_NAME = re.compile(r"(?:Batch|Layer|Group|Instance|RMS|Rms|Response|Evo|Simple)Norm")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module normalises activations: torch's norms, timm's BatchNormAct2d, the RMSNorms of transformers.
+
+    Classes outside torch go by name and must hold vectors only, so that blocks such as `PreNorm` do not count.
+    """
+    if isinstance(module, _NORMS):
+        return True
+    named = _NORM_NAME.search(type(module).__name__) is not None
+    return named and all(parameter.squeeze().ndim <= 1 for parameter in module.parameters())
+
+
+def iter_layers(model: nn.Module, *, parts: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Every module once, as `(name, module)`, a module before its parts, seeing through wrappers of PEFT and compile.
+
+    A wrapped layer appears under the wrapper's name as the layer it wraps, a `modules_to_save` wrapper as the
+    original module. `parts` lists the parts of maskable modules too: those of a MultiheadAttention belong to it.
+    """
+    yield from _walk("", model, set(), parts)
+
+
+def _walk(name: str, module: nn.Module, seen: set[int], parts: bool) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if (inner := _wrapped_by(module)) is not None:
+        yield from _walk(name, inner, seen, parts)
+        return
+    yield name, module
+    if parts or mask_layer_for(module) is None:
+        for child_name, child in module.named_children():
+            yield from _walk(f"{name}.{child_name}" if name else child_name, child, seen, parts)
+
+
+def _wrapped_by(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, BaseTunerLayer):
+        return module._modules.get("base_layer")
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return module._modules.get("original_module")
+    return module._modules.get("_orig_mod") if type_name(module) == COMPILED else None

@@ -25,35 +25,21 @@ _ALTERNATIVES = "Use MaskBank.forward, or run one batch per adapter."
 
 
 class _Mixed(NamedTuple):
-    """What is in force.
+    """A mixed batch that is running in this context."""
 
-    Attributes:
-        rows: Adapter of every row that a layer is given, or None while `name` is in force.
-        unrepeated: The same inside `encoder`, whose rows a beam search does not repeat.
-        encoder: The modules there.
-        name: The one adapter in force ("__base__" for none).
-        groups: What is to be joined when the model returns.
-    """
-
-    rows: list[str] | None = None
-    unrepeated: list[str] | None = None
+    rows: list[str] | None = None  # adapter of every row that a layer is given, or None while `name` is in force
+    unrepeated: list[str] | None = None  # the same inside `encoder`, whose rows a beam search does not repeat
     encoder: frozenset[nn.Module] = frozenset()
-    name: str | None = None
-    groups: _Groups | None = None
+    name: str | None = None  # the one adapter in force, "__base__" for none
+    groups: _Groups | None = None  # what is to be joined when the model returns
 
 
 class _Groups(NamedTuple):
-    """A batch of which all but the last group has run.
+    """A batch of which all but the last group has run."""
 
-    Attributes:
-        whole: What was in force for the batch.
-        parts: Positions of the groups that have run, and their outputs.
-        rest: Positions of the last group.
-    """
-
-    whole: _Mixed
-    parts: list[tuple[list[int], Any]]
-    rest: list[int]
+    whole: _Mixed  # what was in force for the batch
+    parts: list[tuple[list[int], Any]]  # positions of the groups that have run, and their outputs
+    rest: list[int]  # positions of the last group
 
 
 _current: ContextVar[_Mixed | None] = ContextVar("smn_mixed", default=None)
@@ -67,9 +53,7 @@ def running() -> bool:
     return _running
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _get() -> _Mixed | None:
-    return _current.get()
+_get = torch.compiler.disable(_current.get)
 
 
 def name_in_force() -> str | None:
@@ -79,7 +63,7 @@ def name_in_force() -> str | None:
 
 
 def rows_in_force(layer: nn.Module) -> list[str] | None:
-    """Adapter of every row that this layer is given; None unless a mixed batch is told apart in the layers."""
+    """Adapter of every row of a layer's input; None unless rows are separated inside the layers."""
     mixed: _Mixed | None = _get() if _running else None
     if mixed is None:
         return None
@@ -93,7 +77,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str], wrappers: Sequence[nn.Mo
     Args:
         model: The model with the adapters.
         names: One name per sample.
-        wrappers: PEFT's wrappers of modules that are saved whole, which take `adapter_names` themselves.
+        wrappers: PEFT's wrappers of `modules_to_save`, which take `adapter_names` themselves.
         beams: How often generation repeats every sample but in an encoder.
     """
     encoder: frozenset[nn.Module] = frozenset()
@@ -136,7 +120,7 @@ def _pass_names(wrapper: Any, args: Any, kwargs: dict[str, Any] | None = None) -
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_groups(model: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> tuple[Any, Any] | None:
-    """Before the model runs: run it for every adapter but one. What follows is that one's forward."""
+    """Run the model for every adapter but the last; the forward that follows is the last one's."""
     mixed = _current.get()
     if mixed is None or mixed.rows is None or kwargs is None:  # as above
         return None
@@ -172,7 +156,7 @@ def _positions(names: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _take(inputs: Any, positions: list[int], count: int) -> Any:
-    """Arguments for some of the samples: tensors and lists that have a row for each sample are cut to theirs."""
+    """Select the samples at some positions from all tensors and lists that have a row for each sample."""
 
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() and len(value) == count:
@@ -187,11 +171,7 @@ def _take(inputs: Any, positions: list[int], count: int) -> Any:
 
 
 def _join(outputs: Sequence[Any], positions: Sequence[list[int]]) -> Any:
-    """Rows of several outputs in the order of the batch.
-
-    Raises:
-        ValueError: If there is something that has no row for each sample, and is not the same for all.
-    """
+    """Rows of several outputs in the order of the batch; what has no row for each sample must be the same for all."""
     first, sizes = outputs[0], [len(group) for group in positions]
     if isinstance(first, Tensor):
         if [len(tensor) if tensor.dim() else -1 for tensor in outputs] == sizes:
@@ -220,7 +200,7 @@ def _join(outputs: Sequence[Any], positions: Sequence[list[int]]) -> Any:
 
 
 def _order(positions: Sequence[list[int]]) -> Tensor:
-    """Where the row of each sample is in the joined groups."""
+    """Index of each sample's row in the joined groups."""
     return torch.tensor([position for group in positions for position in group], device="cpu").argsort()
 
 
@@ -230,15 +210,7 @@ def _order(positions: Sequence[list[int]]) -> Tensor:
 def in_rows(
     names: Sequence[str], layer: str, run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A layer's output whose rows are under different adapters.
-
-    Args:
-        names: Adapter of each row.
-        layer: What to call the layer in a message.
-        run: Called with an adapter's name and its rows.
-        x: The layer's input.
-        args: Passed on.
-        kwargs: Passed on.
+    """A layer's output whose rows are under different adapters: `run` is called with each name and its rows.
 
     Raises:
         ValueError: If the input has not one row for each name.
@@ -255,11 +227,7 @@ def in_rows(
 
 
 class MixedWeight(Tensor):
-    """A masked weight while rows are under different adapters: its dtype, shape and device may be read, no more.
-
-    Raises:
-        ValueError: If anything computes with it.
-    """
+    """A masked weight while rows are under different adapters: its dtype, shape and device may be read, no more."""
 
     layer: str
 
@@ -272,7 +240,7 @@ class MixedWeight(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Let through what tells no value."""
+        """Allow functions that read no value."""
         with torch._C.DisableTorchFunctionSubclass():
             if func.__name__ in _TELL_NO_VALUE:
                 result = func(*args, **(kwargs or {}))

@@ -1,37 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`MaskModel`: masks injected into a model, with PEFT's life cycle and PEFT's state-dict hooks."""
+"""`MaskModel`: masks injected into a model, with PEFT's life cycle.
+
+Hooks of PEFT that this package overrides, and why PEFT's own do not do:
+
+* `inject_adapter`: everything is checked before the model is touched, and taken back if it fails.
+* `_mark_only_adapters_as_trainable`: PEFT looks for `modules_to_save` right after it, by the ends of names, and must
+  not find parts of masked layers.
+* `_create_and_replace`: abstract in PEFT.
+* `_replace_module`: PEFT's copies `weight` and `bias` to what it unwraps, and here they may be masked.
+* `_unload_and_optionally_merge`: PEFT's leaves layers inside the wrappers that it takes off.
+* `_get_adapter_state_dict`, `_remove_adapter_name_from_key`, `_remap_adapter_state_dict_for_load`: scores become bits
+  in a file, and bits scores or buffers, checked.
+* `_enable_peft_forward_hooks`: mixed batches by `adapter_names`.
+* of layers, `_get_available_adapters` and `_move_adapter_to_device_of_base_layer`: PEFT's look at containers of
+  modules, and would cast scores to the base's dtype; of `nn.Module`, `_apply` (scores stay wide, the cache goes),
+  `_load_from_state_dict` (bits become scores) and `_replicate_for_data_parallel` (nothing may be left to do).
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..functional.masking import progressive_density
-from .adapters import AdapterLayer
-from .base_name import base_name
-from .batch_norm import add_batch_norms
-from .checks import check_adapter_name, check_base_kind, check_saved, check_targets
+from .batch_norm import BatchNorm, add_batch_norms, bare_norms
+from .checks import base_name, check_adapter_name, check_base, check_base_kind, check_saved, check_targets
 from .config import MaskConfig
-from .forms import mask_layer_for
-from .identity import check_base
+from .forms import COMPILED, mask_layer_for, type_name
 from .layer import MaskLayer
 from .mixed import mixed_batch
-from .norms import norm_form_of, with_norms
-from .reload import check_pair, settings_in, under_settings
-from .rollback import discard, whole_or_nothing
-from .rounding import widened
-from .saved_norms import bare_norms, parts_shown, unwrap_rest
-from .state_dict import entries_of, loaded_entries
+from .state_dict import bare_key, check_pair, entries_of, loaded_entries, reload_entries
 from .targets import resolve_targets
-from .traversal import adapter_layers, bare_key, uncompiled
+from .wrapper import AdapterLayer, adapter_layers
 
 __all__ = ["MaskModel"]
+
+COMBINATIONS = ("union", "intersection", "majority")
 
 
 class MaskModel(BaseTuner):
@@ -45,64 +57,44 @@ class MaskModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
-        """As PEFT's: a dict of configurations comes from a `PeftModel`, a lone one from `inject_adapter_in_model`."""
-        self._is_native = not isinstance(peft_config, dict)
-        super().__init__(uncompiled(model), peft_config, adapter_name, **kwargs)
+        """Wrap a model: a dict of configurations comes from a `PeftModel`, one from `inject_adapter_in_model`."""
+        self._is_native = not isinstance(peft_config, dict)  # then a loader may write to the model without PeftModel
+        super().__init__(_uncompiled(model), peft_config, adapter_name, **kwargs)
 
     # --- Injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. Everything that can be wrong is checked before the model is touched.
+        """Add an adapter's layers to a model, as PEFT does; on any error the model is as it was.
 
         Raises:
             ValueError: For a bad adapter name, a base that is not supported or not the adapter's, or a bad target.
         """
         given: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_adapter_name(adapter_name, model)
-        check_base_kind(uncompiled(model))
+        check_base_kind(_uncompiled(model))
         check_saved(model, given.modules_to_save)
         if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
-        config = self.peft_config[adapter_name] = given.for_model(native=self._is_native)
-        with whole_or_nothing(model, adapter_name):
-            with bare_norms(model, config), parts_shown(model):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._verify(model, adapter_name, config)
+        config = self.peft_config[adapter_name] = given.for_model()
+        with _whole_or_nothing(model, adapter_name):
+            _resolve(config, model)
+            with bare_norms(model, config):
+                try:
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+                finally:
+                    _hide_parts(model, False)
+            if warning := check_base(model, adapter_name, config):
+                warnings.warn(warning, stacklevel=4)
+            add_batch_norms(model, adapter_name, config, self.active_adapters)
+            for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
+                for _, layer in adapter_layers(encoder):
+                    _forbid_fast_path(layer)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)
 
-    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:  # type: ignore[override]
-        return peft_config
-
-    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:  # type: ignore[override]
-        """Resolve the shorthands of `target_modules`, and check what they match."""
-        targets = peft_config.target_modules
-        resolved = resolve_targets(
-            model,
-            targets,
-            layers_to_transform=peft_config.layers_to_transform,
-            layers_pattern=peft_config.layers_pattern,
-        )
-        if resolved is not targets:  # the layers are in the names now; PEFT would look for them in a regex in vain
-            peft_config.layers_to_transform = peft_config.layers_pattern = None
-        peft_config.target_modules = set(resolved) if isinstance(resolved, list) else resolved  # type: ignore[assignment]
-        _maybe_include_all_linear_layers(peft_config, model)  # now, and not after this hook: what it finds is checked
-        if peft_config.mask_norms:
-            exact = with_norms(model, peft_config.target_modules or ())
-            peft_config.target_modules = set(exact) if isinstance(exact, list) else exact  # type: ignore[assignment]
-        inside = tuple(f"{name}." for name, _ in adapter_layers(model))
-        matched = [
-            name
-            for name, _ in model.named_modules()
-            if name and not name.startswith(inside) and check_target_module_exists(peft_config, name)
-        ]
-        check_targets(model, matched, norms=peft_config.mask_norms)
-
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """As PEFT's, which looks for the adapter's `modules_to_save` next, by the ends of names: in the base alone."""
         super()._mark_only_adapters_as_trainable(model)
-        for _, layer in adapter_layers(model):
-            layer.hides_parts = True
+        _hide_parts(model, True)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -114,20 +106,20 @@ class MaskModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        may_load = self._is_native or peft_config.comes_from_file
         if isinstance(target, MaskLayer):
-            target.update_layer(adapter_name, peft_config, current_key)
+            target.update_layer(adapter_name, peft_config, current_key, may_load=may_load)
             return
-        form = mask_layer_for(target) or (norm_form_of(target) if peft_config.mask_norms else None)
+        form = mask_layer_for(target)
         if form is None:  # named by a state dict and not by the config, which was checked before
             check_targets(self.model, [current_key])
         assert form is not None
         layer = form(target)
-        layer.update_layer(adapter_name, peft_config, current_key)
+        layer.update_layer(adapter_name, peft_config, current_key, may_load=may_load)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Wrap a layer, or unwrap it: the tensors are the same ones, so there is nothing to move or to copy."""
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(
@@ -138,17 +130,11 @@ class MaskModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        unwrap_rest(model, merge, safe_merge, adapter_names)
+        for name, layer in list(adapter_layers(model)):
+            if merge:
+                layer.merge(safe_merge, adapter_names)
+            _replace(model, name, layer.get_base_layer())
         return model
-
-    def _verify(self, model: nn.Module, adapter_name: str, config: MaskConfig) -> None:
-        """Add the BatchNorm policy, and refuse a base that is not the adapter's."""
-        if warning := check_base(model, adapter_name, config):
-            warnings.warn(warning, stacklevel=4)
-        add_batch_norms(model, adapter_name, config, self.active_adapters)
-        for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
-            for _, layer in adapter_layers(encoder):
-                layer.forbid_fast_path()
 
     # --- State dicts -------------------------------------------------------------------------------------------------
 
@@ -178,28 +164,33 @@ class MaskModel(BaseTuner):
             ValueError: If masks are missing, do not fit, or belong to no masked layer, or the file is of another base.
                 An adapter that was being loaded is then taken off the model again; one that was there stays as it was.
         """
-        if not config.being_loaded:  # then its config was not read from this file's folder
-            with under_settings(model, adapter_name, settings_in(state_dict)) as config:
-                return widened(model, loaded_entries(model, adapter_name, state_dict, config.base_fingerprint))
-        try:
-            check_pair(config, settings_in(state_dict))
-            entries = loaded_entries(model, adapter_name, state_dict, config.base_fingerprint)
-        except Exception:
-            discard(model, adapter_name)
-            raise
-        config.being_loaded = config.awaits_blob = False
-        return widened(model, entries)
+        layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
+        if config.comes_from_file and any(adapter_name in layer.pending for layer in layers):
+            try:
+                check_pair(config, state_dict)
+                entries = loaded_entries(model, adapter_name, state_dict)
+            except Exception:
+                _discard(model, adapter_name)
+                raise
+        else:
+            entries = reload_entries(model, adapter_name, state_dict)
+        for layer in layers:
+            layer.mark_loaded(adapter_name)
+        return entries
 
     # --- What only masks have ----------------------------------------------------------------------------------------
+
+    def _mask_layers(self, adapter_name: str) -> list[tuple[str, MaskLayer]]:
+        layers = adapter_layers(self.model)
+        return [(p, layer) for p, layer in layers if isinstance(layer, MaskLayer) and adapter_name in layer.smn_info]
 
     def masks(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Bool masks by weight name, of one adapter (the first active one if None)."""
         name = adapter_name or self.active_adapters[0]
         return {
             f"{path}.{slot.path}": layer.mask(name, slot)
-            for path, layer in adapter_layers(self.model)
-            if name in layer.smn_info
-            for slot in layer.smn_info[name].slots
+            for path, layer in self._mask_layers(name)
+            for slot in layer.slots_of(name)
         }
 
     def density(self, adapter_name: str | None = None) -> float:
@@ -218,10 +209,8 @@ class MaskModel(BaseTuner):
         config: MaskConfig = self.peft_config[name]  # type: ignore[assignment]
         if config.density_schedule is None or config.density is None:
             raise ValueError(f"Adapter {name!r} has no density_schedule: set density_schedule='linear' in its config.")
-        density = progressive_density(progress, config.density)
-        for _, layer in adapter_layers(self.model):
-            if isinstance(layer, MaskLayer) and name in layer.smn_info:
-                layer.update_density(name, density)
+        for _, layer in self._mask_layers(name):
+            layer.update_density(name, progressive_density(progress, config.density))
 
     def add_weighted_adapter(
         self,
@@ -243,9 +232,50 @@ class MaskModel(BaseTuner):
             ValueError: For an unknown adapter or combination type, adapters of different targets, or weights that do
                 not fit.
         """
-        from .combine import combine_adapters
-
-        combine_adapters(self, list(adapters), weights, adapter_name, combination_type)
+        names = list(adapters)
+        if combination_type not in COMBINATIONS:
+            raise ValueError(f"combination_type must be one of {', '.join(COMBINATIONS)}; got {combination_type!r}.")
+        if unknown := [name for name in names if name not in self.peft_config] or not names:
+            raise ValueError(
+                f"Adapter(s) {unknown if names else '[]'} do not exist; there are {list(self.peft_config)}."
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
+        votes = [1.0] * len(names) if weights is None else list(weights)
+        if len(votes) != len(names) or min(votes) < 0 or sum(votes) <= 0:
+            raise ValueError(f"weights must be {len(names)} non-negative numbers, not all 0; got {votes}.")
+        layers = [layer for layer in self.model.modules() if isinstance(layer, MaskLayer)]
+        if any(layer.slots_of(name) != layer.slots_of(names[0]) for layer in layers for name in names):
+            raise ValueError(f"The adapters {names} do not mask the same weights and cannot be combined.")
+        saved = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        if both := [module for module in saved if sum(name in module.modules_to_save for name in names) > 1]:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{len(both)} such instance(s): masks combine, heads do not. Combine adapters without modules_to_save."
+            )
+        configs: list[Any] = [self.peft_config[name] for name in names]
+        config: MaskConfig = copy.deepcopy(configs[0])
+        config.inference_mode, config.save_scores = True, False
+        config.batch_norm = "adapt" if any(other.batch_norm == "adapt" for other in configs) else "frozen"
+        config.modules_to_save = list(dict.fromkeys(n for c in configs for n in c.modules_to_save or ())) or None
+        self.peft_config[adapter_name] = config
+        try:
+            with _whole_or_nothing(self.model, adapter_name):
+                self.inject_adapter(self.model, adapter_name)
+                for layer in layers:
+                    layer.mark_loaded(adapter_name)
+                    for slot in layer.slots_of(adapter_name):
+                        masks = torch.stack([layer.mask(name, slot) for name in names])
+                        layer.set_mask(adapter_name, slot, combine_masks(masks, votes, combination_type))
+                for norm in (module for module in self.model.modules() if isinstance(module, BatchNorm)):
+                    norm.average(adapter_name, names, votes)
+                for module in saved:
+                    for name in (name for name in names if name in module.modules_to_save):
+                        source = module.modules_to_save[name].state_dict()
+                        module.modules_to_save[adapter_name].load_state_dict(source)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -282,3 +312,96 @@ class MaskModel(BaseTuner):
         """
         self.merge_and_unload()
         return self
+
+
+def _resolve(config: MaskConfig, model: nn.Module) -> None:
+    """Resolve the shorthands of `target_modules`, and check what they match."""
+    given = config.target_modules
+    targets = resolve_targets(
+        model, given, layers_to_transform=config.layers_to_transform, layers_pattern=config.layers_pattern
+    )
+    if targets is not given:  # the layers are in the names now; PEFT would look for them in a regex in vain
+        config.layers_to_transform = config.layers_pattern = None
+    config.target_modules = set(targets) if isinstance(targets, list) else targets  # type: ignore[assignment]
+    _maybe_include_all_linear_layers(config, model)
+    inside = tuple(f"{name}." for name, _ in adapter_layers(model))
+    names = (name for name, _ in model.named_modules() if name and not name.startswith(inside))
+    check_targets(model, [name for name in names if check_target_module_exists(config, name)])
+
+
+def combine_masks(masks: Tensor, weights: Sequence[float], combination_type: str) -> Tensor:
+    """Combine bool masks (number, …) into one; a majority is more than half of the weight."""
+    if combination_type == "union":
+        return masks.any(0)
+    if combination_type == "intersection":
+        return masks.all(0)
+    votes = torch.tensor(weights, dtype=torch.float32, device=masks.device)
+    share = (masks * votes.reshape(-1, *[1] * (masks.dim() - 1))).sum(0)
+    return share > votes.sum() / 2
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """A model without the wrappers of `torch.compile(module)` around it or its parts; it runs compiled as before.
+
+    They would be in the names of all that lies in them, and an adapter's file would fit no other copy of the base.
+    """
+    for name, module in list(model.named_modules()):
+        if type_name(module) != COMPILED:
+            continue
+        inner: Any = module.get_submodule("_orig_mod")
+        inner._compiled_call_impl = module.dynamo_ctx(inner._call_impl)  # as `inner.compile()` does, with its options
+        if not name:
+            return _uncompiled(inner)
+        _replace(model, bare_key(name), inner)
+    return model
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _hide_parts(model: nn.Module, hidden: bool) -> None:
+    for layer in (module for module in model.modules() if isinstance(module, AdapterLayer)):
+        layer.hides_parts = hidden
+
+
+def _forbid_fast_path(layer: AdapterLayer) -> None:
+    """Disable torch's fused TransformerEncoderLayer, which reads the frozen weights: only a hook does that."""
+    if not layer._forward_pre_hooks:
+        layer.register_forward_pre_hook(_no_hook)
+
+
+def _no_hook(module: nn.Module, args: Any) -> None:
+    """See [`_forbid_fast_path`]."""
+
+
+@contextmanager
+def _whole_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Withdraw an adapter from the base model if the block that injects it fails.
+
+    Layers that no other adapter uses are unwrapped, and what was trainable is so again.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    except Exception:
+        for name, layer in list(adapter_layers(model)):
+            if adapter_name in layer.smn_info:
+                layer.delete_adapter(adapter_name)
+            if not layer.smn_info:
+                _replace(model, name, layer.get_base_layer())
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+
+
+def _discard(model: Any, adapter_name: str) -> None:
+    """Remove an adapter whose file is bad from a `PeftModel`; after the last one the bare base is left."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, BaseTuner):  # injected without a PeftModel: PEFT has nothing that could take it back
+        return
+    if len(tuner.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    else:
+        tuner.unload()

@@ -1,34 +1,220 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which modules a mask adapter targets: shorthands resolved, and a report of what would be masked and why not."""
+"""Which modules a mask adapter targets: defaults by architecture, shorthands resolved, and a report of it all.
+
+The default is the weights of a vision model's blocks, never embeddings, norms or the head. The rules look at a model's
+structure, not at a list of class names, so they hold for sizes and variants not seen yet:
+
+* **transformers** (attention in numbered blocks): every Linear, attention and convolution inside the blocks; the patch
+  embedding is frozen. A regex, so that one adapter's config fits every size of the architecture.
+* **convolutional networks**: all convolutions, stem and shortcuts included, and the Linears of numbered stages (the
+  MLPs of ConvNeXt). Explicit names.
+* **the rest** (MLP-Mixer): every Linear inside the numbered blocks.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from torch import Tensor, nn
+from torch import nn
 
-from .architectures import base_model_of, default_targets, exact_targets, head_modules, matching_names
-from .kinds import CONVOLUTIONS, MASKABLE, is_norm, iter_layers, kind_of
-from .norms import norm_form_of, with_norms
+from .forms import COMPILED, CONVOLUTIONS, DENSE, Embedding, is_norm, iter_layers, mask_layer_for, type_name
 
 __all__ = [
-    "MASKABLE",
     "TargetReport",
     "TargetRow",
+    "base_model_of",
     "default_targets",
     "explain_targets",
-    "is_norm",
-    "kind_of",
+    "head_modules",
     "resolve_targets",
+    "stage_of",
+    "stage_targets",
+    "vision_scope",
 ]
 
 ALL_CONV = "all-conv"
-ALL_LINEAR = "all-linear"
+_LIBRARIES = frozenset({"transformers", "timm", "torchvision", "open_clip", "clip"})
+_TOWERS = ("timm_model", "vision_model", "visual", "trunk")  # TimmWrapper, CLIP and SigLIP, OpenCLIP, its timm towers
+_TEXTS = ("text_model", "language_model", "text", "token_embedding")  # beside it; the last two are OpenCLIP's
+_TEXT_TOWER = r"(?!(?:.*\.)?(?:text_model|language_model)\.)"
+_ATTENTION = re.compile(r"(?:^|[._])(?:\w*attn|\w*attention|qkv|[qkv]_proj|quer(?:y|ies))(?:$|[._])")
+_NUMBERED = re.compile(r"\d\.")  # a module above the layer is one of a numbered list
+_EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|stem\w*|cpb_mlp|continuous_position_bias_mlp|rel_pos\w*)\.")
+_IMAGE_CHANNELS = 3
+_OTHER_TASK = re.compile(r"^(?:decoder|predictor|pre_logits|aux\d?|AuxLogits)(?:\.|$)")
+_HEAD_NAMES = frozenset(
+    {"head", "heads", "fc", "classifier", "last_linear", "distillation_classifier", "cls_classifier"}
+)
+
+
+def default_targets(model: nn.Module) -> str | list[str]:
+    """The default `target_modules` of a model of transformers, timm, torchvision or OpenCLIP.
+
+    Of a model with two towers, the vision tower counts.
+
+    Returns:
+        A regex that `re.fullmatch`es the full module names, or a list of full module names.
+
+    Raises:
+        ValueError: The architecture is not known, or has nothing that can be masked.
+    """
+    model = base_model_of(model)
+    if not _is_known(model):
+        raise ValueError(_unknown(model, "has no default target modules"))
+    prefix, core = _vision_core(model)
+    heads = head_modules(model)
+    layers = {
+        name: layer
+        for name, layer in iter_layers(core)
+        if mask_layer_for(layer) and id(layer) not in heads and not _OTHER_TASK.match(name)
+    }
+    in_blocks = [name for name in layers if _NUMBERED.search(name) and not _EMBEDDING.search(name)]
+    dense = [name for name in in_blocks if mask_layer_for(layers[name]) in DENSE]
+    convolutions = [name for name, layer in layers.items() if mask_layer_for(layer) in CONVOLUTIONS]
+    if any(_ATTENTION.search(name) for name in dense):
+        stems = {name for name in convolutions if getattr(layers[name], "in_channels", None) == _IMAGE_CHANNELS}
+        names = dense + [name for name in in_blocks if name in convolutions and name not in stems]
+        return _regex_or_list(model, prefix, names)
+    if len(convolutions) > 1:
+        return exact_targets(model, [prefix + name for name in convolutions + dense])
+    if dense:
+        return _regex_or_list(model, prefix, dense)
+    raise ValueError(_unknown(model, "has no layer in its blocks that can be masked"))
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel` or a compiled one; any other model as it is."""
+    unwrap = getattr(model, "get_base_model", None)
+    base = unwrap() if callable(unwrap) else model
+    base = base if isinstance(base, nn.Module) else model
+    return base.get_submodule("_orig_mod") if type_name(base) == COMPILED else base
+
+
+def head_modules(model: nn.Module, *, by_name: bool = True) -> set[int]:
+    """Ids of the modules that make up the classifier; `by_name` counts modules named like one, too."""
+    heads: list[nn.Module] = []
+    for owner in (model, _vision_core(model)[1]):
+        said = [head for getter in ("get_classifier", "get_output_embeddings") for head in _call(owner, getter)]
+        # timm names its classifier itself, and may call a feature layer "head" or "fc"
+        if by_name and not hasattr(owner, "get_classifier"):
+            said += [child for name, child in owner.named_children() if name in _HEAD_NAMES]
+        heads += said
+    return {id(module) for head in heads for module in head.modules()}
+
+
+def _call(owner: nn.Module, getter: str) -> list[nn.Module]:
+    function = getattr(owner, getter, None)
+    try:
+        found = function() if callable(function) else None
+    except (AttributeError, NotImplementedError, TypeError):
+        return []
+    return [head for head in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(head, nn.Module)]
+
+
+def exact_targets(model: nn.Module, names: Iterable[str]) -> str | list[str]:
+    """Targets that select exactly these modules.
+
+    PEFT also matches a listed name as a suffix ("conv1" takes "layer1.0.conv1"). Where that would select a module
+    that is not listed, the names become a regex, which matches in full.
+    """
+    chosen = list(names)
+    suffixes = tuple(f".{name}" for name in chosen)
+    listed = set(chosen)
+    if any(name.endswith(suffixes) for name, _ in model.named_modules() if name not in listed):
+        return "|".join(re.escape(name) for name in chosen)
+    return chosen
+
+
+def matching_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Full names of the modules that `targets` selects, as PEFT would: regex in full, list by name or suffix."""
+    names = (name for name, _ in model.named_modules())
+    if isinstance(targets, str):
+        pattern = re.compile(targets)
+        return [name for name in names if pattern.fullmatch(name)]
+    listed = set(targets)
+    suffixes = tuple(f".{name}" for name in listed)
+    return [name for name in names if name in listed or name.endswith(suffixes)]
+
+
+def _is_known(model: nn.Module) -> bool:
+    libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__} & _LIBRARIES
+    inner = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
+    if not libraries and isinstance(inner, nn.Module):  # a head of one's own on a backbone
+        return _is_known(inner)
+    if "transformers" in libraries:
+        has_tower = any(isinstance(getattr(model, tower, None), nn.Module) for tower in _TOWERS)
+        return has_tower or getattr(model, "main_input_name", None) == "pixel_values"
+    towers = (model, getattr(model, "visual", None))
+    open_clip = any(hasattr(getattr(tower, "transformer", None), "resblocks") for tower in towers)
+    return bool(libraries) or hasattr(model, "pretrained_cfg") or open_clip
+
+
+def _vision_core(model: nn.Module) -> tuple[str, nn.Module]:
+    """The module that holds the vision blocks, and its name in the model, ending in a dot unless empty."""
+    prefix, core = "", model
+    while True:
+        attributes = [*_TOWERS, getattr(core, "base_model_prefix", "")]
+        inner = next((name for name in attributes if name and isinstance(getattr(core, name, None), nn.Module)), None)
+        if inner is None:
+            return prefix, core
+        prefix, core = f"{prefix}{inner}.", getattr(core, inner)
+
+
+def vision_scope(model: nn.Module) -> str:
+    """Prefix of the names in the vision tower of a model that has a text tower too; "" for any other model."""
+    owner, scope = model, _vision_core(model)[0]
+    for part in scope.split("."):
+        if any(isinstance(getattr(owner, text, None), nn.Module) for text in _TEXTS):
+            return scope
+        owner = getattr(owner, part, owner)
+    return ""
+
+
+def _regex_or_list(model: nn.Module, prefix: str, names: list[str]) -> str | list[str]:
+    """The most portable pattern that selects exactly `names` in this model, else the names."""
+    wanted = {prefix + name for name in names}
+    body = _generalise(names)
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    two_towers = "vision_model." in prefix or str(model_type).endswith("_vision_model")
+    guard = _TEXT_TOWER if two_towers else ""
+    for pattern in (rf"{guard}(?:.*\.)?{body}", rf"(?:.*\.)?{re.escape(prefix)}{body}"):
+        if set(matching_names(model, pattern)) == wanted:
+            return pattern
+    return exact_targets(model, [prefix + name for name in names])
+
+
+def _generalise(names: list[str]) -> str:
+    """One regex for names that differ only in the numbers of their blocks."""
+    tails: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        *above, leaf = name.split(".")
+        parts = [re.sub(r"^(\w*_)?\d+$", lambda found: f"{found[1] or ''}\\d+", part) for part in above]
+        first = next((index for index, part in enumerate(parts) if part.endswith(r"\d+")), len(parts) - 1)
+        tails[r"\.".join(parts[: first + 1])][r"\.".join(parts[first + 1 :])].add(re.escape(leaf))
+    blocks = []
+    for block, owners in sorted(tails.items()):
+        groups = [
+            (rf"{owner}\." if owner else "") + (f"(?:{'|'.join(sorted(leaves))})" if len(leaves) > 1 else min(leaves))
+            for owner, leaves in sorted(owners.items())
+        ]
+        blocks.append(rf"{block}\.(?:{'|'.join(groups)})")
+    return blocks[0] if len(blocks) == 1 else f"(?:{'|'.join(blocks)})"
+
+
+def _unknown(model: nn.Module, problem: str) -> str:
+    return (
+        f"{type(model).__module__}.{type(model).__qualname__} {problem}. Pass target_modules=…: a list of module "
+        "names, a regex, 'all-linear' or 'all-conv'; explain_targets(model) lists what can be masked."
+    )
+
+
+# --- Targets as a config names them ----------------------------------------------------------------------------------
 
 
 def resolve_targets(
@@ -40,13 +226,9 @@ def resolve_targets(
 ) -> str | list[str] | set[str]:
     """Replace our shorthands by names or a regex that PEFT understands.
 
-    Args:
-        model: The base model.
-        target_modules: None gives the architecture's default, "all-conv" every convolution that can be masked except
-            the classifier. Everything else is PEFT's to interpret and comes back as it is, "all-linear" too.
-        layers_to_transform: Indices of blocks. PEFT ignores them for a regex and for full names, so a resolved
-            shorthand is reduced to those blocks here.
-        layers_pattern: Name of the list that the indices count in; None takes the first numbered list in a name.
+    None gives the architecture's default, "all-conv" every convolution that can be masked except the classifier; both
+    are reduced to the blocks of `layers_to_transform`, which PEFT ignores for a regex and for full names. Everything
+    else is PEFT's to interpret and comes back as it is, "all-linear" too.
 
     Raises:
         ValueError: Nothing is left to target, or the architecture has no default.
@@ -77,7 +259,9 @@ def resolve_targets(
 
 def _all_convolutions(model: nn.Module) -> str | list[str]:
     heads = head_modules(model, by_name=False)
-    names = [name for name, layer in iter_layers(model) if kind_of(layer) in CONVOLUTIONS and id(layer) not in heads]
+    names = [
+        name for name, layer in iter_layers(model) if mask_layer_for(layer) in CONVOLUTIONS and id(layer) not in heads
+    ]
     if not names:
         raise ValueError(
             f"target_modules='all-conv' finds no convolution that can be masked in {type(model).__qualname__}: "
@@ -86,43 +270,55 @@ def _all_convolutions(model: nn.Module) -> str | list[str]:
     return exact_targets(model, names)
 
 
+# Outermost first: "layer2.0.conv1" lies in the stage "layer" 2, "stages.1.blocks.0.conv1" in "stages" 1.
+_STAGE = re.compile(r"(?:^|\.)(layer|layers|stage|stages|blocks?|resblocks)[._]?(\d+)\.")
+
+
+def stage_of(name: str) -> int | None:
+    """Number of the stage in a module's name, or of the block where there are no stages; None in the stem."""
+    found = _STAGE.search(name)
+    return None if found is None else int(found[2])
+
+
+def stage_targets(model: nn.Module, target_modules: str | Iterable[str] | None, stages: int) -> str | list[str]:
+    """Those of the targets that lie in the first stages (the paper's Figure 8); the stem lies in none.
+
+    Raises:
+        ValueError: The targets lie in no numbered stages, or there are fewer than `stages`.
+    """
+    names = matching_names(model, resolve_targets(model, target_modules))
+    numbers = sorted({number for name in names if (number := stage_of(name)) is not None})
+    if not 1 <= stages <= len(numbers):
+        raise ValueError(
+            f"mask_stages={stages}: the targets lie in {len(numbers)} numbered stages or blocks, such as "
+            f"{names[0] if names else 'none'!r}."
+        )
+    return exact_targets(model, [name for name in names if stage_of(name) in numbers[:stages]])
+
+
+# --- Report ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class TargetRow:
-    """One layer of the report.
+    """One layer of the report."""
 
-    Attributes:
-        name: Full name in the model; the parameter's name where a container holds it itself.
-        type: Class of the layer, "Parameter" for one held by a container.
-        shape: Shape of the (first) weight.
-        parameters: Number of values in the layer, biases included.
-        masked: Number of values that get a bit.
-        reason: "masked", or why not: "norm", "head", "embedding", "excluded", "modules_to_save", "not targeted" or
-            "unsupported type …".
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    parameters: int
-    masked: int
-    reason: str
+    name: str  # full name in the model; the parameter's name where a container holds it itself
+    type: str  # class of the layer, "Parameter" for one held by a container
+    shape: tuple[int, ...]  # of the (first) weight
+    parameters: int  # number of values in the layer, biases included
+    masked: int  # number of values that get a bit
+    reason: str  # "masked", or why not: "norm", "head", "embedding", "excluded", "modules_to_save", "not targeted" …
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What an adapter masks in a model; `str()` gives the table.
+    """What an adapter masks in a model; `str()` gives the table."""
 
-    Attributes:
-        rows: One per layer, in the model's order.
-        total_parameters: Values in the model, each once, adapters not counted.
-        packed_bytes: Size of the bit-packed masks, ⌈n/8⌉ per tensor.
-        note: Why nothing is masked, where the architecture has no default.
-    """
-
-    rows: tuple[TargetRow, ...]
-    total_parameters: int
-    packed_bytes: int
-    note: str = field(default="")
+    rows: tuple[TargetRow, ...]  # one per layer, in the model's order
+    total_parameters: int  # values in the model, each once, adapters not counted
+    packed_bytes: int  # size of the bit-packed masks, ⌈n/8⌉ per tensor
+    note: str = ""  # why nothing is masked, where the architecture has no default
 
     @property
     def masked_weights(self) -> int:
@@ -136,32 +332,27 @@ class TargetReport:
 
     def __str__(self) -> str:
         """The table and the totals."""
-        head = ("module", "type", "shape", "parameters", "masked", "")
-        lines = [
-            (row.name, row.type, "×".join(map(str, row.shape)), f"{row.parameters:,}", f"{row.masked:,}", row.reason)
-            for row in self.rows
-        ]
-        widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-        align = ("<", "<", "<", ">", ">", "<")
-        table = [
-            "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, align, widths, strict=True)).rstrip()
-            for line in [head, *lines]
-        ]
-        return "\n".join([*table, "", *self._totals(), *([self.note] if self.note else [])])
-
-    def _totals(self) -> list[str]:
-        masked = [row for row in self.rows if row.masked]
-        totals = []
-        for kind in dict.fromkeys(row.type for row in masked):
-            same = [row for row in masked if row.type == kind]
-            totals.append(f"{kind}: {len(same)} layers, {sum(row.masked for row in same):,} masked weights")
+        table = [("module", "type", "shape", "parameters", "masked", "")]
+        for row in self.rows:
+            shape = "×".join(map(str, row.shape))
+            table.append((row.name, row.type, shape, f"{row.parameters:,}", f"{row.masked:,}", row.reason))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        pattern = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>><", widths, strict=True))
+        masked = Counter[str]()
+        for row in self.rows:
+            masked[row.type] += row.masked
+        layers = Counter(row.type for row in self.rows if row.masked)
         share = self.masked_weights / max(1, self.total_parameters)
-        return [
-            *totals,
+        lines = [
+            *(pattern.format(*line).rstrip() for line in table),
+            "",
+            *(f"{kind}: {number} layers, {masked[kind]:,} masked weights" for kind, number in layers.items()),
             f"masked: {self.masked_weights:,} of {self.total_parameters:,} parameters ({share:.2%})",
-            f"adapter file: {_megabytes(self.packed_bytes)} packed; "
-            f"scores while training: {_megabytes(self.score_bytes)} (fp32)",
+            f"adapter file: {self.packed_bytes / 1e6:.2f} MB packed; "
+            f"scores while training: {self.score_bytes / 1e6:.2f} MB (fp32)",
+            self.note,
         ]
+        return "\n".join(lines if self.note else lines[:-1])
 
 
 def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = True) -> TargetReport:
@@ -191,22 +382,17 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
         )
     except ValueError as error:  # the report is what the error advises to look at
         match.target_modules, note = [], str(error)
-    if isinstance(match.target_modules, str) and match.target_modules.lower() == ALL_LINEAR:
-        _maybe_include_all_linear_layers(match, model)
-    match.mask_norms = bool(getattr(config, "mask_norms", False))
-    if match.mask_norms:
-        match.target_modules = with_norms(model, match.target_modules)
+    _maybe_include_all_linear_layers(match, model)
     mask_bias = bool(getattr(config, "mask_bias", False))
     heads = head_modules(model)
     counted: set[int] = set()
     rows, packed_bytes = [], 0
     for name, layer in iter_layers(model):
-        whole = kind_of(layer) is not None
-        parameters = [
-            (key, value) for key, value in layer.named_parameters(recurse=whole) if not _seen(value, counted)
-        ]
-        if not parameters:
+        whole = mask_layer_for(layer) is not None
+        named = layer.named_parameters(recurse=whole)
+        if not (parameters := [(key, value) for key, value in named if id(value) not in counted]):
             continue
+        counted.update(id(value) for _, value in parameters)
         reason = _reason(name, layer, match, heads)
         masked = [value for key, value in parameters if _is_masked(key, mask_bias)] if reason == "masked" else []
         packed_bytes += sum(-(-value.numel() // 8) for value in masked)
@@ -231,12 +417,11 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
 
 def _reason(name: str, layer: nn.Module, match: Any, heads: set[int]) -> str:
     """Why a layer is masked or not."""
-    kind = kind_of(layer)
+    form = mask_layer_for(layer)
     matrices = any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False))
     found = check_target_module_exists(match, name)
     if found:
-        maskable = kind is not None or (match.mask_norms and norm_form_of(layer) is not None)
-        return "masked" if maskable else f"unsupported type {type(layer).__name__}"
+        return f"unsupported type {type(layer).__name__}" if form is None else "masked"
     if found is not None and type(found).__name__ == "_ExcludedModule":
         saved = any(re.match(rf"(?:^|.*\.){part}(?:$|\..*)", name) for part in match.modules_to_save or ())
         return "modules_to_save" if saved else "excluded"
@@ -244,22 +429,11 @@ def _reason(name: str, layer: nn.Module, match: Any, heads: set[int]) -> str:
         return "norm"
     if id(layer) in heads:
         return "head"
-    if kind == "Embedding" or re.search(r"embed", name):
+    if form is Embedding or re.search(r"embed", name):
         return "embedding"
-    return f"unsupported type {type(layer).__name__}" if kind is None and matrices else "not targeted"
+    return f"unsupported type {type(layer).__name__}" if form is None and matrices else "not targeted"
 
 
 def _is_masked(parameter_name: str, mask_bias: bool) -> bool:
     is_bias = parameter_name.rpartition(".")[2] in ("bias", "in_proj_bias", "bias_k", "bias_v")
     return not is_bias or (mask_bias and parameter_name not in ("bias_k", "bias_v"))
-
-
-def _seen(value: Tensor, counted: set[int]) -> bool:
-    if id(value) in counted:
-        return True
-    counted.add(id(value))
-    return False
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"

@@ -105,7 +105,7 @@ def file_bytes(blob: bytes) -> int:
         path = Path(folder) / "adapter_model.safetensors"
         key = "base_model.model.backbone.smn_masks"
         tensor = torch.from_numpy(np.frombuffer(blob, np.uint8).copy())
-        write_adapter_file(path, {key: tensor}, "float32:" + "0" * 32)
+        write_adapter_file(path, {key: tensor})
         return path.stat().st_size
 
 

@@ -54,7 +54,7 @@ def files() -> list[bytes]:
     found = []
     for tensors in ({f"base_model.model.{BLOB_NAME}": blob, **rest}, {**packed, **rest}, {f"x.{BLOB_NAME}": blob}):
         with tempfile.TemporaryDirectory() as folder:
-            write_adapter_file(Path(folder) / "file", tensors, "float32:00")
+            write_adapter_file(Path(folder) / "file", tensors)
             data = (Path(folder) / "file").read_bytes()
         end = 8 + struct.unpack_from("<Q", data)[0]
         found.append(data[8:end].rstrip() + b"\0" + data[end:])

@@ -58,8 +58,8 @@ def test_format_versions():
 
 def test_settings_are_what_the_config_says(tmp_path):
     config = {"threshold": 0.5, "seed": 3, "id2label": {0: "cat"}, "codec": "bits", "format_version": 1}
-    tensor = settings_tensor(config)
-    assert torch.equal(tensor, settings_tensor(dict(reversed(config.items()))))
+    tensor = settings_tensor(config, [])
+    assert torch.equal(tensor, settings_tensor(dict(reversed(config.items())), []))
     expected = {"threshold": 0.5, "seed": 3, "id2label": {"0": "cat"}, "format_version": 1}
     assert read_settings("x.smn_settings", tensor) == expected
     for wrong in (
@@ -71,7 +71,7 @@ def test_settings_are_what_the_config_says(tmp_path):
         with pytest.raises(AdapterFileError, match=r"x\.smn_settings holds no settings of an adapter"):
             read_settings("x.smn_settings", wrong)
     with pytest.raises(ValueError, match="format version 9"):
-        read_settings("x.smn_settings", settings_tensor({"format_version": 9}))
+        read_settings("x.smn_settings", settings_tensor({"format_version": 9}, []))
 
 
 def test_what_is_no_object_or_no_text(tmp_path):

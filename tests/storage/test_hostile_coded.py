@@ -21,6 +21,7 @@ from smn_peft.storage import (
     read_adapter_file,
     verify_adapter_file,
 )
+from smn_peft.storage.adapter_config import SETTINGS_NAME, settings_tensor
 from smn_peft.storage.adapter_file import write_adapter_file
 from smn_peft.storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
 from smn_peft.storage.repack import unpack_tensors
@@ -38,8 +39,9 @@ def masks() -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("coded") / "adapter.safetensors"
-    tensors = {f"base_model.model.{BLOB_NAME}": blob(), HEAD: torch.arange(3.0)}
-    write_adapter_file(path, tensors, "float32:00")
+    head = torch.arange(3.0)
+    settings = {f"base_model.model.{SETTINGS_NAME}": settings_tensor({}, [head])}
+    write_adapter_file(path, {f"base_model.model.{BLOB_NAME}": blob(), HEAD: head, **settings})
     return path.read_bytes()
 
 
@@ -84,24 +86,27 @@ def test_every_truncation_is_refused(data, tmp_path):
 
 
 def test_no_flipped_bit_gives_a_wrong_mask_or_head(data, tmp_path):
-    refused = 0
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    refused = {name: 0 for name in (HEAD, f"base_model.model.{BLOB_NAME}")}
+    ranges = {name: [start + offset for offset in header[name]["data_offsets"]] for name in refused}
     for place in range(8 * len(data)):
         bent = bytearray(data)
         bent[place >> 3] ^= 1 << (place & 7)
         found = read(bytes(bent))
         assert not wrong(found), place
         assert place % 41 or not wrong(read_path(tmp_path / "adapter.safetensors", bytes(bent))), place
-        refused += found is None
-    # The rest are bits of names, of the metadata, and of what pads header and stream.
-    start = 8 * len(data) - 8 * (len(encode_masks(masks())) + 12)
-    assert refused > (8 * len(data) - start) * 0.95
-    assert len(data) < 1000
+        for name, (first, last) in ranges.items():
+            refused[name] += found is None and first <= place >> 3 < last
+    for name, (first, last) in ranges.items():  # the rest are bits that pad a stream
+        assert refused[name] > 8 * (last - first) * 0.95
+    assert len(data) < 1200
 
 
 def test_random_overwrites_cost_no_memory(data, tmp_path):
     """Headers and tables that promise gigabytes are refused before anything of that size is made."""
     rng = np.random.default_rng(0)
-    start = len(data) - len(encode_masks(masks())) - 12
+    start = 8 + int.from_bytes(data[:8], "little")
     tracemalloc.start()
     for _ in range(150):
         bent = np.frombuffer(data, np.uint8).copy()
@@ -131,7 +136,7 @@ def blob() -> torch.Tensor:
 
 def test_a_file_can_be_verified_wherever_its_blob_is(tmp_path):
     for name in ("base_model.model.smn_masks", "smn_masks"):
-        write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob()}, None)
+        write_adapter_file(tmp_path / "adapter_model.safetensors", {name: blob()})
         assert any("checksum" in fact for fact in verify_adapter_file(tmp_path))
 
 

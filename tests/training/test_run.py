@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from smn_peft.data.decoding import ImageError
-from smn_peft.storage import read_metadata
+from smn_peft.storage import inspect_adapter
 from smn_peft.training import evaluate_run, run
 from smn_peft.training.assemble import load_base
 from smn_peft.training.checkpoint import list_checkpoints
@@ -54,7 +54,7 @@ def test_a_run_saves_coded_and_what_it_evaluates_is_what_it_saves(tmp_path):
     mask = {"batch_norm": "adapt", "codec": "entropy", "save_dtype": "bfloat16"}
     summary = run(tiny_arguments(tmp_path, epochs=2, head_lr=0.5, mask=mask))
     folder = tmp_path / "out"
-    assert read_metadata(folder)["smn_codec"] == "entropy"
+    assert inspect_adapter(folder).codec == "entropy"
     saved = {key: tensor for key, tensor in load_file(folder / "adapter_model.safetensors").items()}
     assert {tensor.dtype for tensor in saved.values()} == {torch.uint8, torch.bfloat16, torch.int64}
     reports = {

@@ -17,7 +17,18 @@ from transformers.pytorch_utils import Conv1D
 from smn_peft import MaskConfig, MaskModel
 from smn_peft.tuner import MaskLayer
 
-__all__ = ["BY_NAME", "CASES", "Case", "Net", "layer_of", "mask_bits", "masked_model", "reference", "train"]
+__all__ = [
+    "BY_NAME",
+    "CASES",
+    "REPRESENTATIVES",
+    "Case",
+    "Net",
+    "layer_of",
+    "mask_bits",
+    "masked_model",
+    "reference",
+    "train",
+]
 
 
 class Net(nn.Module):
@@ -117,7 +128,6 @@ _PACKED = ("in_proj_weight", "out_proj.weight")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _BIASES = ("in_proj_bias", "out_proj.bias")
 _BIAS = {"mask_bias": True}
-_NORM = {"mask_norms": True}
 
 CASES = [
     Case("linear", lambda: nn.Linear(11, 5), (4, 11)),
@@ -150,14 +160,19 @@ CASES = [
     Case("attention-no-bias", _attention(bias=False), (4, 5, 8), _PACKED, _BIAS),
     Case("attention-separate", _attention(kdim=6, vdim=7), (4, 5, 8), _SEPARATE),
     Case("attention-kv", _attention(add_bias_kv=True, add_zero_attn=True), (4, 5, 8), _PACKED),
-    Case("layer-norm", lambda: nn.LayerNorm(11), (4, 3, 11), options=_NORM),
-    Case("group-norm", lambda: nn.GroupNorm(2, 16), (4, 16, 3, 3), ("weight", "bias"), {**_NORM, **_BIAS}),
     Case("timm-same", lambda: timm.layers.Conv2dSame(3, 5, 3, stride=2), (4, 3, 7, 6)),
     Case("timm-std", lambda: timm.layers.StdConv2d(3, 5, 3), (4, 3, 7, 6)),
     Case("timm-std-same", lambda: timm.layers.StdConv2dSame(3, 5, 3, stride=2), (4, 3, 7, 6)),
     Case("timm-scaled-std", lambda: timm.layers.ScaledStdConv2d(3, 5, 3), (4, 3, 7, 6), ("weight", "bias"), _BIAS),
 ]
 BY_NAME = {case.name: case for case in CASES}
+# For what does not depend on how a layer computes: one of each kind of slots, and of each dtype.
+REPRESENTATIVES = [
+    BY_NAME[name]
+    for name in (
+        "linear-bias linear-fp64 conv2d-bf16 transposed2d conv1d-transformers embedding attention-bias timm-scaled-std"
+    ).split()
+]
 
 
 def masked_model(case: Case, config: MaskConfig | None = None, name: str = "default") -> PeftModel:

@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 
 from smn_peft import MaskConfig
-from smn_peft.tuner.combine import COMBINATIONS, combine_masks
+from smn_peft.tuner.model import COMBINATIONS, combine_masks
 
 from .cases import BY_NAME, mask_bits, masked_model
 from .nets import TwoNorms
@@ -30,7 +30,7 @@ BITS = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool
     ],
 )
 def test_votes(rows, weights, kind, expected):
-    combined = combine_masks([BITS[row] for row in rows], weights, kind)
+    combined = combine_masks(BITS[list(rows)], weights, kind)
     assert combined.dtype == torch.bool
     assert combined.int().tolist() == expected
 

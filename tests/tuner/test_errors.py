@@ -399,6 +399,7 @@ def test_damaged_scores(tmp_path):
     def widen(tensors: dict[str, Tensor], _: str) -> None:
         key = next(key for key in tensors if "first" in key and "scores" in key)
         tensors[key] = torch.ones(3, 3)
+        del tensors["base_model.model.smn_settings"]  # with its checksum
 
     edit_tensors(tmp_path, widen)
     assert_load_refused(tmp_path, ValueError, r"first.smn_scores has shape \(3, 3\), the base weight \(7, 5\)")

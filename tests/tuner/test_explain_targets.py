@@ -13,7 +13,16 @@ import torchvision
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from smn_peft.tuner.kinds import MASKABLE, is_norm, iter_layers, kind_of
+from smn_peft.tuner.forms import (
+    MASKABLE,
+    Conv,
+    Linear,
+    LinearConv1D,
+    Substituted,
+    is_norm,
+    iter_layers,
+    mask_layer_for,
+)
 from smn_peft.tuner.targets import TargetReport, explain_targets, resolve_targets
 
 from .nets import Net, Padded
@@ -29,12 +38,12 @@ def _meta():
 # --- Kinds -----------------------------------------------------------------------------------------------------------
 
 
-def test_kinds_are_exact():
-    assert kind_of(nn.Linear(1, 1)) == "linear"
-    assert kind_of(nn.ConvTranspose3d(1, 1, 1)) == "conv"
-    assert kind_of(Padded(1, 1, 1)) is None
-    assert kind_of(nn.MultiheadAttention(4, 2).out_proj) is None
-    assert kind_of(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, device="cpu"))) is None
+def test_types_are_exact():
+    assert mask_layer_for(nn.Linear(1, 1)) is Linear
+    assert mask_layer_for(nn.ConvTranspose3d(1, 1, 1)) is Conv
+    assert mask_layer_for(Padded(1, 1, 1)) is None
+    assert mask_layer_for(nn.MultiheadAttention(4, 2).out_proj) is None
+    assert mask_layer_for(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, device="cpu"))) is None
 
 
 def test_named_kinds_exist_under_these_names():
@@ -46,8 +55,8 @@ def test_named_kinds_exist_under_these_names():
     substituted = [
         cls(4, 4, 3) for cls in (Conv2dSame, StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
     ]
-    assert [kind_of(layer) for layer in substituted] == ["substituted"] * 5
-    assert kind_of(Conv1D(4, 4)) == "conv1d_transformers"
+    assert [mask_layer_for(layer) for layer in substituted] == [Substituted] * 5
+    assert mask_layer_for(Conv1D(4, 4)) is LinearConv1D
     assert "forward" not in vars(EfficientNetDepthwiseConv2d)
     assert "_conv_forward" not in vars(EfficientNetDepthwiseConv2d)
     assert sum(isinstance(key, str) for key in MASKABLE) == len(substituted) + 2

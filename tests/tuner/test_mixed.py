@@ -162,7 +162,7 @@ def test_a_weight_tells_nothing_else(take):
         model(X, adapter_names=NAMES)
 
 
-@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("inner", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_a_compiled_model_mixes_too(inner):
     torch._dynamo.reset()

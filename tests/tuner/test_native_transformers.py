@@ -47,9 +47,9 @@ def vit() -> PreTrainedModel:
     return ViTModel(ViTConfig(**SIZES)).eval()
 
 
-@pytest.fixture(params=[clip, vit], ids=["clip", "vit"])
-def build(request):
-    return request.param
+@pytest.fixture
+def build():
+    return vit
 
 
 def run(model: nn.Module) -> Tensor:
@@ -103,6 +103,7 @@ def test_a_native_adapter_trains_masks_only(build):
 
 @pytest.mark.parametrize("options", [{}, {"save_scores": True}], ids=["bits", "scores"])
 @pytest.mark.parametrize("is_trainable", [False, True])
+@pytest.mark.parametrize("build", [clip, vit], ids=["clip", "vit"])
 def test_native_saving_and_loading(build, tmp_path, options, is_trainable):
     expected = saved(build, tmp_path, **options)
     assert all("smn_" in key for key in read_adapter_file(tmp_path))
@@ -125,12 +126,26 @@ def test_saved_scores_are_loaded_natively(build, tmp_path):
     loaded = build()
     loaded.load_adapter(str(tmp_path), is_trainable=True)
     own = {name: parameter for name, parameter in model.named_parameters() if "smn_scores" in name}
+    run(loaded)  # the bits that came with them change nothing
     for name, parameter in loaded.named_parameters():
         if "smn_scores" in name:
             assert torch.equal(parameter, own[name])
 
 
-@pytest.mark.parametrize("is_config_given", [False, True])
+def test_scores_written_by_hand_before_the_first_forward_stay(build):
+    model, other = build(), build()
+    for each in (model, other):
+        each.add_adapter(MaskConfig())
+    scores = [parameter for name, parameter in model.named_parameters() if "smn_scores" in name]
+    with torch.no_grad():
+        for parameter in scores:
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    before = [parameter.detach().clone() for parameter in scores]
+    assert not torch.equal(run(model), run(other))
+    assert all(torch.equal(parameter, old) for parameter, old in zip(scores, before, strict=True))
+
+
+@pytest.mark.parametrize("is_config_given", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_model_compiled_before_its_first_forward_has_what_was_loaded(build, tmp_path, is_config_given):
     expected = saved(build, tmp_path)
     model = build()

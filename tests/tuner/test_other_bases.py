@@ -57,8 +57,10 @@ def fresh_dynamo():
 # --- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", [["fc"], r"blocks\.\d+\.fc", "all-linear"], ids=["list", "regex", "all-linear"])
-@pytest.mark.parametrize("part", ["model", "block", "layer"])
+@pytest.mark.parametrize(
+    ("part", "targets"),
+    [("model", ["fc"]), ("block", r"blocks\.\d+\.fc"), ("block", "all-linear"), ("layer", "all-linear")],
+)
 def test_a_compiled_base_is_masked_saved_and_loaded_as_any_other(part, targets, tmp_path):
     base, calls = Net(), []
     if part == "model":

@@ -13,7 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from smn_peft import MaskConfig
-from smn_peft.tuner.adapters import AdapterLayer
+from smn_peft.tuner.wrapper import AdapterLayer
 
 from .nets import TwoNorms
 

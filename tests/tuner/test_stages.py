@@ -8,7 +8,7 @@ import timm
 import torch
 
 from smn_peft import MaskConfig, explain_targets
-from smn_peft.tuner.stages import stage_of, stage_targets
+from smn_peft.tuner.targets import stage_of, stage_targets
 
 
 def empty(name: str) -> torch.nn.Module:

@@ -13,8 +13,7 @@ import torchvision
 import transformers
 from torch import nn
 
-from smn_peft.tuner.architectures import exact_targets, matching_names
-from smn_peft.tuner.targets import default_targets, explain_targets, resolve_targets
+from smn_peft.tuner.targets import default_targets, exact_targets, explain_targets, matching_names, resolve_targets
 
 from .nets import Net
 

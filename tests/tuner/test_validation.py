@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smn_peft import MaskConfig
-from smn_peft.tuner.architectures import default_targets
-from smn_peft.tuner.validation import check_pattern
+from smn_peft.tuner.config import check_pattern
+from smn_peft.tuner.targets import default_targets
 
 PLAIN = [
     r".*conv\d?",
@@ -37,6 +37,15 @@ HOSTILE = [
     r"((a{0,100}){0,100}){0,100}$",
     r"(?=(?:\w+\.?)+$)x",
     r"(x)?(?(1)(a+)+|(b|b)*)$",
+    "(a+){2,}",
+    "(?P<n>a*)*",
+    r"(\(a*)+",
+    r"[)]*[(]*.*.*",
+    "(?:a*?)*?",
+    "(?i:(a+)+)",
+    "((((a+))))+",
+    "a{,}b{,}c{,}d{,}",
+    "(?#()(a+)+",
 ]
 
 
@@ -56,12 +65,18 @@ def test_the_exact_names_of_a_large_model_are_taken():
 
 
 @pytest.mark.parametrize("pattern", HOSTILE)
-@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
-def test_patterns_that_take_for_ever_are_refused_at_once(pattern, option):
+def test_patterns_that_take_for_ever_are_refused_at_once(pattern):
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=rf"{option} is a pattern that may take for ever"):
-        MaskConfig(**{option: pattern})
+    for option in ("target_modules", "exclude_modules"):
+        with pytest.raises(ValueError, match=rf"{option} is a pattern that may take for ever"):
+            MaskConfig(**{option: pattern})
     assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize("pattern", ["(?x) (a+ # )\n )+", "(?x:(a+ # )\n)+)"])
+def test_comments_hide_no_repetition(pattern):
+    with pytest.raises(ValueError, match="is a verbose pattern"):
+        check_pattern("target_modules", pattern)
 
 
 @pytest.mark.parametrize("pattern", ["(", "*a", "[", "(" * 5000, "a{99999999999}"], ids=lambda pattern: pattern[:9])
