@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from accelerate.state import AcceleratorState
 
-from smn_peft.training.accelerator import build_accelerator
+from smn_peft.training.processes import build_accelerator
 
 from .helpers import loop
 

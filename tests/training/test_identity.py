@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from smn_peft.data import load_images
 from smn_peft.training import run
-from smn_peft.training.facts import check_same
+from smn_peft.training.arguments import check_same
 from smn_peft.training.run import RunSummary
 
 from .tiny import CLASSES, picture, tiny_arguments, write_npz

@@ -13,7 +13,7 @@ from smn_peft.functional.masking import MaskSpec
 from smn_peft.functional.ops import masked_conv, masked_linear
 from smn_peft.training import Interrupted, Trainer, TrainingTask
 from smn_peft.training.checkpoint import list_checkpoints
-from smn_peft.training.narrow import NarrowAdamW, NarrowSGD
+from smn_peft.training.optimizer import NarrowAdamW, NarrowSGD
 
 from .helpers import Batches, loop, resnet, supervised_task
 

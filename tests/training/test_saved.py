@@ -17,7 +17,7 @@ from smn_peft.backbones import pooled_features
 from smn_peft.evaluation import EvalReport, report_table
 from smn_peft.storage import adapter_file
 from smn_peft.training import Trainer, run
-from smn_peft.training.evaluate_run import evaluate_run
+from smn_peft.training.evaluate import evaluate_run
 from smn_peft.training.run import RunSummary
 from smn_peft.training.saved import load_run
 

@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from smn_peft.training import run
-from smn_peft.training.assemble import build_images, build_task
-from smn_peft.training.checkpoint import list_checkpoints
-from smn_peft.training.evaluate_run import evaluate_run
+from smn_peft.training.assemble import build_task
+from smn_peft.training.checkpoint import list_checkpoints, start_digest
+from smn_peft.training.evaluate import evaluate_run
+from smn_peft.training.images import build_images, read_indices
 from smn_peft.training.run import finished_run, indices_digest
-from smn_peft.training.start import read_indices, start_digest
 
 from .tiny import SWAV, TRAIN, tiny_arguments
 

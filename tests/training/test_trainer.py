@@ -253,24 +253,24 @@ def test_a_collapse_that_passes_only_warns():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for step in range(1, 9):  # five lines, but not an epoch
-            watch.see(step, "alike.", 0)
-        watch.see(9, None, 0)
+            watch.record(step, "alike.", 0)
+        watch.record(9, None, 0)
         for step in range(10, 30):  # the grace
-            watch.see(step, "alike.", 30)
-        CollapseWatch(steps_per_epoch=1, speaks=False).see(1, "alike.", 0)
+            watch.record(step, "alike.", 30)
+        CollapseWatch(steps_per_epoch=1, verbose=False).record(1, "alike.", 0)
     shown = [str(warning.message).partition(":")[0] for warning in said]
     assert shown == ["Step 1", "Step 10"]
     with pytest.raises(TrainingFailure, match="Step 30, and since step 10: alike"):
-        watch.see(30, "alike.", 30)
+        watch.record(30, "alike.", 30)
 
 
 @pytest.mark.filterwarnings("ignore:Step 1")
 def test_a_collapse_has_to_show_in_five_lines():
     watch = CollapseWatch(steps_per_epoch=1)
     for step in (1, 11, 21, 31):
-        watch.see(step, "alike.", 0)
+        watch.record(step, "alike.", 0)
     with pytest.raises(TrainingFailure, match="Step 41, and since step 1: alike"):
-        watch.see(41, "alike.", 0)
+        watch.record(41, "alike.", 0)
 
 
 def test_nothing_to_train_is_said(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`evaluate_run`: what a saved run, or its frozen base, is worth on any labelled dataset, as reports."""
+"""`evaluate_run`: evaluate a saved run, or its frozen base, on any labelled dataset."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from .._options import did_you_mean
 from ..backbones import Backbone, pooled_features
 from ..evaluation import (
     PAPER_DECAY,
     EvalReport,
-    Features,
     evaluate_accuracy,
     evaluate_knn,
     extract_features,
@@ -25,13 +25,11 @@ from ..evaluation import (
     low_shot_reports,
 )
 from ..objectives import list_objectives
-from .assemble import evaluation_of
+from .arguments import TrainArguments
+from .assemble import build_objective, evaluation_of
 from .images import Images, build_images
-from .objective import build_objective
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
-from .suggestion import did_you_mean
-from .train_arguments import TrainArguments
 
 __all__ = ["METRICS", "check_metrics", "evaluate_run", "evaluation_arguments"]
 
@@ -55,11 +53,11 @@ def evaluate_run(
     image_size: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[EvalReport]:
-    """Evaluate what a run saved; on its own dataset as it was evaluated at the end of training.
+    """Evaluate what a run saved, on its own dataset as at the end of training unless told otherwise.
 
     Args:
         folder: The run's `output_dir`, or a folder with an adapter, whose `dataset` must then be named.
-        base: Evaluate the frozen base in the place of what was trained on it; it has accuracy under zero-shot only.
+        base: Evaluate the frozen base instead; it has accuracy under zero-shot only.
         backbone: Where the base is now, if not where the folder says.
         dataset: Another dataset, as `load_images` takes it; None: the run's.
         split: Split to test on; None: the run's.
@@ -78,14 +76,21 @@ def evaluate_run(
         FileNotFoundError: If nothing is saved in the folder.
     """
     check_metrics(metrics)
-    _check(low_shot, seeds=seeds, limit=limit, batch_size=batch_size, image_size=image_size)
+    if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
+        raise ValueError(f"A low-shot fraction must lie in (0, 1]; got {wrong[0]}: 10 % of the labels is 0.1.")
+    counts = {"seeds": seeds, "limit": limit, "batch_size": batch_size, "image_size": image_size}
+    for what, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{what} must be at least 1; got {count}.")
     run, loaded = load_run(folder, base=base, backbone=backbone, image_size=image_size)
+    facts = RunSummary.load(folder).arguments if run is not None else {}
     arguments = evaluation_arguments(run, loaded, Path(folder), dataset, split, limit, eval_fraction)
     zero_shot = run is not None and run.objective == "zero_shot"
-    has_head = run is not None and _head_classes(folder) is not None
-    same = run is not None and arguments.dataset == run.dataset
-    default = ["knn", "accuracy"] if zero_shot or (has_head and same) else ["knn"]
-    chosen = list(metrics) or ([] if low_shot else default)
+    has_head = facts.get("head_classes") is not None
+    chosen = list(dict.fromkeys(metrics))
+    if not chosen and not low_shot:
+        same = run is not None and arguments.dataset == run.dataset
+        chosen = ["knn", "accuracy"] if zero_shot or (has_head and same) else ["knn"]
     if base and has_head:
         chosen = [name for name in chosen if name != "accuracy"]
     if "accuracy" in chosen and not (zero_shot or has_head):
@@ -93,6 +98,8 @@ def evaluate_run(
     if not chosen and not low_shot:
         raise ValueError("The frozen base has no head of its own, so no accuracy: take knn or linear_probe.")
     images = build_images(arguments)
+    assert images.bank is not None
+    assert images.test is not None
     accelerator = accelerator or Accelerator(cpu=arguments.cpu)
     loaded.model.to(accelerator.device)
     extract = partial(
@@ -103,36 +110,50 @@ def evaluate_run(
         num_workers=arguments.num_workers if num_workers is None else num_workers,
         accelerator=accelerator,
     )
-    return _reports(
-        arguments,
-        images,
-        extract,
-        chosen,
-        low_shot,
-        range(seeds),
-        _classify(arguments, folder, loaded, images, accelerator) if "accuracy" in chosen else None,
-        label=f"{loaded.name} (frozen)" if base else Path(folder).resolve().name,
-        settings={"backbone": loaded.name, "adapt": "none" if base else run.adapt if run else "mask"},
-    )
+    settings = {
+        "backbone": loaded.name,
+        "adapt": "none" if base else run.adapt if run else "mask",
+        "training_images": len(images.bank),
+        "test_images": len(images.test),
+    }
+    label = f"{loaded.name} (frozen)" if base else Path(folder).resolve().name
+    if "accuracy" in chosen:
+        classify = _classifier(arguments, Path(folder), facts, loaded, images, accelerator)
+    if low_shot or {"knn", "linear_probe"} & set(chosen):
+        bank, test = extract(dataset=images.bank), extract(dataset=images.test)
+    reports = []
+    for metric in chosen:
+        more: dict[str, Any] = {}
+        if metric == "knn":
+            value, more = evaluate_knn(bank, test, k=arguments.knn_k), {"k": arguments.knn_k}
+        elif metric == "linear_probe":
+            value = linear_probe(bank, test, seed=arguments.subset_seed)
+        else:
+            value = evaluate_accuracy(extract(dataset=images.test, function=classify)).top1
+        reports.append(
+            EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings={**settings, **more})
+        )
+    for fraction in dict.fromkeys(low_shot):
+        per_class = fraction * len(bank) / (images.num_classes or 1)
+        options: dict[str, Any] = {"decays": [PAPER_DECAY]} if per_class < 1.5 else {}  # none left to choose on
+        rows = low_shot_probe(bank, test, fractions=[fraction], seeds=list(range(seeds)), **options)
+        reports += low_shot_reports(
+            rows,
+            metric=f"linear_probe@{fraction:g}",
+            label=label,
+            dataset=images.test.name,
+            split=images.test.split,
+            revision=images.test.revision,
+            settings=settings,
+        )
+    return reports
 
 
 def check_metrics(metrics: Sequence[str], known: Sequence[str] = METRICS) -> None:
-    """Refuse a metric that is not known.
-
-    Raises:
-        ValueError: Naming those that are.
-    """
+    """Raise ValueError for a metric that is not known, naming those that are."""
     for name in metrics:
         if name not in known:
             raise ValueError(f"Unknown metric {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
-
-
-def _check(low_shot: Sequence[float], **counts: int | None) -> None:
-    if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
-        raise ValueError(f"A low-shot fraction must lie in (0, 1]; got {wrong[0]}: 10 % of the labels is 0.1.")
-    for what, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{what} must be at least 1; got {value}.")
 
 
 def evaluation_arguments(
@@ -156,44 +177,36 @@ def evaluation_arguments(
     elif dataset is None or dataset == run.dataset:
         arguments = run
     else:
-        own = TrainArguments(backbone=run.backbone, dataset=dataset)
+        fresh = TrainArguments(backbone=run.backbone, dataset=dataset)
         names = (
-            "dataset_revision",
-            "image_column",
-            "label_column",
-            "train_split",
-            "eval_split",
-            "eval_fraction",
-            "templates",
-            "limit",
-            "class_limit",
+            "dataset_revision image_column label_column train_split eval_split eval_fraction templates limit "
+            "class_limit"
         )
-        arguments = replace(run, dataset=dataset, **{name: getattr(own, name) for name in names})
+        arguments = replace(run, dataset=dataset, **{name: getattr(fresh, name) for name in names.split()})
     changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None}
     changes["eval_split"] = split or arguments.eval_split or "test"
     if split is not None or eval_fraction is not None:
         changes["eval_fraction"] = eval_fraction
     if arguments.objective not in list_objectives():
-        changes["objective"] = "swav"  # to evaluate takes none: a user's own need not be there any more
+        changes["objective"] = "swav"  # evaluation takes none: a user's own may be gone
     if limit is not None:
         changes |= {"eval_limit": limit, "knn_limit": limit}
     return replace(arguments, **changes)
 
 
-def _head_classes(folder: str | Path) -> int | None:
-    found: int | None = RunSummary.load(folder).arguments.get("head_classes")
-    return found
-
-
-def _classify(
-    arguments: TrainArguments, folder: str | Path, loaded: Backbone, images: Images, accelerator: Accelerator
+def _classifier(
+    arguments: TrainArguments,
+    folder: Path,
+    facts: dict[str, Any],
+    loaded: Backbone,
+    images: Images,
+    accelerator: Accelerator,
 ) -> Callable[[Tensor], Tensor]:
     """Function pixel_values -> logits."""
     model: Any = loaded.model
     classes = images.train.classes
     if arguments.objective != "zero_shot":
-        trained = RunSummary.load(folder).arguments.get("classes")
-        if trained != classes:
+        if facts.get("classes") != classes:
             raise ValueError(
                 f"The head of {folder} was trained for other classes than those of {arguments.dataset}: take knn or "
                 "linear_probe."
@@ -201,43 +214,3 @@ def _classify(
         return lambda pixel_values: model(pixel_values)
     objective: Any = build_objective(arguments, loaded, images.num_classes, classes).to(accelerator.device)
     return lambda pixel_values: objective.logits(pooled_features(model, pixel_values))
-
-
-def _reports(
-    arguments: TrainArguments,
-    images: Images,
-    extract: Callable[..., Features],
-    metrics: Sequence[str],
-    low_shot: Sequence[float],
-    seeds: Sequence[int],
-    classify: Callable[[Tensor], Tensor] | None,
-    *,
-    label: str,
-    settings: dict[str, Any],
-) -> list[EvalReport]:
-    assert images.bank is not None
-    assert images.test is not None
-    settings = {**settings, "training_images": len(images.bank), "test_images": len(images.test)}
-    make = partial(EvalReport.of, images.test, label=label)
-    reports: dict[str, EvalReport] = {}
-    if low_shot or {"knn", "linear_probe"} & set(metrics):
-        bank, test = extract(dataset=images.bank), extract(dataset=images.test)
-    if "knn" in metrics:
-        value = evaluate_knn(bank, test, k=arguments.knn_k)
-        reports["knn"] = make(metric="knn", values=(value,), settings={**settings, "k": arguments.knn_k})
-    if "linear_probe" in metrics:
-        value = linear_probe(bank, test, seed=arguments.subset_seed)
-        reports["linear_probe"] = make(metric="linear_probe", values=(value,), settings=settings)
-    if classify is not None:
-        value = evaluate_accuracy(extract(dataset=images.test, function=classify)).top1
-        reports["accuracy"] = make(metric="accuracy", values=(value,), settings=settings)
-    found = [reports[metric] for metric in dict.fromkeys(metrics)]
-    for fraction in dict.fromkeys(low_shot):
-        per_class = fraction * len(bank) / (images.num_classes or 1)
-        options: dict[str, Any] = {"decays": [PAPER_DECAY]} if per_class < 1.5 else {}  # nothing is left to choose on
-        rows = low_shot_probe(bank, test, fractions=[fraction], seeds=list(seeds), **options)
-        fields = {"label": label, "dataset": images.test.name, "split": images.test.split}
-        found += low_shot_reports(
-            rows, metric=f"linear_probe@{fraction:g}", revision=images.test.revision, settings=settings, **fields
-        )
-    return found
