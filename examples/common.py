@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from smn_peft.data import ImageDataset, build_loader
 from smn_peft.objectives import Objective
 from smn_peft.training import Trainer, TrainingTask
-from smn_peft.training.loop_arguments import LoopArguments
+from smn_peft.training.arguments import LoopArguments
 
 __all__ = ["digits", "fit"]
 

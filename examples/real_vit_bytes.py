@@ -21,7 +21,7 @@ from transfer import accuracy
 from transfer_recipe import LoraRecipe
 
 from smn_peft.storage import WEIGHTS_NAME, adapter_sizes
-from smn_peft.training.lora import lora_sizes
+from smn_peft.training.assemble import lora_sizes
 
 CODECS = {"bits": "bit-packed", "entropy": "coded", "archival": "coded with the base's weights"}
 LORA = LoraRecipe("LoRA, rank 8", mask=False, rank=8, lrs=(1e-3, 3e-3, 1e-2))
