@@ -22,7 +22,6 @@ __all__ = [
     "absolute",
     "as_facts",
     "check_same",
-    "evaluated_alike",
     "objective_kind",
 ]
 
@@ -197,11 +196,7 @@ def absolute(name: str) -> str:
 
 
 def objective_kind(arguments: TrainArguments) -> type[Objective]:
-    """Class of the objective, by name or from the user's file that registers it: ``file.py:name``.
-
-    Raises:
-        ValueError: Unknown name, or a file that does not register it.
-    """
+    """Class of the objective, by name or from the user's file that registers it: ``file.py:name``."""
     name = arguments.objective
     if is_file_spec(name):
         path, _, name = name.rpartition(":")
@@ -226,7 +221,6 @@ _CONTENT = {
     "data": ("dataset", "dataset_revision"),
 }
 _MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest of the training images and labels)"}
-_EVALUATION = ("eval_split", "eval_limit", "knn_k", "knn_limit")
 
 
 def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -240,16 +234,7 @@ def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) ->
 
 
 def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
-    """Refuse to continue a run under other settings than it was started with.
-
-    Args:
-        saved: Facts that the run wrote.
-        wanted: Facts of the arguments now.
-        where: File of the saved facts, for the message.
-
-    Raises:
-        ValueError: Lists every difference that could change a weight.
-    """
+    """Raise ValueError if the facts that a run saved in file `where` differ in what could change a weight."""
     # Class names are known only where something is evaluated, and earlier versions did not write the others.
     sometimes = ("classes", "preprocessing", *_CONTENT)
     left_out = {name for name in sometimes if saved.get(name) is None or wanted.get(name) is None}
@@ -268,8 +253,3 @@ def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
             f"{where} was written by a run with other settings, so going on would not be the same run:\n{lines}\n"
             "Resume with the old ones, or start anew in another output_dir."
         )
-
-
-def evaluated_alike(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether both runs evaluate on the same images in the same way, so that their numbers are comparable."""
-    return all(saved.get(name) == wanted.get(name) for name in _EVALUATION)

@@ -84,12 +84,7 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
 def build_task(
     arguments: TrainArguments, images: Images, device: torch.device | str = "cpu"
 ) -> tuple[TrainingTask, Backbone]:
-    """Build the model under its adapter (or bare, for the baselines) and the objective.
-
-    Args:
-        arguments: Of the run.
-        images: Its images.
-        device: Device to compute the features on that a head starts from under head='probe'.
+    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`.
 
     Raises:
         ValueError: If a part does not fit another; the message says which argument to change.
@@ -119,11 +114,7 @@ def build_task(
 def build_objective(
     arguments: TrainArguments, backbone: Backbone, num_classes: int | None, classes: list[str] | None
 ) -> Objective:
-    """Create the objective, for zero-shot with the embeddings of the class names.
-
-    Raises:
-        ValueError: If a name or an option is unknown, or class names are needed and missing.
-    """
+    """Create the objective; zero-shot gets the embeddings of the class names."""
     extra: dict[str, Any] = {}
     if arguments.objective == "zero_shot":
         if not classes:
@@ -202,12 +193,12 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
             f"{model.num_classes}: take more of them, or head='trained'."
         )
     options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none left to choose on
-    size = arguments.batch_size
-    features = base_features(
-        arguments,
-        images.train,
-        lambda: extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=size),
-    )
+
+    def extract() -> Features:
+        transform = evaluation_of(backbone)
+        return extract_features(backbone.model, images.train, transform, batch_size=arguments.batch_size)
+
+    features = base_features(arguments, images.train, extract)
     probe = fit_linear_probe(features, standardise=True, cautious=True, seed=arguments.subset_seed, **options)
     model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
 
@@ -220,11 +211,7 @@ def evaluation_of(backbone: Backbone) -> Any:
 def build_train_loader(
     arguments: TrainArguments, images: Images, backbone: Backbone, num_processes: int, process_index: int
 ) -> Any:
-    """Build the loader of augmented batches, of which each process gets its share.
-
-    Raises:
-        ValueError: If the batch does not divide, or there are fewer images than a batch has.
-    """
+    """Build the loader of augmented batches, of which each process gets its share."""
     parts = num_processes * arguments.accumulate
     if arguments.batch_size % parts:
         raise ValueError(
@@ -250,39 +237,43 @@ def build_train_loader(
 
 def evaluator_of(
     arguments: TrainArguments, images: Images, backbone: Backbone, accelerator: Accelerator
-) -> Callable[[TrainingTask], dict[str, float]] | None:
+) -> Callable[[TrainingTask], dict[str, Any]] | None:
     """Build the function that evaluates a task on the run's images; None if there is nothing to test on.
 
-    It measures k-NN, a linear probe if asked for, and the accuracy of a classifier. The first call of a run that does
-    not resume is of the frozen base: a mask that does not start with all ones is switched off for it, and the base's
-    features are shared with other runs inside [`share`].
+    It measures k-NN, a linear probe if asked for, and the accuracy of a classifier; ``evaluation`` names images and k,
+    so that only comparable values are compared. The first call of a run that does not resume is of the frozen base: a
+    mask that does not start with all ones is switched off for it, and the base's features are shared inside [`share`].
     """
     bank, test = images.bank, images.test
     if test is None or bank is None:
         return None
     transform, fresh = evaluation_of(backbone), latest_checkpoint(arguments.output_dir) is None
-    options: dict[str, Any] = {
-        "batch_size": arguments.batch_size,
-        "accelerator": accelerator,
-        "num_workers": arguments.num_workers,
-    }
+    names = ("eval_split", "eval_limit", "knn_k", "knn_limit")
+    evaluation = ", ".join(f"{name}={getattr(arguments, name)}" for name in names)
 
-    def measure(task: TrainingTask, shared: bool) -> dict[str, float]:
+    def measure(task: TrainingTask, shared: bool) -> dict[str, Any]:
         def features_of(part: ImageDataset) -> Features:
             def extract() -> Features:
-                return extract_features(task.model, part, transform, **options)
+                return extract_features(
+                    task.model,
+                    part,
+                    transform,
+                    batch_size=arguments.batch_size,
+                    accelerator=accelerator,
+                    num_workers=arguments.num_workers,
+                )
 
             return base_features(arguments, part, extract) if shared else extract()
 
         voting, tested = features_of(bank), features_of(test)
-        values = {"knn": evaluate_knn(voting, tested, k=arguments.knn_k)}
+        values = {"evaluation": evaluation, "knn": evaluate_knn(voting, tested, k=arguments.knn_k)}
         if arguments.eval_probe:
             values["linear_probe"] = linear_probe(voting, tested, seed=arguments.subset_seed)
         if task.objective.needs_labels:
             values["accuracy"] = evaluate_accuracy(Features(task.logits_of(tested.features), tested.labels)).top1
         return values
 
-    def evaluate(task: TrainingTask) -> dict[str, float]:
+    def evaluate(task: TrainingTask) -> dict[str, Any]:
         nonlocal fresh
         first, fresh = fresh, False
         alone = accelerator.num_processes == 1
@@ -314,15 +305,9 @@ def lora_config(
         rank: Rank of the factors; None: [`matched_lora_rank`].
         alpha: The update is scaled by alpha / rank; None: 2 · rank.
         modules_to_save: Modules trained in full, such as the head.
-
-    Raises:
-        ValueError: If no rank fits, or nothing is targeted.
     """
     rank = matched_lora_rank(model, mask) if rank is None else rank
-    where: dict[str, Any] = {
-        "layers_to_transform": mask.layers_to_transform,
-        "layers_pattern": mask.layers_pattern,
-    }
+    where: dict[str, Any] = {name: getattr(mask, name) for name in ("layers_to_transform", "layers_pattern")}
     targets = resolve_targets(model, mask.target_modules, **where)
     if targets is not mask.target_modules:  # the layers are in the names
         where = {}

@@ -62,7 +62,7 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove older ones.
+    """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove all but the `keep` newest.
 
     Args:
         folder: The run's folder.
@@ -70,7 +70,7 @@ def save_checkpoint(
         tensors: All that training changes, by name.
         optimizer: Its state and groups are saved.
         state: JSON-compatible facts, such as the run's arguments.
-        keep: Number of newest checkpoints to keep.
+        keep: Number of checkpoints to keep.
 
     Raises:
         OSError: If the disk refuses; older checkpoints are untouched.
@@ -111,11 +111,7 @@ def save_checkpoint(
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON facts of a checkpoint, with `step`.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """The JSON facts of a checkpoint, with `step`; ValueError if the file is damaged."""
     path = Path(path)
     try:
         state: dict[str, Any] = json.loads((path / STATE_NAME).read_text("utf-8"))
@@ -132,15 +128,9 @@ def load_checkpoint(
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Any]:
-    """Copy a checkpoint's tensors into the live ones, and restore the optimizer, once everything is compared.
+    """Copy a checkpoint's tensors into the live ones, restore the optimizer, and return the facts.
 
-    Args:
-        path: The checkpoint's folder.
-        tensors: Live tensors by name, as [`save_checkpoint`] was given them.
-        optimizer: Optimizer over the same parameters, or None.
-
-    Returns:
-        The JSON facts, with `step`.
+    Nothing is written before everything is compared.
 
     Raises:
         ValueError: If names or shapes differ, or a file is damaged.
@@ -164,13 +154,9 @@ def load_checkpoint(
 
 
 def start_from(task: TrainingTask, folder: str | Path) -> None:
-    """Give a task the scores, head, prototypes and statistics of another run's newest checkpoint.
+    """Give a task the scores, head, prototypes and statistics of the newest checkpoint in another run's folder.
 
     Optimizer, step and `Objective.run_state` (SwAV's queue) start anew.
-
-    Args:
-        task: Of the same model, mask and objective.
-        folder: The other run's `output_dir`.
 
     Raises:
         FileNotFoundError: If it holds no checkpoint.
@@ -241,11 +227,7 @@ def _read(path: Path, part: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _state_digest(state: Mapping[str, Any]) -> str:

@@ -37,11 +37,7 @@ class Images:
 
 
 def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
-    """Open the images; if labels are missing that only the evaluation needs, warn and evaluate nothing.
-
-    Returns:
-        The arguments with the `eval_split` that was taken, and the images.
-    """
+    """Open the images, and set `eval_split` to what was taken; None, with a warning, if it lacks labels."""
     try:
         images = build_images(arguments)
         return replace(arguments, eval_split=images.eval_split), images
@@ -143,15 +139,11 @@ def _limited(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset
 
 
 def read_indices(path: str | Path, count: int) -> Tensor:
-    """Read image numbers, int64 (n,), from a ``.npy`` file of integers.
-
-    Args:
-        path: The file.
-        count: Number of images that there are.
+    """Read image numbers, int64 (n,), from a ``.npy`` file of distinct integers from 0 to `count` − 1.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it holds anything but distinct numbers from 0 to `count` − 1.
+        ValueError: If it holds anything else.
     """
     try:
         check_regular(path)
@@ -198,13 +190,7 @@ def _shared(purpose: str, key: Hashable, make: Callable[[], Any]) -> Any:
 
 
 def base_features(arguments: TrainArguments, images: ImageDataset, extract: Callable[[], Features]) -> Features:
-    """Features of the frozen base by `extract`, or those of an earlier run on the same base and cached images.
-
-    Args:
-        arguments: They name the base and how its features are computed.
-        images: Only images that are cached inside [`share`] are the same object in the next run.
-        extract: Computes the features.
-    """
+    """Features of the frozen base by `extract`, or an earlier run's, of the same images cached inside [`share`]."""
     held = _SHARED.get() or {}
     purpose = next((name for name, (_, value) in held.items() if value is images), None)
     if purpose is None:

@@ -5,7 +5,7 @@ A line of training covers the steps since the line before in its epoch: ``loss``
 means over steps and processes; ``images_per_second`` of all processes; ``waiting_for_data``, the share of time, 0 to
 1, in which the loop waited for a batch to be loaded and sent to the device, mean over processes. As of ``step``, it
 has ``epoch``, a fraction; ``density`` of the mask, null without one; ``lr_scores`` and ``lr_head``, the learning
-rates. A line of an evaluation has ``step``, ``epoch`` and the metrics.
+rates. A line of an evaluation has ``step``, ``epoch``, the metrics and ``evaluation``, the images and k.
 """
 
 from __future__ import annotations

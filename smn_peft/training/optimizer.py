@@ -29,11 +29,7 @@ __all__ = [
 
 
 def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim.Optimizer:
-    """Create SGD or AdamW over two groups, each of which keeps its peak learning rate as `peak_lr`.
-
-    Raises:
-        ValueError: If nothing trains.
-    """
+    """Create SGD or AdamW over two groups, each with its peak rate as `peak_lr`; ValueError if nothing trains."""
     adapted: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for _, parameter, is_adapted in task.trainable():
@@ -72,15 +68,10 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
-    """Factor of the learning rate, 0 to 1: linear warm-up, then a cosine to 0.
+    """Factor of the learning rate, 0 to 1, after `position` of `total` units: linear warm-up, then a cosine to 0.
 
-    All arguments are in one unit, steps or epochs. The warm-up starts at 1/W (facts of section 4.1); the authors' code
-    starts at 0/W and so spends its first epoch at learning rate 0.
-
-    Args:
-        position: Units done.
-        total: Units of the whole run.
-        warmup: Units of linear warm-up W.
+    All arguments are in one unit, steps or epochs. The warm-up starts at 1/W; the authors' code (section 4.1) starts
+    at 0/W and so spends its first epoch at learning rate 0.
     """
     if position < warmup:
         return min(1.0, (position + 1) / warmup)
@@ -103,11 +94,7 @@ def check_warmup(warmup: float, epochs: float) -> None:
 
 
 def narrow_scores(task: TrainingTask) -> None:
-    """Convert the scores that train to bf16.
-
-    Raises:
-        ValueError: If no mask trains.
-    """
+    """Convert the scores that train to bf16; ValueError if no mask trains."""
     if task.mask_config is None:
         raise ValueError("score_dtype='bfloat16' is of a mask's scores: use it with adapt='mask'.")
     for _, parameter, is_scores in task.trainable():

@@ -25,11 +25,7 @@ T = TypeVar("T")
 
 
 def build_accelerator(arguments: LoopArguments) -> Accelerator:
-    """Create the accelerator of a run.
-
-    Raises:
-        ValueError: If several processes were started that would each train alone, into one folder.
-    """
+    """Create the accelerator of a run; ValueError if several processes would each train alone, into one folder."""
     accelerator = Accelerator(
         cpu=arguments.cpu,
         mixed_precision=arguments.mixed_precision,
@@ -74,11 +70,6 @@ def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
     """Check that every process, on its own disk, starts from the main process's checkpoint, base and images.
-
-    Args:
-        accelerator: Of the run; every process calls this.
-        checkpoint: The newest in this process's `output_dir`.
-        facts: Of the run, with `output_dir` and, where they are known, the digests of base and data.
 
     Raises:
         ValueError: If this process differs.

@@ -36,12 +36,7 @@ def list_recipes() -> list[str]:
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """Read the mapping of a recipe of the package, or of a YAML file.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: For an unknown name, a file that is not YAML or not a mapping, or one that names a program.
-    """
+    """Read the mapping of a recipe of the package, or of a YAML file; raises as [`load_recipe`]."""
     path: Any = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         known = list_recipes()
@@ -72,7 +67,7 @@ def load_recipe(name: str | Path) -> Recipe:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: As [`read_recipe`]; also for an unknown argument.
+        ValueError: For an unknown name or argument, or a file that is not YAML, not a mapping, or names a program.
     """
     content = read_recipe(name)
     notes: dict[str, Any] = {key: content.pop(key) for key in _NOTES if key in content}

@@ -65,13 +65,9 @@ class RunSummary:
             adapter; empty where the run was resumed with another evaluation.
         after: Evaluation at the end.
         loss: Mean loss of the last logged window.
-        density: Fraction of the masked weights that are active, None without a mask.
-        steps: Optimizer steps.
         seconds: Time of the training loop in all sessions, evaluations included.
-        images_per_second: Median over the logged windows.
+        images_per_second, waiting_for_data: Medians over the logged windows.
         sizes: Bytes of the adapter's file by part; `full` is what a checkpoint of all weights would have.
-        versions: Versions of what computed it.
-        waiting_for_data: Share of the time in which the loop waited for a batch, median over the logged windows.
     """
 
     arguments: dict[str, Any]
@@ -116,13 +112,9 @@ class RunSummary:
 
 
 def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
-    """Train as the arguments say, and save the adapter in `output_dir`.
+    """Train as the arguments say, and save the adapter in `output_dir`; every process of a distributed run calls this.
 
-    Every process of a distributed run calls this; the main one writes.
-
-    Args:
-        arguments: The whole run.
-        evaluate: False evaluates nothing; which images are trained on does not depend on it.
+    `evaluate=False` skips the evaluations; which images are trained on does not depend on it.
 
     Raises:
         ValueError: For arguments, data or a checkpoint that do not go together, before training starts.
@@ -229,8 +221,9 @@ def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
 
     lines = read_metrics(folder / METRICS_NAME)
     losses = [line for line in lines if "loss" in line]
-    before = [line for line in lines if "knn" in line and line["step"] == 0 and trainer.comparable]
     after = [line for line in trainer.history if "knn" in line]  # not an earlier session's, of other images perhaps
+    before = [line for line in lines if "knn" in line and line["step"] == 0 and after]
+    before = [line for line in before if line["evaluation"] == after[-1]["evaluation"]]
     rates, waits = ([line[name] for line in losses] for name in ("images_per_second", "waiting_for_data"))
     summary = RunSummary(
         arguments=trainer.facts,
@@ -257,15 +250,7 @@ def indices_digest(images: ImageDataset) -> str:
 
 
 def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
-    """Summary of a finished run with these arguments, None if there is none in `output_dir`.
-
-    Args:
-        arguments: The whole run.
-        more: Other facts that its ``run.json`` has to have.
-
-    Raises:
-        ValueError: If a run with other settings was finished there.
-    """
+    """Summary of the finished run in `output_dir`, or None; ValueError if its arguments or facts `more` are others."""
     path = Path(arguments.output_dir) / RUN_NAME
     if not path.is_file():
         return None
@@ -275,11 +260,7 @@ def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
 
 
 def plan(arguments: TrainArguments) -> str:
-    """Describe what a run would do, by building all of it and trying one batch without training.
-
-    Raises:
-        ValueError: As [`run`].
-    """
+    """Describe what a run would do, by building all of it and trying one batch without training; raises as [`run`]."""
     arguments, images = images_of_run(arguments)
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, 1, 0)
@@ -313,14 +294,9 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
     Tasks that follow one another with `cache_images` on the same images share them decoded, and the frozen base's
     features of them.
 
-    Args:
-        tasks: Arguments by name, each with an `output_dir` of its own; all with the precision and device of the first,
-            since accelerate keeps them for the whole process.
-
     Raises:
         ValueError: If two tasks share a folder, or differ in precision or device: nothing is trained then.
-        RuntimeError: With several processes, if a task fails other than by its training, which all see alike: the
-            others would wait for the process that failed.
+        RuntimeError: With several processes, if a task fails other than by its training, which all see alike.
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     check_tasks(tasks)

@@ -29,11 +29,10 @@ __all__ = ["arguments_of", "load_masks", "load_run", "save_run_as", "verify_run"
 
 
 def arguments_of(summary: RunSummary, backbone: str | None = None) -> TrainArguments:
-    """Arguments that a run was started with; only `backbone`, from the caller, may name a program.
+    """Arguments that a run was started with, its base at `backbone` if given.
 
-    Args:
-        summary: As read from ``run.json``, whoever wrote that.
-        backbone: Where the base is, if not where the run says. Of an objective in a user's file only the name is kept.
+    Nothing in a ``run.json``, which anybody may have written, names a program: of an objective in a user's file only
+    the name is kept.
 
     Raises:
         ValueError: If they are those of another version of the package, or the base is a program and not given.
@@ -96,14 +95,9 @@ def load_run(
 
 
 def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, Tensor]:
-    """Load the bool masks that a run saved, by weight name.
-
-    Args:
-        folder: The run's `output_dir`, or any folder with an adapter.
-        backbone: Where the base is, if not where the folder says.
+    """Load the bool masks, by weight name, of a run's folder or an adapter's; see [`load_run`].
 
     Raises:
-        FileNotFoundError: If nothing is saved there.
         ValueError: If what is saved is no mask, or the base cannot be known.
     """
     arguments, loaded = load_run(folder, backbone=backbone)
@@ -115,16 +109,7 @@ def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, 
 
 
 def save_run_as(folder: str | Path, out: str | Path, codec: str, backbone: str | None = None) -> AdapterSizes:
-    """Save an adapter again, over its base, in another codec.
-
-    Args:
-        folder: Folder of an adapter, or a run's `output_dir`.
-        out: Folder to write.
-        codec: ``"bits"``, or a codec that makes a blob.
-        backbone: Where the base is now, if not where the folder says.
-
-    Returns:
-        Sizes of what was written.
+    """Load an adapter over its base and save it in folder `out` with another codec; see [`load_run`].
 
     Raises:
         ValueError: If base and adapter do not belong together, or the file is damaged.
@@ -138,12 +123,8 @@ def save_run_as(folder: str | Path, out: str | Path, codec: str, backbone: str |
 def verify_run(folder: str | Path, backbone: str | None = None) -> str:
     """Check that an adapter's base is the one that its mask was trained on, even if its `check_base` is off.
 
-    Args:
-        folder: Folder of an adapter, or a run's `output_dir`.
-        backbone: Where the base is now, if not where the folder says.
-
     Returns:
-        The fingerprint that both have.
+        The fingerprint of both.
 
     Raises:
         ValueError: If they do not belong together, cannot be compared, or the file is damaged.

@@ -148,11 +148,7 @@ class TrainingTask(nn.Module):
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Have the model recompute its activations in backward.
-
-    Raises:
-        ValueError: If neither timm nor transformers support that for the model.
-    """
+    """Have the model recompute its activations in backward; ValueError if timm and transformers cannot."""
     module: Any
     for module in model.modules():
         if hasattr(module, "set_grad_checkpointing"):  # timm

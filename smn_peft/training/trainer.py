@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from tqdm import tqdm
 
-from .arguments import LoopArguments, as_facts, check_same, evaluated_alike
+from .arguments import LoopArguments, as_facts, check_same
 from .checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from .guards import CollapseWatch, StopRequest, check_loss, check_masks
 from .metrics import MetricsLog, Window, postfix
@@ -32,7 +32,7 @@ from .task import TrainingTask, channels_last, enable_gradient_checkpointing
 __all__ = ["Interrupted", "Trainer"]
 
 _ASK_EVERY = 10  # steps between two checks on a GPU whether any process was told to stop, since each one waits for it
-Evaluate = Callable[[TrainingTask], Mapping[str, float]]
+Evaluate = Callable[[TrainingTask], Mapping[str, Any]]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,13 +47,12 @@ class Trainer:
         loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
         arguments: How to train.
         accelerator: Created from the arguments if None.
-        evaluate: Called before, after and every `evaluate_every` epochs; returns numbers to log.
+        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log.
         facts: What else must be equal on resuming (dataset, backbone …), JSON-compatible.
 
     Attributes:
         step: Optimizer steps done.
         history: Lines of metrics.jsonl that this session wrote.
-        comparable: Whether every session of the run evaluates alike, so that before and after can be compared.
 
     Raises:
         ValueError: If there is nothing to train, or what is in `output_dir` does not go with the arguments.
@@ -90,7 +89,7 @@ class Trainer:
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
         if self.accelerator.is_main_process:
             check_warmup(arguments.warmup_epochs, self.total_steps / self.steps_per_epoch)
-        self.step, self.comparable = 0, True
+        self.step = 0
         self.history: list[dict[str, Any]] = []
         self._earlier, self._started = 0.0, time.perf_counter()
         self._loss = torch.zeros(())
@@ -214,11 +213,9 @@ class Trainer:
     # --- Checkpoints -------------------------------------------------------------------------------------------------
 
     def _resume(self, path: Path) -> None:
-        saved = read_state(path).get("facts", {})
-        check_same(saved, self.facts, path)
+        check_same(read_state(path)["facts"], self.facts, path)
         state = load_checkpoint(path, self.task.training_state(), self.optimizer)
         self.step, self._earlier = state["step"], state["seconds"]
-        self.comparable = state["comparable"] and evaluated_alike(saved, self.facts)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -241,7 +238,6 @@ class Trainer:
             state = {
                 "facts": self.facts,
                 "scaler": scaler.state_dict() if scaler is not None else None,
-                "comparable": self.comparable,
                 "seconds": self.seconds,
             }
             tensors, keep = self.task.training_state(), self.arguments.keep_checkpoints

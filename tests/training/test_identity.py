@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +16,6 @@ from smn_peft.training.arguments import check_same
 from smn_peft.training.run import RunSummary
 
 from .tiny import CLASSES, picture, tiny_arguments, write_npz
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_folder(root, images=24):
@@ -45,10 +40,19 @@ def test_moved_data_and_base_go_on(tmp_path):
     assert summary.steps == 2
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of a run, its data and its model."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(tiny_arguments(folder, eval_split=None, max_steps=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
 @pytest.mark.parametrize(("what", "named"), [("image", "data"), ("label", "data"), ("base", "base"), ("mean", "prep")])
-def test_what_changed_under_its_name_is_named(tmp_path, what, named):
-    arguments = tiny_arguments(tmp_path, eval_split=None, epochs=1)
-    run(arguments)
+def test_what_changed_under_its_name_is_named(finished, tmp_path, what, named):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    arguments = tiny_arguments(tmp_path, eval_split=None, max_steps=1)
     path = tmp_path / "set.npz"
     if what in ("image", "label"):
         with np.load(path) as archive:
@@ -88,9 +92,8 @@ def test_the_digest_is_of_labels_and_files_and_not_of_where_they_lie(tmp_path):
     assert other.digest() != one.digest()
 
 
-def test_a_run_writes_what_it_was_made_of(tmp_path):
-    run(tiny_arguments(tmp_path, epochs=1))
-    said = RunSummary.load(tmp_path / "out").arguments
+def test_a_run_writes_what_it_was_made_of(finished):
+    said = RunSummary.load(finished / "out").arguments
     assert said["base"].startswith("float32:")
-    assert said["data"] == load_images(tmp_path / "set.npz").digest()
+    assert said["data"] == load_images(finished / "set.npz").digest()
     assert said["preprocessing"]["image_size"] == 16

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from smn_peft.training import run
 from smn_peft.training.evaluate import evaluate_run
@@ -17,12 +16,6 @@ from smn_peft.training.images import build_images, images_of_run
 from smn_peft.training.run import RunSummary
 
 from .tiny import CLASSES, SWAV, picture, tiny_arguments, write_model
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_classes(folder, images=30):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from safetensors.torch import load_file
 
@@ -17,12 +16,6 @@ from smn_peft.training.images import build_images
 from smn_peft.training.saved import load_run
 
 from .tiny import SWAV, tiny_arguments
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_rank_is_the_largest_that_fits(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from smn_peft.functional.convolution import ConvGeometry
@@ -24,12 +23,6 @@ OPTIMIZERS = {
     "nesterov": (NarrowSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "adamw": (NarrowAdamW, torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def steps(optimizer, parameter, count=5):
@@ -116,7 +109,7 @@ def scores_of(task: TrainingTask) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "lr": 0.05, "accumulate": 2}], ids=["sgd", "adamw"])
 def test_a_run_learns_resumes_to_the_bit_and_ends_in_fp32(tmp_path, options):
-    options = {"score_dtype": "bfloat16", "epochs": 6, **options}
+    options = {"score_dtype": "bfloat16", "epochs": 4, **options}
     whole = Trainer(supervised_task(), Batches(), loop(tmp_path / "whole", **options))
     assert {scores.dtype for scores in scores_of(whole.task)} == {torch.bfloat16}
     lines = [line["loss"] for line in whole.train()]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from smn_peft.backbones import load_backbone
@@ -20,12 +19,6 @@ from smn_peft.training.evaluate import evaluate_run
 from smn_peft.training.saved import load_run
 
 from .tiny import CLASSES, SWAV, tiny_arguments
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_timm(folder: Path) -> str:

@@ -30,12 +30,6 @@ def first(tmp_path_factory):
     return arguments
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def checkpoint(arguments) -> dict[str, torch.Tensor]:
     return load_file(list_checkpoints(arguments.output_dir)[-1] / "model.safetensors")
 

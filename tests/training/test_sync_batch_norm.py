@@ -25,7 +25,7 @@ BATCH = 8
 
 def timm_mobile() -> nn.Module:
     """BatchNorms with an activation inside."""
-    return timm.create_model("mobilenetv3_small_050", num_classes=0)
+    return timm.create_model("test_efficientnet", num_classes=0)
 
 
 def resnet() -> nn.Module:
