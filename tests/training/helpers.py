@@ -64,8 +64,15 @@ def supervised_task(batch_norm: str = "adapt", **mask: Any) -> TrainingTask:
     return TrainingTask(model, create_objective("cross_entropy", feature_dim=16, num_classes=CLASSES))
 
 
-def swav_task(batch_norm: str = "adapt") -> TrainingTask:
-    model = get_peft_model(resnet(), MaskConfig(batch_norm=batch_norm))
+def small() -> nn.Module:
+    """A network that compiles in a moment."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+
+
+def swav_task(batch_norm: str = "adapt", **mask: Any) -> TrainingTask:
+    model = get_peft_model(resnet(), MaskConfig(batch_norm=batch_norm, **mask))
     torch.manual_seed(1)
     options = {
         "hidden_dim": 16,

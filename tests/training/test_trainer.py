@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from smn_peft.training.guards import CollapseWatch
 from smn_peft.training.metrics import read_metrics
 from tests.processes import context, leave_the_test
 
-from .helpers import Batches, loop, resnet, supervised_task, swav_task
+from . import helpers
+from .helpers import Batches, loop, resnet, small, supervised_task, swav_task
 
 TASKS = {"supervised": (supervised_task, 0), "swav": (swav_task, 3)}
 
@@ -295,6 +297,9 @@ def test_gradient_checkpointing_changes_no_number(tmp_path):
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_compiled_run_is_one_graph_and_changes_no_number(tmp_path, monkeypatch, kind):
     torch._dynamo.reset()
+    monkeypatch.setattr(helpers, "resnet", small)
+    make, views = TASKS[kind]
+    monkeypatch.setitem(TASKS, kind, (partial(make, target_modules="all-conv"), views))
     plain = trained(tmp_path / "plain", kind, epochs=1)
     real = TrainingTask.compile
     monkeypatch.setattr(TrainingTask, "compile", lambda task: real(task, backend="aot_eager", fullgraph=True))
