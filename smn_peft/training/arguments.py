@@ -225,27 +225,19 @@ _MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest o
 
 def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Convert the arguments and `more` to what JSON gives back: lists for tuples, sorted lists for sets."""
-
-    def jsonable(value: Any) -> Any:
-        return sorted(value) if isinstance(value, set) else str(value)
-
-    facts: dict[str, Any] = json.loads(json.dumps({**asdict(arguments), **(more or {})}, default=jsonable))
+    told = {**asdict(arguments), **(more or {})}
+    text = json.dumps(told, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    facts: dict[str, Any] = json.loads(text)
     return facts
 
 
 def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
     """Raise ValueError if the facts that a run saved in file `where` differ in what could change a weight."""
-    # Class names are known only where something is evaluated, and earlier versions did not write the others.
-    sometimes = ("classes", "preprocessing", *_CONTENT)
-    left_out = {name for name in sometimes if saved.get(name) is None or wanted.get(name) is None}
+    # Class names are known only where something is evaluated, digests only to a whole run.
+    left_out = {name for name in ("classes", *_CONTENT) if saved.get(name) is None or wanted.get(name) is None}
     left_out |= {path for name, paths in _CONTENT.items() if name not in left_out for path in paths}
-
-    def stated(value: Any) -> Any:
-        """A nested option that another version does not have equals one that is None."""
-        return {key: v for key, v in value.items() if v is not None} if isinstance(value, Mapping) else value
-
     names = sorted((set(saved) | set(wanted)) - _HARMLESS - left_out)
-    if differing := [name for name in names if stated(saved.get(name)) != stated(wanted.get(name))]:
+    if differing := [name for name in names if saved.get(name) != wanted.get(name)]:
         lines = "\n".join(
             f"  {_MEANING.get(name, name)}: was {saved.get(name)!r}, is {wanted.get(name)!r}" for name in differing
         )

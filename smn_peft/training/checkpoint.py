@@ -77,7 +77,13 @@ def save_checkpoint(
     """
     folder = Path(folder)
     final, temporary = folder / f"checkpoint-{step}", folder / f"{_UNFINISHED}{step}"
-    momentum, groups = _flatten(optimizer)
+    inside = optimizer.state_dict()
+    momentum = {
+        f"{index}.{name}": value
+        for index, entries in inside["state"].items()
+        for name, value in entries.items()
+        if value is not None  # SGD before its first step
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed while it wrote
@@ -87,7 +93,7 @@ def save_checkpoint(
             content = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
             save_file(content, temporary / f"{part}.safetensors")
         # As it is read again: JSON turns tuples into lists.
-        facts = json.loads(json.dumps({**state, "step": step, "param_groups": groups}))
+        facts = json.loads(json.dumps({**state, "step": step, "param_groups": inside["param_groups"]}))
         digests = {path.name: _file_digest(path) for path in sorted(temporary.iterdir())}
         text = json.dumps({**facts, _DIGESTS: {**digests, STATE_NAME: _state_digest(facts)}}, indent=1)
         (temporary / STATE_NAME).write_text(text, "utf-8")
@@ -182,18 +188,6 @@ def _checkpoint(folder: str | Path) -> Path:
             "output_dir of a run with keep_checkpoints of 1 or more."
         )
     return path
-
-
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as tensors by "index.name", and its groups without their parameters."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value
-        for index, entries in state["state"].items()
-        for name, value in entries.items()
-        if value is not None  # SGD before its first step
-    }
-    return tensors, state["param_groups"]
 
 
 def _load_tensors(

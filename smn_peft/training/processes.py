@@ -75,24 +75,27 @@ def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Map
         ValueError: If this process differs.
         RuntimeError: If another one does.
     """
-    mine = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), "facts": dict(facts)}
+    mine: dict[str, Any] = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), "facts": dict(facts)}
     decided = [mine]
     if accelerator.num_processes > 1:
         broadcast_object_list(decided)
-    together(accelerator, lambda: _compare(mine, decided[0]))
+    main: dict[str, Any] = decided[0]
 
+    def compare() -> None:
+        if mine["from"] != main["from"]:
+            here, there = (Path(each["facts"]["output_dir"]).absolute() for each in (mine, main))
+            raise ValueError(
+                f"{main['who']} starts from {main['from'] or 'no checkpoint'} in {there}, and {mine['who']} has "
+                f"{mine['from'] or 'none'} in {here}: put output_dir on a disk that all share, or copy the main "
+                "process's folder to every machine."
+            )
+        for name, what in (("base", "weights of the base"), ("data", "training images")):
+            if mine["facts"].get(name) != main["facts"].get(name):
+                raise ValueError(
+                    f"{mine['who']} reads other {what} than {main['who']}: copy the same to every machine."
+                )
 
-def _compare(mine: Mapping[str, Any], main: Mapping[str, Any]) -> None:
-    if mine["from"] != main["from"]:
-        here, there = (Path(each["facts"]["output_dir"]).absolute() for each in (mine, main))
-        raise ValueError(
-            f"{main['who']} starts from {main['from'] or 'no checkpoint'} in {there}, and {mine['who']} has "
-            f"{mine['from'] or 'none'} in {here}: put output_dir on a disk that all share, or copy the main process's "
-            "folder to every machine."
-        )
-    for name, what in (("base", "weights of the base"), ("data", "training images")):
-        if mine["facts"].get(name) != main["facts"].get(name):
-            raise ValueError(f"{mine['who']} reads other {what} than {main['who']}: copy the same to every machine.")
+    together(accelerator, compare)
 
 
 def _name(accelerator: Accelerator) -> str:

@@ -179,9 +179,13 @@ def run_lock(folder: str | Path) -> Iterator[None]:
     Raises:
         RuntimeError: If another run holds it; the message names its process and host.
     """
-    lock, owner = FileLock(Path(folder) / ".run.lock"), Path(folder) / ".run.owner"
+    path, owner = Path(folder) / ".run.lock", Path(folder) / ".run.owner"
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
+        if not path.exists():  # the run that held it has removed it since this one opened it
+            lock.release()
+            lock.acquire(timeout=0)
     except Timeout:
         held_by = owner.read_text("utf-8") if owner.is_file() else "another run"
         raise RuntimeError(
@@ -197,6 +201,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         lock.release()
 
 

@@ -40,7 +40,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_two_processes_are_one(tmp_path, options, loss, scores):
     # In float64: where rounding, which differs between batches of 6 and 12, flips one bit, all that follows differs.
     backbone = write_model(tmp_path, "build_double")
-    arguments = tiny_arguments(tmp_path, backbone=backbone, head_lr=0.1, epochs=2, **options)
+    arguments = tiny_arguments(tmp_path, backbone=backbone, head_lr=0.1, epochs=3, **options)
     torch.set_num_threads(1)
     one = run(arguments)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -44,7 +44,7 @@ def test_the_second_run_is_told_who_is_there_and_kill_9_gives_the_folder_back(tm
     (out / "held").unlink()
     AcceleratorState._reset_state(reset_partial_state=True)
     run(arguments)
-    assert not (out / ".run.owner").exists()
+    assert not list(out.glob(".run*"))
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -58,4 +58,5 @@ def test_in_one_process_too_and_after_an_error_it_is_free(tmp_path):
     with pytest.raises(KeyError), run_lock(tmp_path):
         raise KeyError
     with run_lock(tmp_path):
-        pass
+        assert sorted(os.listdir(tmp_path)) == [".run.lock", ".run.owner"]
+    assert os.listdir(tmp_path) == []
