@@ -139,11 +139,7 @@ def list_objectives() -> list[str]:
 
 
 def objective_class(name: str) -> type[Objective]:
-    """The class registered under a name.
-
-    Raises:
-        ValueError: If no objective has the name.
-    """
+    """The class registered under a name; ValueError if there is none."""
     if name not in _OBJECTIVES:
         known = list_objectives()
         raise ValueError(

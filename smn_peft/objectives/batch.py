@@ -29,12 +29,7 @@ def entry(batch: Batch, key: str, name: str) -> Any:
 
 
 def crops_of(batch: Batch, name: str, global_crops: int) -> list[Tensor]:
-    """``batch["crops"]``: tensors (batch, 3, h, w), the global crops first.
-
-    Raises:
-        ValueError: If they are missing, fewer than two or than `global_crops`, of different batch sizes, or the
-            global ones differ in size.
-    """
+    """``batch["crops"]``: at least two tensors (batch, 3, h, w), the global crops first, all of one size."""
     crops = list(entry(batch, "crops", name))
     needed = max(global_crops, 2)
     if len(crops) < needed:

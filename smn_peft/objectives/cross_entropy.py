@@ -44,11 +44,7 @@ class CrossEntropy(Objective):
     Options = CrossEntropyOptions
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Loss and accuracy of a batch; see [`Objective.forward`].
-
-        Raises:
-            ValueError: If images or labels are missing, or the model does not return `num_classes` logits.
-        """
+        """Loss and accuracy of a batch; see [`Objective.forward`]."""
         labels, logits = entry(batch, "labels", self.name), model(entry(batch, "pixel_values", self.name))
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(

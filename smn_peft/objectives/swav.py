@@ -110,11 +110,7 @@ class SwAV(Objective):
             self._queue_from = round(self.options.queue_from * total_steps)
 
     def before_step(self, step: int) -> None:
-        """Normalise the prototypes; see [`Objective.before_step`].
-
-        Raises:
-            RuntimeError: If the step at which the queue starts is not known.
-        """
+        """Normalise the prototypes; see [`Objective.before_step`]."""
         if self.options.queue_length and self._queue_from is None:
             raise RuntimeError(
                 "SwAV's queue starts at a fraction of the run (queue_from), whose length is not known: call "
@@ -139,10 +135,6 @@ class SwAV(Objective):
             ``"loss"``; ``"codes_entropy"``, the mean entropy of a code in nats, ln K for uniform codes; and
             ``"prototypes_used"``, the number of prototypes that are the argmax of some global crop of the joined
             batch.
-
-        Raises:
-            ValueError: If crops are missing, the features have another dimension, or batch and queue have fewer rows
-                than there are prototypes.
         """
         options: SwAVOptions = self.options
         crops = crops_of(batch, self.name, options.global_crops)

@@ -66,11 +66,7 @@ class ZeroShot(Objective):
             return self.logit_scale * F.linear(F.normalize(features.float(), dim=1), self.class_embeddings)
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Loss and accuracy of a batch; see [`Objective.forward`].
-
-        Raises:
-            ValueError: If images or labels are missing, or the features do not fit the class embeddings.
-        """
+        """Loss and accuracy of a batch; see [`Objective.forward`]."""
         labels, features = entry(batch, "labels", self.name), model(entry(batch, "pixel_values", self.name))
         check_features(features, self.feature_dim, self.name)
         return classification_loss(self.logits(features), labels, self.options.label_smoothing)

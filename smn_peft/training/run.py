@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -201,7 +201,8 @@ def run_lock(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows keeps what is open
+            path.unlink(missing_ok=True)
         lock.release()
 
 
