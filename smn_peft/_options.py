@@ -24,16 +24,16 @@ _COMPARISONS = {
 
 
 def option(default: Any, help: str, **limits: float) -> Any:
-    """Declare a dataclass field with its help; a mutable default is copied for every instance.
+    """Declare a dataclass field with its help.
 
     Args:
-        default: The default value.
+        default: The default value, of which each instance gets a copy if it is mutable; or a class to call for it.
         help: Help text, one or two sentences.
         limits: Numbers that [`check_options`] compares the value with: `least`, `above`, `most`, `below`.
     """
     metadata = {"help": help, "limits": limits}
-    if isinstance(default, (dict, list, set)):
-        return field(default_factory=default.copy, metadata=metadata)
+    if isinstance(default, (dict, list, set, type)):
+        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 from .._options import check_options, from_mapping, option
@@ -35,30 +35,18 @@ class LoopArguments:
 
     output_dir: str = option("output", "Folder for checkpoints, metrics.jsonl and the finished adapter.")
     epochs: int = option(150, "Passes over the training images.", least=1)
-    max_steps: int | None = option(
-        None, "Stop after this many optimizer steps; the schedule is made for them.", least=1
-    )
-    batch_size: int = option(
-        64, "Images per optimizer step, over all processes and accumulated parts together.", least=1
-    )
+    max_steps: int | None = option(None, "Optimizer steps to stop after; the schedule is made for them.", least=1)
+    batch_size: int = option(64, "Images per optimizer step, over all processes and accumulated parts.", least=1)
     accumulate: int = option(1, "Parts that each process computes its share of a batch in, to save memory.", least=1)
     lr: float = option(
-        50.0,
-        "Learning rate of the scores (with adapt='full' of the weights); sweep it on a log scale.",
-        least=0,
+        50.0, "Learning rate of the scores (adapt='full': of all weights); sweep it by decades.", least=0
     )
-    head_lr: float = option(
-        0.15, "Learning rate of everything else that trains: head, projection, prototypes.", least=0
-    )
+    head_lr: float = option(0.15, "Learning rate of all else that trains: head, projection, prototypes.", least=0)
     optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer; 'adamw' wants lr 0.03 to 0.1 for scores.")
     momentum: float = option(0.9, "Momentum of SGD.", least=0, below=1)
     weight_decay: float = option(0.0, "Weight decay of the scores (or weights). Scores want none.", least=0)
-    head_weight_decay: float = option(0.0, "Weight decay of everything else that trains.", least=0)
-    warmup_epochs: float = option(
-        0.0,
-        "Epochs of linear warm-up before the cosine; it starts at (e+1)/W, not at 0.",
-        least=0,
-    )
+    head_weight_decay: float = option(0.0, "Weight decay of all else that trains.", least=0)
+    warmup_epochs: float = option(0.0, "Epochs W of linear warm-up before the cosine, starting at 1/W.", least=0)
     schedule_every: Literal["step", "epoch"] = option("step", "How often the learning rate moves.")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast of the forward; scores stay as they are.")
     score_dtype: Literal["float32", "bfloat16"] = option(
@@ -73,9 +61,7 @@ class LoopArguments:
     log_every: int = option(10, "Optimizer steps between two lines of metrics.jsonl.", least=1)
     checkpoint_every: int | None = option(None, "Optimizer steps between checkpoints; None: once per epoch.", least=1)
     keep_checkpoints: int = option(1, "Newest checkpoints to keep; 0 writes none.")
-    evaluate_every: int | None = option(
-        None, "Epochs between two online evaluations; None: only before and after.", least=1
-    )
+    evaluate_every: int | None = option(None, "Epochs between evaluations; None: only before and after.", least=1)
     log_with: str | None = option(None, "An accelerate tracker beside metrics.jsonl, such as 'tensorboard', 'wandb'.")
     resume: bool = option(False, "Go on from the newest checkpoint in output_dir, exactly where it was.")
 
@@ -91,21 +77,15 @@ class TrainArguments(LoopArguments):
     weights: str | None = option(None, "A safetensors file with weights for the timm architecture `backbone`.")
     pretrained: bool = option(True, "False starts from random weights, which is good for tests only.")
     backbone_revision: str | None = option(None, "Git revision of the backbone on the Hub.")
-    image_size: int | None = option(
-        None, "Side of the images in pixels; None: the backbone's own.", least=1, most=4096
-    )
-    init_from: str | None = option(
-        None, "Start from the scores, head and statistics of this run's output_dir, instead of the first ones."
-    )
+    image_size: int | None = option(None, "Side of the images in pixels; None: the backbone's.", least=1, most=4096)
+    init_from: str | None = option(None, "Start from the scores, head and statistics of the run in this folder.")
     adapt: Literal["mask", "full", "head", "lora", "statistics"] = option(
         "mask",
         "What trains: a mask, all weights, the head alone, PEFT's LoRA on the layers of `mask`, or, beside the head, "
         "nothing but the BatchNorm statistics.",
     )
-    mask: MaskConfig = field(default_factory=MaskConfig, metadata={"help": "The mask adapter."})
-    mask_stages: int | None = option(
-        None, "Mask the first so many stages only, or blocks where there are no stages.", least=1
-    )
+    mask: MaskConfig = option(MaskConfig, "The mask adapter.")
+    mask_stages: int | None = option(None, "Number of first stages, or blocks without stages, to mask.", least=1)
     lora_rank: int | None = option(
         None,
         "Rank of adapt='lora'; None: the largest whose fp32 factors take at most the bytes of the packed mask.",
@@ -130,24 +110,16 @@ class TrainArguments(LoopArguments):
     knn_k: int = option(200, "Neighbours of the k-NN evaluation; all where there are fewer.", least=1)
     eval_probe: bool = option(False, "Fit a linear probe too whenever k-NN is evaluated.")
     limit: int | None = option(None, "Train on a seeded choice of this many images.", least=1)
-    class_limit: int | None = option(
-        None, "Train and evaluate on the images of the first so many classes only.", least=1
-    )
+    class_limit: int | None = option(None, "Train and evaluate on the first so many classes only.", least=1)
     fraction: float = option(1.0, "Train on this fraction of the images (after limit).", above=0, most=1)
     balanced: bool = option(True, "Take the fraction evenly from the classes, where labels are known.")
     subset_seed: int = option(0, "Seed of the limits, so that runs with other seeds see the same images.")
     fraction_seed: int = option(0, "Seed of the fraction; with one seed a smaller part lies in a larger one.")
-    indices_file: str | None = option(
-        None, "A .npy of image numbers: train on these of the images that limit and fraction leave."
-    )
+    indices_file: str | None = option(None, "A .npy of numbers of images to train on, of what the limits leave.")
     num_workers: int = option(0, "Processes that load and augment images; 0: the training process itself.", least=0)
     cache_images: bool = option(False, "Hold decoded images in memory, up to 2 GiB.")
-    supervised: SupervisedOptions = field(
-        default_factory=SupervisedOptions, metadata={"help": "Augmentation where there is one view per image."}
-    )
-    multi_crop: MultiCropOptions = field(
-        default_factory=MultiCropOptions, metadata={"help": "Augmentation where there are several views per image."}
-    )
+    supervised: SupervisedOptions = option(SupervisedOptions, "Augmentation of objectives with one view per image.")
+    multi_crop: MultiCropOptions = option(MultiCropOptions, "Augmentation of objectives with several views per image.")
 
     objective: str = option("cross_entropy", "cross_entropy, zero_shot, swav, or your own file.py:name.")
     objective_options: dict[str, Any] = option({}, "Options of the objective, as key=value.")
@@ -159,10 +131,9 @@ class TrainArguments(LoopArguments):
     def __post_init__(self) -> None:
         """Check what can be checked before anything is loaded; nested options may be mappings."""
         super().__post_init__()
-        nested = {"mask": MaskConfig, "supervised": SupervisedOptions, "multi_crop": MultiCropOptions}
-        for name, kind in nested.items():
-            if isinstance(value := getattr(self, name), Mapping):
-                setattr(self, name, from_mapping(kind, value, name))
+        for each in fields(self):
+            if is_dataclass(kind := each.default_factory) and isinstance(value := getattr(self, each.name), Mapping):
+                setattr(self, each.name, from_mapping(kind, value, each.name))
         for name, example in (("backbone", "timm/resnet50.a1_in1k"), ("dataset", "cifar10")):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: name one, such as {name}={example!r}.")
