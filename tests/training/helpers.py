@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import timm
@@ -13,7 +14,7 @@ from torch import nn
 from smn_peft import MaskConfig
 from smn_peft.backbones import Classifier
 from smn_peft.objectives import create_objective
-from smn_peft.training import LoopArguments, TrainingTask
+from smn_peft.training import LoopArguments, Trainer, TrainingTask
 
 CLASSES = 3
 
@@ -83,6 +84,19 @@ def swav_task(batch_norm: str = "adapt", **mask: Any) -> TrainingTask:
         "freeze_prototypes_steps": 3,
     }
     return TrainingTask(model, create_objective("swav", feature_dim=16, options=options))
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    """Press Ctrl-C in step `steps`."""
+    objective = trainer.task.objective
+    hook = objective.after_backward
+
+    def press(step: int) -> None:
+        hook(step)
+        if step == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+
+    objective.after_backward = press
 
 
 def loop(folder: Any, **options: Any) -> LoopArguments:

@@ -14,7 +14,7 @@ from smn_peft.training import Interrupted, Trainer, TrainingTask
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.optimizer import NarrowAdamW, NarrowSGD
 
-from .helpers import Batches, loop, resnet, supervised_task
+from .helpers import Batches, loop, resnet, stop_after, supervised_task
 
 SGD = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.1}
 OPTIMIZERS = {
@@ -119,7 +119,7 @@ def test_a_run_learns_resumes_to_the_bit_and_ends_in_fp32(tmp_path, options):
     momentum = [s for p in scores_of(whole.task) for s in whole.optimizer.state[p].values() if s.ndim]
     assert {tensor.dtype for tensor in momentum} == {torch.bfloat16}
     part = Trainer(supervised_task(), Batches(), loop(tmp_path / "part", **options))
-    part._stop = lambda _: part.step == 5
+    stop_after(part, 5)
     with pytest.raises(Interrupted):
         part.train()
     torch.manual_seed(99)

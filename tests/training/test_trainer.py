@@ -10,19 +10,21 @@ import sys
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from smn_peft.training import Interrupted, Trainer, TrainingFailure, TrainingTask
+from smn_peft.training import trainer as trainer_module
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.guards import CollapseWatch
 from smn_peft.training.metrics import read_metrics
 from tests.processes import context, leave_the_test
 
 from . import helpers
-from .helpers import Batches, loop, resnet, small, supervised_task, swav_task
+from .helpers import Batches, loop, resnet, small, stop_after, supervised_task, swav_task
 
 TASKS = {"supervised": (supervised_task, 0), "swav": (swav_task, 3)}
 
@@ -38,10 +40,6 @@ def trained(folder, kind="supervised", steps=None, **options):
     else:
         trainer.train()
     return trainer
-
-
-def stop_after(trainer, steps):
-    trainer._stop = lambda _: trainer.step == steps
 
 
 def same(a: TrainingTask, b: TrainingTask) -> bool:
@@ -142,13 +140,20 @@ def test_damaged_facts_of_a_checkpoint_are_named_on_resuming(tmp_path):
         trained(tmp_path, resume=True)
 
 
-def test_seconds_are_of_all_sessions(tmp_path):
-    first = trained(tmp_path, steps=2)
-    first._earlier = 100.0  # as after a session before
-    first.step = 3
-    first.save()
-    resumed = trained(tmp_path, resume=True)
-    assert 100 < resumed.seconds < 200
+def test_seconds_are_of_all_sessions(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: sum(now)))
+    for options in ({}, {"resume": True}):
+        task = supervised_task()
+        task.register_forward_hook(lambda *_: now.append(10.0))
+        session = Trainer(task, Batches(), loop(tmp_path, **options))
+        if not options:
+            stop_after(session, 2)
+            with pytest.raises(Interrupted):
+                session.train()
+    now.append(1000.0)  # between the sessions
+    session.train()
+    assert session.seconds == 120
 
 
 def test_a_warmup_of_the_whole_run_is_warned_of(tmp_path):

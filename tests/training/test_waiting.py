@@ -14,7 +14,7 @@ from smn_peft.training import Interrupted, Trainer, metrics
 from smn_peft.training.metrics import Window, read_metrics
 from tests.gloo import join_group, run_processes
 
-from .helpers import Batches, loop, supervised_task
+from .helpers import Batches, loop, stop_after, supervised_task
 
 
 class Clock:
@@ -49,7 +49,7 @@ def test_it_is_logged_and_goes_on_after_a_resume(tmp_path, monkeypatch, loading,
     task.register_forward_hook(lambda *_: clock.passes(1.0))
     batches, options = SlowBatches(clock, 0.0, loading), {"accumulate": accumulate, "epochs": 2, "log_every": 2}
     trainer = Trainer(task, batches, loop(tmp_path, **options))
-    trainer._stop = lambda _: trainer.step == 2
+    stop_after(trainer, 2)
     with pytest.raises(Interrupted):
         trainer.train()
     Trainer(task, batches, loop(tmp_path, **options, resume=True)).train()
