@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,8 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
             f"{model.num_classes}: take more of them, or head='trained'."
         )
     options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none left to choose on
-
-    def extract() -> Features:
-        transform = evaluation_of(backbone)
-        return extract_features(backbone.model, images.train, transform, batch_size=arguments.batch_size)
-
+    size, transform = arguments.batch_size, evaluation_of(backbone)
+    extract = partial(extract_features, model, images.train, transform, batch_size=size)
     features = base_features(arguments, images.train, extract)
     probe = fit_linear_probe(features, standardise=True, cautious=True, seed=arguments.subset_seed, **options)
     model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
@@ -253,16 +251,9 @@ def evaluator_of(
 
     def measure(task: TrainingTask, shared: bool) -> dict[str, Any]:
         def features_of(part: ImageDataset) -> Features:
-            def extract() -> Features:
-                return extract_features(
-                    task.model,
-                    part,
-                    transform,
-                    batch_size=arguments.batch_size,
-                    accelerator=accelerator,
-                    num_workers=arguments.num_workers,
-                )
-
+            size, workers = arguments.batch_size, arguments.num_workers
+            loading: dict[str, Any] = {"batch_size": size, "num_workers": workers, "accelerator": accelerator}
+            extract = partial(extract_features, task.model, part, transform, **loading)
             return base_features(arguments, part, extract) if shared else extract()
 
         voting, tested = features_of(bank), features_of(test)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..evaluation import (
 from ..objectives import list_objectives
 from .arguments import TrainArguments
 from .assemble import build_objective, evaluation_of
-from .images import Images, build_images
+from .images import build_images
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
 
@@ -117,8 +117,20 @@ def evaluate_run(
         "test_images": len(images.test),
     }
     label = f"{loaded.name} (frozen)" if base else Path(folder).resolve().name
-    if "accuracy" in chosen:
-        classify = _classifier(arguments, Path(folder), facts, loaded, images, accelerator)
+    if "accuracy" in chosen and zero_shot:
+        objective: Any = build_objective(arguments, loaded, images.num_classes, images.train.classes)
+        objective.to(accelerator.device)
+    elif "accuracy" in chosen and facts.get("classes") != images.train.classes:
+        raise ValueError(
+            f"The head of {folder} was trained for other classes than those of {arguments.dataset}: take knn or "
+            "linear_probe."
+        )
+
+    def logits_of(pixel_values: Tensor) -> Tensor:
+        model: Any = loaded.model
+        found: Tensor = objective.logits(pooled_features(model, pixel_values)) if zero_shot else model(pixel_values)
+        return found
+
     if low_shot or {"knn", "linear_probe"} & set(chosen):
         bank, test = extract(dataset=images.bank), extract(dataset=images.test)
     reports = []
@@ -129,7 +141,7 @@ def evaluate_run(
         elif metric == "linear_probe":
             value = linear_probe(bank, test, seed=arguments.subset_seed)
         else:
-            value = evaluate_accuracy(extract(dataset=images.test, function=classify)).top1
+            value = evaluate_accuracy(extract(dataset=images.test, function=logits_of)).top1
         reports.append(
             EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings={**settings, **more})
         )
@@ -192,25 +204,3 @@ def evaluation_arguments(
     if limit is not None:
         changes |= {"eval_limit": limit, "knn_limit": limit}
     return replace(arguments, **changes)
-
-
-def _classifier(
-    arguments: TrainArguments,
-    folder: Path,
-    facts: dict[str, Any],
-    loaded: Backbone,
-    images: Images,
-    accelerator: Accelerator,
-) -> Callable[[Tensor], Tensor]:
-    """Function pixel_values -> logits."""
-    model: Any = loaded.model
-    classes = images.train.classes
-    if arguments.objective != "zero_shot":
-        if facts.get("classes") != classes:
-            raise ValueError(
-                f"The head of {folder} was trained for other classes than those of {arguments.dataset}: take knn or "
-                "linear_probe."
-            )
-        return lambda pixel_values: model(pixel_values)
-    objective: Any = build_objective(arguments, loaded, images.num_classes, classes).to(accelerator.device)
-    return lambda pixel_values: objective.logits(pooled_features(model, pixel_values))
