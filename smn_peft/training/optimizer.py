@@ -22,7 +22,6 @@ __all__ = [
     "build_optimizer",
     "check_warmup",
     "narrow_scores",
-    "set_learning_rates",
     "warmup_cosine",
     "widen_scores",
 ]
@@ -59,12 +58,6 @@ def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim
         for parameter in adapted + rest:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
-
-
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to its peak times `factor`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
 
 
 def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:

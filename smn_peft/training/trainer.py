@@ -18,14 +18,7 @@ from .arguments import LoopArguments, as_facts, check_same
 from .checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from .guards import CollapseWatch, StopRequest, check_loss, check_masks
 from .metrics import MetricsLog, Window, postfix
-from .optimizer import (
-    build_optimizer,
-    check_warmup,
-    narrow_scores,
-    set_learning_rates,
-    warmup_cosine,
-    widen_scores,
-)
+from .optimizer import build_optimizer, check_warmup, narrow_scores, warmup_cosine, widen_scores
 from .processes import agree_on_start, build_accelerator, synchronise_batch_norm, together
 from .task import TrainingTask, channels_last, enable_gradient_checkpointing
 
@@ -175,7 +168,9 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         unit = self.steps_per_epoch if arguments.schedule_every == "epoch" else 1
         warmup = arguments.warmup_epochs * self.steps_per_epoch / unit
-        set_learning_rates(self.optimizer, warmup_cosine(self.step // unit, self.total_steps / unit, warmup))
+        factor = warmup_cosine(self.step // unit, self.total_steps / unit, warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
         # Seeded per step, so that a resumed run draws what the uninterrupted one does.
         seed = np.random.SeedSequence([arguments.seed, self.step, accelerator.process_index])
         set_seed(int(seed.generate_state(1)[0]))
