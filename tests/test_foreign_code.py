@@ -16,7 +16,7 @@ import smn_peft
 from smn_peft.backbones import load_backbone, name_read_from
 from smn_peft.cli.main import app
 from smn_peft.training import load_masks, load_recipe, load_run
-from smn_peft.training.paths import absolute
+from smn_peft.training.arguments import absolute
 from tests.hub.folders import write_run
 
 PROGRAM = """

@@ -16,7 +16,8 @@ SPDX = "# SPDX-License-Identifier: Apache-2.0"
 
 # Each layer and the layers directly below it; what is below those is allowed too.
 DIRECTLY_BELOW: dict[str, set[str]] = {
-    "functional": set(),
+    "_options": set(),
+    "functional": {"_options"},
     "storage": {"functional"},
     "tuner": {"storage"},
     "bank": {"tuner"},

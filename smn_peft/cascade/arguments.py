@@ -6,9 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .._options import option
 from ..training import TrainArguments
-from ..training.loop_arguments import option
-from ..training.objective import objective_kind
+from ..training.arguments import objective_kind
 
 __all__ = ["CascadeArguments", "check_run"]
 

@@ -13,9 +13,8 @@ from torch import Tensor
 from ..data import ImageDataset
 from ..storage import atomic_write
 from ..training import RunSummary, TrainArguments, run
-from ..training.checkpoint import latest_checkpoint
+from ..training.checkpoint import latest_checkpoint, start_digest
 from ..training.run import finished_run, indices_digest
-from ..training.start import start_digest
 
 __all__ = ["DISPATCHER", "expert_arguments", "expert_epochs", "expert_name", "train_once", "write_clusters"]
 

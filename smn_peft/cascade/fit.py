@@ -11,10 +11,9 @@ from accelerate import Accelerator
 
 from ..data import ImageDataset
 from ..training import TrainArguments
-from ..training.accelerator import build_accelerator
-from ..training.assemble import build_images
+from ..training.images import build_images, read_indices
+from ..training.processes import build_accelerator
 from ..training.run import finished_run
-from ..training.start import read_indices
 from .arguments import CascadeArguments, check_run
 from .cascade import Cascade
 from .experts import DISPATCHER, expert_arguments, expert_name, train_once, write_clusters

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from ..evaluation import report_table
 from ..storage import atomic_write
-from ..training.evaluate_run import METRICS, evaluate_run
+from ..training.evaluate import METRICS, evaluate_run
 from .values import output_file
 
 __all__ = ["command"]

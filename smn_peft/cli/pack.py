@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..storage import adapter_sizes, pack_adapter, read_config, size_change
-from ..training.repack_run import save_run_as
+from ..training.saved import save_run_as
 
 __all__ = ["command"]
 

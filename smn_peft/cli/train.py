@@ -20,7 +20,7 @@ from ..training import (
     run_many,
 )
 from ..training.checkpoint import latest_checkpoint
-from ..training.many import EXPECTED, check_tasks
+from ..training.run import EXPECTED, check_tasks
 from .errors import one_line
 from .launch import SETTINGS, check_rest, launch_processes
 from .options import with_options

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..storage import MAX_UNPACKED, adapter_sizes, size_change, unpack_adapter
-from ..training.repack_run import save_run_as
+from ..training.saved import save_run_as
 
 __all__ = ["command"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..storage import locate_adapter, verify_adapter_file
-from ..training.repack_run import verify_run
+from ..training.saved import verify_run
 
 __all__ = ["command"]
 

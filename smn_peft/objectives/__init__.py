@@ -14,8 +14,7 @@ from .base import (
     register_objective,
 )
 from .cross_entropy import CrossEntropy, CrossEntropyOptions
-from .swav import SwAV
-from .swav_options import SwAVOptions
+from .swav import SwAV, SwAVOptions
 from .zero_shot import ZeroShot
 
 __all__ = [

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from .values import from_yaml
+from .._options import did_you_mean, from_mapping
 
 __all__ = [
     "Batch",
@@ -39,18 +38,23 @@ class NoOptions:
 
 
 class Objective(nn.Module):
-    """What a model is trained for. A subclass sets the class attributes and writes `forward`.
+    """Base class of objectives. A subclass sets the class attributes and defines `forward`.
 
-    Parameters and buffers are trained, moved and saved with the model; they are fp32. An objective never sees PEFT:
-    `model` is any function of images. It is constructed as ``cls(feature_dim, num_classes, options)``.
+    Parameters and buffers are fp32; they are trained, moved and saved with the model. An objective never sees PEFT:
+    `model` is any function of images.
 
     Attributes:
         name: Name in the registry, set by [`register_objective`].
         views: ``"one"``: the batch holds ``pixel_values``; ``"crops"``: it holds ``crops``, several views per image.
         needs_labels: Whether the batch must hold ``labels``.
         consumes: Whether `model` returns features or logits.
-        run_state: Names of buffers that belong to one run: another that starts from its weights starts them anew.
+        run_state: Names of buffers that belong to one run; a run that starts from another's weights resets them.
         Options: Dataclass of the options, each field with ``metadata={"help": …}``.
+
+    Args:
+        feature_dim: Number of features that the model returns per image.
+        num_classes: Number of classes, or None without labels.
+        options: An instance of `Options`.
     """
 
     name: ClassVar[str] = ""
@@ -61,20 +65,13 @@ class Objective(nn.Module):
     Options: ClassVar[type[Any]] = NoOptions
 
     def __init__(self, feature_dim: int, num_classes: int | None, options: Any) -> None:
-        """Keep what every objective is constructed from.
-
-        Args:
-            feature_dim: Number of features that the model returns per image.
-            num_classes: Number of classes, or None without labels.
-            options: An instance of `Options`.
-        """
         super().__init__()
         self.feature_dim = feature_dim
         self.num_classes = num_classes
         self.options = options
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Returns:
             ``"loss"``, the mean over this process's batch, and detached scalars to log.
@@ -82,21 +79,21 @@ class Objective(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has to define forward(model, batch).")
 
     def begin(self, total_steps: int) -> None:
-        """Called once before training, or before it resumes, with the optimizer steps of the whole run."""
+        """Prepare for a run of `total_steps` optimizer steps; called before training starts or resumes."""
 
     def before_step(self, step: int) -> None:
-        """Called before the forward of optimizer step `step`, which counts from 0."""
+        """Hook before the forward of optimizer step `step`, counted from 0."""
 
     def after_backward(self, step: int) -> None:
-        """Called after the gradients of step `step` are reduced, before the optimizer moves."""
+        """Hook between the reduction of the gradients of step `step` and the optimizer's step."""
 
     @property
     def grace_steps(self) -> int:
-        """Steps before which a collapse that shows need not stay."""
+        """First steps in which a collapse does not stop the run."""
         return 0
 
     def collapsed(self, logs: Mapping[str, float]) -> str | None:
-        """What is wrong and what to change, if the averaged scalars of `forward` show a collapse; else None."""
+        """Describe the collapse that the averaged outputs of `forward` show, with advice; None if they show none."""
         return None
 
 
@@ -119,11 +116,8 @@ def register_objective(name: str) -> Callable[[AnyObjective], AnyObjective]:
     def register(cls: AnyObjective) -> AnyObjective:
         if not (isinstance(cls, type) and issubclass(cls, Objective)):
             raise TypeError(f"{cls!r} cannot be registered as {name!r}: derive the class from Objective.")
-        for attribute, allowed in {
-            "views": get_args(Views),
-            "needs_labels": (False, True),
-            "consumes": get_args(Consumes),
-        }.items():
+        attributes = {"views": get_args(Views), "needs_labels": (False, True), "consumes": get_args(Consumes)}
+        for attribute, allowed in attributes.items():
             if getattr(cls, attribute, None) not in allowed:
                 raise TypeError(f"{cls.__name__} has to set the class attribute {attribute} to one of {allowed}.")
         other = _OBJECTIVES.get(name)
@@ -144,20 +138,14 @@ def list_objectives() -> list[str]:
     return sorted(_OBJECTIVES)
 
 
-def _unknown(what: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"Unknown {what} {name!r}.{hint} Known: {', '.join(known) or 'none'}."
-
-
 def objective_class(name: str) -> type[Objective]:
-    """The class registered under a name.
-
-    Raises:
-        ValueError: If no objective has the name.
-    """
+    """The class registered under a name; ValueError if there is none."""
     if name not in _OBJECTIVES:
-        raise ValueError(_unknown("objective", name, list_objectives()) + " Your own: @register_objective.")
+        known = list_objectives()
+        raise ValueError(
+            f"Unknown objective {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. Your own: decorate "
+            "its class with @register_objective."
+        )
     return _OBJECTIVES[name]
 
 
@@ -175,9 +163,8 @@ def create_objective(
         name: One of [`list_objectives`].
         feature_dim: Number of features that the model returns per image.
         num_classes: Number of classes; required by objectives that need labels.
-        options: The objective's options dataclass, or a mapping of its fields as YAML reads them, or None for the
-            defaults.
-        arguments: What an objective takes beside its options, such as the class embeddings of ``zero_shot``.
+        options: The objective's options dataclass, a mapping of its fields as YAML gives it, or None for the defaults.
+        arguments: Further arguments of the class, such as the class embeddings of ``zero_shot``.
 
     Raises:
         ValueError: If the name or an option is unknown, a value out of range or of another type, or `num_classes`
@@ -185,17 +172,10 @@ def create_objective(
         TypeError: If `options` are those of another objective.
     """
     cls = objective_class(name)
-    if options is None:
+    if not options:
         options = cls.Options()
     elif isinstance(options, Mapping):
-        known = [field.name for field in fields(cls.Options)]
-        for key in options:
-            if key not in known:
-                raise ValueError(_unknown(f"option of {name!r}:", str(key), known))
-        hints = get_type_hints(cls.Options)
-        options = cls.Options(
-            **{key: from_yaml(value, hints[key], f"The option {key!r} of {name!r}") for key, value in options.items()}
-        )
+        options = from_mapping(cls.Options, options, f"Options of {name!r}")
     elif not isinstance(options, cls.Options):
         raise TypeError(f"{name!r} takes {cls.Options.__name__} or a mapping, got {type(options).__name__}.")
     if cls.needs_labels and num_classes is None:

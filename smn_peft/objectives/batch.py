@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What objectives read from a batch and from the model, checked: images, labels, crops and features."""
+"""Read images, labels, crops and features for an objective, and check them."""
 
 from __future__ import annotations
 
@@ -11,45 +11,26 @@ from torch import Tensor
 
 from .base import Batch, Model
 
-__all__ = ["check_features", "crops_of", "features_of_crops", "images_of", "labels_of"]
+__all__ = ["check_features", "crops_of", "entry", "features_of_crops"]
 
 
-def _entry(batch: Batch, key: str, name: str, fix: str) -> Any:
+_FIXES = {
+    "pixel_values": "use a transform that gives one view, such as supervised_transform.",
+    "labels": "use a data set with labels (label_column), or an objective without.",
+    "crops": "use a transform with several views, such as multi_crop_transform.",
+}
+
+
+def entry(batch: Batch, key: str, name: str) -> Any:
+    """``batch[key]``; a ValueError names objective `name` if it is missing."""
     if key not in batch:
-        raise ValueError(f"{name} needs batch[{key!r}], and the batch has {sorted(batch)}: {fix}")
+        raise ValueError(f"{name} needs batch[{key!r}], and the batch has {sorted(batch)}: {_FIXES[key]}")
     return batch[key]
 
 
-def images_of(batch: Batch, name: str) -> Tensor:
-    """``batch["pixel_values"]``, (batch, 3, H, W).
-
-    Raises:
-        ValueError: If it is not there.
-    """
-    fix = "use a transform that gives one view, such as supervised_transform."
-    images: Tensor = _entry(batch, "pixel_values", name, fix)
-    return images
-
-
-def labels_of(batch: Batch, name: str) -> Tensor:
-    """``batch["labels"]``, (batch,) int64.
-
-    Raises:
-        ValueError: If it is not there.
-    """
-    fix = "use a data set with labels (label_column), or an objective without."
-    labels: Tensor = _entry(batch, "labels", name, fix)
-    return labels
-
-
 def crops_of(batch: Batch, name: str, global_crops: int) -> list[Tensor]:
-    """``batch["crops"]``: tensors (batch, 3, h, w), the global crops first.
-
-    Raises:
-        ValueError: If they are not there, fewer than two or than `global_crops`, of different batch sizes, or the
-            global ones are not of one size.
-    """
-    crops = list(_entry(batch, "crops", name, "use a transform with several views, such as multi_crop_transform."))
+    """``batch["crops"]``: at least two tensors (batch, 3, h, w), the global crops first, all of one size."""
+    crops = list(entry(batch, "crops", name))
     needed = max(global_crops, 2)
     if len(crops) < needed:
         raise ValueError(
@@ -67,11 +48,7 @@ def crops_of(batch: Batch, name: str, global_crops: int) -> list[Tensor]:
 
 
 def check_features(features: Tensor, dim: int, name: str) -> Tensor:
-    """The model's features, (batch, `dim`), as they are.
-
-    Raises:
-        ValueError: If they are not of that shape.
-    """
+    """Return the features; a ValueError names objective `name` if their shape is not (batch, `dim`)."""
     if features.ndim != 2 or features.shape[1] != dim:
         raise ValueError(
             f"{name} was made for features of shape (batch, {dim}), and the model returned {tuple(features.shape)}: "
@@ -81,11 +58,7 @@ def check_features(features: Tensor, dim: int, name: str) -> Tensor:
 
 
 def features_of_crops(model: Model, crops: Sequence[Tensor], dim: int, name: str) -> Tensor:
-    """Features of all crops, (crops · batch, dim), crop by crop; crops of one size go through the model together.
-
-    Raises:
-        ValueError: If the model does not return features of shape (batch, `dim`).
-    """
+    """Features of all crops, (crops · batch, dim), crop by crop; crops of one size share a forward."""
     groups: dict[torch.Size, list[int]] = {}
     for i, crop in enumerate(crops):
         groups.setdefault(crop.shape, []).append(i)

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._options import check_options, option
 from .base import Batch, Model, Objective, register_objective
-from .batch import images_of, labels_of
+from .batch import entry
 
 __all__ = ["CrossEntropy", "CrossEntropyOptions", "classification_loss"]
 
@@ -19,24 +20,14 @@ __all__ = ["CrossEntropy", "CrossEntropyOptions", "classification_loss"]
 class CrossEntropyOptions:
     """Options of [`CrossEntropy`]."""
 
-    label_smoothing: float = field(default=0.0, metadata={"help": "Share of the target spread over all classes."})
+    label_smoothing: float = option(0.0, "Share of the target spread over all classes.", least=0, below=1)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}.")
+        check_options(self)
 
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float) -> dict[str, Tensor]:
-    """Cross-entropy and accuracy of a batch, in fp32.
-
-    Args:
-        logits: (batch, classes), any float dtype.
-        labels: (batch,) int64.
-        label_smoothing: Share of the target that is spread over all classes.
-
-    Returns:
-        ``"loss"`` and the detached ``"accuracy"``.
-    """
+    """``"loss"`` and detached ``"accuracy"`` of logits (batch, classes) of any float dtype, computed in fp32."""
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
     with torch.no_grad():
         accuracy = (logits.argmax(1) == labels).float().mean()
@@ -53,12 +44,8 @@ class CrossEntropy(Objective):
     Options = CrossEntropyOptions
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Loss and accuracy of a batch; see [`Objective.forward`].
-
-        Raises:
-            ValueError: If images or labels are missing, or the model does not return `num_classes` logits.
-        """
-        labels, logits = labels_of(batch, self.name), model(images_of(batch, self.name))
+        """Loss and accuracy of a batch; see [`Objective.forward`]."""
+        labels, logits = entry(batch, "labels", self.name), model(entry(batch, "pixel_values", self.name))
         if logits.ndim != 2 or logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"{self.name} was made for {self.num_classes} classes, and the model returned "

@@ -1,27 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
 """SwAV: learn without labels by predicting, from one view of an image, the prototypes assigned to another.
 
-Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments". Several processes
-compute what one process computes on the joined batch: the Sinkhorn sums run over all of them, and so does the queue.
+Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments". N processes compute
+what one process computes on the joined batch: Sinkhorn's sums and the queue run over all of them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .._options import check_options, option
 from ..functional.processes import all_reduce, gather_rows, process_count, process_index
 from ..functional.sinkhorn import sinkhorn
 from .base import Batch, Model, Objective, register_objective
 from .batch import crops_of, features_of_crops
 from .heads import ProjectionHead, Prototypes
-from .swav_options import SwAVOptions
 
-__all__ = ["SwAV", "swapped_prediction_loss"]
+__all__ = ["SwAV", "SwAVOptions", "swapped_prediction_loss"]
+
+
+@dataclass(frozen=True)
+class SwAVOptions:
+    """Options of [`SwAV`].
+
+    The defaults are the paper's except for the projection: the paper's is linear, which stays at loss ln K in short
+    runs.
+    """
+
+    projection: Literal["linear", "mlp"] = option(
+        "mlp", "Projection head: 'linear' (the paper's authors) or 'mlp' (SwAV's own: Linear-BN-ReLU-Linear)."
+    )
+    hidden_dim: int = option(2048, "Width of the hidden layer of the 'mlp' projection.", least=1)
+    output_dim: int = option(128, "Dimension of the embeddings that are compared with the prototypes.", least=1)
+    prototypes: int = option(500, "Number of prototypes, at most batch + queue.", least=2)
+    temperature: float = option(0.1, "Temperature τ of the predictions.", above=0)
+    epsilon: float = option(0.05, "Sinkhorn's ε; the smaller, the harder the codes.", above=0)
+    sinkhorn_iterations: int = option(3, "Number of Sinkhorn iterations.", least=1)
+    queue_length: int = option(
+        512, "Rows of earlier batches that join the Sinkhorn, over all processes; 0 for none.", least=0
+    )
+    queue_from: float = option(
+        0.2, "Fraction of the run from which the queue fills; it counts once it is full.", least=0, most=1
+    )
+    queue_from_step: int | None = option(
+        None, "Step from which the queue fills, in the place of `queue_from`.", least=0
+    )
+    freeze_prototypes_steps: int = option(5005, "Number of first steps in which the prototypes do not move.", least=0)
+    global_crops: int = option(2, "Number of first crops of a batch that codes are computed from.", least=1)
+    allow_few_rows: bool = option(False, "Train although batch and queue have fewer rows than there are prototypes.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
@@ -42,10 +77,11 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
 
 @register_objective("swav")
 class SwAV(Objective):
-    """SwAV on features: projection head, prototypes, multi-crop swapped prediction and a queue of embeddings.
+    """Projection head, prototypes, multi-crop swapped prediction and a queue of embeddings on top of features.
 
-    The queue starts to fill at the step that the options name and counts once it is full. The gradients of the
-    prototypes are dropped for the first steps, after they are reduced, so that every process does the same.
+    The queue fills from the step that the options name and counts once it is full. In the first steps the gradients
+    of the prototypes are dropped after they are reduced, so that every process does the same. See [`Objective`] for
+    the arguments.
     """
 
     views = "crops"
@@ -57,31 +93,24 @@ class SwAV(Objective):
     queue_filled: Tensor
 
     def __init__(self, feature_dim: int, num_classes: int | None, options: SwAVOptions) -> None:
-        """Make head, prototypes and an empty queue; see [`Objective`]."""
         super().__init__(feature_dim, num_classes, options)
         self.head = ProjectionHead(options.projection, feature_dim, options.hidden_dim, options.output_dim)
         self.prototypes = Prototypes(options.output_dim, options.prototypes)
-        # Oldest row first. Every process holds all rows.
-        size = (options.global_crops, options.queue_length, options.output_dim)
-        self.register_buffer("queue", torch.zeros(size))
+        # Oldest row first; every process holds all rows.
+        self.register_buffer("queue", torch.zeros(options.global_crops, options.queue_length, options.output_dim))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
-        # Known once it is, so that later steps do not wait for the device.
-        self._queue_full = False
+        self._queue_full = False  # remembered, so that later steps do not wait for the device
         self._queue_from = options.queue_from_step
         self._step = self._half = 0
 
     def begin(self, total_steps: int) -> None:
-        """Turn `queue_from` into a step; see [`Objective.begin`]."""
+        """Convert `queue_from` to a step; see [`Objective.begin`]."""
         self._queue_full, self._half = False, total_steps // 2
         if self.options.queue_from_step is None:
             self._queue_from = round(self.options.queue_from * total_steps)
 
     def before_step(self, step: int) -> None:
-        """Bring the prototypes back to length 1; see [`Objective.before_step`].
-
-        Raises:
-            RuntimeError: If the step at which the queue starts is not known.
-        """
+        """Normalise the prototypes; see [`Objective.before_step`]."""
         if self.options.queue_length and self._queue_from is None:
             raise RuntimeError(
                 "SwAV's queue starts at a fraction of the run (queue_from), whose length is not known: call "
@@ -93,30 +122,23 @@ class SwAV(Objective):
             self.prototypes.normalise()
 
     def after_backward(self, step: int) -> None:
-        """Drop the prototypes' gradient while they are frozen; see [`Objective.after_backward`].
-
-        None and not zero, so that neither weight decay nor momentum moves them.
-        """
+        """Drop the prototypes' gradient while they are frozen; see [`Objective.after_backward`]."""
         if step < self.options.freeze_prototypes_steps:
-            self.prototypes.weight.grad = None
+            self.prototypes.weight.grad = None  # not zero, or weight decay and momentum would move them
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Loss of a batch of crops; see [`Objective.forward`].
+        """Compute the loss of a batch of crops; in train mode, add the global crops' embeddings to the queue.
 
-        In train mode the global crops' embeddings go into the queue. With gradient accumulation every forward has
-        codes and a queue of its own: fewer, larger batches are another run.
+        With gradient accumulation every forward has its own codes, so N small batches are not one large batch.
 
         Returns:
-            ``"loss"``; ``"codes_entropy"``, the mean entropy of a code in nats, ln K where codes say nothing; and
-            ``"prototypes_used"``, how many prototypes are the first choice of some global crop of the joined batch.
-
-        Raises:
-            ValueError: If crops are missing, the features have another dimension, or batch and queue have fewer rows
-                than there are prototypes.
+            ``"loss"``; ``"codes_entropy"``, the mean entropy of a code in nats, ln K for uniform codes; and
+            ``"prototypes_used"``, the number of prototypes that are the argmax of some global crop of the joined
+            batch.
         """
         options: SwAVOptions = self.options
         crops = crops_of(batch, self.name, options.global_crops)
-        self._check_rows(len(crops[0]))
+        self._check_rows(len(crops[0]) * process_count())
         embeddings = self.head(features_of_crops(model, crops, self.feature_dim, self.name))
         with torch.autocast(embeddings.device.type, enabled=False):
             scores: Tensor = self.prototypes(embeddings).unflatten(0, (len(crops), -1))
@@ -128,12 +150,12 @@ class SwAV(Objective):
 
     @property
     def grace_steps(self) -> int:
-        """Until the prototypes move, of a run that ends before that the half; see [`Objective.grace_steps`]."""
+        """Steps until the prototypes move, at most half of the run; see [`Objective.grace_steps`]."""
         frozen: int = self.options.freeze_prototypes_steps
         return min(frozen, self._half)
 
     def collapsed(self, logs: Mapping[str, float]) -> str | None:
-        """Whether every image has the same, uniform code and the loss stands at ln K; see [`Objective.collapsed`]."""
+        """Describe a collapse to uniform codes, with the loss at ln K; see [`Objective.collapsed`]."""
         uniform = math.log(self.options.prototypes)
         if logs["codes_entropy"] < 0.99 * uniform or logs["loss"] < 0.99 * uniform:
             return None
@@ -144,14 +166,14 @@ class SwAV(Objective):
             "rate of the scores or the head."
         )
 
-    def _check_rows(self, batch_size: int) -> None:
+    def _check_rows(self, images: int) -> None:
         options: SwAVOptions = self.options
-        rows = batch_size * process_count() + options.queue_length
+        rows = images + options.queue_length
         if rows < options.prototypes and not options.allow_few_rows:
             raise ValueError(
-                f"{options.prototypes} prototypes cannot each get an image: the batch has "
-                f"{batch_size * process_count()} images over all processes and the queue {options.queue_length} rows. "
-                f"Set prototypes to {rows} or less, enlarge the batch or queue_length, or set allow_few_rows=True."
+                f"{options.prototypes} prototypes cannot each get an image: the batch has {images} images over all "
+                f"processes and the queue {options.queue_length} rows. Set prototypes to {rows} or less, enlarge the "
+                "batch or queue_length, or set allow_few_rows=True."
             )
 
     @torch.no_grad()
@@ -177,7 +199,7 @@ class SwAV(Objective):
 
     @torch.no_grad()
     def _enqueue(self, embeddings: Tensor) -> None:
-        """Put the joined batch's (global crops, batch, dim) embeddings at the end of the queue."""
+        """Append the joined batch's (global crops, batch, dim) embeddings to the queue."""
         length = self.queue.shape[1]
         new = gather_rows(embeddings, dim=1)[:, -length:]
         self.queue.copy_(torch.cat([self.queue[:, new.shape[1] :], new], dim=1))

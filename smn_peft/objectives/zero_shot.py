@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base import Batch, Model, Objective, register_objective
-from .batch import check_features, images_of, labels_of
+from .batch import check_features, entry
 from .cross_entropy import CrossEntropyOptions, classification_loss
 
 __all__ = ["ZeroShot"]
@@ -16,15 +16,26 @@ __all__ = ["ZeroShot"]
 
 @register_objective("zero_shot")
 class ZeroShot(Objective):
-    """Supervised training against frozen class embeddings; nothing here trains.
+    """Supervised training of CLIP's image embeddings against frozen class embeddings; it has no parameters.
 
-    The features are CLIP's image embeddings, after the visual projection.
+    Args:
+        feature_dim: Dimension of the image embeddings, after the visual projection.
+        num_classes: Number of classes.
+        options: Options.
+        class_embeddings: Text embeddings (classes, dim) in the order of the labels; normalised here.
+        logit_scale: Factor of the cosine, 1/temperature: 100 for OpenAI's CLIP, whose parameter is its logarithm.
+
+    Raises:
+        ValueError: If the embeddings do not fit the features or the classes, or are not finite; or the scale is not
+            above 0.
     """
 
     views = "one"
     needs_labels = True
     consumes = "features"
     Options = CrossEntropyOptions
+    class_embeddings: Tensor
+    logit_scale: Tensor
 
     def __init__(
         self,
@@ -34,21 +45,6 @@ class ZeroShot(Objective):
         class_embeddings: Tensor,
         logit_scale: Tensor | float,
     ) -> None:
-        """Keep the class embeddings.
-
-        Args:
-            feature_dim: Dimension of the image embeddings.
-            num_classes: Number of classes.
-            options: Options.
-            class_embeddings: Text embeddings (classes, dim), one per class in the order of the labels; normalised
-                here.
-            logit_scale: What multiplies the cosine, 1/temperature: 100 for OpenAI's CLIP, whose parameter holds its
-                logarithm.
-
-        Raises:
-            ValueError: If the embeddings do not fit the features or the classes, or are not finite; or the scale is
-                not above 0.
-        """
         super().__init__(feature_dim, num_classes, options)
         if tuple(class_embeddings.shape) != (num_classes, feature_dim):
             raise ValueError(
@@ -61,9 +57,7 @@ class ZeroShot(Objective):
         normalised = F.normalize(class_embeddings.detach().float(), dim=1)
         if not (normalised.isfinite().all() and normalised.any(1).all()):
             raise ValueError("class_embeddings holds a row that is zero or not finite: compute the embeddings again.")
-        self.class_embeddings: Tensor
         self.register_buffer("class_embeddings", normalised)
-        self.logit_scale: Tensor
         self.register_buffer("logit_scale", scale)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -72,11 +66,7 @@ class ZeroShot(Objective):
             return self.logit_scale * F.linear(F.normalize(features.float(), dim=1), self.class_embeddings)
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Loss and accuracy of a batch; see [`Objective.forward`].
-
-        Raises:
-            ValueError: If images or labels are missing, or the features do not fit the class embeddings.
-        """
-        labels, features = labels_of(batch, self.name), model(images_of(batch, self.name))
+        """Loss and accuracy of a batch; see [`Objective.forward`]."""
+        labels, features = entry(batch, "labels", self.name), model(entry(batch, "pixel_values", self.name))
         check_features(features, self.feature_dim, self.name)
         return classification_loss(self.logits(features), labels, self.options.label_smoothing)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .._options import did_you_mean
 from ..evaluation import markdown_table
-from ..training.suggestion import did_you_mean
 from .artefact import Artefact, Cell, Reproduction, needed_runs, render, reproduce
 from .figures import FIGURES, RECIPES
 from .runs import RunSpec, RunStore

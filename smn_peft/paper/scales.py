@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .._options import did_you_mean
 from ..data import list_datasets
 from ..evaluation import FRACTIONS
 from ..training import load_recipe
-from ..training.suggestion import did_you_mean
 from .runs import RunSpec, merged
 
 __all__ = ["SCALES", "Scale", "Setting", "scale_named"]

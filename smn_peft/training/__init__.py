@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .evaluate_run import evaluate_run
+from .arguments import LoopArguments, TrainArguments
+from .evaluate import evaluate_run
 from .guards import TrainingFailure
-from .loop_arguments import LoopArguments
-from .many import run_many
 from .recipes import list_recipes, load_recipe
-from .run import RunSummary, plan, run
+from .run import RunSummary, plan, run, run_many
 from .saved import load_masks, load_run
 from .task import TrainingTask
-from .train_arguments import TrainArguments
 from .trainer import Interrupted, Trainer
 
 if TYPE_CHECKING:
@@ -42,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name != "ExactResumeCallback":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # transformers' training side is imported by those who train with it only: it takes a while.
+    # Imported on use: transformers' training side takes a while.
     from .trainer_callback import ExactResumeCallback
 
     return ExactResumeCallback

@@ -1,45 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to parts: images, backbone, mask, objective and loader, checked before training starts."""
+"""From arguments to parts: base model, adapter (mask or LoRA), objective, loader and evaluation, all checked."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from torch import nn
 
-from ..backbones import Backbone, load_backbone, load_classifier
+from ..backbones import Backbone, accept_size, load_backbone, load_classifier
 from ..backbones.from_file import is_file_spec, load_from_file
-from ..data import build_loader, multi_crop_transform, preprocessing_transform, supervised_transform
-from ..evaluation import PAPER_DECAY, extract_features, fit_linear_probe
-from ..storage import fingerprint, tensor_digest
-from ..tuner import MaskConfig
+from ..backbones.prompts import templates_for
+from ..backbones.text import text_embeddings
+from ..data import (
+    ImageDataset,
+    MultiCropOptions,
+    build_loader,
+    multi_crop_transform,
+    preprocessing_transform,
+    supervised_transform,
+)
+from ..evaluation import (
+    PAPER_DECAY,
+    Features,
+    evaluate_accuracy,
+    evaluate_knn,
+    extract_features,
+    fit_linear_probe,
+    linear_probe,
+)
+from ..objectives import Objective, create_objective
+from ..storage import WEIGHTS_NAME, fingerprint, tensor_digest
+from ..tuner import MaskConfig, explain_targets
 from ..tuner.batch_norm import has_statistics
-from ..tuner.targets import resolve_targets, stage_targets
-from .crops import check_crops
-from .images import Images, build_images
-from .lora import lora_config
-from .objective import build_objective, objective_kind
-from .shared import base_features
-from .start import start_from
+from ..tuner.stages import stage_targets
+from ..tuner.targets import resolve_targets
+from .arguments import TrainArguments, objective_kind
+from .checkpoint import latest_checkpoint, start_from
+from .images import Images, base_features
 from .task import TrainingTask
-from .train_arguments import TrainArguments
 
 __all__ = [
-    "Images",
-    "build_images",
+    "build_objective",
     "build_task",
     "build_train_loader",
     "evaluation_of",
+    "evaluator_of",
     "load_base",
+    "lora_config",
+    "lora_sizes",
+    "matched_lora_rank",
 ]
 
 
 def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
-    """The frozen base that the arguments name: with a head for `num_classes`, or without one."""
+    """Load the frozen base that the arguments name, with a head for `num_classes` or without one."""
     # Weights that no file gives are the run's own: the same in every process, on resuming and when it is loaded again.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
@@ -62,12 +85,7 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
 def build_task(
     arguments: TrainArguments, images: Images, device: torch.device | str = "cpu"
 ) -> tuple[TrainingTask, Backbone]:
-    """The model under its mask (or bare, for the baselines) and the objective.
-
-    Args:
-        arguments: Of the run.
-        images: Its images.
-        device: Where a head that starts from a probe gets its features from.
+    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`.
 
     Raises:
         ValueError: If a part does not fit another; the message says which argument to change.
@@ -76,9 +94,12 @@ def build_task(
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
-    base = _fingerprint(backbone.model)  # while it is what was loaded
+    # Of all that the base's features depend on, before anything changes it.
+    state = getattr(backbone.model, "backbone", backbone.model).state_dict()
+    first = next((tensor.dtype for tensor in state.values()), torch.float32)
+    base = fingerprint((tensor_digest(tensor) for tensor in state.values()), first)
     if kind.views == "crops":
-        check_crops(arguments, backbone)
+        _accept_crops(arguments.multi_crop, backbone)
     if arguments.head == "probe" and num_classes is not None:
         backbone.model.to(device)
         _start_from_probe(backbone, images, arguments)
@@ -91,11 +112,42 @@ def build_task(
     return task, backbone
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """Fingerprint of all that a base's features depend on, its head left out."""
-    state = getattr(model, "backbone", model).state_dict()
-    first = next((tensor.dtype for tensor in state.values()), torch.float32)
-    return fingerprint((tensor_digest(tensor) for tensor in state.values()), first)
+def build_objective(
+    arguments: TrainArguments, backbone: Backbone, num_classes: int | None, classes: list[str] | None
+) -> Objective:
+    """Create the objective; zero-shot gets the embeddings of the class names."""
+    extra: dict[str, Any] = {}
+    if arguments.objective == "zero_shot":
+        if not classes:
+            raise ValueError(f"objective='zero_shot' needs class names, and {arguments.dataset} has none.")
+        templates = arguments.templates or templates_for(arguments.dataset)
+        revision = arguments.backbone_revision
+        embeddings, scale = text_embeddings(arguments.backbone, classes, templates, revision=revision)
+        extra = {"class_embeddings": embeddings, "logit_scale": torch.tensor(scale)}
+        num_classes = len(classes)
+    name, options = objective_kind(arguments).name, dict(arguments.objective_options)
+    return create_objective(name, feature_dim=backbone.feature_dim, num_classes=num_classes, options=options, **extra)
+
+
+def _accept_crops(crops: MultiCropOptions, backbone: Backbone) -> None:
+    """Refuse sizes of crops that do not fit, and let the backbone take local crops beside its own size."""
+    size = backbone.image_size
+    if crops.global_size not in (size, MultiCropOptions().global_size):
+        raise ValueError(
+            f"multi_crop.global_size={crops.global_size} is not the image size, {size}, which global crops have: set "
+            f"image_size={crops.global_size}, or leave global_size out."
+        )
+    if not crops.local_crops:
+        return
+    if crops.local_size >= size:
+        raise ValueError(
+            f"multi_crop.local_size={crops.local_size} must be below the size of a global crop, "
+            f"which is the image size, {size}: the paper has 96 to 224. Or set multi_crop.local_crops=0."
+        )
+    try:
+        accept_size(backbone, crops.local_size)
+    except ValueError as error:
+        raise ValueError(f"{error}. Set another multi_crop.local_size, or multi_crop.local_crops=0.") from error
 
 
 def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, classes: list[str] | None) -> nn.Module:
@@ -109,8 +161,8 @@ def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, clas
         if has_head:
             model.head.requires_grad_(True)
         return model
-    config: MaskConfig = copy.deepcopy(arguments.mask)  # it is filled in when the masks are made
-    # What whoever uses the adapter has to know, who may have its two files only.
+    config: MaskConfig = copy.deepcopy(arguments.mask)
+    # For users of the adapter, who may have its two files only.
     config.preprocessing = backbone.preprocessing
     config.id2label = dict(enumerate(classes)) if has_head and classes is not None else None
     config.seed = config.seed or arguments.seed
@@ -132,7 +184,7 @@ def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, clas
 
 
 def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
-    """Fit a probe on the frozen features of the training images, and start the head from it."""
+    """Initialise the head with a linear probe on the frozen features of the training images."""
     model: Any = backbone.model
     assert images.train.labels is not None
     counts = torch.bincount(images.train.labels, minlength=model.num_classes)
@@ -141,30 +193,23 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
             f"head='probe' needs an image of every class; the training images have {present} of "
             f"{model.num_classes}: take more of them, or head='trained'."
         )
-    options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none is left to choose on
-    size = arguments.batch_size
-    features = base_features(
-        arguments,
-        images.train,
-        lambda: extract_features(backbone.model, images.train, evaluation_of(backbone), batch_size=size),
-    )
+    options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none left to choose on
+    size, transform = arguments.batch_size, evaluation_of(backbone)
+    extract = partial(extract_features, model, images.train, transform, batch_size=size)
+    features = base_features(arguments, images.train, extract)
     probe = fit_linear_probe(features, standardise=True, cautious=True, seed=arguments.subset_seed, **options)
     model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
 
 
 def evaluation_of(backbone: Backbone) -> Any:
-    """How images are prepared to evaluate on them: as the backbone says, without randomness."""
+    """Transform of images for evaluation: as the backbone's preprocessing says, without randomness."""
     return preprocessing_transform(backbone.preprocessing)
 
 
 def build_train_loader(
     arguments: TrainArguments, images: Images, backbone: Backbone, num_processes: int, process_index: int
 ) -> Any:
-    """Augmented batches of the training images; each process gets its share of every batch.
-
-    Raises:
-        ValueError: If the batch does not divide, or there are fewer images than a batch has.
-    """
+    """Build the loader of augmented batches, of which each process gets its share."""
     parts = num_processes * arguments.accumulate
     if arguments.batch_size % parts:
         raise ValueError(
@@ -186,3 +231,111 @@ def build_train_loader(
         process_index=process_index,
         pin_memory=not arguments.cpu and torch.cuda.is_available(),
     )
+
+
+def evaluator_of(
+    arguments: TrainArguments, images: Images, backbone: Backbone, accelerator: Accelerator
+) -> Callable[[TrainingTask], dict[str, Any]] | None:
+    """Build the function that evaluates a task on the run's images; None if there is nothing to test on.
+
+    It measures k-NN, a linear probe if asked for, and the accuracy of a classifier; ``evaluation`` names images and k,
+    so that only comparable values are compared. The first call of a run that does not resume is of the frozen base: a
+    mask that does not start with all ones is switched off for it, and the base's features are shared inside [`share`].
+    """
+    bank, test = images.bank, images.test
+    if test is None or bank is None:
+        return None
+    transform, fresh = evaluation_of(backbone), latest_checkpoint(arguments.output_dir) is None
+    names = ("eval_split", "eval_limit", "knn_k", "knn_limit")
+    evaluation = ", ".join(f"{name}={getattr(arguments, name)}" for name in names)
+
+    def measure(task: TrainingTask, shared: bool) -> dict[str, Any]:
+        def features_of(part: ImageDataset) -> Features:
+            size, workers = arguments.batch_size, arguments.num_workers
+            loading: dict[str, Any] = {"batch_size": size, "num_workers": workers, "accelerator": accelerator}
+            extract = partial(extract_features, task.model, part, transform, **loading)
+            return base_features(arguments, part, extract) if shared else extract()
+
+        voting, tested = features_of(bank), features_of(test)
+        values = {"evaluation": evaluation, "knn": evaluate_knn(voting, tested, k=arguments.knn_k)}
+        if arguments.eval_probe:
+            values["linear_probe"] = linear_probe(voting, tested, seed=arguments.subset_seed)
+        if task.objective.needs_labels:
+            values["accuracy"] = evaluate_accuracy(Features(task.logits_of(tested.features), tested.labels)).top1
+        return values
+
+    def evaluate(task: TrainingTask) -> dict[str, Any]:
+        nonlocal fresh
+        first, fresh = fresh, False
+        alone = accelerator.num_processes == 1
+        moved = arguments.init_from is not None or task.density() not in (None, 1)  # it does not start at the base
+        if first and moved and isinstance(task.model, PeftModel):
+            with task.model.disable_adapter():
+                return measure(task, alone)
+        return measure(task, alone and first and not moved)
+
+    return evaluate
+
+
+# --- PEFT's LoRA as a baseline, on the layers of a mask and at its size ----------------------------------------------
+
+
+def lora_config(
+    model: nn.Module,
+    mask: MaskConfig,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> LoraConfig:
+    """Configure LoRA on the layers that a mask would take.
+
+    Args:
+        model: The base model.
+        mask: Says which layers.
+        rank: Rank of the factors; None: [`matched_lora_rank`].
+        alpha: The update is scaled by alpha / rank; None: 2 · rank.
+        modules_to_save: Modules trained in full, such as the head.
+    """
+    rank = matched_lora_rank(model, mask) if rank is None else rank
+    where: dict[str, Any] = {name: getattr(mask, name) for name in ("layers_to_transform", "layers_pattern")}
+    targets = resolve_targets(model, mask.target_modules, **where)
+    if targets is not mask.target_modules:  # the layers are in the names
+        where = {}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes any number
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=mask.exclude_modules,
+        modules_to_save=None if modules_to_save is None else list(modules_to_save),
+        **where,
+    )
+
+
+def matched_lora_rank(model: nn.Module, mask: MaskConfig) -> int:
+    """The largest rank whose fp32 factors take no more bytes than the packed mask of the same layers.
+
+    Raises:
+        ValueError: If even rank 1 takes more, as on layers of few channels; names both sizes.
+    """
+    available = explain_targets(model, mask, verbose=False).packed_bytes
+    empty = copy.deepcopy(model).to("meta")
+    adapted = get_peft_model(empty, lora_config(empty, mask, rank=1), low_cpu_mem_usage=True)
+    per_rank = 4 * sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
+    if per_rank > available:
+        raise ValueError(
+            f"LoRA of rank 1 takes {per_rank:,} bytes, the mask of the same layers {available:,}: no rank matches it. "
+            "Give one, as in lora_rank=1."
+        )
+    return available // per_rank
+
+
+def lora_sizes(folder: str | Path) -> dict[str, int]:
+    """Bytes of a saved LoRA adapter: of its ``factors``, of the ``head`` and others in full, and ``total``."""
+    path = Path(folder) / WEIGHTS_NAME
+    sums = {"factors": 0, "head": 0}
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():
+            tensor = file.get_tensor(name)
+            sums["factors" if ".lora_" in name else "head"] += tensor.numel() * tensor.element_size()
+    return {**sums, "total": path.stat().st_size}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: all that training moves, in safetensors and JSON, written whole or not at all."""
+"""Checkpoints of a run: all that training changes, in safetensors and JSON, written atomically."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..storage import to_disk
+from .task import TrainingTask
 
 __all__ = [
     "checkpoint_name",
-    "file_digest",
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
-    "load_tensors",
     "read_state",
     "save_checkpoint",
+    "start_digest",
+    "start_from",
 ]
 
 _NAME = re.compile(r"checkpoint-(\d+)$")
@@ -49,28 +50,8 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def checkpoint_name(path: Path | None) -> str | None:
-    """A checkpoint by its step and content, by which processes on several disks know that it is the same."""
-    return None if path is None else f"{path.name} (sha256 {file_digest(path / STATE_NAME)[:16]})"
-
-
-def _flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """An optimizer's state as tensors by "index.name", and its groups without their parameters."""
-    state = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value
-        for index, entries in state["state"].items()
-        for name, value in entries.items()
-        if value is not None  # SGD before its first step
-    }
-    return tensors, state["param_groups"]
-
-
-def _unflatten(tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": groups}
+    """Step and content of a checkpoint, by which processes with a disk each compare theirs."""
+    return None if path is None else f"{path.name} (sha256 {_file_digest(path / STATE_NAME)[:16]})"
 
 
 def save_checkpoint(
@@ -81,38 +62,40 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove older ones.
+    """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove all but the `keep` newest.
 
     Args:
         folder: The run's folder.
         step: Optimizer steps done.
-        tensors: All that training moves, by name.
-        optimizer: Its momentum and groups are kept.
+        tensors: All that training changes, by name.
+        optimizer: Its state and groups are saved.
         state: JSON-compatible facts, such as the run's arguments.
-        keep: Newest checkpoints that stay.
+        keep: Number of checkpoints to keep.
 
     Raises:
         OSError: If the disk refuses; older checkpoints are untouched.
     """
     folder = Path(folder)
-    final = folder / f"checkpoint-{step}"
-    momentum, groups = _flatten(optimizer)
+    final, temporary = folder / f"checkpoint-{step}", folder / f"{_UNFINISHED}{step}"
+    inside = optimizer.state_dict()
+    momentum = {
+        f"{index}.{name}": value
+        for index, entries in inside["state"].items()
+        for name, value in entries.items()
+        if value is not None  # SGD before its first step
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
-        temporary = folder / f"{_UNFINISHED}{step}"
         temporary.mkdir()
-    except OSError as error:
-        raise _refused(error, final) from error
-    try:
         for part, content in (("model", tensors), ("optimizer", momentum)):
             content = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
             save_file(content, temporary / f"{part}.safetensors")
-        # As it is read again: what JSON makes of a tuple is a list.
-        said = json.loads(json.dumps({**state, "step": step, "param_groups": groups}))
-        digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-        text = json.dumps({**said, _DIGESTS: {**digests, STATE_NAME: _state_digest(said)}}, indent=1)
+        # As it is read again: JSON turns tuples into lists.
+        facts = json.loads(json.dumps({**state, "step": step, "param_groups": inside["param_groups"]}))
+        digests = {path.name: _file_digest(path) for path in sorted(temporary.iterdir())}
+        text = json.dumps({**facts, _DIGESTS: {**digests, STATE_NAME: _state_digest(facts)}}, indent=1)
         (temporary / STATE_NAME).write_text(text, "utf-8")
         for path in temporary.iterdir():
             to_disk(path)
@@ -121,64 +104,24 @@ def save_checkpoint(
         os.replace(temporary, final)
         to_disk(folder)
     except (OSError, SafetensorError) as error:
+        older = [old.name for old in list_checkpoints(folder)] if folder.is_dir() else []
+        fix = f"{older[-1]} is whole: free some space and go on from it with resume" if older else "free some space"
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(getattr(error, "errno", None), f"Cannot write {final}: {reason}. {fix}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _refused(error, final) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     for old in list_checkpoints(folder)[:-keep]:
         with suppress(OSError):  # one that is left over is no reason to stop
             shutil.rmtree(old)
     return final
 
 
-def _refused(error: Exception, path: Path) -> OSError:
-    older = [old.name for old in list_checkpoints(path.parent)] if path.parent.is_dir() else []
-    left = f"{older[-1]} is whole: free some space and go on from it with resume" if older else "free some space"
-    reason = getattr(error, "strerror", None) or str(error)
-    return OSError(getattr(error, "errno", None), f"Cannot write {path}: {reason}. {left}")
-
-
-def file_digest(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, as hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _state_digest(state: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in state.items() if name != _DIGESTS}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _check_digest(name: str, state: Mapping[str, Any], found: str) -> None:
-    """Refuse a file that is not what was written; checkpoints of earlier versions say nothing of theirs."""
-    if _DIGESTS in state and state[_DIGESTS].get(name) != found:
-        raise ValueError(f"{name} is not what was written, by its SHA-256")
-
-
-def _read(path: Path, part: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one file of a checkpoint, once its digest is checked."""
-    file = path / f"{part}.safetensors"
-    try:
-        _check_digest(file.name, state, file_digest(file))
-        return load_file(file)
-    except (SafetensorError, ValueError, FileNotFoundError) as error:
-        raise _damaged(path, error) from error
-
-
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON facts of a checkpoint, with `step`.
-
-    Raises:
-        ValueError: If the file is damaged.
-    """
+    """The JSON facts of a checkpoint, with `step`; ValueError if the file is damaged."""
     path = Path(path)
     try:
         state: dict[str, Any] = json.loads((path / STATE_NAME).read_text("utf-8"))
-        if missing := sorted({"step", "param_groups"} - set(state)):
+        if missing := sorted({"step", "param_groups", _DIGESTS} - set(state)):
             raise ValueError(f"{STATE_NAME} has no {missing[0]!r}")
         _check_digest(STATE_NAME, state, _state_digest(state))
     except (ValueError, TypeError, AttributeError, FileNotFoundError) as error:
@@ -191,52 +134,67 @@ def load_checkpoint(
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Any]:
-    """Write a checkpoint's tensors into the live ones, and restore the optimizer.
+    """Copy a checkpoint's tensors into the live ones, restore the optimizer, and return the facts.
 
-    Everything is read and compared before anything is written.
-
-    Args:
-        path: The checkpoint's folder.
-        tensors: Live tensors by name, as [`save_checkpoint`] was given them.
-        optimizer: Optimizer over the same parameters, or None.
-
-    Returns:
-        The JSON facts, with `step`.
+    Nothing is written before everything is compared.
 
     Raises:
-        ValueError: If the checkpoint does not fit: names or shapes differ, or a file is damaged.
+        ValueError: If names or shapes differ, or a file is damaged.
     """
     path = Path(path)
     state = read_state(path)
     momentum = _read(path, "optimizer", state) if optimizer is not None else {}
-    load_tensors(path, tensors, "Resume with the arguments that the run was started with.")
+    _load_tensors(path, state, tensors, "Resume with the arguments that the run was started with.")
     if optimizer is not None:
-        optimizer.load_state_dict(_unflatten(momentum, state["param_groups"]))
-        _lay_out(optimizer)
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in momentum.items():
+            index, _, name = key.partition(".")
+            entries.setdefault(int(index), {})[name] = value
+        optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        # A file has C order only; fused steps want momentum in its parameter's memory format.
+        for parameter, own in optimizer.state.items():
+            for name, value in own.items():
+                if value.shape == parameter.shape and value.stride() != parameter.stride():
+                    own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return state
 
 
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Put momentum in its parameter's memory format, as fused steps walk through both; a file has only C order."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+def start_from(task: TrainingTask, folder: str | Path) -> None:
+    """Give a task the scores, head, prototypes and statistics of the newest checkpoint in another run's folder.
 
-
-def load_tensors(path: Path, tensors: Mapping[str, Tensor], fix: str, ignore: Collection[str] = ()) -> None:
-    """Write a checkpoint's tensors into the live ones, once all of them are read and compared.
-
-    Args:
-        path: The checkpoint's folder.
-        tensors: Live tensors by name.
-        fix: What to do if they do not fit, for the message.
-        ignore: Names that the checkpoint may have besides.
+    Optimizer, step and `Objective.run_state` (SwAV's queue) start anew.
 
     Raises:
-        ValueError: If names or shapes differ, or the file is damaged.
+        FileNotFoundError: If it holds no checkpoint.
+        ValueError: If the checkpoint is of another model, mask or objective.
     """
-    loaded = _read(path, "model", read_state(path))
+    path = _checkpoint(folder)
+    own = {f"objective.{name}" for name in task.objective.run_state}
+    tensors = {name: tensor for name, tensor in task.training_state().items() if name not in own}
+    fix = "It must be a run of the same backbone, mask and objective options as this one."
+    _load_tensors(path, read_state(path), tensors, fix, ignore=own)
+
+
+def start_digest(folder: str | Path) -> str:
+    """SHA-256, as hex, of what [`start_from`] reads; raises as that if there is no checkpoint."""
+    return _file_digest(_checkpoint(folder) / "model.safetensors")
+
+
+def _checkpoint(folder: str | Path) -> Path:
+    path = latest_checkpoint(folder)
+    if path is None:
+        raise FileNotFoundError(
+            f"init_from={folder} holds no checkpoint, and an adapter alone has no scores to start from: name the "
+            "output_dir of a run with keep_checkpoints of 1 or more."
+        )
+    return path
+
+
+def _load_tensors(
+    path: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor], fix: str, ignore: Collection[str] = ()
+) -> None:
+    """Copy a checkpoint's tensors into the live ones; it may have those named in `ignore` besides."""
+    loaded = _read(path, "model", state)
     if missing := sorted(set(tensors) ^ (set(loaded) - set(ignore))):
         raise ValueError(
             f"{path} belongs to another model or objective: {len(missing)} tensors are on one side only, such as "
@@ -250,6 +208,30 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor], fix: str, ignore: Co
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(loaded[name])
+
+
+def _read(path: Path, part: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of one file of a checkpoint, once its digest is checked."""
+    file = path / f"{part}.safetensors"
+    try:
+        _check_digest(file.name, state, _file_digest(file))
+        return load_file(file)
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise _damaged(path, error) from error
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in state.items() if name != _DIGESTS}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digest(name: str, state: Mapping[str, Any], found: str) -> None:
+    if state[_DIGESTS].get(name) != found:
+        raise ValueError(f"{name} is not what was written, by its SHA-256")
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stops a run early, with the step, the tensor and what to do: NaN, an empty mask, collapsed codes."""
+"""What stops a run early: NaN, an empty mask, collapsed codes, and signals such as Ctrl-C."""
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 import warnings
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.loading import STOP_SIGNALS
 from ..functional.flags import read_flags
 from .task import TrainingTask
 
-__all__ = ["CollapseWatch", "TrainingFailure", "check_loss", "check_masks"]
+__all__ = ["CollapseWatch", "StopRequest", "TrainingFailure", "check_loss", "check_masks"]
 
-_WINDOWS = 5  # lines of the log in a row
-
-
+_COLLAPSED_LINES = 5  # lines of the log in a row
+_SAME_REQUEST = 1.0  # seconds
 _ADVICE = (
     "Lower lr or head_lr, warm up longer, or, under fp16, train in bf16. The last checkpoint, if any, is from before."
 )
@@ -26,34 +31,17 @@ class TrainingFailure(RuntimeError):
 
 
 def check_loss(task: TrainingTask, loss: Tensor, step: int) -> None:
-    """Refuse a loss, or one of several of a step's parts, that is not finite, naming what broke.
-
-    Raises:
-        TrainingFailure: If it is not.
-    """
+    """Raise TrainingFailure if a loss is not finite, naming the parameters that are not."""
     if torch.isfinite(loss).all():
         return
-    broken = _broken(task)
+    broken = _not_finite(task)
     what = f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity" if broken else "every parameter is finite"
     raise TrainingFailure(f"The loss is {float(loss.mean())} at step {step}; {what}. {_ADVICE}")
 
 
-def _broken(task: TrainingTask) -> list[str]:
-    """Names of what trains and holds NaN or infinity; a device is waited for once."""
-    names, finite = [], []
-    for name, parameter, _ in task.trainable():
-        names.append(name)
-        finite.append(torch.isfinite(parameter).all())
-    return [name for name, good in zip(names, read_flags(finite), strict=True) if not good]
-
-
 def check_masks(task: TrainingTask, step: int) -> None:
-    """Refuse a mask that has switched a whole layer off, and scores that are not finite, which count as off.
-
-    Raises:
-        TrainingFailure: If there is one.
-    """
-    if broken := _broken(task):
+    """Raise TrainingFailure if a whole layer is masked, or scores are not finite, which count as off."""
+    if broken := _not_finite(task):
         raise TrainingFailure(f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity at step {step}. {_ADVICE}")
     if empty := task.empty_masks():
         raise TrainingFailure(
@@ -62,32 +50,69 @@ def check_masks(task: TrainingTask, step: int) -> None:
         )
 
 
+def _not_finite(task: TrainingTask) -> list[str]:
+    """Names of trainable parameters that hold NaN or infinity, found with one synchronisation."""
+    parameters = {name: parameter for name, parameter, _ in task.trainable()}
+    finite = read_flags([torch.isfinite(parameter).all() for parameter in parameters.values()])
+    return [name for name, good in zip(parameters, finite, strict=True) if not good]
+
+
 class CollapseWatch:
-    """Warns of a collapse when it shows, and stops the run once it has lasted: many start at one and leave it."""
+    """Warn when the objective reports a collapse, and stop the run once it has lasted: many runs leave it again.
 
-    def __init__(self, steps_per_epoch: int, speaks: bool = True) -> None:
-        """Seen from one of several processes, of which one speaks."""
-        self._least, self._speaks = steps_per_epoch, speaks
-        self._since, self._windows = 0, 0
+    Args:
+        steps_per_epoch: Least number of steps that a collapse lasts before the run is stopped.
+        verbose: False on all processes but one.
+    """
 
-    def see(self, step: int, problem: str | None, grace_steps: int) -> None:
-        """Take what the objective says of a line of the log.
+    def __init__(self, steps_per_epoch: int, verbose: bool = True) -> None:
+        self._least, self._verbose = steps_per_epoch, verbose
+        self._since, self._lines = 0, 0
 
-        Args:
-            step: Optimizer steps done.
-            problem: What is wrong, None if nothing is.
-            grace_steps: Steps before which the run is not stopped.
+    def record(self, step: int, problem: str | None, grace_steps: int) -> None:
+        """Record one collapse check, `problem` being None if there is no collapse.
 
         Raises:
-            TrainingFailure: If the problem has lasted for five lines in a row and an epoch, and the grace is over.
+            TrainingFailure: If the problem has lasted for five lines in a row and an epoch, and step `grace_steps` is
+                reached.
         """
         if problem is None:
-            self._windows = 0
+            self._lines = 0
             return
-        self._windows += 1
-        if self._windows == 1:
+        self._lines += 1
+        if self._lines == 1:
             self._since = step
-            if self._speaks:
+            if self._verbose:
                 warnings.warn(f"Step {step}: {problem} The run is stopped if this lasts.", stacklevel=4)
-        if self._windows >= _WINDOWS and step - self._since >= self._least and step >= grace_steps:
+        if self._lines >= _COLLAPSED_LINES and step - self._since >= self._least and step >= grace_steps:
             raise TrainingFailure(f"Step {step}, and since step {self._since}: {problem}")
+
+
+class StopRequest:
+    """Context in which a first SIGINT, SIGTERM or SIGUSR1 sets `requested`, and a later one acts as it would outside.
+
+    Signals within a second of the first are the same request: a launcher repeats what the terminal has sent to all.
+    Outside the main thread, where Python allows no handlers, nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif time.monotonic() - self._since > _SAME_REQUEST:
+            self.__exit__()
+            signal.raise_signal(number)

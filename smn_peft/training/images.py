@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images of a run: which split and subset is trained on, which votes in k-NN, and which is tested on."""
+"""The images of a run: to train on, to vote in k-NN and to be tested on; and what successive runs share of them."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..data import ImageDataset, NoLabelsError, NoSplitError, held_out, label_subset, load_images
-from .objective import objective_kind
-from .shared import decoded
-from .start import read_indices
-from .train_arguments import TrainArguments
+from ..evaluation import Features
+from ..storage import check_regular
+from .arguments import TrainArguments, objective_kind
 
-__all__ = ["Images", "build_images"]
-
-_INSTEAD_OF_TEST = ("validation", "valid", "val")
+__all__ = ["Images", "base_features", "build_images", "images_of_run", "read_indices", "share"]
 
 
 @dataclass(frozen=True)
@@ -30,47 +33,52 @@ class Images:
     num_classes: int | None = None
     """Of the whole training split, of which `train` may lack some."""
     eval_split: str | None = None
-    """The split that was taken to test on, which is another than the arguments' where that does not exist."""
+    """The split of `test`, which is another than the arguments' where that does not exist."""
+
+
+def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
+    """Open the images, and set `eval_split` to what was taken; None, with a warning, if it lacks labels."""
+    try:
+        images = build_images(arguments)
+        return replace(arguments, eval_split=images.eval_split), images
+    except NoLabelsError as error:
+        if objective_kind(arguments).needs_labels or arguments.eval_split is None:
+            raise
+        reason = str(error).partition(": ")[0]
+        warnings.warn(f"{reason}: nothing is evaluated, as with --eval-split none.", stacklevel=3)
+        arguments = replace(arguments, eval_split=None, eval_fraction=None)
+        return arguments, build_images(arguments)
 
 
 def build_images(arguments: TrainArguments) -> Images:
     """Open the dataset and choose the subsets that the arguments ask for.
 
     Raises:
-        ValueError: If labels are needed and missing, a subset is empty, or `indices_file` does not fit.
-        NoLabelsError: If labels are missing.
+        ValueError: If a subset is empty, the training images are of one class, or `indices_file` does not fit.
+        NoLabelsError: If labels are needed and missing.
     """
-    needs_labels = objective_kind(arguments).needs_labels
-    where: dict[str, Any] = {
-        "image_column": arguments.image_column,
-        "label_column": arguments.label_column,
-        "revision": arguments.dataset_revision,
-    }
+    needs_labels, seed = objective_kind(arguments).needs_labels, arguments.subset_seed
     labelled = needs_labels or arguments.eval_split is not None
     key = (
-        *(arguments.dataset, *where.values(), labelled),
-        *(arguments.subset_seed, arguments.class_limit, arguments.eval_fraction),
+        *(arguments.dataset, arguments.image_column, arguments.label_column, arguments.dataset_revision, labelled),
+        *(seed, arguments.class_limit, arguments.eval_fraction),
     )
-    train = full = _load(arguments, arguments.train_split, labelled, where)
+    train = full = _load(arguments, arguments.train_split, labelled)
     held: ImageDataset | None = None
     if arguments.eval_fraction is not None:
         assert full.labels is not None  # eval_split is not None either
-        chosen = held_out(full.labels, arguments.eval_fraction, seed=arguments.subset_seed)
+        chosen = held_out(full.labels, arguments.eval_fraction, seed=seed)
         rest = torch.ones(len(full), dtype=torch.bool)
         rest[chosen] = False
         train, held = full.subset(rest.nonzero().flatten()), full.subset(chosen)
-    if arguments.limit is not None and arguments.limit < len(train):
-        train = train.subset(_choose(len(train), arguments.limit, arguments.subset_seed))
+    train = _limited(train, arguments.limit, seed)
     if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
-        train = decoded(train, "train", (*key, arguments.train_split, arguments.limit))
+        train = _shared("train", (*key, arguments.train_split, arguments.limit), train.cached)
     bank = train
     if arguments.fraction < 1.0:
         labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
-        train = train.subset(
-            label_subset(
-                labels, fraction=arguments.fraction, balanced=arguments.balanced, seed=arguments.fraction_seed
-            )
-        )
+        options: dict[str, Any] = {"balanced": arguments.balanced, "seed": arguments.fraction_seed}
+        train = train.subset(label_subset(labels, fraction=arguments.fraction, **options))
     if arguments.indices_file is not None:
         train = train.subset(read_indices(arguments.indices_file, len(train)))
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
@@ -80,28 +88,24 @@ def build_images(arguments: TrainArguments) -> Images:
         )
     if arguments.eval_split is None:
         return Images(train, None, None, full.num_classes)
-    test, split = (held, arguments.eval_split) if held is not None else _to_test_on(arguments, where)
-    if arguments.eval_limit is not None and arguments.eval_limit < len(test):
-        test = test.subset(_choose(len(test), arguments.eval_limit, arguments.subset_seed))
+    test, split = (held, arguments.eval_split) if held is not None else _to_test_on(arguments, arguments.eval_split)
+    test = _limited(test, arguments.eval_limit, seed)
     if arguments.cache_images:
-        test = decoded(test, "test", (*key, split, arguments.eval_limit))
-    if arguments.knn_limit is not None and arguments.knn_limit < len(bank):
-        bank = bank.subset(_choose(len(bank), arguments.knn_limit, arguments.subset_seed))
-    return Images(train, bank, test, full.num_classes, split)
+        test = _shared("test", (*key, split, arguments.eval_limit), test.cached)
+    return Images(train, _limited(bank, arguments.knn_limit, seed), test, full.num_classes, split)
 
 
-def _to_test_on(arguments: TrainArguments, where: dict[str, Any]) -> tuple[ImageDataset, str]:
-    """The split to evaluate on; where there is no "test", the one for validation. And its name."""
-    split = arguments.eval_split or "test"
+def _to_test_on(arguments: TrainArguments, split: str) -> tuple[ImageDataset, str]:
+    """The split to evaluate on, or the one for validation where there is no "test"; and its name."""
     try:
         try:
-            return _load(arguments, split, True, where), split
+            return _load(arguments, split, True), split
         except NoSplitError as error:
-            other = next((name for name in error.there if name.lower() in _INSTEAD_OF_TEST), None)
+            other = next((name for name in error.there if name.lower() in ("validation", "valid", "val")), None)
             if split != "test" or other is None:
                 raise
             warnings.warn(f"{arguments.dataset} has no split 'test': {other!r} is evaluated on.", stacklevel=4)
-            return _load(arguments, other, True, where), other
+            return _load(arguments, other, True), other
     except NoLabelsError:
         raise
     except ValueError as error:
@@ -111,15 +115,88 @@ def _to_test_on(arguments: TrainArguments, where: dict[str, Any]) -> tuple[Image
         ) from error
 
 
-def _load(arguments: TrainArguments, split: str, labelled: bool, where: dict[str, Any]) -> ImageDataset:
-    labelled = labelled or arguments.class_limit is not None
+def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset:
     try:
-        found = load_images(arguments.dataset, split, labelled=labelled, **where)
+        found = load_images(
+            arguments.dataset,
+            split,
+            image_column=arguments.image_column,
+            label_column=arguments.label_column,
+            revision=arguments.dataset_revision,
+            labelled=labelled or arguments.class_limit is not None,
+        )
     except NoLabelsError as error:
         raise NoLabelsError(f"{error} In training: an objective such as swav, and --eval-split none.") from error
     return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)
 
 
-def _choose(count: int, wanted: int, seed: int) -> list[int]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[:wanted].tolist())
+def _limited(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
+    """A seeded choice of `limit` images, in their order."""
+    if limit is None or limit >= len(images):
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.subset(sorted(order[:limit].tolist()))
+
+
+def read_indices(path: str | Path, count: int) -> Tensor:
+    """Read image numbers, int64 (n,), from a ``.npy`` file of distinct integers from 0 to `count` − 1.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds anything else.
+    """
+    try:
+        check_regular(path)
+        found = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"indices_file={path} does not exist.") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"indices_file={path} is not a .npy file of integers: {error}") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
+        shown = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "several arrays"
+        raise ValueError(f"indices_file={path} must hold one row of integers, one at least; it holds {shown}.")
+    if found.min() < 0 or found.max() >= count or len(np.unique(found)) < len(found):
+        raise ValueError(
+            f"indices_file={path} must hold each number once at most, from 0 to {count - 1}, the images that limit "
+            f"and fraction leave; it holds {len(found)} from {found.min()} to {found.max()}."
+        )
+    return torch.from_numpy(found.astype(np.int64))
+
+
+# --- What successive runs of a process share -------------------------------------------------------------------------
+
+_SHARED: ContextVar[dict[str, tuple[Hashable, Any]] | None] = ContextVar("what runs share", default=None)
+
+
+@contextmanager
+def share() -> Iterator[None]:
+    """Keep decoded images and the frozen base's features of them from one run to the next inside this context."""
+    token = _SHARED.set({} if (held := _SHARED.get()) is None else held)
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _shared(purpose: str, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` gives, or gave last for the same purpose and key inside [`share`]."""
+    held = _SHARED.get()
+    if held is None:
+        return make()
+    if purpose not in held or held[purpose][0] != key:
+        held.pop(purpose, None)  # free its memory first
+        held[purpose] = key, make()
+    return held[purpose][1]
+
+
+def base_features(arguments: TrainArguments, images: ImageDataset, extract: Callable[[], Features]) -> Features:
+    """Features of the frozen base by `extract`, or an earlier run's, of the same images cached inside [`share`]."""
+    held = _SHARED.get() or {}
+    purpose = next((name for name, (_, value) in held.items() if value is images), None)
+    if purpose is None:
+        return extract()
+    names = ("backbone", "weights", "pretrained", "backbone_revision", "image_size", "batch_size", "channels_last")
+    # A zero-shot run's features are projected; weights that no file gives are drawn from the seed.
+    base = *(getattr(arguments, name) for name in names), arguments.objective == "zero_shot", arguments.seed
+    features: Features = _shared(f"features of {purpose}", (held[purpose][0], base), extract)
+    return features

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself: metrics.jsonl, one line of numbers per logged step, and the progress bar.
+"""metrics.jsonl, one line of numbers per logged step, and the progress bar.
 
-A line of training has, over the steps since the line before in its epoch: ``loss`` and what else the objective
-returns, means over steps and processes; ``images_per_second`` of all processes; ``waiting_for_data``, the share of the
-time, 0 to 1, in which the loop waited for a batch to be loaded and sent to the device, mean over processes. And as
-they stand at ``step``: ``epoch``, a fraction; ``density`` of the mask, null without one; ``lr_scores``, ``lr_head``,
-one learning rate per parameter group. A line of an evaluation has ``step``, ``epoch`` and the metrics.
+A line of training covers the steps since the line before in its epoch: ``loss`` and the objective's other outputs,
+means over steps and processes; ``images_per_second`` of all processes; ``waiting_for_data``, the share of time, 0 to
+1, in which the loop waited for a batch to be loaded and sent to the device, mean over processes. As of ``step``, it
+has ``epoch``, a fraction; ``density`` of the mask, null without one; ``lr_scores`` and ``lr_head``, the learning
+rates. A line of an evaluation has ``step``, ``epoch``, the metrics and ``evaluation``, the images and k.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``; what a resumed run will do again is cut off first."""
+    """Append lines to ``metrics.jsonl`` of a folder; lines of steps after `from_step` are cut off first."""
 
     def __init__(self, folder: str | os.PathLike[str], from_step: int = 0) -> None:
-        """Open the log of a folder, dropping lines of steps after `from_step`."""
         self.path = Path(folder) / METRICS_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(self.path) if line["step"] <= from_step] if from_step else []
@@ -43,22 +42,20 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinity become null, since JSON has neither."""
-        line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
+
+        def finite(value: Any) -> Any:
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+
+        line = {"step": step, **{key: finite(value) for key, value in values.items()}}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl, without a last one that a crash cut short."""
+    """Read the lines of a metrics.jsonl, without a last one that a crash cut short; none if there is no file."""
     path = Path(path)
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text("utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text("utf-8").splitlines() if path.is_file() else ():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -67,10 +64,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Window:
-    """Sums since the last line of the log; what lies on the device is read once per line."""
+    """Sums over the steps since the last line of the log; values on a device are read once per line."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        """Start at nothing, now."""
         self.accelerator = accelerator
         self.sums: dict[str, Tensor] = {}
         self.count = self.images = 0
@@ -78,26 +74,23 @@ class Window:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count what is done inside as waiting for data: the host's time, so that no device is waited for.
-
-        On a GPU that is an upper bound of its idle time, since it may still be at work on the step before.
-        """
+        """Count the host's time inside as waiting for data: on a GPU an upper bound of its idle time."""
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
 
     def add(self, outputs: Mapping[str, Tensor], images: int) -> None:
-        """Add what a forward returned for this many images."""
+        """Add the outputs of one forward."""
         for name, value in outputs.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
         self.count += 1
         self.images += images
 
     def summary(self) -> dict[str, Any]:
-        """The figures of a line that the module's docstring calls means and shares; every process takes part."""
+        """Means and rates of the window (see the module); every process takes part."""
         names = sorted(self.sums)
         means = torch.stack([self.sums[name] for name in names]) / self.count
-        # Filled in on the device: to copy the number there would be to wait once more.
+        # Filled in on the device: copying the number there would wait once more.
         waited = means.new_full((1,), self.waited / (time.perf_counter() - self.started))
         values = self.accelerator.reduce(torch.cat([means, waited]), "mean").tolist()
         seconds = time.perf_counter() - self.started
@@ -109,7 +102,7 @@ class Window:
 
 
 def postfix(values: Mapping[str, Any]) -> str:
-    """What a progress bar shows of a line."""
+    """Format a line for the progress bar."""
     forms = {
         "loss": "loss {:.3f}",
         "density": "density {:.4f}",

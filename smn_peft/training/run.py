@@ -1,45 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`run`: a whole training from its arguments to the saved adapter, with what it was worth before and after."""
+"""`run`: a whole training from its arguments to the saved adapter, evaluated before and after; `run_many`: several."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import statistics
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import save
 
 from ..data import ImageDataset
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, read_json, tensor_digest, to_disk
-from .accelerator import build_accelerator
-from .assemble import build_task, build_train_loader
-from .checkpoint import latest_checkpoint
-from .evaluator import evaluator_of
-from .facts import as_facts, check_same
-from .lora import lora_sizes
+from .arguments import TrainArguments, as_facts, check_same
+from .assemble import build_task, build_train_loader, evaluator_of, lora_sizes
+from .checkpoint import latest_checkpoint, start_digest
+from .guards import TrainingFailure
+from .images import images_of_run, share
 from .metrics import METRICS_NAME, read_metrics
-from .run_lock import run_lock
-from .start import start_digest
+from .processes import build_accelerator, together
 from .task import TrainingTask
-from .together import together
-from .train_arguments import TrainArguments
 from .trainer import Trainer
-from .unlabelled import images_of_run
 
-__all__ = ["MODEL_NAME", "RUN_NAME", "RunSummary", "finished_run", "indices_digest", "plan", "run"]
+__all__ = [
+    "EXPECTED",
+    "MODEL_NAME",
+    "RUN_NAME",
+    "RunSummary",
+    "check_tasks",
+    "finished_run",
+    "indices_digest",
+    "plan",
+    "run",
+    "run_lock",
+    "run_many",
+]
 
 MODEL_NAME = "model.safetensors"
+EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
+"""Errors whose message says what to do; others are bugs, and end everything."""
 
 
 @dataclass
@@ -47,18 +60,14 @@ class RunSummary:
     """What a run was and what came of it; written as ``run.json`` beside the adapter.
 
     Attributes:
-        arguments: The arguments, JSON-compatible.
+        arguments: The arguments and facts, JSON-compatible.
         before: Evaluation of the frozen base, by metric; of the start where `init_from` gave a model without an
             adapter; empty where the run was resumed with another evaluation.
         after: Evaluation at the end.
         loss: Mean loss of the last logged window.
-        density: Fraction of the masked weights that are active, None without a mask.
-        steps: Optimizer steps.
         seconds: Time of the training loop in all sessions, evaluations included.
-        images_per_second: Median over the logged windows.
+        images_per_second, waiting_for_data: Medians over the logged windows.
         sizes: Bytes of the adapter's file by part; `full` is what a checkpoint of all weights would have.
-        versions: Versions of what computed it.
-        waiting_for_data: Share of the time in which the loop waited for a batch, median over the logged windows.
     """
 
     arguments: dict[str, Any]
@@ -74,7 +83,7 @@ class RunSummary:
     waiting_for_data: float | None = None
 
     def text(self) -> str:
-        """What happened, in lines for a terminal."""
+        """Lines for a terminal."""
         lines = [f"{self.steps} steps in {self.seconds:.0f} s, in {self.arguments['output_dir']}"]
         if self.density is not None:
             lines.append(f"density {self.density:.4f}, file {self.sizes.get('total', 0) / 1e3:.1f} kB")
@@ -83,7 +92,7 @@ class RunSummary:
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``run.json``, whole or not at all."""
+        """Write ``run.json`` atomically."""
         with atomic_write(Path(folder) / RUN_NAME) as file:
             file.write(json.dumps(asdict(self), indent=1).encode())
 
@@ -103,13 +112,9 @@ class RunSummary:
 
 
 def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
-    """Train as the arguments say, and save the adapter in `output_dir`.
+    """Train as the arguments say, and save the adapter in `output_dir`; every process of a distributed run calls this.
 
-    Every process of a distributed run calls this; the main one writes.
-
-    Args:
-        arguments: The whole run.
-        evaluate: False evaluates nothing; which images are trained on does not depend on it.
+    `evaluate=False` skips the evaluations; which images are trained on does not depend on it.
 
     Raises:
         ValueError: For arguments, data or a checkpoint that do not go together, before training starts.
@@ -122,39 +127,123 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     lock = run_lock(arguments.output_dir) if accelerator.is_main_process else nullcontext()
     with ExitStack() as held:
         together(accelerator, lambda: held.enter_context(lock))
-        return _run(arguments, accelerator, evaluate)
-
-
-def _run(arguments: TrainArguments, accelerator: Accelerator, evaluate: bool) -> RunSummary:
-    arguments, images = together(accelerator, lambda: images_of_run(arguments))
-    task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device))
-    loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
-    facts = {
-        **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
-        **({"indices": indices_digest(images.train)} if arguments.indices_file is not None else {}),
-        "base": task.base,
-        # Of a run that needs no labels they are known only where something is evaluated.
-        "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
-        "preprocessing": backbone.preprocessing,
-        "images": len(images.train),
-        "classes": images.train.classes,
-        "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
-    }
-    evaluation = evaluator_of(arguments, images, backbone, accelerator) if evaluate else None
-    trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
-    trainer.train()
-    # The other processes see neither the log nor, on another machine, the folder.
-    found = [together(accelerator, lambda: _saved(trainer, task) if accelerator.is_main_process else None)]
+        arguments, images = together(accelerator, lambda: images_of_run(arguments))
+        task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device))
+        loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
+        facts = {
+            **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
+            **({"indices": indices_digest(images.train)} if arguments.indices_file is not None else {}),
+            "base": task.base,
+            # Labels that the run does not need are known only where something is evaluated.
+            "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
+            "preprocessing": backbone.preprocessing,
+            "images": len(images.train),
+            "classes": images.train.classes,
+            "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
+        }
+        evaluation = evaluator_of(arguments, images, backbone, accelerator) if evaluate else None
+        trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
+        trainer.train()
+        # The other processes see neither the log nor, on another machine, the folder.
+        found = [together(accelerator, lambda: _save(trainer, task) if accelerator.is_main_process else None)]
     broadcast_object_list(found)
     assert found[0] is not None
     return found[0]
 
 
-def _saved(trainer: Trainer, task: TrainingTask) -> RunSummary:
-    """Save what was trained, and only then say that the run is finished."""
-    folder = Path(trainer.arguments.output_dir)
-    _save_model(task, folder)
-    summary = _summary(trainer, task, folder)
+def _check_folder(arguments: TrainArguments) -> None:
+    """Refuse an `output_dir` that cannot be written to or holds something finished, before anything is loaded."""
+    folder = Path(arguments.output_dir)
+    if (folder / RUN_NAME).is_file() and not (arguments.resume and latest_checkpoint(folder)):
+        raise ValueError(
+            f"{folder} holds {RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}: choose another "
+            "output_dir, or delete it."
+        )
+    ours = any((folder / name).is_file() for name in (RUN_NAME, METRICS_NAME)) or latest_checkpoint(folder)
+    if (folder / CONFIG_NAME).is_file() and not ours:
+        raise ValueError(f"{folder} holds an adapter ({CONFIG_NAME}) that no run wrote: choose another output_dir.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
+        ) from error
+
+
+@contextmanager
+def run_lock(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of an output folder; the system releases it however the process ends.
+
+    Raises:
+        RuntimeError: If another run holds it; the message names its process and host.
+    """
+    path, owner = Path(folder) / ".run.lock", Path(folder) / ".run.owner"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+        if not path.exists():  # the run that held it has removed it since this one opened it
+            lock.release()
+            lock.acquire(timeout=0)
+    except Timeout:
+        held_by = owner.read_text("utf-8") if owner.is_file() else "another run"
+        raise RuntimeError(
+            f"{folder} is in use by {held_by}: wait for it, stop it, or choose another output_dir. Two runs in one "
+            "folder would delete each other's checkpoints."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{folder} cannot be locked ({error}): start no other run in it.", stacklevel=3)
+        yield
+        return
+    try:
+        owner.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        with suppress(OSError):  # Windows keeps what is open
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
+    """Save what was trained, and only then the summary, which says that the run is finished."""
+    folder, model = Path(trainer.arguments.output_dir), task.model
+    sizes: dict[str, int] = {}
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the Hub
+        for path in folder.glob("adapter_*"):
+            to_disk(path)
+        sizes = lora_sizes(folder) if task.mask_config is None else vars(adapter_sizes(folder))
+        sizes["full"] = full_bytes(model)
+    else:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        with atomic_write(folder / MODEL_NAME) as file:
+            file.write(save(tensors))
+    to_disk(folder)
+
+    def metrics(line: Mapping[str, Any]) -> dict[str, float]:
+        return {name: line[name] for name in ("knn", "linear_probe", "accuracy") if name in line}
+
+    lines = read_metrics(folder / METRICS_NAME)
+    losses = [line for line in lines if "loss" in line]
+    after = [line for line in trainer.history if "knn" in line]  # not an earlier session's, of other images perhaps
+    before = [line for line in lines if "knn" in line and line["step"] == 0 and after]
+    before = [line for line in before if line["evaluation"] == after[-1]["evaluation"]]
+    rates, waits = ([line[name] for line in losses] for name in ("images_per_second", "waiting_for_data"))
+    summary = RunSummary(
+        arguments=trainer.facts,
+        before=metrics(before[0]) if before else {},
+        after=metrics(after[-1]) if after else {},
+        loss=losses[-1]["loss"] if losses else None,
+        density=task.density(),
+        steps=trainer.step,
+        seconds=trainer.seconds,
+        images_per_second=statistics.median(rates) if rates else None,
+        sizes=sizes,
+        versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
+        waiting_for_data=statistics.median(waits) if waits else None,
+    )
     summary.save(folder)
     if task.mask_config is not None:
         write_card(folder)
@@ -167,15 +256,7 @@ def indices_digest(images: ImageDataset) -> str:
 
 
 def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
-    """What a run with these arguments wrote when it was done, None if there is none in `output_dir`.
-
-    Args:
-        arguments: The whole run.
-        more: Other facts that its ``run.json`` has to have.
-
-    Raises:
-        ValueError: If a run with other settings was done there.
-    """
+    """Summary of the finished run in `output_dir`, or None; ValueError if its arguments or facts `more` are others."""
     path = Path(arguments.output_dir) / RUN_NAME
     if not path.is_file():
         return None
@@ -185,11 +266,7 @@ def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
 
 
 def plan(arguments: TrainArguments) -> str:
-    """What a run would do, found out by building all of it and trying one batch without training.
-
-    Raises:
-        ValueError: As [`run`].
-    """
+    """Describe what a run would do, by building all of it and trying one batch without training; raises as [`run`]."""
     arguments, images = images_of_run(arguments)
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, 1, 0)
@@ -216,67 +293,42 @@ def plan(arguments: TrainArguments) -> str:
     )
 
 
-def _check_folder(arguments: TrainArguments) -> None:
-    """Try `output_dir` before anything is loaded, and not at the first checkpoint; a finished run in it stays."""
-    folder = Path(arguments.output_dir)
-    if (folder / RUN_NAME).is_file() and not (arguments.resume and latest_checkpoint(folder)):
-        raise ValueError(
-            f"{folder} holds {RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}: choose another "
-            "output_dir, or delete it."
-        )
-    ours = any((folder / name).is_file() for name in (RUN_NAME, METRICS_NAME)) or latest_checkpoint(folder)
-    if (folder / CONFIG_NAME).is_file() and not ours:
-        raise ValueError(f"{folder} holds an adapter ({CONFIG_NAME}) that no run wrote: choose another output_dir.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            error.errno, f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
-        ) from error
+def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSummary | Exception]]:
+    """Train the tasks in turn in this process, and yield the name and the summary or error of each when it is done.
+
+    A finished task is not trained again, an interrupted one resumes, and one that fails does not stop the others.
+    Tasks that follow one another with `cache_images` on the same images share them decoded, and the frozen base's
+    features of them.
+
+    Raises:
+        ValueError: If two tasks share a folder, or differ in precision or device: nothing is trained then.
+        RuntimeError: With several processes, if a task fails other than by its training, which all see alike.
+        Interrupted: After Ctrl-C, once a checkpoint is written.
+    """
+    check_tasks(tasks)
+    with share():
+        for name, arguments in tasks.items():
+            arguments = replace(arguments, resume=True)
+            try:
+                yield name, finished_run(arguments) or run(arguments)
+            except TrainingFailure as failure:
+                yield name, failure
+            except EXPECTED as error:
+                if PartialState().num_processes > 1:
+                    raise RuntimeError(f"{name}: {error}") from error
+                yield name, error
 
 
-def _save_model(task: TrainingTask, folder: Path) -> None:
-    if isinstance(task.model, PeftModel):
-        task.model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the Hub
-        for path in folder.glob("adapter_*"):
-            to_disk(path)
-        to_disk(folder)
-        return
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.model.state_dict().items()}
-    with atomic_write(folder / MODEL_NAME) as file:
-        file.write(save(tensors))
-    to_disk(folder)
-
-
-def _summary(trainer: Trainer, task: TrainingTask, folder: Path) -> RunSummary:
-    lines = read_metrics(folder / METRICS_NAME)
-    losses = [line for line in lines if "loss" in line]
-    before = [line for line in lines if "knn" in line and line["step"] == 0 and trainer.comparable]
-    after = [line for line in trainer.history if "knn" in line]  # not an earlier session's, of other images perhaps
-    sizes: dict[str, int] = {}
-    if isinstance(task.model, PeftModel):
-        sizes = lora_sizes(folder) if task.mask_config is None else vars(adapter_sizes(folder))
-        sizes["full"] = full_bytes(task.model)
-    return RunSummary(
-        arguments=trainer.facts,
-        before=_metrics(before[0]) if before else {},
-        after=_metrics(after[-1]) if after else {},
-        loss=losses[-1]["loss"] if losses else None,
-        density=task.density(),
-        steps=trainer.step,
-        seconds=trainer.seconds,
-        images_per_second=_median(losses, "images_per_second"),
-        sizes=sizes,
-        versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
-        waiting_for_data=_median(losses, "waiting_for_data"),
-    )
-
-
-def _median(lines: list[dict[str, Any]], name: str) -> float | None:
-    return statistics.median(line[name] for line in lines) if lines else None
-
-
-def _metrics(line: Mapping[str, Any]) -> dict[str, float]:
-    return {name: line[name] for name in ("knn", "linear_probe", "accuracy") if name in line}
+def check_tasks(tasks: Mapping[str, TrainArguments]) -> None:
+    """Refuse tasks that one process cannot train one after the other; raises ValueError as [`run_many`]."""
+    folders: dict[str, str] = {}
+    first = next(iter(tasks.values()), None)
+    for name, arguments in tasks.items():
+        if (other := folders.setdefault(str(arguments.output_dir), name)) != name:
+            raise ValueError(f"Tasks {other!r} and {name!r} have the same output_dir: {arguments.output_dir}.")
+        for key in ("mixed_precision", "cpu"):
+            if getattr(arguments, key) != getattr(first, key):
+                raise ValueError(
+                    f"Task {name!r} has another {key} than the first task: accelerate keeps one for the whole "
+                    "process. Put such tasks into a file of their own."
+                )

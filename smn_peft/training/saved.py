@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run saved, loaded again: `load_run` gives the adapted backbone, from ``run.json`` or the adapter alone."""
+"""Load what a run saved, by its ``run.json`` or the adapter alone: the adapted backbone, or the masks."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, load_from_file, name_read_from
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, check_regular, read_config
+from ..data import check_preprocessing
+from ..storage import CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_regular, read_config
+from ..tuner import MaskConfig
+from ..tuner.identity import base_fingerprint
+from ..tuner.layer import MaskLayer
+from .arguments import TrainArguments
 from .assemble import load_base
 from .checkpoint import latest_checkpoint
-from .preparation import loaded_at, prepared, saved_preprocessing
 from .run import MODEL_NAME, RUN_NAME, RunSummary
-from .train_arguments import TrainArguments
 
-__all__ = ["arguments_of", "load_masks", "load_run"]
+__all__ = ["arguments_of", "load_masks", "load_run", "save_run_as", "verify_run"]
 
 
 def arguments_of(summary: RunSummary, backbone: str | None = None) -> TrainArguments:
-    """The arguments that a run was started with, none of which names a program but `backbone`.
+    """Arguments that a run was started with, its base at `backbone` if given.
 
-    Args:
-        summary: As read from ``run.json``, whoever wrote that.
-        backbone: Where the base is, if not where the run says. Of an objective in a file of the user's the name is
-            kept, which is known once the caller has imported that file.
+    Nothing in a ``run.json``, which anybody may have written, names a program: of an objective in a user's file only
+    the name is kept.
 
     Raises:
         ValueError: If they are those of another version of the package, or the base is a program and not given.
@@ -45,7 +48,7 @@ def arguments_of(summary: RunSummary, backbone: str | None = None) -> TrainArgum
 def load_run(
     folder: str | Path, *, base: bool = False, backbone: str | None = None, image_size: int | None = None
 ) -> tuple[TrainArguments | None, Backbone]:
-    """The model that a run saved, ready to evaluate on images prepared as they were in training.
+    """Load the model that a run saved, in eval mode, with images prepared as in training.
 
     Args:
         folder: The run's `output_dir`, or any folder with an adapter.
@@ -62,37 +65,39 @@ def load_run(
         ValueError: If the base cannot be known, or the saved weights do not belong to it.
     """
     folder = Path(folder)
-    if (folder / RUN_NAME).is_file():
-        summary = RunSummary.load(folder)
+    summary = RunSummary.load(folder) if (folder / RUN_NAME).is_file() else None
+    saved = _saved_preprocessing(folder, summary)
+    arguments: TrainArguments | None = None
+    if summary is not None:
         arguments = arguments_of(summary, backbone)
         arguments = replace(arguments, image_size=image_size or arguments.image_size)
-        saved = saved_preprocessing(folder, summary.arguments)
         loaded = load_base(arguments, None if base else summary.arguments.get("head_classes"))
-        adapted = arguments.adapt in ("mask", "lora")
     else:
-        arguments, adapted, saved = None, True, saved_preprocessing(folder)
-        size = image_size or (saved or {}).get("image_size")
-        loaded = loaded_at(lambda at: _base_of_adapter(folder, base=base, backbone=backbone, image_size=at), size)
-    loaded = prepared(loaded, saved, image_size, folder)
+        loaded = _base_of_adapter(folder, base, backbone, image_size or (saved or {}).get("image_size"))
+    if saved is not None:
+        loaded = loaded.prepared_as(saved)
+        if image_size not in (None, saved["image_size"]):
+            warnings.warn(
+                f"{folder} was trained on images of {saved['image_size']} pixels, and is used on {image_size}, as "
+                "image_size says: leave it out for what it was trained for.",
+                stacklevel=2,
+            )
+    if image_size is not None:
+        loaded = loaded.prepared_as({"image_size": image_size})
     if base:
         return arguments, loaded
-    if adapted:
+    if arguments is None or arguments.adapt in ("mask", "lora"):
         read_config(folder)  # before PEFT reads it, which waits for a FIFO
         model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
     else:
-        model = _filled(loaded.model, folder / MODEL_NAME)
+        model = _with_weights(loaded.model, folder / MODEL_NAME)
     return arguments, replace(loaded, model=model.eval())
 
 
 def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, Tensor]:
-    """Bool masks by weight name of what a run saved.
-
-    Args:
-        folder: The run's `output_dir`, or any folder with an adapter.
-        backbone: Where the base is, if not where the folder says.
+    """Load the bool masks, by weight name, of a run's folder or an adapter's; see [`load_run`].
 
     Raises:
-        FileNotFoundError: If nothing is saved there.
         ValueError: If what is saved is no mask, or the base cannot be known.
     """
     arguments, loaded = load_run(folder, backbone=backbone)
@@ -103,7 +108,60 @@ def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, 
     return masks
 
 
-def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None, image_size: int | None) -> Backbone:
+def save_run_as(folder: str | Path, out: str | Path, codec: str, backbone: str | None = None) -> AdapterSizes:
+    """Load an adapter over its base and save it in folder `out` with another codec; see [`load_run`].
+
+    Raises:
+        ValueError: If base and adapter do not belong together, or the file is damaged.
+    """
+    model, config = _load_adapter(folder, backbone)
+    config.codec = codec
+    model.save_pretrained(str(out), save_embedding_layers=False)
+    return adapter_sizes(out)
+
+
+def verify_run(folder: str | Path, backbone: str | None = None) -> str:
+    """Check that an adapter's base is the one that its mask was trained on, even if its `check_base` is off.
+
+    Returns:
+        The fingerprint of both.
+
+    Raises:
+        ValueError: If they do not belong together, cannot be compared, or the file is damaged.
+    """
+    model, config = _load_adapter(folder, backbone)
+    expected = config.base_fingerprint
+    if expected is None:
+        raise ValueError(f"{folder} names no fingerprint of its base: save it again with model.save_pretrained.")
+    present = base_fingerprint((m for m in model.modules() if isinstance(m, MaskLayer)), "default")
+    if present != expected:
+        raise ValueError(f"{folder} was made for a base with fingerprint {expected}; this base has {present}.")
+    return expected
+
+
+def _load_adapter(folder: str | Path, backbone: str | None) -> tuple[PeftModel, MaskConfig]:
+    model = load_run(folder, backbone=backbone)[1].model
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{folder} holds a fully fine-tuned model and no adapter.")
+    config: MaskConfig = model.peft_config["default"]  # type: ignore[assignment]
+    return model, config
+
+
+def _saved_preprocessing(folder: Path, summary: RunSummary | None) -> dict[str, Any] | None:
+    """How images were prepared in training: by the adapter's config, else by ``run.json``, else None."""
+    found: Mapping[str, Any] | None = None
+    if (folder / CONFIG_NAME).is_file():
+        found = read_config(folder).get("preprocessing")
+    found = found or (summary.arguments.get("preprocessing") if summary is not None else None)
+    if found is None:
+        return None
+    try:
+        return check_preprocessing(found)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _base_of_adapter(folder: Path, base: bool, backbone: str | None, image_size: int | None) -> Backbone:
     """The base that ``adapter_config.json`` names, with a head where the adapter's file holds one."""
     if not (folder / CONFIG_NAME).exists():
         raise FileNotFoundError(f"{folder} holds no {RUN_NAME} and no {CONFIG_NAME}{_unfinished(folder)}.")
@@ -118,7 +176,9 @@ def _base_of_adapter(folder: Path, *, base: bool, backbone: str | None, image_si
     else:
         kind = (config.get("auto_mapping") or {}).get("base_model_class", "")
         options: dict[str, Any] = {"revision": config.get("revision"), "projection": "WithProjection" in kind}
-        loaded = load_backbone(name, image_size=image_size, **options)
+        loaded = load_backbone(name, **options)
+        if image_size not in (None, loaded.image_size):  # asked for only then: most models take no argument for it
+            loaded = load_backbone(name, image_size=image_size, **options)
     if base:
         return loaded
     shapes = _shapes(folder / WEIGHTS_NAME)
@@ -150,8 +210,8 @@ def _unfinished(folder: Path) -> str:
     return f", only {newest.name} of a run that is not finished: go on with it by smn train … --resume"
 
 
-def _filled(model: nn.Module, path: Path) -> nn.Module:
-    """The model with all weights of a file."""
+def _with_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load all weights of a file into the model."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist{_unfinished(path.parent)}.")
     check_regular(path)

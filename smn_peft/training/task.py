@@ -16,25 +16,22 @@ from ..objectives import Objective
 from ..tuner import MaskConfig, round_extras
 from ..tuner.batch_norm import has_statistics
 
-__all__ = ["TrainingTask"]
-
-_ROWS = 4096
+__all__ = ["TrainingTask", "channels_last", "enable_gradient_checkpointing"]
 
 
 class TrainingTask(nn.Module):
     """What the loop trains: a batch goes in, ``{"loss": …}`` comes out.
 
     Attributes:
-        model: A vision model: under a mask adapter, or bare for full fine-tuning.
+        model: A vision model: under an adapter, or bare for the baselines.
         objective: Turns the model's features or logits into a loss.
-        adapt_statistics: Whether the BatchNorm statistics of a bare model move though none of its weights train.
-        base: Fingerprint of the frozen base, by which a run knows it again; None if nobody took it.
+        adapt_statistics: Whether the BatchNorm statistics of a bare model adapt though none of its weights train.
+        base: Fingerprint of the frozen base, by which a resumed run knows it; None if not computed.
     """
 
     def __init__(
         self, model: nn.Module, objective: Objective, *, adapt_statistics: bool = False, base: str | None = None
     ) -> None:
-        """Take both as they are."""
         super().__init__()
         self.model: Any = model
         self.objective: Any = objective
@@ -42,10 +39,10 @@ class TrainingTask(nn.Module):
         self._run = self._outputs
 
     def train(self, mode: bool = True) -> TrainingTask:
-        """Train mode; what trains nothing stays in eval mode, or its BatchNorm statistics would move.
+        """Set train mode, but keep what has no trainable weight in eval mode, or its BatchNorm statistics would move.
 
-        That is a backbone of which no weight trains, and under an adapter that is no mask every frozen BatchNorm:
-        nothing would save its statistics. A mask adapter has a policy of its own.
+        That is a frozen backbone and, under an adapter other than a mask, every frozen BatchNorm. A mask adapter has
+        a policy of its own.
         """
         super().train(mode)
         if self.adapt_statistics:
@@ -69,42 +66,35 @@ class TrainingTask(nn.Module):
             return logits
         return pooled_features(self.model, pixel_values)
 
+    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Loss of a batch and scalars to log."""
+        return self.objective(self._run, batch)
+
     @torch.no_grad()
     def logits_of(self, features: Tensor) -> Tensor:
-        """Logits of pooled features, for the evaluation of a task that learns from labels.
-
-        Args:
-            features: fp32 (n, dim) on the CPU, such as `extract_features` gives of this task's model.
-
-        Returns:
-            fp32 (n, classes) on the CPU.
-        """
+        """Pooled features (n, dim) -> logits (n, classes), both fp32 on the CPU; needs an objective with labels."""
         device = next(self.model.parameters()).device
         if self.objective.consumes == "logits":
             base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             head = base.forward_head
         else:
             head = self.objective.logits
-        return torch.cat([head(part.to(device)).float().cpu() for part in features.split(_ROWS)])
-
-    def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss and what to log of one batch."""
-        return self.objective(self._run, batch)
+        return torch.cat([head(part.to(device)).float().cpu() for part in features.split(4096)])
 
     def before_step(self, step: int, progress: float) -> None:
-        """What happens before the forward of a step: the objective's hook, and the density of a progressive mask."""
+        """Call the objective's hook, and set the density of a progressive mask for this fraction of the run."""
         self.objective.before_step(step)
-        self.move_density(progress)
+        self.set_progress(progress)
 
-    def move_density(self, progress: float) -> None:
-        """Give a progressive mask the density of this fraction of the run; any other is left alone."""
+    def set_progress(self, progress: float) -> None:
+        """Set the density of a progressive mask for this fraction of the run."""
         config = self.mask_config
         if config is not None and config.density_schedule is not None:
             self.model.update_density(progress)
 
     @property
     def mask_config(self) -> MaskConfig | None:
-        """Configuration of the mask adapter that trains, or None."""
+        """Configuration of the active mask adapter, or None."""
         if not isinstance(self.model, PeftModel):
             return None
         config = self.model.active_peft_config
@@ -115,7 +105,7 @@ class TrainingTask(nn.Module):
         return None if self.mask_config is None else self.model.density()
 
     def empty_masks(self) -> list[str]:
-        """Names of the weights whose mask has nothing left."""
+        """Names of the weights that are masked completely."""
         if self.mask_config is None:
             return []
         masks = self.model.masks()
@@ -123,13 +113,17 @@ class TrainingTask(nn.Module):
         return [name for name, some in zip(masks, some_left, strict=True) if not some]
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
-        """(name, parameter, whether it is adapted weight or score rather than head or objective)."""
+        """(name, parameter, whether it is a score or adapted weight rather than head or objective)."""
         masked, adapter = self.mask_config is not None, isinstance(self.model, PeftModel)
         for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                kept = adapter and ".modules_to_save." in name
-                adapted = _is_scores(name) if masked else _is_body(name) and not kept
-                yield name, parameter, adapted
+            if not parameter.requires_grad:
+                continue
+            if masked:
+                adapted = "scores" in name and ".smn_" in name
+            else:
+                adapted = name.startswith("model.") and not name.startswith("model.head.")
+                adapted = adapted and not (adapter and ".modules_to_save." in name)
+            yield name, parameter, adapted
 
     def round_extras(self) -> None:
         """Round head and statistics as saving will, so that what is evaluated is what is saved."""
@@ -137,14 +131,14 @@ class TrainingTask(nn.Module):
             round_extras(self.model)
 
     def training_state(self) -> dict[str, Tensor]:
-        """All that training moves, by name: scores, head, objective, statistics; never the frozen base."""
-        frozen = isinstance(self.model, PeftModel)
+        """All that training changes, by name: scores, head, objective, statistics; never the frozen base."""
+        adapter = isinstance(self.model, PeftModel)
         parameters = dict(self.named_parameters())
         state = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             if name in parameters:
                 keep = parameters[name].requires_grad or name.startswith("objective.")
-            elif name.startswith("model.") and frozen:
+            elif name.startswith("model.") and adapter:
                 keep = any(part in name for part in (".smn_running_", ".smn_num_batches", ".modules_to_save."))
             else:
                 keep = True
@@ -153,11 +147,27 @@ class TrainingTask(nn.Module):
         return state
 
 
-def _is_scores(name: str) -> bool:
-    return "scores" in name and ".smn_" in name
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Have the model recompute its activations in backward; ValueError if timm and transformers cannot."""
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "set_grad_checkpointing"):  # timm
+            module.set_grad_checkpointing(True)
+            return
+        if getattr(module, "supports_gradient_checkpointing", False):  # transformers
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return
+    raise ValueError(
+        f"{type(model).__name__} has no gradient checkpointing that timm or transformers know: leave "
+        "gradient_checkpointing off, or split the batch with accumulate."
+    )
 
 
-def _is_body(name: str) -> bool:
-    """Whether a parameter of a bare model belongs to the backbone rather than to its head or the objective."""
-    parts = name.split(".")
-    return parts[0] == "model" and parts[1] != "head"
+def channels_last(value: Any) -> Any:
+    """Convert the images of a batch, in dicts and lists at any depth, to channels-last memory format."""
+    if isinstance(value, Mapping):
+        return {key: channels_last(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [channels_last(item) for item in value]
+    four = isinstance(value, Tensor) and value.ndim == 4
+    return value.to(memory_format=torch.channels_last) if four else value

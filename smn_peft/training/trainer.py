@@ -14,26 +14,18 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from tqdm import tqdm
 
-from .accelerator import build_accelerator
+from .arguments import LoopArguments, as_facts, check_same
 from .checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
-from .facts import as_facts, check_same, evaluated_alike
-from .guards import CollapseWatch, check_loss, check_masks
-from .heap import held_heap
-from .interrupt import StopRequest
-from .loop_arguments import LoopArguments
-from .memory import channels_last, enable_gradient_checkpointing
+from .guards import CollapseWatch, StopRequest, check_loss, check_masks
 from .metrics import MetricsLog, Window, postfix
-from .narrow import narrow_scores, widen_scores
-from .optimizer import build_optimizer, set_learning_rates
-from .schedule import check_warmup, warmup_cosine
-from .sync_batch_norm import synchronise_batch_norm
-from .task import TrainingTask
-from .together import agree_on_start, together
+from .optimizer import build_optimizer, check_warmup, narrow_scores, warmup_cosine, widen_scores
+from .processes import agree_on_start, build_accelerator, synchronise_batch_norm, together
+from .task import TrainingTask, channels_last, enable_gradient_checkpointing
 
 __all__ = ["Interrupted", "Trainer"]
 
-_ASK_EVERY = 10  # steps between two questions whether any process was told to stop: an answer waits for the device
-Evaluate = Callable[[TrainingTask], Mapping[str, float]]
+_ASK_EVERY = 10  # steps between two checks on a GPU whether any process was told to stop, since each one waits for it
+Evaluate = Callable[[TrainingTask], Mapping[str, Any]]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -43,12 +35,20 @@ class Interrupted(KeyboardInterrupt):
 class Trainer:
     """Trains a task on batches; the same batches in the same order give the same mask on 1 and on N processes.
 
-    Attributes:
+    Args:
         task: Model and objective.
+        loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
         arguments: How to train.
-        accelerator: accelerate's, on whose device everything runs.
+        accelerator: Created from the arguments if None.
+        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log.
+        facts: What else must be equal on resuming (dataset, backbone …), JSON-compatible.
+
+    Attributes:
         step: Optimizer steps done.
-        comparable: Whether every session of the run evaluates alike, so that before and after can be compared.
+        history: Lines of metrics.jsonl that this session wrote.
+
+    Raises:
+        ValueError: If there is nothing to train, or what is in `output_dir` does not go with the arguments.
     """
 
     def __init__(
@@ -60,19 +60,6 @@ class Trainer:
         evaluate: Evaluate | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        """Put everything on its device and, with ``resume``, back to where the newest checkpoint was.
-
-        Args:
-            task: Model and objective.
-            loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
-            arguments: How to train.
-            accelerator: Made from the arguments if None.
-            evaluate: Called before, after and every `evaluate_every` epochs; returns numbers to log.
-            facts: What else must be equal on resuming (dataset, backbone …), JSON-compatible.
-
-        Raises:
-            ValueError: If there is nothing to train, or what is in `output_dir` does not go with the arguments.
-        """
         self.task, self.arguments, self.loader, self.evaluate = task, arguments, loader, evaluate
         self.accelerator = accelerator or build_accelerator(arguments)
         self.facts = as_facts(arguments, facts)
@@ -95,83 +82,41 @@ class Trainer:
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
         if self.accelerator.is_main_process:
             check_warmup(arguments.warmup_epochs, self.total_steps / self.steps_per_epoch)
-        self.step, self.comparable = 0, True
-        self._earlier, self._started = 0.0, time.perf_counter()
-        task.objective.begin(self.total_steps)
+        self.step = 0
         self.history: list[dict[str, Any]] = []
+        self._earlier, self._started = 0.0, time.perf_counter()
         self._loss = torch.zeros(())
-        self._watch = CollapseWatch(self.steps_per_epoch, self.accelerator.is_main_process)
-        self._prepare_folder()
+        self._watch = CollapseWatch(self.steps_per_epoch, verbose=self.accelerator.is_main_process)
+        task.objective.begin(self.total_steps)
+        found = latest_checkpoint(arguments.output_dir)
+        agree_on_start(self.accelerator, found, self.facts)
+        if found is not None and not arguments.resume:
+            raise ValueError(
+                f"{arguments.output_dir} holds {found.name} of an earlier run: pass resume to go on from it, choose "
+                "another output_dir, or delete it."
+            )
         if arguments.compile:
             task.compile()
         self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)
-        if self._resume_from is not None:  # after wrapping: the scaler of fp16 is made there
-            path = self._resume_from
-            together(self.accelerator, lambda: self._resume(path))
+        if found is not None:  # after wrapping, which creates the scaler of fp16
+            together(self.accelerator, lambda: self._resume(found))
         self.log = MetricsLog(arguments.output_dir, self.step) if self.accelerator.is_main_process else None
         if arguments.log_with is not None:
             self.accelerator.init_trackers("smn_peft", config={k: str(v) for k, v in self.facts.items()})
 
-    # --- Folder and checkpoints --------------------------------------------------------------------------------------
-
-    def _prepare_folder(self) -> None:
-        found = latest_checkpoint(self.arguments.output_dir)
-        agree_on_start(self.accelerator, found, self.facts)
-        if found is not None and not self.arguments.resume:
-            raise ValueError(
-                f"{self.arguments.output_dir} holds {found.name} of an earlier run: pass resume to go on "
-                "from it, choose another output_dir, or delete it."
-            )
-        self._resume_from = found
-
-    def _resume(self, path: Path) -> None:
-        saved = read_state(path).get("facts", {})
-        check_same(saved, self.facts, path)
-        state = load_checkpoint(path, self.task.training_state(), self.optimizer)
-        self.step, self._earlier = state["step"], state.get("seconds", 0.0)
-        self.comparable = state.get("comparable", True) and evaluated_alike(saved, self.facts)
-        if self.accelerator.scaler is not None and state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-
-    def save(self) -> Path | None:
-        """Write a checkpoint of this step; every process takes part, the main one writes.
-
-        Raises:
-            TrainingFailure: If there is nothing to go on from: a loss or what trains is not finite, a mask is empty.
-        """
-        if self.arguments.keep_checkpoints < 1:
-            return None
-        path = Path(self.arguments.output_dir) / f"checkpoint-{self.step}"
-        check_loss(self.task, self._loss, self.step)
-        check_masks(self.task, self.step)  # scores that are NaN count as off, and the loss stays finite
-        together(self.accelerator, lambda: self._write_checkpoint(path))
-        return path
-
-    def _write_checkpoint(self, path: Path) -> None:
-        if self.accelerator.is_main_process and latest_checkpoint(path.parent) != path:
-            scaler = self.accelerator.scaler
-            facts = {"facts": self.facts, "scaler": scaler.state_dict() if scaler is not None else None}
-            facts |= {"comparable": self.comparable, "seconds": self.seconds}
-            state, keep = self.task.training_state(), self.arguments.keep_checkpoints
-            save_checkpoint(path.parent, self.step, state, self.optimizer, facts, keep)
-
-    @property
-    def seconds(self) -> float:
-        """Time of the loop, evaluations included, and that of earlier sessions until their last checkpoint."""
-        return self._earlier + time.perf_counter() - self._started
-
-    # --- The loop ----------------------------------------------------------------------------------------------------
-
     def train(self) -> list[dict[str, Any]]:
-        """Train to the end; returns the lines of metrics.jsonl that this call wrote.
+        """Train to the end and return `history`.
 
         Raises:
-            TrainingFailure: If the loss is not finite, a mask is empty, or what is learned has collapsed and stays so.
+            TrainingFailure: If the loss is not finite, a mask is empty, or a collapse lasts.
             Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once a checkpoint of the last whole step is written.
         """
         self._started = time.perf_counter()
         if self.step == 0 and self.evaluate is not None:
-            self._try_batch()
+            # The evaluation can take minutes: a batch that does not fit is reported before it.
+            self.loader.set_epoch(0)
+            with torch.no_grad(), self.accelerator.autocast():
+                self.task.eval()(self._on_device(next(iter(self.loader))))
             self._evaluate()
         shown = tqdm(
             total=self.total_steps,
@@ -180,10 +125,10 @@ class Trainer:
             desc=self.task.objective.name,
             disable=None if self.accelerator.is_main_process else True,
         )
-        with StopRequest() as stop, shown as bar, held_heap(self.accelerator.device.type == "cpu"):
+        with StopRequest() as stop, shown as bar:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
-        self.task.move_density(1.0)  # a run that was resumed at its end had no step to say so
+        self.task.set_progress(1.0)  # for a run that is resumed at its end
         self.task.round_extras()
         if self.arguments.score_dtype == "bfloat16":
             widen_scores(self.task)
@@ -191,13 +136,6 @@ class Trainer:
         if self.arguments.log_with is not None:
             self.accelerator.end_training()
         return self.history
-
-    def _try_batch(self) -> None:
-        """One forward before the first evaluation, which can take minutes: what does not fit is said at once."""
-        self.loader.set_epoch(0)
-        batch = send_to_device(next(iter(self.loader)), self.accelerator.device)
-        with torch.no_grad(), self.accelerator.autocast():
-            self.task.eval()(channels_last(batch) if self.arguments.channels_last else batch)
 
     def _epoch(self, bar: Any, stop: StopRequest) -> None:
         arguments, done = self.arguments, self.step % self.steps_per_epoch
@@ -230,28 +168,33 @@ class Trainer:
         arguments, accelerator = self.arguments, self.accelerator
         unit = self.steps_per_epoch if arguments.schedule_every == "epoch" else 1
         warmup = arguments.warmup_epochs * self.steps_per_epoch / unit
-        set_learning_rates(self.optimizer, warmup_cosine(self.step // unit, self.total_steps / unit, warmup))
-        # Randomness belongs to the step: a run that was interrupted draws what it would have drawn.
-        set_seed(_seed_of(arguments.seed, self.step, accelerator.process_index))
+        factor = warmup_cosine(self.step // unit, self.total_steps / unit, warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        # Seeded per step, so that a resumed run draws what the uninterrupted one does.
+        seed = np.random.SeedSequence([arguments.seed, self.step, accelerator.process_index])
+        set_seed(int(seed.generate_state(1)[0]))
         self.task.before_step(self.step, self.step / max(1, self.total_steps - 1))
         losses = []
         for _ in range(arguments.accumulate):
             with window.waiting():
-                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
-            if arguments.channels_last:
-                batch = channels_last(batch)
+                batch = self._on_device(next(batches))
             with accelerator.accumulate(self._wrapped):
                 outputs = self._wrapped(batch)
                 accelerator.backward(outputs["loss"])
             window.add(outputs, len(batch["index"]))
             losses.append(outputs["loss"].detach())
         self._loss = torch.stack(losses)
-        if accelerator.device.type == "cpu":  # elsewhere looking means waiting: see _log and save
+        if accelerator.device.type == "cpu":  # elsewhere this would wait for the device: see _log and save
             check_loss(self.task, self._loss, self.step)
         self.task.objective.after_backward(self.step)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step += 1
+
+    def _on_device(self, batch: Any) -> Any:
+        batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+        return channels_last(batch) if self.arguments.channels_last else batch
 
     def _stop(self, stop: StopRequest) -> bool:
         if self.accelerator.num_processes == 1:
@@ -262,6 +205,47 @@ class Trainer:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
+    # --- Checkpoints -------------------------------------------------------------------------------------------------
+
+    def _resume(self, path: Path) -> None:
+        check_same(read_state(path)["facts"], self.facts, path)
+        state = load_checkpoint(path, self.task.training_state(), self.optimizer)
+        self.step, self._earlier = state["step"], state["seconds"]
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step, unless it exists; every process takes part, the main one writes.
+
+        Raises:
+            TrainingFailure: If there is nothing to go on from: a loss or what trains is not finite, a mask is empty.
+        """
+        if self.arguments.keep_checkpoints < 1:
+            return None
+        path = Path(self.arguments.output_dir) / f"checkpoint-{self.step}"
+        check_loss(self.task, self._loss, self.step)
+        check_masks(self.task, self.step)  # scores that are NaN count as off, and the loss stays finite
+
+        def write() -> None:
+            if not self.accelerator.is_main_process or latest_checkpoint(path.parent) == path:
+                return
+            scaler = self.accelerator.scaler
+            state = {
+                "facts": self.facts,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "seconds": self.seconds,
+            }
+            tensors, keep = self.task.training_state(), self.arguments.keep_checkpoints
+            save_checkpoint(path.parent, self.step, tensors, self.optimizer, state, keep)
+
+        together(self.accelerator, write)
+        return path
+
+    @property
+    def seconds(self) -> float:
+        """Time of the loop, evaluations included, and that of earlier sessions until their last checkpoint."""
+        return self._earlier + time.perf_counter() - self._started
+
     # --- Numbers -----------------------------------------------------------------------------------------------------
 
     def _log(self, window: Window, bar: Any) -> None:
@@ -269,7 +253,7 @@ class Trainer:
         check_masks(self.task, self.step)
         values = window.summary()
         objective = self.task.objective
-        self._watch.see(self.step, objective.collapsed(values), objective.grace_steps)
+        self._watch.record(self.step, objective.collapsed(values), objective.grace_steps)
         values["epoch"] = self.step / self.steps_per_epoch
         values["density"] = self.task.density()
         values.update({f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
@@ -286,7 +270,3 @@ class Trainer:
             self.log.write(self.step, values)
         if self.arguments.log_with is not None:
             self.accelerator.log({key: value for key, value in values.items() if value is not None}, step=self.step)
-
-
-def _seed_of(seed: int, step: int, rank: int) -> int:
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])

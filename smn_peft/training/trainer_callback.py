@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ExactResumeCallback`: transformers' `Trainer` resumes a mask where it was interrupted, not from its bits."""
+"""`ExactResumeCallback`: transformers' `Trainer` resumes a mask's scores exactly, not from its bits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ __all__ = ["ExactResumeCallback"]
 
 
 class ExactResumeCallback(TrainerCallback):
-    """Keeps the scores in the checkpoints of transformers' `Trainer`, and out of what is saved after training.
+    """Keep the scores in the checkpoints of transformers' `Trainer`, and out of what is saved after training.
 
-    The `Trainer` writes a checkpoint with `save_pretrained`, which stores one bit per weight, and resumes from it with
-    `load_adapter(is_trainable=True)`, which then has to invent the scores: the run goes on from the right mask along
-    another path. With this callback ``save_scores`` is on from the beginning of training to its end, so that the
-    checkpoints are 32 times larger and a run that is interrupted ends in the same mask. Afterwards the option is what
-    it was, so `trainer.save_model()` exports the bits.
+    The `Trainer` writes a checkpoint with `save_pretrained`, which stores one bit per weight, and resumes with
+    `load_adapter(is_trainable=True)`, which has to invent the scores: the run continues from the same mask along
+    another path. This callback switches ``save_scores`` on while training, so that checkpoints are 32 times larger and
+    an interrupted run ends in the same mask. `trainer.save_model()` afterwards exports bits.
 
     ```python
     trainer = Trainer(model, arguments, callbacks=[ExactResumeCallback()], …)
@@ -30,17 +29,12 @@ class ExactResumeCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        """Remember nothing yet."""
         self._before: list[tuple[MaskConfig, bool]] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Switch ``save_scores`` on for every mask adapter of the model that trains.
-
-        Raises:
-            ValueError: If the model has none.
-        """
+        """Switch ``save_scores`` on for every mask adapter that trains; a ValueError says if there is none."""
         self._restore()
         model: nn.Module | None = kwargs.get("model")
         configs = getattr(model, "peft_config", {}).values()

@@ -21,8 +21,7 @@ from recording import Recorder
 from torch import Tensor, nn
 
 from smn_peft.functional.convolution import ConvGeometry, convolution
-from smn_peft.training.heap import held_heap
-from smn_peft.training.narrow import NarrowSGD
+from smn_peft.training.optimizer import NarrowSGD
 
 TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.0
 LARGE, LARGE_LIMIT = 224, 1.02
@@ -45,8 +44,7 @@ def main() -> None:
         method, name = sys.argv[1:]
         print(json.dumps({"peak": peak_of(lambda: subject(method, name))}))
         return
-    with held_heap(DEVICE == "cpu"):  # as `smn train` does, for both sides
-        tables()
+    tables()
 
 
 def subject(method: str, name: str) -> Callable[[], None]:

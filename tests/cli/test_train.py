@@ -148,7 +148,7 @@ def test_mistakes_on_the_line(recipe):
     assert "Did you mean swav-resnet?" in train("--recipe", "swav-resne", code=1).stderr
     assert "dataset is missing: name one" in train("--backbone", "resnet18", code=1).stderr
     assert "did you mean cifar100" in train(*recipe, "--dataset", "cifar1000", code=1).stderr
-    assert "Did you mean 'swav'?" in train(*recipe, "--objective", "swaw", code=1).stderr
+    assert "Did you mean swav?" in train(*recipe, "--objective", "swaw", code=1).stderr
     assert "'half' is not one of" in train(*recipe, "--adapt", "half", code=2).stderr
     train(*recipe, "--lr", "fast", code=2)
 

@@ -10,7 +10,11 @@ from typer.testing import CliRunner
 from smn_peft.cli.main import app
 from smn_peft.cli.tasks import part_of, read_tasks
 from smn_peft.data import ImageDataset
-from smn_peft.training import RunSummary, TrainArguments, assemble, evaluator
+from smn_peft.training import (
+    RunSummary,
+    TrainArguments,
+    assemble,
+)
 from tests.training.tiny import write_model, write_npz
 
 runner = CliRunner()
@@ -98,7 +102,7 @@ def test_a_task_that_fails_does_not_stop_the_others(line, tmp_path):
     [
         ("dataset: nowhere.npz", "nowhere.npz does not exist"),
         ("dataset: {cut}, cache_images: false", "row 5: cannot be read as an image"),
-        ("objective_options: {{label_smooth: 1}}", "Did you mean 'label_smoothing'?"),
+        ("objective_options: {{label_smooth: 1}}", "Did you mean label_smoothing?"),
     ],
 )
 def test_nor_does_one_whose_data_or_options_are_wrong(line, tmp_path, bad, says):
@@ -156,9 +160,8 @@ def test_parts_share_the_tasks(tmp_path):
 
 @pytest.mark.parametrize("head", ["trained", "probe"])
 def test_features_of_the_frozen_base_are_computed_once(line, tmp_path, monkeypatch, head):
-    counted, extract = [], evaluator.extract_features
+    counted, extract = [], assemble.extract_features
     count = lambda *args, **kwargs: counted.append(len(args[1])) or extract(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(evaluator, "extract_features", count)
     monkeypatch.setattr(assemble, "extract_features", count)
     text = "\n".join(
         [

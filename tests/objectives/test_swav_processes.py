@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from smn_peft.functional.processes import process_count, process_index
 from smn_peft.functional.sinkhorn import sinkhorn
 from smn_peft.objectives import create_objective
-from smn_peft.training.sync_batch_norm import synchronise_batch_norm
+from smn_peft.training.processes import synchronise_batch_norm
 from tests.gloo import run_processes
 
 STEPS, BATCH = 6, 16

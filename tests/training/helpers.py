@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import timm
@@ -13,7 +14,7 @@ from torch import nn
 from smn_peft import MaskConfig
 from smn_peft.backbones import Classifier
 from smn_peft.objectives import create_objective
-from smn_peft.training import LoopArguments, TrainingTask
+from smn_peft.training import LoopArguments, Trainer, TrainingTask
 
 CLASSES = 3
 
@@ -52,8 +53,10 @@ class Batches:
 def resnet() -> nn.Module:
     torch.manual_seed(0)
     # Without zero_init_last the blocks do something before they are trained.
-    options = {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "zero_init_last": False}
-    return timm.create_model("resnet18", num_classes=0, drop_path_rate=0.1, **options)
+    options = {"layers": [1, 1], "channels": [8, 16], "zero_init_last": False}
+    model = timm.create_model("resnet18", num_classes=0, drop_path_rate=0.1, **options)
+    model.layer3, model.layer4 = nn.Sequential(), nn.Sequential()
+    return model
 
 
 def supervised_task(batch_norm: str = "adapt", **mask: Any) -> TrainingTask:
@@ -62,8 +65,15 @@ def supervised_task(batch_norm: str = "adapt", **mask: Any) -> TrainingTask:
     return TrainingTask(model, create_objective("cross_entropy", feature_dim=16, num_classes=CLASSES))
 
 
-def swav_task(batch_norm: str = "adapt") -> TrainingTask:
-    model = get_peft_model(resnet(), MaskConfig(batch_norm=batch_norm))
+def small() -> nn.Module:
+    """A network that compiles in a moment."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+
+
+def swav_task(batch_norm: str = "adapt", **mask: Any) -> TrainingTask:
+    model = get_peft_model(resnet(), MaskConfig(batch_norm=batch_norm, **mask))
     torch.manual_seed(1)
     options = {
         "hidden_dim": 16,
@@ -74,6 +84,19 @@ def swav_task(batch_norm: str = "adapt") -> TrainingTask:
         "freeze_prototypes_steps": 3,
     }
     return TrainingTask(model, create_objective("swav", feature_dim=16, options=options))
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    """Press Ctrl-C in step `steps`."""
+    objective = trainer.task.objective
+    hook = objective.after_backward
+
+    def press(step: int) -> None:
+        hook(step)
+        if step == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+
+    objective.after_backward = press
 
 
 def loop(folder: Any, **options: Any) -> LoopArguments:

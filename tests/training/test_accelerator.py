@@ -4,17 +4,10 @@
 from __future__ import annotations
 
 import pytest
-from accelerate.state import AcceleratorState
 
-from smn_peft.training.accelerator import build_accelerator
+from smn_peft.training.processes import build_accelerator
 
 from .helpers import loop
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):

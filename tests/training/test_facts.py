@@ -9,7 +9,7 @@ import pytest
 
 from smn_peft import MaskConfig
 from smn_peft.training import TrainArguments
-from smn_peft.training.facts import as_facts, check_same
+from smn_peft.training.arguments import as_facts, check_same
 
 
 def arguments(**options) -> TrainArguments:

@@ -9,21 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from smn_peft.training import run
-from smn_peft.training.evaluate_run import evaluate_run
-from smn_peft.training.images import build_images
+from smn_peft.training.evaluate import evaluate_run
+from smn_peft.training.images import build_images, images_of_run
 from smn_peft.training.run import RunSummary
-from smn_peft.training.unlabelled import images_of_run
 
 from .tiny import CLASSES, SWAV, picture, tiny_arguments, write_model
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_classes(folder, images=30):
@@ -88,7 +80,7 @@ def test_without_labels_nothing_is_held_out(tmp_path):
 
 def test_fractions_that_cannot_be(tmp_path):
     for wrong in (0.0, 1.0):
-        with pytest.raises(ValueError, match=r"eval_fraction must lie in \(0, 1\), or be None"):
+        with pytest.raises(ValueError, match="eval_fraction must be above 0 and below 1, or None"):
             tiny_arguments(tmp_path, eval_fraction=wrong)
     with pytest.raises(ValueError, match="eval_split=None evaluates on none"):
         tiny_arguments(tmp_path, eval_fraction=0.5, eval_split=None)

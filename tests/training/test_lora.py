@@ -6,23 +6,16 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from safetensors.torch import load_file
 
 from smn_peft import MaskConfig, explain_targets
 from smn_peft.training import TrainArguments, run
-from smn_peft.training.assemble import build_images, build_task, evaluation_of
-from smn_peft.training.lora import lora_config, lora_sizes, matched_lora_rank
+from smn_peft.training.assemble import build_task, evaluation_of, lora_config, lora_sizes, matched_lora_rank
+from smn_peft.training.images import build_images
 from smn_peft.training.saved import load_run
 
 from .tiny import SWAV, tiny_arguments
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_rank_is_the_largest_that_fits(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from smn_peft.functional.convolution import ConvGeometry
@@ -13,9 +12,9 @@ from smn_peft.functional.masking import MaskSpec
 from smn_peft.functional.ops import masked_conv, masked_linear
 from smn_peft.training import Interrupted, Trainer, TrainingTask
 from smn_peft.training.checkpoint import list_checkpoints
-from smn_peft.training.narrow import NarrowAdamW, NarrowSGD
+from smn_peft.training.optimizer import NarrowAdamW, NarrowSGD
 
-from .helpers import Batches, loop, resnet, supervised_task
+from .helpers import Batches, loop, resnet, stop_after, supervised_task
 
 SGD = {"lr": 0.3, "momentum": 0.9, "weight_decay": 0.01, "dampening": 0.1}
 OPTIMIZERS = {
@@ -24,12 +23,6 @@ OPTIMIZERS = {
     "nesterov": (NarrowSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "adamw": (NarrowAdamW, torch.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def steps(optimizer, parameter, count=5):
@@ -116,7 +109,7 @@ def scores_of(task: TrainingTask) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "lr": 0.05, "accumulate": 2}], ids=["sgd", "adamw"])
 def test_a_run_learns_resumes_to_the_bit_and_ends_in_fp32(tmp_path, options):
-    options = {"score_dtype": "bfloat16", "epochs": 6, **options}
+    options = {"score_dtype": "bfloat16", "epochs": 4, **options}
     whole = Trainer(supervised_task(), Batches(), loop(tmp_path / "whole", **options))
     assert {scores.dtype for scores in scores_of(whole.task)} == {torch.bfloat16}
     lines = [line["loss"] for line in whole.train()]
@@ -126,7 +119,7 @@ def test_a_run_learns_resumes_to_the_bit_and_ends_in_fp32(tmp_path, options):
     momentum = [s for p in scores_of(whole.task) for s in whole.optimizer.state[p].values() if s.ndim]
     assert {tensor.dtype for tensor in momentum} == {torch.bfloat16}
     part = Trainer(supervised_task(), Batches(), loop(tmp_path / "part", **options))
-    part._stop = lambda _: part.step == 5
+    stop_after(part, 5)
     with pytest.raises(Interrupted):
         part.train()
     torch.manual_seed(99)

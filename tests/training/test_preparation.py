@@ -10,22 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from smn_peft.backbones import load_backbone
 from smn_peft.serving.labels import class_names
 from smn_peft.training import run
-from smn_peft.training.evaluate_run import evaluate_run
+from smn_peft.training.evaluate import evaluate_run
 from smn_peft.training.saved import load_run
 
 from .tiny import CLASSES, SWAV, tiny_arguments
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_timm(folder: Path) -> str:
@@ -132,5 +125,5 @@ def test_an_unusable_config_is_named_before_it_takes_memory(tmp_path):
             load_run(tmp_path / "out", backbone=arguments.backbone)
         if run_json:
             (tmp_path / "out" / "run.json").unlink()
-    with pytest.raises(ValueError, match="image_size must be at most 4096; got 5000"):
+    with pytest.raises(ValueError, match="image_size must be at least 1 and at most 4096, or None; got 5000"):
         tiny_arguments(tmp_path, image_size=5000)

@@ -70,8 +70,8 @@ def test_a_file_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("epoch: 3", r"Recipe .*mine\.yaml: unknown argument 'epoch'\. Did you mean epochs\?"),
-        ("mask: {densty: 0.5}", r"mine\.yaml, mask: unknown argument 'densty'\. Did you mean density\?"),
+        ("epoch: 3", r"Recipe .*mine\.yaml: unknown option 'epoch'\. Did you mean epochs\?"),
+        ("mask: {densty: 0.5}", r"mine\.yaml, mask: unknown option 'densty'\. Did you mean density\?"),
         ("- a", r"must hold a mapping, such as .epochs: 10.; it holds list"),
         ("a: [", r"mine\.yaml is not a YAML file"),
     ],
@@ -87,7 +87,7 @@ def test_unknown_names(tmp_path):
         load_recipe("swav-resne")
     with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*absent\.yaml"):
         load_recipe(tmp_path / "absent.yaml")
-    with pytest.raises(ValueError, match=r"MultiCropOptions has no option 'local_crop'\. Did you mean local_crops\?"):
+    with pytest.raises(ValueError, match=r"multi_crop: unknown option 'local_crop'\. Did you mean local_crops\?"):
         TrainArguments(backbone="a", dataset="b", multi_crop={"local_crop": 2})
 
 

@@ -26,12 +26,6 @@ from smn_peft.training.saved import arguments_of, load_run
 from .tiny import SWAV, TEST, TRAIN, base_of, picture, tiny_arguments, write_clip, write_npz
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def scores_of(folder) -> dict[str, torch.Tensor]:
     (path,) = list_checkpoints(folder)
     return load_file(path / "model.safetensors")
@@ -69,7 +63,7 @@ def test_run_json_is_the_run(tmp_path, head):
     arguments = tiny_arguments(
         tmp_path,
         head=head,
-        epochs=1,
+        max_steps=1,
         mask={"target_modules": ["conv1", "conv2"]},
         supervised={"jitter": (0.1, 0, 0, 0)},
     )
@@ -97,8 +91,8 @@ def test_swav_learns_without_labels_and_evaluates_with_them(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, SWAV], ids=["supervised", "swav"])
 def test_evaluating_on_the_way_changes_nothing(tmp_path, options):
-    mask = {"mask": {"batch_norm": "adapt"}, "eval_probe": True}
-    arguments = tiny_arguments(tmp_path, epochs=3, **options, **mask)
+    mask = {"mask": {"batch_norm": "adapt"}, "eval_probe": not options}
+    arguments = tiny_arguments(tmp_path, epochs=2, **options, **mask)
     run(arguments)
     run(replace(arguments, output_dir=str(tmp_path / "often"), evaluate_every=1))
     run(replace(arguments, output_dir=str(tmp_path / "never"), eval_split=None))
@@ -108,7 +102,7 @@ def test_evaluating_on_the_way_changes_nothing(tmp_path, options):
         name for name in one if not (torch.equal(one[name], often[name]) and torch.equal(one[name], never[name]))
     ] == []
     evaluations = [line for line in read_metrics(tmp_path / "often" / "metrics.jsonl") if "knn" in line]
-    assert [line["epoch"] for line in evaluations] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in evaluations] == [0, 1, 2]
     assert RunSummary.load(tmp_path / "never").after == {}
 
 
@@ -257,9 +251,9 @@ def test_bad_data_is_found_before_training(tmp_path):
             r"head='probe' needs an image of every class; the training images have 2 of 3: take more",
         ),
         ({"train_split": "val"}, r"has no split 'val': an npz has 'train' and 'test'"),
-        ({"objective": "cross_entropi"}, r"Unknown objective 'cross_entropi'\. Did you mean 'cross_entropy'\?"),
+        ({"objective": "cross_entropi"}, r"Unknown objective 'cross_entropi'\. Did you mean cross_entropy\?"),
         ({"dataset": "cifar1000"}, r"Unknown dataset 'cifar1000'; did you mean cifar100"),
-        ({"objective_options": {"label_smooth": 0.1}}, r"label_smooth.*Did you mean 'label_smoothing'"),
+        ({"objective_options": {"label_smooth": 0.1}}, r"label_smooth.*Did you mean label_smoothing"),
         ({**SWAV, "objective_options": {"prototypes": 40, "queue_length": 0}}, r"40 prototypes cannot each get"),
         ({**SWAV, "multi_crop": {"local_size": 16}}, r"multi_crop\.local_size=16 must be below .* the image size, 16"),
         (

@@ -17,7 +17,7 @@ from smn_peft.backbones import pooled_features
 from smn_peft.evaluation import EvalReport, report_table
 from smn_peft.storage import adapter_file
 from smn_peft.training import Trainer, run
-from smn_peft.training.evaluate_run import evaluate_run
+from smn_peft.training.evaluate import evaluate_run
 from smn_peft.training.run import RunSummary
 from smn_peft.training.saved import load_run
 
@@ -33,12 +33,6 @@ KINDS = {
     "head": {"adapt": "head"},
     "zero_shot": {"objective": "zero_shot", "templates": ["a photo of a {}."]},
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_and_keep(monkeypatch, arguments):
@@ -58,7 +52,7 @@ def run_and_keep(monkeypatch, arguments):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_comes_back_to_the_bit(tmp_path, monkeypatch, kind):
     extra = {"backbone": write_clip(tmp_path / "clip"), "lr": 1.0} if kind == "zero_shot" else {}
-    arguments = tiny_arguments(tmp_path, eval_probe=True, **KINDS[kind], **extra)
+    arguments = tiny_arguments(tmp_path, epochs=1, eval_probe=kind in ("probe", "full"), **KINDS[kind], **extra)
     summary, task = run_and_keep(monkeypatch, arguments)
     torch.rand(3)  # another random state than the run's
     base = arguments.backbone
@@ -81,7 +75,7 @@ def test_it_comes_back_to_the_bit(tmp_path, monkeypatch, kind):
 def test_without_run_json_the_adapter_names_its_base(tmp_path, kind):
     # Weights of a file, which adapter_config.json can name; a run's own random ones it cannot.
     model = (tmp_path / "model.py").resolve()
-    arguments = tiny_arguments(tmp_path, **KINDS[kind])
+    arguments = tiny_arguments(tmp_path, epochs=1, **KINDS[kind])
     model.write_text(model.read_text().replace("    # Unseeded", "    import torch\n    torch.manual_seed(0)\n    #"))
     run(arguments)
     named = {"backbone": arguments.backbone}
@@ -103,7 +97,7 @@ def test_without_run_json_the_adapter_names_its_base(tmp_path, kind):
 
 
 def test_a_base_that_cannot_be_known(tmp_path):
-    arguments = tiny_arguments(tmp_path, head="masked", epochs=1)
+    arguments = tiny_arguments(tmp_path, head="masked", epochs=1, eval_split=None)
     run(arguments)
     out = tmp_path / "out"
     (out / "run.json").unlink()
@@ -128,7 +122,7 @@ def test_a_base_that_cannot_be_known(tmp_path):
 
 
 def test_another_base_is_refused(tmp_path):
-    run(tiny_arguments(tmp_path, epochs=1))
+    run(tiny_arguments(tmp_path, max_steps=1, eval_split=None))
     model = tmp_path / "model.py"
     model.write_text(model.read_text().replace("    return", "    model.conv1.weight.data += 1\n    return"))
     with pytest.raises(ValueError, match="The adapter does not belong to this base model"):
@@ -136,7 +130,7 @@ def test_another_base_is_refused(tmp_path):
 
 
 def test_weights_of_another_model(tmp_path):
-    run(tiny_arguments(tmp_path, adapt="full", lr=0.01, epochs=1))
+    run(tiny_arguments(tmp_path, adapt="full", lr=0.01, max_steps=1, eval_split=None))
     path = tmp_path / "out" / "model.safetensors"
     tensors = load_file(path)
     tensors.pop("head.bias")

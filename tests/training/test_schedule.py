@@ -8,7 +8,7 @@ import math
 import pytest
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smn_peft.training.schedule import check_warmup, warmup_cosine
+from smn_peft.training.optimizer import check_warmup, warmup_cosine
 
 
 def test_warmup_starts_at_one_part_and_not_at_zero():

@@ -12,11 +12,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from smn_peft.training import run
-from smn_peft.training.assemble import build_images, build_task
-from smn_peft.training.checkpoint import list_checkpoints
-from smn_peft.training.evaluate_run import evaluate_run
+from smn_peft.training.assemble import build_task
+from smn_peft.training.checkpoint import list_checkpoints, start_digest
+from smn_peft.training.evaluate import evaluate_run
+from smn_peft.training.images import build_images, read_indices
 from smn_peft.training.run import finished_run, indices_digest
-from smn_peft.training.start import read_indices, start_digest
 
 from .tiny import SWAV, TRAIN, tiny_arguments
 
@@ -28,12 +28,6 @@ def first(tmp_path_factory):
     run(arguments)
     AcceleratorState._reset_state(reset_partial_state=True)
     return arguments
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def checkpoint(arguments) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from smn_peft import MaskConfig
 from smn_peft.functional.processes import process_count, process_index
 from smn_peft.objectives.heads import ProjectionHead
-from smn_peft.training.sync_batch_norm import SynchronisedBatchNorm, synchronise_batch_norm
+from smn_peft.training.processes import SynchronisedBatchNorm, synchronise_batch_norm
 from tests.gloo import run_processes
 
 BATCH = 8
@@ -25,7 +25,7 @@ BATCH = 8
 
 def timm_mobile() -> nn.Module:
     """BatchNorms with an activation inside."""
-    return timm.create_model("mobilenetv3_small_050", num_classes=0)
+    return timm.create_model("test_efficientnet", num_classes=0)
 
 
 def resnet() -> nn.Module:

@@ -9,27 +9,22 @@ import signal
 import sys
 import time
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from smn_peft.training import Interrupted, Trainer, TrainingFailure, TrainingTask
+from smn_peft.training import trainer as trainer_module
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.guards import CollapseWatch
 from smn_peft.training.metrics import read_metrics
 from tests.processes import context, leave_the_test
 
-from .helpers import Batches, loop, resnet, supervised_task, swav_task
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    """accelerate keeps its state per process; a run of another precision is another process's."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
+from . import helpers
+from .helpers import Batches, loop, resnet, small, stop_after, supervised_task, swav_task
 
 TASKS = {"supervised": (supervised_task, 0), "swav": (swav_task, 3)}
 
@@ -45,10 +40,6 @@ def trained(folder, kind="supervised", steps=None, **options):
     else:
         trainer.train()
     return trainer
-
-
-def stop_after(trainer, steps):
-    trainer._stop = lambda _: trainer.step == steps
 
 
 def same(a: TrainingTask, b: TrainingTask) -> bool:
@@ -69,16 +60,16 @@ def test_it_learns_and_the_base_stays_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("kind", TASKS)
-@pytest.mark.parametrize("steps", [1, 6, 8])
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, kind, steps):
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, kind):
+    def losses(folder):
+        return [line.get("loss") for line in read_metrics(folder / "metrics.jsonl")]
+
     whole = trained(tmp_path / "whole", kind)
-    trained(tmp_path / "parts", kind, steps=steps)
-    resumed = trained(tmp_path / "parts", kind, resume=True)
-    assert same(whole.task, resumed.task)
-    numbers = [
-        [line.get("loss") for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "parts")
-    ]
-    assert numbers[0] == numbers[1]
+    for steps in (1, 6, 8):
+        folder = tmp_path / f"stopped after {steps}"
+        trained(folder, kind, steps=steps)
+        assert same(whole.task, trained(folder, kind, resume=True).task), steps
+        assert losses(folder) == losses(tmp_path / "whole")
 
 
 def test_two_seeds_differ(tmp_path):
@@ -97,7 +88,7 @@ def test_adamw_and_accumulation_resume_too(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "lr": 0.05}, {"score_dtype": "bfloat16"}])
 def test_channels_last_resumes_too(tmp_path, options):
     # A file has one order, and fused steps walk through parameter and momentum as they lie in memory.
-    options = {"channels_last": True, **options}
+    options = {"channels_last": True, "epochs": 2, **options}
     whole = trained(tmp_path / "whole", **options)
     trained(tmp_path / "parts", steps=3, **options)
     assert same(whole.task, trained(tmp_path / "parts", resume=True, **options).task)
@@ -149,13 +140,20 @@ def test_damaged_facts_of_a_checkpoint_are_named_on_resuming(tmp_path):
         trained(tmp_path, resume=True)
 
 
-def test_seconds_are_of_all_sessions(tmp_path):
-    first = trained(tmp_path, steps=2)
-    first._earlier = 100.0  # as after a session before
-    first.step = 3
-    first.save()
-    resumed = trained(tmp_path, resume=True)
-    assert 100 < resumed.seconds < 200
+def test_seconds_are_of_all_sessions(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: sum(now)))
+    for options in ({}, {"resume": True}):
+        task = supervised_task()
+        task.register_forward_hook(lambda *_: now.append(10.0))
+        session = Trainer(task, Batches(), loop(tmp_path, **options))
+        if not options:
+            stop_after(session, 2)
+            with pytest.raises(Interrupted):
+                session.train()
+    now.append(1000.0)  # between the sessions
+    session.train()
+    assert session.seconds == 120
 
 
 def test_a_warmup_of_the_whole_run_is_warned_of(tmp_path):
@@ -253,24 +251,24 @@ def test_a_collapse_that_passes_only_warns():
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for step in range(1, 9):  # five lines, but not an epoch
-            watch.see(step, "alike.", 0)
-        watch.see(9, None, 0)
+            watch.record(step, "alike.", 0)
+        watch.record(9, None, 0)
         for step in range(10, 30):  # the grace
-            watch.see(step, "alike.", 30)
-        CollapseWatch(steps_per_epoch=1, speaks=False).see(1, "alike.", 0)
+            watch.record(step, "alike.", 30)
+        CollapseWatch(steps_per_epoch=1, verbose=False).record(1, "alike.", 0)
     shown = [str(warning.message).partition(":")[0] for warning in said]
     assert shown == ["Step 1", "Step 10"]
     with pytest.raises(TrainingFailure, match="Step 30, and since step 10: alike"):
-        watch.see(30, "alike.", 30)
+        watch.record(30, "alike.", 30)
 
 
 @pytest.mark.filterwarnings("ignore:Step 1")
 def test_a_collapse_has_to_show_in_five_lines():
     watch = CollapseWatch(steps_per_epoch=1)
     for step in (1, 11, 21, 31):
-        watch.see(step, "alike.", 0)
+        watch.record(step, "alike.", 0)
     with pytest.raises(TrainingFailure, match="Step 41, and since step 1: alike"):
-        watch.see(41, "alike.", 0)
+        watch.record(41, "alike.", 0)
 
 
 def test_nothing_to_train_is_said(tmp_path):
@@ -304,11 +302,14 @@ def test_gradient_checkpointing_changes_no_number(tmp_path):
 @pytest.mark.parametrize("kind", TASKS)
 def test_a_compiled_run_is_one_graph_and_changes_no_number(tmp_path, monkeypatch, kind):
     torch._dynamo.reset()
-    plain = trained(tmp_path / "plain", kind)
+    monkeypatch.setattr(helpers, "resnet", small)
+    make, views = TASKS[kind]
+    monkeypatch.setitem(TASKS, kind, (partial(make, target_modules="all-conv"), views))
+    plain = trained(tmp_path / "plain", kind, epochs=1)
     real = TrainingTask.compile
     monkeypatch.setattr(TrainingTask, "compile", lambda task: real(task, backend="aot_eager", fullgraph=True))
     torch._dynamo.utils.counters.clear()
-    compiled = trained(tmp_path / "compiled", kind, compile=True)
+    compiled = trained(tmp_path / "compiled", kind, compile=True, epochs=1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     for one, two in zip(plain.history, compiled.history, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -130,9 +131,20 @@ def run(build, folder: Path, exact: bool, interrupt: bool) -> tuple[nn.Module, P
     return model, folder / "exported"
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Function that gives a whole run, which is done once: its model and the folder that it was exported to."""
+
+    @functools.cache
+    def trained(build, exact):
+        return run(build, tmp_path_factory.mktemp("whole"), exact=exact, interrupt=False)
+
+    return trained
+
+
 @pytest.mark.parametrize("build", [vit, resnet])
-def test_an_interrupted_run_ends_as_the_whole_one_does_bit_for_bit(build, tmp_path):
-    whole, exported = run(build, tmp_path / "whole", exact=True, interrupt=False)
+def test_an_interrupted_run_ends_as_the_whole_one_does_bit_for_bit(build, tmp_path, uninterrupted):
+    whole, exported = uninterrupted(build, True)
     resumed, exported_too = run(build, tmp_path / "resumed", exact=True, interrupt=True)
     assert differing(trained_state(whole), trained_state(resumed)) == []
     assert whole.density() < 1
@@ -142,36 +154,35 @@ def test_an_interrupted_run_ends_as_the_whole_one_does_bit_for_bit(build, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:Adapter 'default' was saved as bits")
-@pytest.mark.parametrize("build", [vit, resnet])
-def test_without_the_callback_it_ends_elsewhere(build, tmp_path):
-    whole, _ = run(build, tmp_path / "whole", exact=False, interrupt=False)
-    resumed, _ = run(build, tmp_path / "resumed", exact=False, interrupt=True)
+def test_without_the_callback_it_ends_elsewhere(tmp_path, uninterrupted):
+    whole, _ = uninterrupted(vit, False)
+    resumed, _ = run(vit, tmp_path / "resumed", exact=False, interrupt=True)
     assert any("smn_scores" in name for name in differing(trained_state(whole), trained_state(resumed)))
     masks = zip(whole.masks().values(), resumed.masks().values(), strict=True)
     assert sum(int((one != other).sum()) for one, other in masks) > 0
 
 
-def test_the_callback_changes_nothing_but_the_checkpoints(tmp_path):
-    plain, exported = run(vit, tmp_path / "plain", exact=False, interrupt=False)
-    exact, exported_too = run(vit, tmp_path / "exact", exact=True, interrupt=False)
+def test_the_callback_changes_nothing_but_the_checkpoints(uninterrupted):
+    plain, exported = uninterrupted(vit, False)
+    exact, exported_too = uninterrupted(vit, True)
     assert differing(trained_state(plain), trained_state(exact)) == []
     assert read_adapter_file(exported).keys() == read_adapter_file(exported_too).keys()
 
 
-def test_checkpoints_hold_scores_and_what_is_exported_does_not(tmp_path):
-    model, exported = run(vit, tmp_path, exact=True, interrupt=False)
-    assert adapter_sizes(tmp_path / f"checkpoint-{STEPS}").scores > 0
+def test_checkpoints_hold_scores_and_what_is_exported_does_not(uninterrupted):
+    model, exported = uninterrupted(vit, True)
+    assert adapter_sizes(exported.parent / f"checkpoint-{STEPS}").scores > 0
     assert adapter_sizes(exported).scores == 0
     assert json.loads((exported / "adapter_config.json").read_text())["save_scores"] is False
     assert model.peft_config["default"].save_scores is False
 
 
-def test_a_checkpoint_loads_for_inference_as_the_exported_adapter_does(tmp_path):
-    model, exported = run(vit, tmp_path, exact=True, interrupt=False)
+def test_a_checkpoint_loads_for_inference_as_the_exported_adapter_does(uninterrupted):
+    model, exported = uninterrupted(vit, True)
     pixels = Images().images
     with torch.no_grad():
         expected = model.eval()(pixels).logits
-        for folder in (exported, tmp_path / f"checkpoint-{STEPS}"):
+        for folder in (exported, exported.parent / f"checkpoint-{STEPS}"):
             loaded = PeftModel.from_pretrained(vit().unload(), folder).eval()
             assert torch.equal(loaded(pixels).logits, expected)
 

@@ -9,19 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from smn_peft.training import Interrupted, Trainer, metrics
 from smn_peft.training.metrics import Window, read_metrics
 from tests.gloo import join_group, run_processes
 
-from .helpers import Batches, loop, supervised_task
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+from .helpers import Batches, loop, stop_after, supervised_task
 
 
 class Clock:
@@ -50,14 +43,13 @@ class SlowBatches(Batches):
             yield batch
 
 
-@pytest.mark.parametrize(("loading", "share"), [(0.0, 0.0), (1.0, 0.5), (99.0, 0.99)])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("loading", "share", "accumulate"), [(0.0, 0.0, 1), (99.0, 0.99, 2)])
 def test_it_is_logged_and_goes_on_after_a_resume(tmp_path, monkeypatch, loading, share, accumulate):
     clock, task = Clock(monkeypatch), supervised_task()
     task.register_forward_hook(lambda *_: clock.passes(1.0))
     batches, options = SlowBatches(clock, 0.0, loading), {"accumulate": accumulate, "epochs": 2, "log_every": 2}
     trainer = Trainer(task, batches, loop(tmp_path, **options))
-    trainer._stop = lambda _: trainer.step == 2
+    stop_after(trainer, 2)
     with pytest.raises(Interrupted):
         trainer.train()
     Trainer(task, batches, loop(tmp_path, **options, resume=True)).train()

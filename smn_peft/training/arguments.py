@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainArguments`: a whole run as the command line takes it; and whether two runs have the same settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal
+
+from .._options import check_options, from_mapping, option
+from ..backbones.from_file import import_file, is_file_spec
+from ..data import MultiCropOptions, SupervisedOptions
+from ..objectives import Objective, list_objectives, objective_class
+from ..tuner import MaskConfig
+
+__all__ = [
+    "LoopArguments",
+    "TrainArguments",
+    "absolute",
+    "as_facts",
+    "check_same",
+    "objective_kind",
+]
+
+
+@dataclass
+class LoopArguments:
+    """How long, how fast and in what precision to train, and what to write on the way.
+
+    The defaults are the paper's recipe for masks (section 4.1): SGD with momentum 0.9, batches of 64, a cosine to 0.
+    """
+
+    output_dir: str = option("output", "Folder for checkpoints, metrics.jsonl and the finished adapter.")
+    epochs: int = option(150, "Passes over the training images.", least=1)
+    max_steps: int | None = option(None, "Optimizer steps to stop after; the schedule is made for them.", least=1)
+    batch_size: int = option(64, "Images per optimizer step, over all processes and accumulated parts.", least=1)
+    accumulate: int = option(1, "Parts that each process computes its share of a batch in, to save memory.", least=1)
+    lr: float = option(
+        50.0, "Learning rate of the scores (adapt='full': of all weights); sweep it by decades.", least=0
+    )
+    head_lr: float = option(0.15, "Learning rate of all else that trains: head, projection, prototypes.", least=0)
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer; 'adamw' wants lr 0.03 to 0.1 for scores.")
+    momentum: float = option(0.9, "Momentum of SGD.", least=0, below=1)
+    weight_decay: float = option(0.0, "Weight decay of the scores (or weights). Scores want none.", least=0)
+    head_weight_decay: float = option(0.0, "Weight decay of all else that trains.", least=0)
+    warmup_epochs: float = option(0.0, "Epochs W of linear warm-up before the cosine, starting at 1/W.", least=0)
+    schedule_every: Literal["step", "epoch"] = option("step", "How often the learning rate moves.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast of the forward; scores stay as they are.")
+    score_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "Dtype of scores and their momentum; bfloat16 takes half the memory, by stochastic rounding."
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in backward, to save memory.")
+    channels_last: bool = option(False, "Keep images and convolution weights with channels last (GPU).")
+    compile: bool = option(False, "Run the model's forward through torch.compile.")
+    sync_batch_norm: bool = option(True, "With several processes, normalise by the whole batch, as one process would.")
+    cpu: bool = option(False, "Train on the CPU even where there is a GPU.")
+    seed: int = option(0, "Seed of weights, order and augmentation.", least=0, below=2**32)
+    log_every: int = option(10, "Optimizer steps between two lines of metrics.jsonl.", least=1)
+    checkpoint_every: int | None = option(None, "Optimizer steps between checkpoints; None: once per epoch.", least=1)
+    keep_checkpoints: int = option(1, "Newest checkpoints to keep; 0 writes none.")
+    evaluate_every: int | None = option(None, "Epochs between evaluations; None: only before and after.", least=1)
+    log_with: str | None = option(None, "An accelerate tracker beside metrics.jsonl, such as 'tensorboard', 'wandb'.")
+    resume: bool = option(False, "Go on from the newest checkpoint in output_dir, exactly where it was.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass
+class TrainArguments(LoopArguments):
+    """What to adapt, on which images, to which objective; the loop's own arguments are inherited."""
+
+    backbone: str = option("", "Hub id, timm name, folder, or your own file.py:function that returns a model.")
+    weights: str | None = option(None, "A safetensors file with weights for the timm architecture `backbone`.")
+    pretrained: bool = option(True, "False starts from random weights, which is good for tests only.")
+    backbone_revision: str | None = option(None, "Git revision of the backbone on the Hub.")
+    image_size: int | None = option(None, "Side of the images in pixels; None: the backbone's.", least=1, most=4096)
+    init_from: str | None = option(None, "Start from the scores, head and statistics of the run in this folder.")
+    adapt: Literal["mask", "full", "head", "lora", "statistics"] = option(
+        "mask",
+        "What trains: a mask, all weights, the head alone, PEFT's LoRA on the layers of `mask`, or, beside the head, "
+        "nothing but the BatchNorm statistics.",
+    )
+    mask: MaskConfig = option(MaskConfig, "The mask adapter.")
+    mask_stages: int | None = option(None, "Number of first stages, or blocks without stages, to mask.", least=1)
+    lora_rank: int | None = option(
+        None,
+        "Rank of adapt='lora'; None: the largest whose fp32 factors take at most the bytes of the packed mask.",
+        least=1,
+    )
+    lora_alpha: float | None = option(None, "α of adapt='lora', whose update is scaled by α / rank; None: 2 · rank.")
+
+    dataset: str = option("", "Name of a known dataset, Hub id, image folder, parquet or npz file.")
+    dataset_revision: str | None = option(None, "Git revision of the dataset on the Hub.")
+    image_column: str | None = option(None, "Column of the images, if the dataset does not say.")
+    label_column: str | None = option(None, "Column of the labels, if the dataset does not say.")
+    train_split: str = option("train", "Split to train on.")
+    eval_split: str | None = option("test", "Split to evaluate on; None: do not evaluate.")
+    eval_fraction: float | None = option(
+        None,
+        "Evaluate on this part of the images of train_split instead, evenly of every class, and train on the rest.",
+        above=0,
+        below=1,
+    )
+    eval_limit: int | None = option(None, "Evaluate on a seeded choice of this many images of eval_split.", least=1)
+    knn_limit: int | None = option(None, "k-NN votes with at most this many labelled training images.", least=1)
+    knn_k: int = option(200, "Neighbours of the k-NN evaluation; all where there are fewer.", least=1)
+    eval_probe: bool = option(False, "Fit a linear probe too whenever k-NN is evaluated.")
+    limit: int | None = option(None, "Train on a seeded choice of this many images.", least=1)
+    class_limit: int | None = option(None, "Train and evaluate on the first so many classes only.", least=1)
+    fraction: float = option(1.0, "Train on this fraction of the images (after limit).", above=0, most=1)
+    balanced: bool = option(True, "Take the fraction evenly from the classes, where labels are known.")
+    subset_seed: int = option(0, "Seed of the limits, so that runs with other seeds see the same images.")
+    fraction_seed: int = option(0, "Seed of the fraction; with one seed a smaller part lies in a larger one.")
+    indices_file: str | None = option(None, "A .npy of numbers of images to train on, of what the limits leave.")
+    num_workers: int = option(0, "Processes that load and augment images; 0: the training process itself.", least=0)
+    cache_images: bool = option(False, "Hold decoded images in memory, up to 2 GiB.")
+    supervised: SupervisedOptions = option(SupervisedOptions, "Augmentation of objectives with one view per image.")
+    multi_crop: MultiCropOptions = option(MultiCropOptions, "Augmentation of objectives with several views per image.")
+
+    objective: str = option("cross_entropy", "cross_entropy, zero_shot, swav, or your own file.py:name.")
+    objective_options: dict[str, Any] = option({}, "Options of the objective, as key=value.")
+    head: Literal["trained", "probe", "masked"] = option(
+        "trained", "Head for labels: new and trained; trained from a linear probe; or frozen, random and masked."
+    )
+    templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is loaded; nested options may be mappings."""
+        super().__post_init__()
+        for each in fields(self):
+            if is_dataclass(kind := each.default_factory) and isinstance(value := getattr(self, each.name), Mapping):
+                setattr(self, each.name, from_mapping(kind, value, each.name))
+        for name, example in (("backbone", "timm/resnet50.a1_in1k"), ("dataset", "cifar10")):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: name one, such as {name}={example!r}.")
+        for name in ("backbone", "weights", "dataset", "init_from", "indices_file", "objective"):
+            if getattr(self, name):
+                setattr(self, name, absolute(getattr(self, name)))
+        if self.eval_fraction is not None and self.eval_split is None:
+            raise ValueError("eval_fraction holds images out to evaluate on, and eval_split=None evaluates on none.")
+        if self.head == "masked" and self.adapt != "mask":
+            raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
+        if self.adapt == "head" and self.objective != "cross_entropy":
+            raise ValueError("adapt='head' needs objective='cross_entropy': nothing else has a head to keep.")
+        if self.mask_stages is not None and self.mask.layers_to_transform is not None:
+            raise ValueError("mask_stages and mask.layers_to_transform both choose layers: give one of them.")
+        if self.adapt == "lora" and self.mask.batch_norm == "adapt":
+            raise ValueError("adapt='lora' keeps the base's BatchNorm statistics: set mask.batch_norm='frozen'.")
+
+
+def absolute(name: str) -> str:
+    """Resolve the path of an existing file or folder, parquet pattern or "file.py:function"; return other names as is.
+
+    What exists on this disk comes before a name on the Hub.
+    """
+    path, function = name, ""
+    if is_file_spec(name) and not name.endswith(".py"):
+        path, _, function = name.rpartition(":")
+    start = re.split(r"[*?\[]", path, maxsplit=1)[0] if path.endswith(".parquet") else path
+    if not os.path.exists(path) and not (start != path and os.path.isdir(os.path.dirname(start) or os.curdir)):
+        return name
+    return os.path.abspath(path) + (f":{function}" if function else "")
+
+
+def objective_kind(arguments: TrainArguments) -> type[Objective]:
+    """Class of the objective, by name or from the user's file that registers it: ``file.py:name``."""
+    name = arguments.objective
+    if is_file_spec(name):
+        path, _, name = name.rpartition(":")
+        if name not in list_objectives():
+            import_file(path)
+        if name not in list_objectives():
+            raise ValueError(f"{path} registers no objective {name!r}: decorate its class with @register_objective.")
+    return objective_class(name)
+
+
+# --- Settings of a run as facts that JSON holds ---------------------------------------------------------------------
+
+# What may differ between a run and its resumption, because no weight depends on it. What the last two name is compared
+# by content, so that folders can be moved.
+_HARMLESS = frozenset(
+    "output_dir resume log_every checkpoint_every keep_checkpoints log_with evaluate_every num_workers cache_images "
+    "eval_split eval_limit eval_probe knn_k knn_limit init_from indices_file".split()
+)
+# Digests that, where both sides know them, are compared in the place of the names of what they are of.
+_CONTENT = {
+    "base": ("backbone", "weights", "pretrained", "backbone_revision"),
+    "data": ("dataset", "dataset_revision"),
+}
+_MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest of the training images and labels)"}
+
+
+def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Convert the arguments and `more` to what JSON gives back: lists for tuples, sorted lists for sets."""
+    told = {**asdict(arguments), **(more or {})}
+    text = json.dumps(told, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    facts: dict[str, Any] = json.loads(text)
+    return facts
+
+
+def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
+    """Raise ValueError if the facts that a run saved in file `where` differ in what could change a weight."""
+    # Class names are known only where something is evaluated, digests only to a whole run.
+    left_out = {name for name in ("classes", *_CONTENT) if saved.get(name) is None or wanted.get(name) is None}
+    left_out |= {path for name, paths in _CONTENT.items() if name not in left_out for path in paths}
+    names = sorted((set(saved) | set(wanted)) - _HARMLESS - left_out)
+    if differing := [name for name in names if saved.get(name) != wanted.get(name)]:
+        lines = "\n".join(
+            f"  {_MEANING.get(name, name)}: was {saved.get(name)!r}, is {wanted.get(name)!r}" for name in differing
+        )
+        raise ValueError(
+            f"{where} was written by a run with other settings, so going on would not be the same run:\n{lines}\n"
+            "Resume with the old ones, or start anew in another output_dir."
+        )

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`evaluate_run`: evaluate a saved run, or its frozen base, on any labelled dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from .._options import did_you_mean
+from ..backbones import Backbone, pooled_features
+from ..evaluation import (
+    PAPER_DECAY,
+    EvalReport,
+    evaluate_accuracy,
+    evaluate_knn,
+    extract_features,
+    linear_probe,
+    low_shot_probe,
+    low_shot_reports,
+)
+from ..objectives import list_objectives
+from .arguments import TrainArguments
+from .assemble import build_objective, evaluation_of
+from .images import build_images
+from .run import RUN_NAME, RunSummary
+from .saved import load_run
+
+__all__ = ["METRICS", "check_metrics", "evaluate_run", "evaluation_arguments"]
+
+METRICS = ("knn", "linear_probe", "accuracy")
+
+
+def evaluate_run(
+    folder: str | Path,
+    *,
+    base: bool = False,
+    backbone: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    metrics: Sequence[str] = (),
+    low_shot: Sequence[float] = (),
+    seeds: int = 3,
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    limit: int | None = None,
+    eval_fraction: float | None = None,
+    image_size: int | None = None,
+    accelerator: Accelerator | None = None,
+) -> list[EvalReport]:
+    """Evaluate what a run saved, on its own dataset as at the end of training unless told otherwise.
+
+    Args:
+        folder: The run's `output_dir`, or a folder with an adapter, whose `dataset` must then be named.
+        base: Evaluate the frozen base instead; it has accuracy under zero-shot only.
+        backbone: Where the base is now, if not where the folder says.
+        dataset: Another dataset, as `load_images` takes it; None: the run's.
+        split: Split to test on; None: the run's.
+        metrics: Of `METRICS`. None given: k-NN, and accuracy where there is a classifier.
+        low_shot: Fractions of the labels to fit linear probes on, over `seeds` seeds each.
+        seeds: Number of seeds.
+        batch_size: Images per forward; None: the run's.
+        num_workers: Processes that read images; None: the run's.
+        limit: Use a seeded choice of at most this many images on either side.
+        eval_fraction: Test on this part of the training split's images, held out as in training; None: as the run did.
+        image_size: Another side of the images than in training; a warning says so.
+        accelerator: Names the device and shares the work; None: a new one.
+
+    Raises:
+        ValueError: For an unknown metric, a dataset that is not known, or one that the classifier was not made for.
+        FileNotFoundError: If nothing is saved in the folder.
+    """
+    check_metrics(metrics)
+    if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
+        raise ValueError(f"A low-shot fraction must lie in (0, 1]; got {wrong[0]}: 10 % of the labels is 0.1.")
+    counts = {"seeds": seeds, "limit": limit, "batch_size": batch_size, "image_size": image_size}
+    for what, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{what} must be at least 1; got {count}.")
+    run, loaded = load_run(folder, base=base, backbone=backbone, image_size=image_size)
+    facts = RunSummary.load(folder).arguments if run is not None else {}
+    arguments = evaluation_arguments(run, loaded, Path(folder), dataset, split, limit, eval_fraction)
+    zero_shot = run is not None and run.objective == "zero_shot"
+    has_head = facts.get("head_classes") is not None
+    chosen = list(dict.fromkeys(metrics))
+    if not chosen and not low_shot:
+        same = run is not None and arguments.dataset == run.dataset
+        chosen = ["knn", "accuracy"] if zero_shot or (has_head and same) else ["knn"]
+    if base and has_head:
+        chosen = [name for name in chosen if name != "accuracy"]
+    if "accuracy" in chosen and not (zero_shot or has_head):
+        raise ValueError(f"{folder} holds no classifier, so there is no accuracy: take knn or linear_probe.")
+    if not chosen and not low_shot:
+        raise ValueError("The frozen base has no head of its own, so no accuracy: take knn or linear_probe.")
+    images = build_images(arguments)
+    assert images.bank is not None
+    assert images.test is not None
+    accelerator = accelerator or Accelerator(cpu=arguments.cpu)
+    loaded.model.to(accelerator.device)
+    extract = partial(
+        extract_features,
+        loaded.model,
+        transform=evaluation_of(loaded),
+        batch_size=batch_size or arguments.batch_size,
+        num_workers=arguments.num_workers if num_workers is None else num_workers,
+        accelerator=accelerator,
+    )
+    settings = {
+        "backbone": loaded.name,
+        "adapt": "none" if base else run.adapt if run else "mask",
+        "training_images": len(images.bank),
+        "test_images": len(images.test),
+    }
+    label = f"{loaded.name} (frozen)" if base else Path(folder).resolve().name
+    if "accuracy" in chosen and zero_shot:
+        objective: Any = build_objective(arguments, loaded, images.num_classes, images.train.classes)
+        objective.to(accelerator.device)
+    elif "accuracy" in chosen and facts.get("classes") != images.train.classes:
+        raise ValueError(
+            f"The head of {folder} was trained for other classes than those of {arguments.dataset}: take knn or "
+            "linear_probe."
+        )
+
+    def logits_of(pixel_values: Tensor) -> Tensor:
+        model: Any = loaded.model
+        found: Tensor = objective.logits(pooled_features(model, pixel_values)) if zero_shot else model(pixel_values)
+        return found
+
+    if low_shot or {"knn", "linear_probe"} & set(chosen):
+        bank, test = extract(dataset=images.bank), extract(dataset=images.test)
+    reports = []
+    for metric in chosen:
+        more: dict[str, Any] = {}
+        if metric == "knn":
+            value, more = evaluate_knn(bank, test, k=arguments.knn_k), {"k": arguments.knn_k}
+        elif metric == "linear_probe":
+            value = linear_probe(bank, test, seed=arguments.subset_seed)
+        else:
+            value = evaluate_accuracy(extract(dataset=images.test, function=logits_of)).top1
+        reports.append(
+            EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings={**settings, **more})
+        )
+    for fraction in dict.fromkeys(low_shot):
+        per_class = fraction * len(bank) / (images.num_classes or 1)
+        options: dict[str, Any] = {"decays": [PAPER_DECAY]} if per_class < 1.5 else {}  # none left to choose on
+        rows = low_shot_probe(bank, test, fractions=[fraction], seeds=list(range(seeds)), **options)
+        reports += low_shot_reports(
+            rows,
+            metric=f"linear_probe@{fraction:g}",
+            label=label,
+            dataset=images.test.name,
+            split=images.test.split,
+            revision=images.test.revision,
+            settings=settings,
+        )
+    return reports
+
+
+def check_metrics(metrics: Sequence[str], known: Sequence[str] = METRICS) -> None:
+    """Raise ValueError for a metric that is not known, naming those that are."""
+    for name in metrics:
+        if name not in known:
+            raise ValueError(f"Unknown metric {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
+
+
+def evaluation_arguments(
+    run: TrainArguments | None,
+    loaded: Backbone,
+    folder: Path,
+    dataset: str | None,
+    split: str | None,
+    limit: int | None,
+    eval_fraction: float | None = None,
+) -> TrainArguments:
+    """Arguments that name the images to evaluate a run on: its own, or another dataset as a fresh run would read it.
+
+    Raises:
+        ValueError: If nothing says which.
+    """
+    if run is None:
+        if dataset is None:
+            raise ValueError(f"{folder} has no {RUN_NAME} that says what it was trained on: name a dataset.")
+        arguments = TrainArguments(backbone=loaded.name, dataset=dataset, objective="swav")
+    elif dataset is None or dataset == run.dataset:
+        arguments = run
+    else:
+        fresh = TrainArguments(backbone=run.backbone, dataset=dataset)
+        names = (
+            "dataset_revision image_column label_column train_split eval_split eval_fraction templates limit "
+            "class_limit"
+        )
+        arguments = replace(run, dataset=dataset, **{name: getattr(fresh, name) for name in names.split()})
+    changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None}
+    changes["eval_split"] = split or arguments.eval_split or "test"
+    if split is not None or eval_fraction is not None:
+        changes["eval_fraction"] = eval_fraction
+    if arguments.objective not in list_objectives():
+        changes["objective"] = "swav"  # evaluation takes none: a user's own may be gone
+    if limit is not None:
+        changes |= {"eval_limit": limit, "knn_limit": limit}
+    return replace(arguments, **changes)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes in one run: accelerate's setup, a common start and end, BatchNorm over the joined batch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..functional.batch_statistics import joined_batch_norm
+from ..functional.processes import process_count
+from .arguments import LoopArguments
+from .checkpoint import checkpoint_name
+
+__all__ = ["SynchronisedBatchNorm", "agree_on_start", "build_accelerator", "synchronise_batch_norm", "together"]
+
+T = TypeVar("T")
+
+
+def build_accelerator(arguments: LoopArguments) -> Accelerator:
+    """Create the accelerator of a run; ValueError if several processes would each train alone, into one folder."""
+    accelerator = Accelerator(
+        cpu=arguments.cpu,
+        mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=arguments.accumulate,
+        log_with=arguments.log_with,
+        project_dir=arguments.output_dir,
+        # Statistics are per adapter and synchronised where they are computed; frozen ones never differ.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != str(accelerator.num_processes):
+        raise ValueError(
+            f"{started} processes were started (WORLD_SIZE), but accelerate has {accelerator.num_processes} on "
+            f"{accelerator.device}, so each would train alone into {arguments.output_dir}. Pass --cpu (cpu=True) "
+            "where there is no GPU for each; unset WORLD_SIZE if this is the only process."
+        )
+    return accelerator
+
+
+def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Call `act`, which waits for no other process, on every process, and raise on all of them if it fails on one.
+
+    Raises:
+        Exception: What `act` raises here.
+        RuntimeError: If it failed on another process only; the message is that process's.
+    """
+    if accelerator.num_processes == 1:
+        return act()
+    problem: Exception | None = None
+    try:
+        result = act()
+    except Exception as error:  # of any kind: the other processes have to learn of it
+        problem = error
+    failures = [None if problem is None else f"{_name(accelerator)}: {problem}"]
+    others = [text for text in gather_object(failures) if text is not None]
+    if problem is not None:
+        raise problem
+    if others:
+        raise RuntimeError(f"Another process cannot go on, so this one ends too. {others[0]}")
+    return result
+
+
+def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
+    """Check that every process, on its own disk, starts from the main process's checkpoint, base and images.
+
+    Raises:
+        ValueError: If this process differs.
+        RuntimeError: If another one does.
+    """
+    mine: dict[str, Any] = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), "facts": dict(facts)}
+    decided = [mine]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(decided)
+    main: dict[str, Any] = decided[0]
+
+    def compare() -> None:
+        if mine["from"] != main["from"]:
+            here, there = (Path(each["facts"]["output_dir"]).absolute() for each in (mine, main))
+            raise ValueError(
+                f"{main['who']} starts from {main['from'] or 'no checkpoint'} in {there}, and {mine['who']} has "
+                f"{mine['from'] or 'none'} in {here}: put output_dir on a disk that all share, or copy the main "
+                "process's folder to every machine."
+            )
+        for name, what in (("base", "weights of the base"), ("data", "training images")):
+            if mine["facts"].get(name) != main["facts"].get(name):
+                raise ValueError(
+                    f"{mine['who']} reads other {what} than {main['who']}: copy the same to every machine."
+                )
+
+    together(accelerator, compare)
+
+
+def _name(accelerator: Accelerator) -> str:
+    return f"process {accelerator.process_index} on {platform.node() or 'this machine'}"
+
+
+class SynchronisedBatchNorm(_BatchNorm):
+    """BatchNorm over the joined batch on any device, followed by the activation of timm's BatchNorms if there is one.
+
+    `nn.SyncBatchNorm` refuses the CPU.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"BatchNorm takes (batch, channels, …), got {tuple(input.shape)}.")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(batch, channels, …) -> the same, normalised by the joined batch in train mode."""
+        synchronise = self.training and process_count() > 1
+        x = self._normalise(input) if synchronise else super().forward(input)
+        for name in ("drop", "act"):
+            layer = self._modules.get(name)
+            x = x if layer is None else layer(x)
+        return x
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        momentum = self.momentum or 0.0
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        return joined_batch_norm(x, mean, var, self.weight, self.bias, momentum, self.eps)
+
+
+def synchronise_batch_norm(module: nn.Module) -> nn.Module:
+    """Make every BatchNorm of a module normalise by the joined batch in train mode, in place.
+
+    Only the class of each BatchNorm changes: to [`SynchronisedBatchNorm`] on the CPU, on a GPU to timm's subclass of
+    torch's own, which is faster there. State dict, hooks and references stay valid.
+
+    Raises:
+        TypeError: If a BatchNorm has a class with a forward of its own.
+    """
+    from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
+
+    known = {kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)}
+    found = ((name, norm) for name, norm in module.named_modules() if isinstance(norm, _BatchNorm))
+    norms: dict[str, Any] = {name: norm for name, norm in found if not isinstance(norm, SynchronisedBatchNorm)}
+    for name, norm in norms.items():
+        if type(norm).forward not in known or nn.parameter.is_lazy(norm.weight):
+            raise TypeError(
+                f"{name or 'The module'} is a {type(norm).__name__}, which cannot be synchronised over processes: "
+                "use nn.BatchNorm (a lazy one after its first forward), or keep the statistics fixed with "
+                "batch_norm='frozen' and switch the synchronisation off."
+            )
+    for norm in norms.values():
+        tensors = [tensor for tensor in (norm.weight, norm.running_mean) if tensor is not None]
+        norm.__class__ = SyncBatchNormAct if tensors and tensors[0].is_cuda else SynchronisedBatchNorm
+        norm.process_group = getattr(norm, "process_group", None)
+    return module
