@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-import types
+from itertools import product
 
 import pytest
 import timm
@@ -14,12 +13,10 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from smn_peft import MaskConfig
-from smn_peft.bank.accelerated import fast_write
-from smn_peft.bank.live import LiveModel
-from smn_peft.bank.live_tensor import LiveTensor, _write_device, write_masked
+from smn_peft.bank.live import LiveModel, LiveTensor
 from smn_peft.bank.reading import task_from_tensors
 from smn_peft.bank.task import SPARSE_BELOW, TaskMask
-from smn_peft.functional.compiled import compiled
+from smn_peft.functional.effective import write_masked
 from smn_peft.functional.packing import pack_bits
 from tests.bank.tiny import IMAGES, MODELS, adapter, build, state_of
 
@@ -61,7 +58,7 @@ def test_a_switch_that_fails_leaves_the_base(monkeypatch):
             raise torch.OutOfMemoryError("no memory left")
         return write_masked(*args)
 
-    monkeypatch.setattr("smn_peft.bank.live_tensor.write_masked", fail)
+    monkeypatch.setattr("smn_peft.bank.live.write_masked", fail)
     generation = live.generation
     with pytest.raises(torch.OutOfMemoryError):
         live.switch(tasks[1])
@@ -86,62 +83,18 @@ def test_a_head_of_other_classes_and_back():
     assert base.head.out_features == 7
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
-def test_dense_write_is_the_product(dtype, numel):
-    weight = torch.randn(numel).to(dtype)
-    weight[0] = float("inf")  # a product would make NaN of it
-    mask = torch.rand(numel) > 0.3
-    mask[0] = numel % 2
-    out = torch.full_like(weight, float("nan"))
-    write_masked(out, weight, pack_bits(mask))
-    assert torch.equal(out, torch.where(mask, weight, 0))
-    write_masked(out, weight, pack_bits(mask), 1.25)
-    assert torch.equal(out, torch.where(mask, weight, 0) * 1.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
-def test_what_numba_compiles_writes_the_same_bits(dtype, numel, monkeypatch):
-    pytest.importorskip("numba")
-    weight, packed = torch.randn(numel).to(dtype), pack_bits(torch.rand(numel) > 0.3)
-    outs = [torch.full_like(weight, float("nan")) for _ in range(2)]
-    assert fast_write() is not None
-    for scale in (1.0, 1.25):
-        write_masked(outs[0], weight, packed, scale)
-        with monkeypatch.context() as without:
-            without.setattr("smn_peft.bank.live_tensor.fast_write", lambda: None)
-            write_masked(outs[1], weight, packed, scale)
-        assert outs[0].view(torch.uint8).equal(outs[1].view(torch.uint8))
-
-
-def test_a_folder_called_numba_is_no_numba(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
-    assert compiled.__wrapped__(print) is None
-
-
-def test_devices_write_the_same(monkeypatch):
-    monkeypatch.setattr("smn_peft.bank.live_tensor._CHUNK_ON_DEVICE", 100)
-    weight, mask = torch.randn(1803), torch.rand(1803) > 0.3
-    out, expected = torch.full_like(weight, float("nan")), torch.empty_like(weight)
-    _write_device(out, weight, pack_bits(mask), 1.25)
-    write_masked(expected, weight, pack_bits(mask), 1.25)
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
-@pytest.mark.parametrize("off", [0.0, 0.001, 0.024, 0.026, 0.3, 1.0])
-def test_a_mask_is_held_as_what_it_removes_if_that_is_little(numel, off):
-    mask = torch.rand(numel) >= off
-    held = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=True)
-    assert held.active == mask.sum()
-    zeros = torch.nonzero(~mask)[:, 0]
-    assert (held.removed is not None) == (len(zeros) <= SPARSE_BELOW * numel) == (held.packed is None)
-    if held.removed is not None:
-        assert held.removed.dtype == torch.int32
-        assert held.removed.tolist() == zeros.tolist()
-    always = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=False, sparse_below=0)
-    assert (always.active, always.scale, always.packed is None) == (held.active, 1.0, len(zeros) == 0)
+def test_a_mask_is_held_as_what_it_removes_if_that_is_little():
+    for numel, off in product([1, 13, 64, 70_001], [0.0, 0.001, 0.024, 0.026, 0.3, 1.0]):
+        mask = torch.rand(numel) >= off
+        held = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=True)
+        assert held.active == mask.sum()
+        zeros = torch.nonzero(~mask)[:, 0]
+        assert (held.removed is not None) == (len(zeros) <= SPARSE_BELOW * numel) == (held.packed is None)
+        if held.removed is not None:
+            assert held.removed.dtype == torch.int32
+            assert held.removed.tolist() == zeros.tolist()
+        always = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=False, sparse_below=0)
+        assert (always.active, always.scale, always.packed is None) == (held.active, 1.0, len(zeros) == 0)
 
 
 def test_a_mask_that_removes_nothing_gives_the_base_where_weights_are_written_whole():

@@ -31,9 +31,9 @@ from recording import Recorder
 from torch import nn
 
 from smn_peft.bank.bank import MaskBank
-from smn_peft.bank.live_tensor import write_masked
 from smn_peft.bank.source import MemorySource, StoredAdapter, TaskSource
 from smn_peft.bank.store import DiskStore
+from smn_peft.functional.effective import write_masked
 from smn_peft.functional.packing import pack_bits
 
 TARGETS = ["qkv", "proj", "fc1", "fc2"]
