@@ -14,8 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional.processes import all_reduce, gather_rows, process_count, process_index
-from ..functional.sinkhorn import sinkhorn
+from ..functional.distributed import (
+    all_reduce,
+    gather_rows,
+    process_count,
+    process_index,
+    sinkhorn,
+)
 from .base import Batch, Model, Objective, register_objective
 from .batch import crops_of, features_of_crops
 from .heads import ProjectionHead, Prototypes

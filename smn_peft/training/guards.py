@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..functional.flags import read_flags
+from ..functional.distributed import read_flags
 from .task import TrainingTask
 
 __all__ = ["CollapseWatch", "TrainingFailure", "check_loss", "check_masks"]

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional.batch_statistics import joined_batch_norm
-from ..functional.processes import process_count
+from ..functional.distributed import joined_batch_norm, process_count
 
 __all__ = ["SynchronisedBatchNorm", "synchronise_batch_norm"]
 

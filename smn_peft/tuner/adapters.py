@@ -13,10 +13,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..functional.masking import compute_mask, density
+from ..functional.masking import compute_mask, density, seeded_generator, select_trainable
 from ..functional.merging import Stash, unmerged_weight
 from ..functional.packing import pack_bits, unpack_bits
-from ..functional.selection import seeded_generator, select_trainable
 from .buffers import ResidentBuffers, ScoreDict
 from .config import MaskConfig
 from .initial import initial_bits, initial_scores, scores_of_mask

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.convolution import ConvGeometry, convolution
-from ..functional.ops import masked_conv, masked_linear
+from ..functional.effective import ConvGeometry, masked_conv, masked_linear
 from .cache import Training
 from .kinds import kind_of
 from .layer import MaskLayer
@@ -70,12 +69,9 @@ class Conv(MaskLayer):
     def run(self, tensors: Sequence[Tensor], input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """See [`masked_forward`]; `tensors` are weight and bias."""
         weight, bias = tensors if len(tensors) == 2 else (tensors[0], None)
-        trains = weight.requires_grad and torch.is_grad_enabled()
 
         def convolve(x: Tensor, geometry: ConvGeometry) -> Tensor:
             x, kernel, shift = _autocast(x, weight, bias)  # on a CPU it would leave `torch.convolution` alone
-            if trains:
-                return convolution(x, kernel, shift, geometry)
             return torch.convolution(x, kernel, shift, *geometry)
 
         return self._batched(convolve, input, output_size)

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..functional.masking import seeded_generator
 from ..functional.packing import pack_bits, packed_size
-from ..functional.selection import seeded_generator
 from .config import MaskConfig
 
 __all__ = ["initial_bits", "initial_scores", "score_dtype", "scores_of_mask"]

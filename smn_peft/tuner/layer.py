@@ -13,9 +13,9 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..functional.effective import build
 from ..functional.masking import MaskSpec, effective_weight, masked_weight, straight_through
 from ..functional.merging import check_finite, merge_weight, unmerge_weight
-from ..functional.passes import build
 from .cache import CachedWeights, Training
 from .checkpoint import StoredLayer
 from .mixed import MixedWeight, in_rows, name_in_force, rows_in_force, running

@@ -13,8 +13,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from smn_peft import MaskConfig
-from smn_peft.functional import compute_mask, convolution, masked_weight, straight_through
+from smn_peft.functional import compute_mask, masked_weight, straight_through
 from smn_peft.storage import WEIGHTS_NAME, read_adapter_file
 
 from .cases import BY_NAME, CASES, Case, layer_of, mask_bits, masked_model, reference, train
@@ -364,18 +363,6 @@ def test_a_convolution_follows_autocast(adapters, trains):
     layer = layer_of(model)
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trains):
         assert layer(torch.randn(2, 3, 7, 6)).dtype == torch.bfloat16
-
-
-def test_two_adapters_take_the_product_over_few_pixels(monkeypatch):
-    taken = []
-    product = convolution._product
-    monkeypatch.setattr(convolution, "_product", lambda *args: taken.append(args) or product(*args))
-    config = MaskConfig(target_modules=["0"])
-    model = get_peft_model(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1)), config)
-    model.add_adapter("second", config)
-    model.base_model.set_adapter(["default", "second"])
-    model(torch.randn(2, 4, 2, 2)).square().sum().backward()
-    assert len(taken) == 1
 
 
 @every_case
