@@ -112,11 +112,8 @@ class Database:
         The file says whether it has a log. Reading it drops this process's locks on it, so only the first may.
         """
         before = self._log()
-        if (
-            before is None
-            or not before.st_size
-            or any(getattr(other, "path", None) == self.path for other in list(_forkable))
-        ):
+        opened = {other.path for other in list(_forkable) if isinstance(other, Database)}
+        if before is None or not before.st_size or self.path in opened:
             return
         with self.path.open("rb") as file:
             header = file.read(20)

@@ -138,17 +138,20 @@ class LiveTensor:
 
     def __init__(
         self,
-        parameter: Tensor,
+        model: nn.Module,
+        name: str,
         *,
         scales_outside: bool,
         writing: Callable[[], AbstractContextManager[object]] = torch.no_grad,
     ) -> None:
-        """Bind a parameter, a plain `nn.Parameter` if its scale may stay outside; `writing` is for [`settle`]."""
-        self.scales_outside = scales_outside
-        self._writing = writing
-        self._bind(parameter)
+        """Bind a model's parameter, a plain one if its scale may stay outside; `writing` is for [`settle`]."""
+        self.name, self.scales_outside, self._writing = name, scales_outside, writing
+        path, _, self._leaf = name.rpartition(".")
+        self._module = model.get_submodule(path)
+        self._bind()
 
-    def _bind(self, parameter: Tensor) -> None:
+    def _bind(self) -> None:
+        parameter: Any = self._module._parameters[self._leaf]
         self.outside = 1.0
         self.scale = torch.ones((), dtype=torch.float32, device=parameter.device)
         with torch._C.DisableTorchFunctionSubclass():
@@ -164,22 +167,23 @@ class LiveTensor:
         """Whether some of the values are a task's."""
         return self._dirty or self._undo is not None
 
-    def follow(self, name: str, parameter: Tensor) -> bool:
+    def follow(self) -> bool:
         """Bind the parameter anew if it has another dtype, device or memory format by now, and return whether it has.
 
         Takes a microsecond where nothing changed. RuntimeError if somebody else wrote other values to it.
         """
+        parameter: Any = self._module._parameters[self._leaf]
         version = _version(parameter)
         if parameter is self._parameter and version == self._version and _place(parameter) == self._place:
             return False
         if parameter is not self._parameter or version != self._version or parameter.shape != self._tensor.shape:
             raise RuntimeError(
-                f"{name} was written to, or replaced, since a bank uses it: what the bank's tasks were checked "
+                f"{self.name} was written to, or replaced, since a bank uses it: what the bank's tasks were checked "
                 "against, and would be put back, is not the model's any more. Close the bank before the base is "
                 "changed, and open it again afterwards."
             )
         own = self.values() if self.touched else None
-        self._bind(parameter)
+        self._bind()
         if own is not None:
             self._tensor.copy_(own)
             self._version = _version(parameter)
@@ -335,7 +339,6 @@ class LiveModel:
         first = {id(tensor): name for name, tensor in reversed(named)}
         self._first_names = {name: first[id(tensor)] for name, tensor in named}
         self._tied = _tied(model)
-        self._modules: dict[str, nn.Module] = {}
         self._inference = any(tensor.is_inference() for _, tensor in named)
 
     def shape(self, name: str) -> torch.Size:
@@ -372,10 +375,10 @@ class LiveModel:
                 return self._own[name].detach().clone()
             if not isinstance(own := _tensor(self.model, name), nn.Parameter):
                 return own.clone()
-            live, parameter = self._bound(name), self._parameter(name)
+            live = self._bound(name)
             if not live.touched:
-                live.follow(name, parameter)
-            return live.values().to(parameter.dtype)
+                live.follow()
+            return live.values().to(own.dtype)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
@@ -413,10 +416,7 @@ class LiveModel:
     def _moved(self, task: Task | None) -> bool:
         """Whether a weight that a task is in, or is to come into, has another place than before."""
         names = self._touched if task is None or task is self.current else self._touched.union(task.masks)
-        moved = [
-            live.follow(name, self._parameter(name)) for name in names if (live := self._live.get(name)) is not None
-        ]
-        return any(moved)
+        return any([self._live[name].follow() for name in names if name in self._live])
 
     def _leave(self, task: Task | None) -> None:
         """Undo what the next task does not overwrite."""
@@ -433,7 +433,7 @@ class LiveModel:
         """Undo what can be undone, without overwriting what somebody else wrote."""
         for name in list(self._touched):
             with contextlib.suppress(Exception):  # the error that led here is the one to tell
-                self._live[name].follow(name, self._parameter(name))
+                self._live[name].follow()
                 self._live[name].restore()
                 self._touched.discard(name)
         for name in list(self._own):
@@ -454,16 +454,8 @@ class LiveModel:
     def _bound(self, name: str) -> LiveTensor:
         if name not in self._live:
             scalable = name in self.scalable
-            self._live[name] = LiveTensor(self._parameter(name), scales_outside=scalable, writing=self._writable)
+            self._live[name] = LiveTensor(self.model, name, scales_outside=scalable, writing=self._writable)
         return self._live[name]
-
-    def _parameter(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        if name not in self._modules:
-            self._modules[name] = self.model.get_submodule(path)
-        parameter = self._modules[name]._parameters[leaf]
-        assert parameter is not None
-        return parameter
 
     def close(self) -> None:
         """Give the base back as it was.

@@ -170,8 +170,8 @@ def task_from_tensors(
                 raise ValueError(f"Task {name!r} cannot be taken: {error}") from error
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
     brought = {live.first_name(key): tensor for key, tensor in _plain_heads(rest, base).items()}
-    brought = _checked(name, brought, live)
-    _check_whole(name, masks, brought, config, base)
+    _check_tensors(name, brought, live)
+    _check_complete(name, masks, brought, config, base)
     return Task(name, masks, brought, config)
 
 
@@ -212,11 +212,9 @@ def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[st
 
 def _plain_heads(rest: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
     """Fold a head's standardisation into its weight and bias, where the base's own head has no place for it."""
-    result = dict(rest)
-    for key in [key for key in rest if key.endswith(".feature_mean")]:
-        path = key.removesuffix(".feature_mean")
-        module = _module(base, path)
-        if module is None or hasattr(module, "feature_mean"):
+    result, modules = dict(rest), dict(base.named_modules(remove_duplicate=False))
+    for path in [key.removesuffix(".feature_mean") for key in rest if key.endswith(".feature_mean")]:
+        if path not in modules or hasattr(modules[path], "feature_mean"):
             continue
         mean, std = (result.pop(f"{path}.{which}").double() for which in ("feature_mean", "feature_std"))
         weight, bias = (result[f"{path}.{which}"] for which in ("weight", "bias"))
@@ -226,21 +224,10 @@ def _plain_heads(rest: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def _module(base: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return base.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _check_whole(
+def _check_complete(
     name: str, masks: Mapping[str, TaskMask], tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: nn.Module
 ) -> None:
-    """Refuse an adapter that brings a tensor twice, or not all that its config promises.
-
-    Raises:
-        ValueError: Names what is too much or missing.
-    """
+    """Refuse an adapter that brings a tensor twice, or not all that its config promises."""
     if twice := sorted(masks.keys() & tensors.keys()):
         raise ValueError(
             f"Task {name!r} masks {twice[0]} and brings it whole too, and only one can be: the adapter is damaged."
@@ -266,10 +253,13 @@ def _check_whole(
             )
 
 
-def _checked(name: str, tensors: dict[str, Tensor], live: LiveModel) -> dict[str, Tensor]:
-    """What a task brings along whole: each with the base's shape, but for a head's number of classes."""
+def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> None:
+    """Check what a task brings along whole: of the base's shapes, but for a head's number of classes."""
     base = live.model
-    heads = _heads(base)
+    linears = {path: module for path, module in base.named_modules() if isinstance(module, nn.Linear)}
+    inside = head_modules(base)
+    heads = {path for path, module in linears.items() if "." not in path or id(module) in inside}
+    heads.update([*linears][-1:])
     for key, tensor in tensors.items():
         try:
             own = live.shape(key)
@@ -299,19 +289,9 @@ def _checked(name: str, tensors: dict[str, Tensor], live: LiveModel) -> dict[str
         if len(set(rows.values())) > 1:
             told = " and ".join(f"a {leaf} of {count}" for leaf, count in rows.items())
             raise ValueError(f"Task {name!r}: its head {path} would have {told} classes: the adapter is damaged.")
-    return tensors
 
 
-def _heads(base: nn.Module) -> set[str]:
-    """Paths of the Linear layers that may be a head: those at the top, the last of all, and what timm says."""
-    linears = {path: module for path, module in base.named_modules() if isinstance(module, nn.Linear)}
-    get_classifier: Any = getattr(base, "get_classifier", tuple)
-    found = get_classifier()
-    named = [found] if isinstance(found, nn.Module) else [module for module in found if isinstance(module, nn.Module)]
-    inside = {id(module) for classifier in named for module in classifier.modules()}
-    return {path for path, module in linears.items() if "." not in path or id(module) in inside} | {
-        *list(linears)[-1:]
-    }
+# --- Coded masks -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -322,11 +302,7 @@ def _accelerate_once() -> None:
 
 
 def _blob_in(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
-    """The coded masks among an adapter's tensors, with the prefix of their names; None if they are bit-packed.
-
-    Raises:
-        AdapterFileError: If they are damaged.
-    """
+    """Find the coded masks among an adapter's tensors, with the prefix of their names; None if they are bit-packed."""
     key = next((key for key in tensors if key.rpartition(".")[2] == BLOB_NAME), None)
     if key is None:
         return None
@@ -342,18 +318,10 @@ def _decode_blob(
     locate: Callable[[str], tuple[str, str]],
     config: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Bit-packed masks by key.
+    """Decode masks to bits, by key; `prefix` is what keys have before the names in the blob.
 
-    Args:
-        prefix: What the keys have before the names in the blob.
-        blob: The coded masks.
-        live: Of the base, on whose own weights a selection or the codec may build.
-        locate: From a key to the name of the base's parameter and its path from the masked layer.
-        config: The adapter's.
-
-    Raises:
-        AdapterFileError: If a mask is damaged.
-        ValueError: If a size is not that of the base.
+    `locate` gives the name of the base's parameter for a key, and its path from the masked layer. AdapterFileError if
+    a mask is damaged, ValueError if a size is not that of the base.
     """
     _accelerate_once()
     for entry in blob.entries:

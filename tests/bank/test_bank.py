@@ -123,8 +123,8 @@ def flat(output):
     return [output] if isinstance(output, torch.Tensor) else [t for part in output for t in flat(part)]
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("below", [0, 6])
+@pytest.mark.parametrize("form", FORMS)
 def test_mixed_batches_of_models_that_give_more_than_logits(form, below, tmp_path, monkeypatch):
     """Tasks of 2, 3 and, without a head of its own, the base's 5 classes; 64 features, as many as no head has."""
     monkeypatch.setattr("smn_peft.bank.mixed.SHARED_BELOW", below)

@@ -18,22 +18,21 @@ from smn_peft.bank.reading import task_from_tensors
 from smn_peft.bank.task import SPARSE_BELOW, TaskMask
 from smn_peft.functional.effective import write_masked
 from smn_peft.functional.packing import pack_bits
-from tests.bank.tiny import IMAGES, MODELS, adapter, build, state_of
+from tests.bank.tiny import IMAGES, adapter, build, state_of
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("batch_norm", ["frozen", "adapt"])
+@pytest.mark.parametrize(("name", "batch_norm"), [("vit", "frozen"), ("resnet", "frozen"), ("resnet", "adapt")])
 def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_norm):
     base = build(name)
     before, addresses = state_of(base), {k: p.data_ptr() for k, p in base.named_parameters()}
     live = LiveModel(base)
-    made = [adapter(name, density, i, batch_norm=batch_norm) for i, density in enumerate((0.999, 0.6, 0.99, 0.9))]
+    made = [adapter(name, density, i, batch_norm=batch_norm) for i, density in enumerate((0.999, 0.6, 0.99))]
     tasks = [task_from_tensors(f"t{i}", tensors, live) for i, (tensors, _) in enumerate(made)]
     with torch.no_grad():
         own = base(IMAGES)
         expected = [model(IMAGES) for _, model in made]
         assert min(float((logits - own).abs().max()) for logits in expected) > 0.01
-        for i in (0, 1, 2, 0, 3, 1, None, 2, 3, 0):
+        for i in (0, 1, 2, 0, 1, None, 2, 0):
             live.switch(None if i is None else tasks[i])
             torch.testing.assert_close(base(IMAGES), own if i is None else expected[i], rtol=1e-4, atol=1e-4)
     live.switch(None)
@@ -98,8 +97,9 @@ def test_a_mask_is_held_as_what_it_removes_if_that_is_little():
 
 
 def test_a_mask_that_removes_nothing_gives_the_base_where_weights_are_written_whole():
-    weight = torch.nn.Parameter(torch.randn(3, 5))
-    before, live = weight.detach().clone(), LiveTensor(weight, scales_outside=False)
+    layer = nn.Linear(5, 3)
+    weight = layer.weight
+    before, live = weight.detach().clone(), LiveTensor(layer, "weight", scales_outside=False)
     half, full = (pack_bits(torch.arange(15) >= first) for first in (7, 0))
     for bits in (half, full):
         live.apply(TaskMask.from_packed("x", bits, 15, scaled=True, sparse_below=0))
