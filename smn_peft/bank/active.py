@@ -22,20 +22,12 @@ _Named = tuple[str, Task]
 
 @dataclass(eq=False)
 class _Block:
-    """A stretch of code that has the model: a `use` block, or a call of the bank.
+    """A stretch of code that has the model: a `use` block, or a call of the bank."""
 
-    Attributes:
-        what: Its name in messages.
-        outer: The block of the same context that it is nested in, of whichever bank.
-        active: The task that is live while no inner block has the model; None for the base.
-        thread: Identifier of the thread that began it.
-        task: The asyncio task that began it, if any.
-    """
-
-    what: str
-    outer: _Block | None
-    active: _Named | None
-    thread: int
+    what: str  # its name in messages
+    outer: _Block | None  # the block of the same context that it is nested in, of whichever bank
+    active: _Named | None  # the task that is live while no inner block has the model; None for the base
+    thread: int  # the thread and asyncio task that began it
     task: asyncio.Task[Any] | None
 
 
@@ -56,14 +48,7 @@ class ActiveTask:
     def __init__(
         self, live: LiveModel, find: Callable[[str | Task | None], Task | None], stats: BankStats, *, exclusive: bool
     ) -> None:
-        """Begin with the base.
-
-        Args:
-            live: The model.
-            find: Looks a task up; KeyError for an unknown name.
-            stats: Where switches are counted.
-            exclusive: Leave what is live where no task is active.
-        """
+        """Begin with the base; with `exclusive`, leave what is live where no task is active."""
         self.turn = threading.Condition()
         self._live, self._find, self._stats, self._exclusive = live, find, stats, exclusive
         self.active: _Named | None = None

@@ -174,8 +174,12 @@ class MaskBank:
         """Push all tasks as one file, which [`open`] takes by the repository's name.
 
         Args:
-            repo_id: Repository, "user/name"; made where it does not exist.
-            options: `private`, `revision`, `commit_message` and `token`, as of PEFT's method.
+            repo_id: Repository, "user/name"; made where it does not exist, as is the branch.
+            options: `private`, `revision` (a branch), `commit_message` and `token`, as of PEFT's method.
+
+        Raises:
+            OSError: If the Hub refuses or cannot be reached, or the disk has no room for a copy.
+            ValueError: If the repository is public and must be private.
         """
         return push_source(self._source, repo_id, **options)
 

@@ -71,15 +71,7 @@ class Database:
     """
 
     def __init__(self, path: Path, *, read_only: bool, immutable: bool = False) -> None:
-        """Open a file; an empty bank is made where there is none, unless `read_only`.
-
-        Args:
-            path: The file.
-            read_only: Make nothing, and refuse changes.
-            immutable: Nobody writes to the file: neither lock it nor put files beside it.
-
-        Raises: As [`DiskStore.open`].
-        """
+        """Open a file, see [`DiskStore.open`]; with `immutable`, neither lock it nor put files beside it."""
         self.path = Path(os.path.realpath(path))
         self.read_only = read_only
         self._immutable = immutable
@@ -203,11 +195,9 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: committed at the end of the block, undone if it raises or the process dies.
+        """Commit the block's changes at its end, undo them if it raises or the process dies.
 
-        Raises:
-            PermissionError: If the bank is read-only.
-            StoreBusyError: If another process is writing, for longer than a few seconds.
+        PermissionError if the bank is read-only, StoreBusyError if another process writes for longer than seconds.
         """
         with self._writer() as connection:
             try:

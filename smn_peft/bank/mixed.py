@@ -222,13 +222,12 @@ class _SharedLinear:
         _warn_of_sparse_tensors()
         weight = self._layer.weight
         assert mask.removed is not None
-        removed = mask.removed.to(weight.device)
-        rows = torch.div(removed, weight.shape[1], rounding_mode="floor")
-        starts = removed.new_zeros(len(weight) + 1)
-        torch.cumsum(torch.bincount(rows, minlength=len(weight)), 0, out=starts[1:])
-        columns = removed.sub(rows, alpha=weight.shape[1])
+        removed, width = mask.removed.to(weight.device), weight.shape[1]
+        ends = torch.arange(0, weight.numel() + 1, width, dtype=removed.dtype, device=weight.device)
+        starts = torch.searchsorted(removed, ends, out_int32=True)
         values = weight.detach().reshape(-1).index_select(0, removed)
-        return torch.sparse_csc_tensor(starts, columns, values, tuple(weight.shape[::-1]), check_invariants=False)
+        shape = (width, len(weight))
+        return torch.sparse_csc_tensor(starts, removed % width, values, shape, check_invariants=False)
 
     def _heads(self, input: Tensor) -> Tensor:
         """A head per task; the logits that a task with fewer classes lacks are zeros, to be cut off afterwards."""

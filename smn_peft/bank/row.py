@@ -51,7 +51,6 @@ MAX_CONFIG = 1 << 24
 """Bytes of the longest config."""
 MAX_BLOB = 900_000_000
 """Bytes of the largest adapter; SQLite holds 1e9 in a row."""
-
 MAX_FACTS = 10_000
 """Characters of the longest facts."""
 
@@ -148,12 +147,7 @@ class TaskRow:
     blob: bytes
 
     def adapter(self) -> StoredAdapter:
-        """Return config and tensors, after comparing them with their checksum.
-
-        Raises:
-            AdapterFileError: If they are damaged.
-            ValueError: If the adapter's format is not known.
-        """
+        """Return config and tensors; AdapterFileError unless their checksum agrees."""
         expected = TaskInfo.parse("", self.facts).checksum
         if not isinstance(self.config, bytes) or not isinstance(self.blob, bytes):
             raise AdapterFileError("its config or its tensors are too large, or of another kind")
@@ -179,14 +173,10 @@ class TaskRow:
         write_adapter_file(path / WEIGHTS_NAME, tensors, adapter.config.get("base_fingerprint"))
 
     def check(self) -> None:
-        """Decode the masks too, and compare the facts with what they are about.
+        """Decode the masks too, and compare the facts with what they are about; AdapterFileError if damaged.
 
         Masks of which only the selected weights are coded are compared with the checksum alone: to decode them takes
         the base.
-
-        Raises:
-            AdapterFileError: If something is damaged.
-            ValueError: If the adapter's format is not known.
         """
         facts, adapter = TaskInfo.parse("", self.facts), self.adapter()
         for key, tensor in adapter.tensors.items():
@@ -197,7 +187,7 @@ class TaskRow:
 
 
 def checked(adapters: Iterable[tuple[str, Adapter]]) -> list[tuple[str, Adapter]]:
-    """Adapters under names that are allowed and differ; of folders header and config are read."""
+    """Check that names are allowed and differ, and the header and config of folders; return a list."""
     adapters, seen = list(adapters), set()
     for name, adapter in adapters:
         check_name(name)
@@ -228,16 +218,7 @@ def encoded(adapters: Iterable[tuple[str, Adapter]]) -> Iterator[tuple[str, Task
 
 
 def _encode(config: bytes, tensors: Mapping[str, Tensor]) -> TaskRow:
-    """Code an adapter's masks, if they are not, and make its row.
-
-    Args:
-        config: adapter_config.json.
-        tensors: By key of the adapter's file.
-
-    Raises:
-        AdapterFileError: If a mask or the config is damaged.
-        ValueError: If there is no mask, or something is too large.
-    """
+    """Make the row of an adapter, its masks coded; ValueError if there is none, or something is too large."""
     if len(config) > MAX_CONFIG:
         raise ValueError(f"its config has {len(config):,} bytes, and a bank takes up to {MAX_CONFIG:,}: shorten it.")
     parsed, coded = _parsed(config), _coded(tensors)

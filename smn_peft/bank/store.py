@@ -32,13 +32,11 @@ _ROW = (  # what is too large is not loaded
 
 
 class DiskStore:
-    """Adapters in a file: a table of one row per task.
+    """A [`TaskSource`] in one file: a table of one row per task.
 
-    Opening reads nothing of the tasks, and a lookup is one search in the table's index, however many there are. What
-    is added, replaced, removed or renamed becomes visible to every process at once, or not at all if the writer fails
-    or is killed. Any number of processes and threads read meanwhile.
-
-    A [`TaskSource`]. At rest the file is all: it can be copied, and read where nothing can be written.
+    Opening reads nothing of the tasks, and a lookup is one search in the table's index. A change becomes visible to
+    every process at once, or not at all if the writer fails or is killed; any number of processes and threads read
+    meanwhile. At rest the file is all: it can be copied, and read where nothing can be written.
 
     Attributes:
         path: The file.
@@ -46,7 +44,6 @@ class DiskStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, immutable: bool = False) -> None:
-        """See [`open`]."""
         self.path = _file_of(Path(path))
         self.read_only = read_only
         self._database = Database(self.path, read_only=read_only, immutable=immutable)
@@ -190,12 +187,7 @@ class DiskStore:
             connection.executemany("DELETE FROM task WHERE name = ?", [(name,) for name in names])
 
     def rename(self, old: str, new: str) -> None:
-        """Give a task another name.
-
-        Raises:
-            KeyError: If there is no such task.
-            ValueError: If the new name is taken or not allowed.
-        """
+        """Give a task another name; KeyError for an unknown one, ValueError for one that is taken or not allowed."""
         check_name(new)
         with self._database.writing() as connection:
             if (found := _id_of(connection, old)) is None:
@@ -238,10 +230,9 @@ class DiskStore:
             raise AdapterFileError(f"{self.path} is damaged ({found[0][0]}): fetch the bank again, or build it anew.")
 
     def compact(self) -> tuple[int, int]:
-        """Give the room of removed tasks back to the disk, which must have room for a second copy meanwhile.
+        """Give the room of removed tasks back to the disk; return the file's bytes before and after.
 
-        Returns:
-            Bytes of the file before and after.
+        The disk must have room for a second copy meanwhile.
         """
         before = self._database.size()
         self._database.vacuum()
@@ -306,17 +297,10 @@ def _file_of(path: Path) -> Path:
 
 
 def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revision: str | None = None) -> DiskStore:
-    """Open a bank of this disk, or of the Hub: it is fetched if it is not in the cache, and read-only.
+    """Open a bank of this disk (see [`DiskStore.open`]), or read-only of the Hub, where it is fetched if need be.
 
-    Args:
-        where: See [`DiskStore.open`]; or "user/name", where there is no such folder and no folder "user".
-        read_only: See [`DiskStore.open`].
-        revision: Branch, tag or commit on the Hub.
-
-    Raises:
-        AdapterFileError: If the file is damaged.
-        FileNotFoundError: If there is no such bank, or none in the cache while offline.
-        ValueError: If the file is no bank.
+    `where` is "user/name" on the Hub if there is no such folder and no folder "user"; `revision` is a branch, tag or
+    commit there. FileNotFoundError if there is no such bank, or none in the cache while offline.
     """
     if not _is_on_hub(where):
         return DiskStore.open(where, read_only=read_only)
@@ -345,20 +329,7 @@ def push_source(
     commit_message: str = "Upload bank",
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Push all tasks as one file; the repository and the branch are made where they do not exist.
-
-    Args:
-        source: The tasks.
-        repo_id: Repository, "user/name".
-        private: Make the repository private. An existing public one is refused.
-        revision: Branch to commit to.
-        commit_message: First line of the commit.
-        token: Token, by default from HF_TOKEN or `hf auth login`.
-
-    Raises:
-        OSError: If the Hub refuses or cannot be reached, or the disk has no room for a copy.
-        ValueError: If the repository is public and must not be.
-    """
+    """Push all tasks as one file; see `MaskBank.push_to_hub`."""
     api = HfApi(library_name="smn_peft", token=token)
     with TemporaryDirectory() as folder:
         copy = Path(folder) / FILE_NAME

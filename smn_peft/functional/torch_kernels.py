@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ __all__ = ["build", "have_one_order", "inner", "is_dense", "rebuild", "score_gra
 
 _CHUNK = 1 << 13  # bytes of bits: their weights stay in the cache between two passes
 _CHUNK_ON_DEVICE = 1 << 20  # where every call costs a launch
+_ZERO = torch.zeros((), device="cpu")
 _EXACT = 2**24  # up to here fp32 counts by ones
 # θ·1[S > μ]; on a CPU torch's operations on bools take ten times as long.
 _keep_above = torch.ops.aten.threshold_backward.default
@@ -52,10 +54,10 @@ def build(
     """
     if _in_memory(weight, scores):
         kept = _indicator(weight, scores, spec, trainable)
-        count = torch.tensor(_count(kept), dtype=torch.float64, device="cpu")
-        scale = scale_of(count, kept.numel()).item() if spec.scale else 1.0
-        torch.addcmul(_zero(weight), weight, kept, value=scale, out=kept)
-        return kept.to(dtype), Found(float(count), scale)
+        count = _count(kept)
+        scale = _scale(count, kept.numel(), kept.dtype) if spec.scale else 1.0
+        torch.addcmul(_ZERO, weight, kept, value=scale, out=kept)
+        return kept.to(dtype), Found(count, scale)
     mask = compute_mask(scores, spec, trainable)
     active = torch.count_nonzero(mask)
     kept = torch.where(mask, weight, _zero(weight))
@@ -104,6 +106,13 @@ def _count(indicator: Tensor) -> float:
     if indicator.dtype == wide and indicator.is_contiguous() and indicator.numel() <= _EXACT:
         return float(torch.dot(indicator.view(-1), indicator.view(-1)))  # with cold caches quicker than a sum
     return float(sum(part.sum(dtype=wide).item() for part in indicator.reshape(-1).split(_EXACT)))
+
+
+def _scale(active: float, total: int, dtype: torch.dtype) -> float:
+    """1/σ as [`scale_of`] has it, to the last bit; torch's fp64 square root is not always the nearest number."""
+    if dtype == torch.float64:
+        return scale_of(torch.tensor(active, device="cpu"), total, dtype).item()
+    return math.sqrt(total / max(active, 1.0))
 
 
 def _zero(weight: Tensor) -> Tensor:
