@@ -27,7 +27,7 @@ class _Block:
     what: str  # its name in messages
     outer: _Block | None  # the block of the same context that it is nested in, of whichever bank
     active: _Named | None  # the task that is live while no inner block has the model; None for the base
-    thread: int  # the thread and asyncio task that began it
+    thread: threading.Thread  # the thread and asyncio task that began it; an identifier might be given again
     task: asyncio.Task[Any] | None
 
 
@@ -114,15 +114,15 @@ class ActiveTask:
 
     def _begin(self, what: str, lasting: bool) -> _Block:
         """Wait for the model; RuntimeError if code of this very thread has it that cannot go on before."""
-        outer, thread, task = _innermost.get(), threading.get_ident(), _asyncio_task()
+        outer, thread, task = _innermost.get(), threading.current_thread(), _asyncio_task()
         with self.turn:
             mine = outer
             while mine is not None and mine not in self._blocks:
                 mine = mine.outer
-            if lasting and mine is not None and mine.thread == thread and mine.task not in (None, task):
+            if lasting and mine is not None and mine.thread is thread and mine.task not in (None, task):
                 mine = None  # asyncio copied this context from the block's, and it may outlive that
             while self._blocks and (last := self._blocks[-1]) is not mine:
-                if last.thread == thread:
+                if last.thread is thread:
                     raise RuntimeError(
                         f"{what} while {last.what} is under way in another asyncio task or context of this thread: "
                         "the model has one task at a time. Leave that block before anything is awaited: "
@@ -187,7 +187,7 @@ class ActiveTask:
 
     def after_fork(self) -> None:
         """Forget the blocks of other threads, which a child process does not have."""
-        self._blocks = [block for block in self._blocks if block.thread == threading.get_ident()]
+        self._blocks = [block for block in self._blocks if block.thread is threading.current_thread()]
 
 
 def _asyncio_task() -> asyncio.Task[Any] | None:
