@@ -44,8 +44,8 @@ def check_passes(device: str) -> None:
     from smn_peft.functional import triton_kernels as kernels
 
     torch.manual_seed(0)
-    for numel in (1, 7, kernels._BLOCK, 5003, kernels._BLOCK * (2 * kernels._PARTS + 1) + 5):
-        for spec in SPECS:
+    for numel in (7, kernels._BLOCK, 5003, kernels._BLOCK * (2 * kernels._PARTS + 1) + 5):
+        for spec in SPECS if numel <= 5003 else SPECS[:1]:
             weight, scores, grad = torch.randn(3, numel).unbind()
             scores[::3] = spec.threshold  # a tie is off
             mask = compute_mask(scores, spec)
@@ -70,7 +70,7 @@ def check_dtypes(device: str) -> None:
     torch.manual_seed(0)
     for weight_dtype in FLOATS:
         for score_dtype in FLOATS:
-            for dtype in FLOATS:
+            for dtype in FLOATS if weight_dtype == score_dtype else (weight_dtype,):
                 weight, scores = torch.randn(300).to(weight_dtype), torch.randn(300).to(score_dtype)
                 grad = torch.randn(300).to(dtype)
                 spec = MaskSpec(threshold=0.1)
@@ -94,7 +94,7 @@ def nodes(device: str) -> list[tuple[Tensor, float]]:
     """Gradients of nodes of several geometries, with many pixels and with few, and how exact they are."""
     results: list[tuple[Tensor, float]] = []
     for spec in SPECS:
-        for channels_last in (0, 1, 3):  # of the tensors; a gradient may be laid out otherwise than its weight
+        for channels_last in (0, 1, 3) if spec is SPECS[0] else (1,):  # a gradient may be laid out unlike its weight
             for size in (9, 2):
                 torch.manual_seed(0)
                 x, weight, scores = torch.randn(2, 8, size, size), torch.randn(16, 8, 3, 3), torch.randn(16, 8, 3, 3)
