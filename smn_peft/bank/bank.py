@@ -123,7 +123,7 @@ class MaskBank:
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a task."""
-        return name in self._find
+        return name in self._source
 
     def add(
         self,
@@ -156,7 +156,6 @@ class MaskBank:
 
     def remove(self, name: str) -> None:
         """Remove a task; KeyError for an unknown name."""
-        self._find.check_known(name)
         self._source.remove(name)
         self._cache.forget(name)
         self._active.replace(name, None)
@@ -164,7 +163,6 @@ class MaskBank:
     def rename(self, old: str, new: str) -> None:
         """Give a task another name; KeyError for an unknown one, ValueError for one that is taken."""
         check_name(new)
-        self._find.check_known(old)
         self._source.rename(old, new)
         if self._cache.forget(old):
             self.pin(new)

@@ -25,7 +25,7 @@ from ..tuner.batch_norm import has_statistics
 from ..tuner.forms import mask_layer_for
 from ..tuner.identity import unmasked_tensors
 from .live import LiveModel
-from .source import BASE_NAME, StoredAdapter, TaskSource, unknown_task
+from .source import BASE_NAME, StoredAdapter, TaskSource
 from .task import SPARSE_BELOW, Task, TaskCache, TaskMask
 
 __all__ = ["TaskReader", "task_from_tensors"]
@@ -49,21 +49,8 @@ class TaskReader:
         self._check_base(task)
         return task
 
-    def __contains__(self, name: object) -> bool:
-        """Whether there is such a task."""
-        try:
-            return name in self._source
-        except UnicodeError:  # a surrogate alone, which no store can look for
-            return False
-
-    def check_known(self, name: str) -> None:
-        """Raise KeyError for an unknown name."""
-        if name not in self:
-            raise unknown_task(name, len(self._source))
-
     def task(self, name: str) -> Task:
         """Return a task, decoded if it is not; KeyError for an unknown name."""
-        self.check_known(name)
         version = self._source.version(name)
         return self._cache.get(name, version, lambda: self.decode(name, self._source.read(name)))
 
