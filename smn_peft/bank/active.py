@@ -1,57 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task that is live between calls: made live, left for another while somebody uses the model, and put back."""
+"""Who has the model: one context at a time; and which task is active once nobody has it."""
 
 from __future__ import annotations
 
-import inspect
-import sys
+import asyncio
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import FrameType
+from typing import Any
 
-from .cache import BankStats
 from .live import LiveModel
-from .task import Task
+from .task import BankStats, Task
 
 __all__ = ["ActiveTask"]
 
 _Named = tuple[str, Task]
-_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 @dataclass(eq=False)
 class _Block:
-    """A stretch of code that has the model: a `use` block, or a call of the bank.
+    """A stretch of code that has the model: a `use` block, or a call of the bank."""
 
-    Attributes:
-        owner: What it is a block of.
-        what: How messages call it.
-        outer: The block of the same context that it is nested in, of whichever bank.
-        active: The task that is live while no inner block has the model; None for the base.
-        frame: The generator or coroutine that the block stands in, which can be suspended.
-        thread: Identifier of the thread that began it.
-    """
-
-    owner: ActiveTask
-    what: str
-    outer: _Block | None
-    active: _Named | None
-    frame: FrameType | None
-    thread: int
+    what: str  # its name in messages
+    outer: _Block | None  # the block of the same context that it is nested in, of whichever bank
+    active: _Named | None  # the task that is live while no inner block has the model; None for the base
+    thread: threading.Thread  # the thread and asyncio task that began it; an identifier might be given again
+    task: asyncio.Task[Any] | None
 
 
 _innermost: ContextVar[_Block | None] = ContextVar("smn_bank_block", default=None)
 
 
 class ActiveTask:
-    """Gives the model to one context at a time, which finds it as the last call of [`activate`] left it.
+    """Gives the model to one context (`contextvars`) at a time, and puts the active task back afterwards.
 
-    The owner of a block is its context (`contextvars`), not its thread: what one asyncio task has, another does not.
-    Other threads wait. Whoever would wait for code of their own thread, which could not go on, gets an error.
+    What one asyncio task has, another does not. Other threads wait; whoever would wait for code of their own thread,
+    which could not go on, gets an error. Blocks end in the opposite order of their beginning.
 
     Attributes:
         active: The task that is live outside all blocks, with its name; None for the base.
@@ -61,14 +48,7 @@ class ActiveTask:
     def __init__(
         self, live: LiveModel, find: Callable[[str | Task | None], Task | None], stats: BankStats, *, exclusive: bool
     ) -> None:
-        """Begin with the base.
-
-        Args:
-            live: The model.
-            find: Looks a task up; KeyError for an unknown name.
-            stats: Where switches are counted.
-            exclusive: Leave what is live where no task is active.
-        """
+        """Begin with the base; with `exclusive`, leave what is live where no task is active."""
         self.turn = threading.Condition()
         self._live, self._find, self._stats, self._exclusive = live, find, stats, exclusive
         self.active: _Named | None = None
@@ -77,16 +57,13 @@ class ActiveTask:
     def activate(self, name: str | None) -> None:
         """Make a task live until further notice; inside a `use` block until it ends. None for the base."""
         with self._block("bank.activate", lasting=True) as block:
-            task = self._find(name)
-            self._switch(task)
-            active = None if task is None else (str(name), task)
-            holder = self._around(block)
-            holder.active = block.active = active
+            self._enter(block, name)
+            self._around(block).active = block.active
 
     def replace(self, name: str, other: str | None) -> None:
-        """If this is the active task, activate another, or the one that has its name now.
+        """If `name` is the active task, activate another, or the one that has its name now.
 
-        A `use` block that is under way keeps what it has, and the change shows at its end.
+        A `use` block that is under way keeps its task; the change shows at its end.
         """
         with self.turn:
             if self.active is None or self.active[0] != name:
@@ -97,17 +74,15 @@ class ActiveTask:
         self.activate(other)
 
     @contextmanager
-    def instead(self, name: str | None) -> Iterator[None]:
-        """Another active task while this lasts."""
+    def use(self, name: str | None) -> Iterator[None]:
+        """Make a task live for the block."""
         with self._block(f"bank.use({name!r:.80})", lasting=True) as block:
-            task = self._find(name)
-            self._switch(task)
-            block.active = None if task is None else (str(name), task)
+            self._enter(block, name)
             yield
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Whatever is made live while this lasts, the active task is live afterwards."""
+    def call(self) -> Iterator[None]:
+        """Let the block switch as it likes; the active task is live afterwards."""
         with self._block("bank.forward"):
             generation = self._live.generation
             try:
@@ -116,13 +91,18 @@ class ActiveTask:
                 self._stats.switches += self._live.generation - generation
 
     @contextmanager
-    def ending(self) -> Iterator[None]:
+    def closing(self) -> Iterator[None]:
         """Have the model for good: nothing is active any more."""
         with self._block("bank.close"):
             self.active = None
             for block in self._blocks:
                 block.active = None
             yield
+
+    def _enter(self, block: _Block, name: str | None) -> None:
+        task = self._find(name)
+        self._switch(task)
+        block.active = None if task is None else (str(name), task)
 
     @contextmanager
     def _block(self, what: str, *, lasting: bool = False) -> Iterator[_Block]:
@@ -133,33 +113,24 @@ class ActiveTask:
             self._end(block)
 
     def _begin(self, what: str, lasting: bool) -> _Block:
-        """Wait for the model.
-
-        Raises:
-            RuntimeError: If code of this very thread has it that cannot go on before this returns.
-        """
-        outer = _innermost.get()
-        frame = _suspendable_caller()
+        """Wait for the model; RuntimeError if code of this very thread has it that cannot go on before."""
+        outer, thread, task = _innermost.get(), threading.current_thread(), _asyncio_task()
         with self.turn:
             mine = outer
             while mine is not None and mine not in self._blocks:
                 mine = mine.outer
+            if lasting and mine is not None and mine.thread is thread and mine.task not in (None, task):
+                mine = None  # asyncio copied this context from the block's, and it may outlive that
             while self._blocks and (last := self._blocks[-1]) is not mine:
-                if last.thread == threading.get_ident():
+                if last.thread is thread:
                     raise RuntimeError(
                         f"{what} while {last.what} is under way in another asyncio task or context of this thread: "
                         "the model has one task at a time. Leave that block before anything is awaited: "
                         "bank.forward(inputs, tasks) is a block that awaits nothing."
                     )
                 self.turn.wait()
-            asleep = [outside for outside in self._blocks if outside.frame is not None and not _runs(outside.frame)]
-            if lasting and asleep:
-                raise RuntimeError(
-                    f"{what} while {asleep[-1].what} is under way in a generator or coroutine that is suspended, and "
-                    "would go on with the wrong task. Finish it first, or let it yield outside of its block."
-                )
             active = self._blocks[-1].active if self._blocks else self.active
-            block = _Block(self, what, outer, active, frame, threading.get_ident())
+            block = _Block(what, outer, active, thread, task)
             self._blocks.append(block)
         _innermost.set(block)
         return block
@@ -175,12 +146,13 @@ class ActiveTask:
         try:
             if block not in self._blocks:  # another thread's, before a fork
                 return
-            if self._blocks[-1] is block:
-                return self._put_back(self._around(block))
-            raise RuntimeError(
-                f"{block.what} ends while {self._blocks[-1].what}, which began inside it, is still under way: leave "
-                "blocks in the opposite order. The inner one keeps its task, and the base comes back after it."
-            )
+            if self._blocks[-1] is not block:
+                raise RuntimeError(
+                    f"{block.what} ends while {self._blocks[-1].what}, which began inside it, is still under way: "
+                    "leave blocks in the opposite order. The inner one keeps its task, and the base comes back after "
+                    "it."
+                )
+            self._put_back(self._around(block))
         finally:
             with self.turn:
                 if block in self._blocks:
@@ -198,7 +170,7 @@ class ActiveTask:
         self._stats.switches += self._live.generation - generation
 
     def _put_back(self, holder: ActiveTask | _Block) -> None:
-        """What is active outside a block that ends, as the source has it now; the base where it is gone."""
+        """Switch to what is active outside a block that ends, as the source has it now; to the base if it is gone."""
         if holder.active is None:
             return None if self._exclusive else self._switch(None)
         name, task = holder.active
@@ -214,26 +186,12 @@ class ActiveTask:
         self._switch(task)
 
     def after_fork(self) -> None:
-        """In a child process: other threads are gone, and so are their blocks."""
-        self._blocks = [block for block in self._blocks if block.thread == threading.get_ident()]
+        """Forget the blocks of other threads, which a child process does not have."""
+        self._blocks = [block for block in self._blocks if block.thread is threading.current_thread()]
 
 
-def _suspendable_caller() -> FrameType | None:
-    """The generator or coroutine that a block is written in, looking through context managers made of generators."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        back = frame.f_back
-        if frame.f_globals.get("__name__") != "contextlib" and (
-            back is None or back.f_globals.get("__name__") != "contextlib"
-        ):
-            break
-        frame = back
-    return frame if frame is not None and frame.f_code.co_flags & _SUSPENDABLE else None
-
-
-def _runs(wanted: FrameType) -> bool:
-    """Whether a generator or coroutine is among those that are being executed in this thread."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is wanted
+def _asyncio_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None

@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,14 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from .active import ActiveTask
-from .cache import BankStats, TaskCache
-from .forking import survive_forks
+from .database import survive_forks
 from .live import LiveModel
-from .lookup import TaskLookup
-from .mixed import MixedForward, one_per_sample
-from .named_call import answer_names, forget_names
-from .names import BASE_NAME as BASE
-from .names import check_name
-from .on_hub import open_store, push_source
-from .source import MemorySource, TaskSource, read_adapter
-from .task import Task
+from .mixed import MixedForward, answer_names, forget_names, one_per_sample
+from .reading import TaskReader
+from .source import BASE_NAME as BASE
+from .source import MemorySource, TaskSource, check_name, read_adapter
+from .store import open_store, push_source
+from .task import BankStats, Task, TaskCache
 
 __all__ = ["BASE", "MaskBank"]
 
@@ -34,11 +31,9 @@ __all__ = ["BASE", "MaskBank"]
 class MaskBank:
     """Tasks over one frozen model, each a mask, a head and statistics, switched in the model's own memory.
 
-    Three tiers: coded adapters on disk or in memory; decoded tasks, the least recently used out first; and the one
-    task that is live. No module is made per task, and registering a task does not touch the model.
-
-    A bank is safe to use from several threads: one switches at a time, and keeps the model until it is done. What is
-    copied, pickled or exported of the model is a plain model of what is live. A bank that nobody holds is closed.
+    Coded adapters lie on disk or in memory, decoded tasks are cached, and one task is live. No module is made per
+    task, and registering a task does not touch the model. Threads take turns: one has the model until it is done. What
+    is copied, pickled or exported of the model is a plain model of what is live. A bank that nobody holds is closed.
 
     Attributes:
         model: The base.
@@ -56,7 +51,7 @@ class MaskBank:
         self._live = LiveModel(base)
         self.model = base
         self._cache = TaskCache(ram_budget, self.stats)
-        self._find = TaskLookup(source, self._live, self._cache)
+        self._find = TaskReader(source, self._live, self._cache)
         self._active = ActiveTask(self._live, self._find, self.stats, exclusive=exclusive)
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
@@ -119,7 +114,7 @@ class MaskBank:
 
     @property
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Names of all tasks, sorted."""
         return list(self._source.names())
 
     def __len__(self) -> int:
@@ -128,7 +123,7 @@ class MaskBank:
 
     def __contains__(self, name: object) -> bool:
         """Whether there is such a task."""
-        return name in self._find
+        return name in self._source
 
     def add(
         self,
@@ -160,8 +155,7 @@ class MaskBank:
         self._active.replace(name, name)
 
     def remove(self, name: str) -> None:
-        """Take a task out of the bank; KeyError for an unknown name."""
-        self._find.check_known(name)
+        """Remove a task; KeyError for an unknown name."""
         self._source.remove(name)
         self._cache.forget(name)
         self._active.replace(name, None)
@@ -169,7 +163,6 @@ class MaskBank:
     def rename(self, old: str, new: str) -> None:
         """Give a task another name; KeyError for an unknown one, ValueError for one that is taken."""
         check_name(new)
-        self._find.check_known(old)
         self._source.rename(old, new)
         if self._cache.forget(old):
             self.pin(new)
@@ -179,22 +172,26 @@ class MaskBank:
         """Push all tasks as one file, which [`open`] takes by the repository's name.
 
         Args:
-            repo_id: Repository, "user/name"; made where it does not exist.
-            options: `private`, `revision`, `commit_message` and `token`, as of PEFT's method.
+            repo_id: Repository, "user/name"; made where it does not exist, as is the branch.
+            options: `private`, `revision` (a branch), `commit_message` and `token`, as of PEFT's method.
+
+        Raises:
+            OSError: If the Hub refuses or cannot be reached, or the disk has no room for a copy.
+            ValueError: If the repository is public and must be private.
         """
         return push_source(self._source, repo_id, **options)
 
     def info(self, name: str) -> dict[str, Any]:
-        """Config, density and bytes of a task; KeyError for an unknown name."""
+        """Return config, density and bytes of a task; KeyError for an unknown name."""
         task = self.task(name)
         return {"name": name, "density": task.density, "decoded_bytes": task.nbytes, "config": dict(task.info)}
 
     def config(self, name: str) -> Mapping[str, Any]:
-        """The config of a task's adapter, nothing of which is decoded; KeyError for an unknown name."""
+        """Return the config of a task's adapter without decoding its masks; KeyError for an unknown name."""
         return self._source.read(name).config
 
     def task(self, name: str) -> Task:
-        """A task, decoded if it is not; KeyError for an unknown name."""
+        """Return a task, decoded if it is not; KeyError for an unknown name."""
         return self._find.task(name)
 
     def pin(self, name: str) -> None:
@@ -232,11 +229,13 @@ class MaskBank:
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[nn.Module]:
-        """The model under a task, for this context alone; afterwards it is what it was before.
+        """Give the model to this context alone, under a task; afterwards it is what it was before.
 
-        The block belongs to the context that it stands in (`contextvars`): other threads wait for its end; another
-        asyncio task of the same thread, which cannot wait, is refused, and so is a second block while a generator that
-        stands in its own is suspended. Do not await or yield inside a block. Blocks end in the opposite order.
+        The block belongs to the context that it stands in (`contextvars`): other threads wait for its end, another
+        asyncio task of the same thread, which cannot wait, is refused. Blocks end in the opposite order, else
+        RuntimeError. Do not await inside a block. Do not yield inside one either, unless the generator is run to its
+        end before another block begins: generators share their caller's context, so that one which is resumed inside
+        another's block computes under that one's task.
 
         Args:
             name: Of the task; None (or "__base__") for the base.
@@ -246,13 +245,13 @@ class MaskBank:
             RuntimeError: If other code of this thread has the model and is suspended, or if a block ends before one
                 that began inside it; once both have ended, what was live before is live again.
         """
-        with self._active.instead(name):
+        with self._active.use(name):
             yield self.model
 
     def forward(
         self, inputs: Tensor, tasks: Sequence[str | Task | None] | str | Task | None = None, **kwargs: Any
     ) -> Any:
-        """A batch whose samples may be of different tasks.
+        """Run a batch whose samples may be of different tasks.
 
         Args:
             inputs: (batch, …), such as pixel values (batch, 3, height, width).
@@ -270,7 +269,7 @@ class MaskBank:
             ValueError: If the number of names is not the number of samples.
         """
         names = one_per_sample(tasks, len(inputs))
-        with self._active.aside(), torch.no_grad():
+        with self._active.call(), torch.no_grad():
             decoded = {name: self._find(name) for name in dict.fromkeys(names)}
             return self._mixed([decoded[name] for name in names], inputs, **kwargs)
 
@@ -284,15 +283,16 @@ class MaskBank:
         """
         if self._closed:
             return
-        with self._active.ending():
+        with self._active.closing():
             self._closed = True
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
             self._release()
 
-    def locks(self) -> list[AbstractContextManager[Any]]:
-        """What no process may be forked under."""
-        return [self._active.turn, self._cache.lock, self._live.memory]
+    def before_fork(self, held: ExitStack) -> None:
+        """Hold what no process may be forked under."""
+        for lock in (self._active.turn, self._cache.lock, self._live.memory):
+            held.enter_context(lock)
 
     def after_fork(self) -> None:
         """In a child process: leave out what other threads of the parent were doing."""

@@ -10,14 +10,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..storage import AdapterFileError
-from .database_errors import StoreBusyError, explanation
 
-__all__ = ["VERSION", "Database"]
+__all__ = ["VERSION", "Database", "StoreBusyError", "survive_forks"]
 
 VERSION = 1
 """Version of the schema, in the file's `user_version`."""
@@ -33,6 +32,37 @@ _MAX_LOG = 1 << 24  # bytes of the write-ahead log that a change may leave
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "lustre", "9p", "afs", "gpfs", "beegfs", "fuse.")
 
 
+class StoreBusyError(RuntimeError):
+    """Another process is writing to the bank."""
+
+
+def _explanation(error: Exception, path: Path) -> Exception:
+    """SQLite's error as the package's own, with what to do; only what says that the file is damaged is called so."""
+    text, kind = str(error), getattr(error, "sqlite_errorname", "")  # Python 3.11
+    if "locked" in text or "locking protocol" in text:
+        return StoreBusyError(f"{path} stays locked by another process: try again.")
+    if "unable to open" in text and not path.exists():
+        return FileNotFoundError(f"{path} is gone: put the bank back, or open it anew.")
+    if "unable to open" in text or "readonly" in text:
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as limit:
+            return OSError(limit.errno, f"Cannot open {path}: {limit.strerror}. Close some, or raise ulimit -n")
+        return PermissionError(
+            f"{path} cannot be opened or written ({text}): check the permissions of the file and its folder. If its "
+            "writer was killed, whoever may write there has to open it once."
+        )
+    if "full" in text:
+        return OSError(f"Cannot write {path} ({text}): free some space. The bank is as it was.")
+    if "LOCK" in kind:
+        return OSError(f"{path} is on a disk without locks ({kind}): open a copy on another disk.")
+    if "disk I/O" in text:
+        return OSError(f"Cannot read or write {path} ({kind or text}): check the disk and its free space.")
+    if "too big" in text:
+        return ValueError(f"A row of {path} would be too large ({text}): SQLite holds up to 1e9 bytes.")
+    return AdapterFileError(f"{path} is damaged ({text}): fetch the bank again, or build it anew.")
+
+
 class Database:
     """A bank's file, for any number of readers and one writer at a time. Safe from any thread, and after a fork.
 
@@ -41,15 +71,7 @@ class Database:
     """
 
     def __init__(self, path: Path, *, read_only: bool, immutable: bool = False) -> None:
-        """Open a file; an empty bank is made where there is none, unless `read_only`.
-
-        Args:
-            path: The file.
-            read_only: Make nothing, and refuse changes.
-            immutable: Nobody writes to the file: neither lock it nor put files beside it.
-
-        Raises: As [`DiskStore.open`].
-        """
+        """Open a file, see [`DiskStore.open`]; with `immutable`, neither lock it nor put files beside it."""
         self.path = Path(os.path.realpath(path))
         self.read_only = read_only
         self._immutable = immutable
@@ -60,7 +82,7 @@ class Database:
             self._create()
         self._check_log()
         self._connection: sqlite3.Connection | None = self._reader()
-        _databases.add(self)
+        survive_forks(self)
 
     def _create(self) -> None:
         if self.read_only:
@@ -82,7 +104,8 @@ class Database:
         The file says whether it has a log. Reading it drops this process's locks on it, so only the first may.
         """
         before = self._log()
-        if before is None or not before.st_size or any(other.path == self.path for other in list(_databases)):
+        opened = {other.path for other in list(_forkable) if isinstance(other, Database)}
+        if before is None or not before.st_size or self.path in opened:
             return
         with self.path.open("rb") as file:
             header = file.read(20)
@@ -168,15 +191,13 @@ class Database:
             try:
                 return self._connection.execute(query, values).fetchall()
             except (sqlite3.Error, OverflowError) as error:
-                raise explanation(error, self.path) from error
+                raise _explanation(error, self.path) from error
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction: committed at the end of the block, undone if it raises or the process dies.
+        """Commit the block's changes at its end, undo them if it raises or the process dies.
 
-        Raises:
-            PermissionError: If the bank is read-only.
-            StoreBusyError: If another process is writing, for longer than a few seconds.
+        PermissionError if the bank is read-only, StoreBusyError if another process writes for longer than seconds.
         """
         with self._writer() as connection:
             try:
@@ -242,19 +263,28 @@ class Database:
                     for pragma in ("busy_timeout = 0", "query_only = OFF", "user_version", "journal_mode = DELETE"):
                         self._connection.execute(f"PRAGMA {pragma}").fetchall()
             self._disconnect()
-        _databases.discard(self)
+        _forkable.discard(self)
 
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
+    def before_fork(self, held: ExitStack) -> None:
+        """Disconnect: a connection must not cross a fork. Parent and child open their own."""
+        held.enter_context(self._lock)
+        self._disconnect()
+
+    def after_fork(self) -> None:
+        """Forget that another thread of the parent was writing."""
+        self._writing = threading.Lock()
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OverflowError) as error:
-            raise explanation(error, self.path) from error
+            raise _explanation(error, self.path) from error
 
 
 def _text(data: bytes) -> str:
@@ -269,29 +299,42 @@ def _is_on_network(path: Path) -> bool:
     return False
 
 
-# A connection must not cross a fork, and a lock that another thread holds would stay locked in the child: before a
-# fork all connections are closed, and parent and child open their own.
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+# --- Forks -----------------------------------------------------------------------------------------------------------
+
 _orphans: list[sqlite3.Connection] = []
-_held: list[Database] = []
+
+
+class Forkable(Protocol):
+    """What must not be forked while other threads use it."""
+
+    def before_fork(self, held: ExitStack) -> None:
+        """Enter the locks that a child must find free; they are held for short whiles, none of them inside another."""
+
+    def after_fork(self) -> None:
+        """In the child, where only the thread that forked is left; the locks are still held."""
+
+
+_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_forking = threading.RLock()
+_held = ExitStack()
+
+
+def survive_forks(resource: Forkable) -> None:
+    """Take care of a resource at every fork for as long as it lives."""
+    _forkable.add(resource)
 
 
 def _before_fork() -> None:
-    for database in list(_databases):
-        database._lock.acquire()
-        _held.append(database)
-        database._disconnect()
+    _held.enter_context(_forking)
+    for resource in list(_forkable):
+        resource.before_fork(_held)
 
 
-def _after_fork(in_child: bool = False) -> None:
-    while _held:
-        database = _held.pop()
-        database._lock.release()
-        if in_child:
-            database._writing = threading.Lock()
+def _after_fork_in_child() -> None:
+    for resource in list(_forkable):
+        resource.after_fork()
+    _held.close()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork, after_in_child=lambda: _after_fork(in_child=True)
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_held.close, after_in_child=_after_fork_in_child)

@@ -1,27 +1,100 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an adapter's tensors to a task over a given base: names matched, sizes checked, the head made plain."""
+"""From a stored adapter to a task over a given base: names matched, masks decoded, everything checked."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..storage import is_settings
-from ..storage.codec import BLOB_NAME
+from ..functional.masking import seeded_generator, select_trainable
+from ..functional.packing import packed_size
+from ..storage import AdapterFileError, fingerprint, is_settings, tensor_digest
+from ..storage.codec import BLOB_NAME, MaskBlob, accelerate, decode_masks
+from ..tuner.architectures import head_modules
+from ..tuner.base_name import base_name
 from ..tuner.batch_norm import has_statistics
 from ..tuner.forms import mask_layer_for
-from ..tuner.targets import head_modules
+from ..tuner.identity import unmasked_tensors
 from .live import LiveModel
-from .task import SPARSE_BELOW, Task, TaskMask
-from .unpacking import blob_in, decode_blob
+from .source import BASE_NAME, StoredAdapter, TaskSource
+from .task import SPARSE_BELOW, Task, TaskCache, TaskMask
 
-__all__ = ["task_from_tensors"]
+__all__ = ["TaskReader", "task_from_tensors"]
 
 _PREFIX = "base_model.model."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class TaskReader:
+    """Tasks of a source over a base, decoded and checked when they are asked for. Safe from any thread."""
+
+    def __init__(self, source: TaskSource, live: LiveModel, cache: TaskCache) -> None:
+        """Decode and hash nothing yet."""
+        self._source, self._live, self._cache = source, live, cache
+        self._digests: dict[tuple[str, torch.dtype], str] = {}
+        self._unmasked: dict[object, list[str]] = {}
+
+    def decode(self, name: str, stored: StoredAdapter) -> Task:
+        """Make a task of an adapter; ValueError if it does not belong to the base."""
+        task = task_from_tensors(name, stored.tensors, self._live, stored.config)
+        self._check_base(task)
+        return task
+
+    def task(self, name: str) -> Task:
+        """Return a task, decoded if it is not; KeyError for an unknown name."""
+        version = self._source.version(name)
+        return self._cache.get(name, version, lambda: self.decode(name, self._source.read(name)))
+
+    def __call__(self, task: str | Task | None) -> Task | None:
+        """Return a task by its name, or as it was looked up before; None for the base."""
+        if task is None or task == BASE_NAME:
+            return None
+        return self.task(task) if isinstance(task, str) else task
+
+    def _check_base(self, task: Task) -> None:
+        """Refuse a task of another base by its fingerprints; its adapter's ``check_base=False`` overrides.
+
+        Raises:
+            ValueError: Names both bases, and whether the masked weights or the rest differ.
+        """
+        if not task.info.get("check_base", True):
+            return
+        masked, rest = (task.info.get(f"{part}_fingerprint") for part in ("base", "unmasked"))
+        if masked is not None:
+            self._compare(task, "masked weights", str(masked), list(task.masks))
+        if rest is not None:
+            key = (frozenset(task.masks), task.info.get("batch_norm"), tuple(task.info.get("modules_to_save") or ()))
+            if key not in self._unmasked:
+                self._unmasked[key] = list(unmasked_tensors(self._live.model, task.masks.keys(), task.info))
+            self._compare(task, "weights or statistics outside the mask", str(rest), self._unmasked[key])
+
+    def _compare(self, task: Task, what: str, expected: str, names: list[str]) -> None:
+        base = self._live.model
+        wanted = [(name, self._live.dtype(name)) for name in names]
+        for name, dtype in wanted:
+            if (name, dtype) not in self._digests:
+                self._digests[name, dtype] = tensor_digest(self._live.values(name))
+        present = fingerprint((self._digests[key] for key in wanted), wanted[0][1] if wanted else torch.float32)
+        if present == expected:
+            return
+        bases = f"made for {task.info.get('base_model_name_or_path') or 'a base without a name'} ({expected}), this "
+        bases += f"bank's base is {base_name(base) or type(base).__name__} ({present})"
+        if expected.partition(":")[0] == present.partition(":")[0]:
+            raise ValueError(
+                f"Task {task.name!r} does not belong to this base model, whose {what} differ: {bases}. Open the bank "
+                "over the base that the adapter names; check_base=false in its adapter_config.json overrides the "
+                "check."
+            )
+        warnings.warn(f"Task {task.name!r} cannot be verified in another dtype: {bases}.", stacklevel=5)
 
 
 def task_from_tensors(
@@ -29,9 +102,8 @@ def task_from_tensors(
     tensors: Mapping[str, Tensor],
     live: LiveModel,
     config: Mapping[str, Any] | None = None,
-    config_nbytes: int = 0,
 ) -> Task:
-    """Lay an adapter's tensors over a base.
+    """Make a task of an adapter's tensors.
 
     Args:
         name: Of the task.
@@ -39,7 +111,6 @@ def task_from_tensors(
         live: Of the base: a plain timm or transformers model, or a `Classifier` around one; the adapter may have been
             made on either, as long as the layers are the same.
         config: The adapter's; kept with the task.
-        config_nbytes: Bytes that it takes for this task alone.
 
     Raises:
         AdapterFileError: If a mask is damaged.
@@ -48,7 +119,7 @@ def task_from_tensors(
     """
     config, base = config or {}, live.model
     bare = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    coded = blob_in(bare)
+    coded = _blob_in(bare)
     prefix, names = ("", []) if coded is None else (coded[0], [entry.name for entry in coded[1].entries])
     layers = {path for path, leaf in map(_split, [*bare, *(prefix + name for name in names)]) if _is_mask(leaf)}
     if not layers:
@@ -61,7 +132,7 @@ def task_from_tensors(
 
     if coded is not None:
         bare = {key: tensor for key, tensor in bare.items() if _split(key)[1] != BLOB_NAME}
-        bare |= decode_blob(*coded, live, locate, config)
+        bare |= _decode_blob(*coded, live, locate, config)
     masks: dict[str, TaskMask] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in bare.items():
@@ -77,7 +148,7 @@ def task_from_tensors(
             parameter = live.first_name(locate(key)[0])
             if parameter in masks:
                 raise ValueError(f"Task {name!r} brings two masks of {parameter}: the adapter is damaged.")
-            below = SPARSE_BELOW if live.may_be_sparse(parameter) else 0.0
+            below = SPARSE_BELOW if parameter in live.scalable else 0.0
             numel = live.shape(parameter).numel()
             scaled = bool(config.get("scale", True))
             try:
@@ -86,9 +157,9 @@ def task_from_tensors(
                 raise ValueError(f"Task {name!r} cannot be taken: {error}") from error
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
     brought = {live.first_name(key): tensor for key, tensor in _plain_heads(rest, base).items()}
-    brought = _checked(name, brought, live)
-    _check_whole(name, masks, brought, config, base)
-    return Task(name, masks, brought, config, config_nbytes)
+    _check_tensors(name, brought, live)
+    _check_complete(name, masks, brought, config, base)
+    return Task(name, masks, brought, config)
 
 
 def _is_mask(leaf: str) -> bool:
@@ -128,11 +199,9 @@ def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[st
 
 def _plain_heads(rest: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
     """Fold a head's standardisation into its weight and bias, where the base's own head has no place for it."""
-    result = dict(rest)
-    for key in [key for key in rest if key.endswith(".feature_mean")]:
-        path = key.removesuffix(".feature_mean")
-        module = _module(base, path)
-        if module is None or hasattr(module, "feature_mean"):
+    result, modules = dict(rest), dict(base.named_modules(remove_duplicate=False))
+    for path in [key.removesuffix(".feature_mean") for key in rest if key.endswith(".feature_mean")]:
+        if path not in modules or hasattr(modules[path], "feature_mean"):
             continue
         mean, std = (result.pop(f"{path}.{which}").double() for which in ("feature_mean", "feature_std"))
         weight, bias = (result[f"{path}.{which}"] for which in ("weight", "bias"))
@@ -142,21 +211,10 @@ def _plain_heads(rest: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def _module(base: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return base.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _check_whole(
+def _check_complete(
     name: str, masks: Mapping[str, TaskMask], tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: nn.Module
 ) -> None:
-    """Refuse an adapter that brings a tensor twice, or not all that its config promises.
-
-    Raises:
-        ValueError: Names what is too much or missing.
-    """
+    """Refuse an adapter that brings a tensor twice, or not all that its config promises."""
     if twice := sorted(masks.keys() & tensors.keys()):
         raise ValueError(
             f"Task {name!r} masks {twice[0]} and brings it whole too, and only one can be: the adapter is damaged."
@@ -182,10 +240,13 @@ def _check_whole(
             )
 
 
-def _checked(name: str, tensors: dict[str, Tensor], live: LiveModel) -> dict[str, Tensor]:
-    """What a task brings along whole: each with the base's shape, but for a head's number of classes."""
+def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> None:
+    """Check what a task brings along whole: of the base's shapes, but for a head's number of classes."""
     base = live.model
-    heads = _heads(base)
+    linears = {path: module for path, module in base.named_modules() if isinstance(module, nn.Linear)}
+    inside = head_modules(base)
+    heads = {path for path, module in linears.items() if "." not in path or id(module) in inside}
+    heads.update([*linears][-1:])
     for key, tensor in tensors.items():
         try:
             own = live.shape(key)
@@ -215,16 +276,68 @@ def _checked(name: str, tensors: dict[str, Tensor], live: LiveModel) -> dict[str
         if len(set(rows.values())) > 1:
             told = " and ".join(f"a {leaf} of {count}" for leaf, count in rows.items())
             raise ValueError(f"Task {name!r}: its head {path} would have {told} classes: the adapter is damaged.")
-    return tensors
 
 
-def _heads(base: nn.Module) -> set[str]:
-    """Paths of the Linear layers that may be a head: those at the top, the last of all, and what timm says."""
-    linears = {path: module for path, module in base.named_modules() if isinstance(module, nn.Linear)}
-    get_classifier: Any = getattr(base, "get_classifier", tuple)
-    found = get_classifier()
-    named = [found] if isinstance(found, nn.Module) else [module for module in found if isinstance(module, nn.Module)]
-    inside = {id(module) for classifier in named for module in classifier.modules()}
-    return {path for path, module in linears.items() if "." not in path or id(module) in inside} | {
-        *list(linears)[-1:]
-    }
+# --- Coded masks -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _accelerate_once() -> None:
+    """Read by compiled code where numba is installed: a bank reads many masks."""
+    with contextlib.suppress(ImportError):
+        accelerate()
+
+
+def _blob_in(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
+    """Find the coded masks among an adapter's tensors, with the prefix of their names; None if they are bit-packed."""
+    key = next((key for key in tensors if key.rpartition(".")[2] == BLOB_NAME), None)
+    if key is None:
+        return None
+    if tensors[key].dtype != torch.uint8:
+        raise AdapterFileError(f"{key} is {tensors[key].dtype}, coded masks are uint8: the adapter is damaged.")
+    return key.removesuffix(BLOB_NAME), MaskBlob.parse(tensors[key].numpy().data)
+
+
+def _decode_blob(
+    prefix: str,
+    blob: MaskBlob,
+    live: LiveModel,
+    locate: Callable[[str], tuple[str, str]],
+    config: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Decode masks to bits, by key; `prefix` is what keys have before the names in the blob.
+
+    `locate` gives the name of the base's parameter for a key, and its path from the masked layer. AdapterFileError if
+    a mask is damaged, ValueError if a size is not that of the base.
+    """
+    _accelerate_once()
+    for entry in blob.entries:
+        numel = live.shape(locate(prefix + entry.name)[0]).numel()
+        if entry.size != packed_size(numel):
+            raise ValueError(
+                f"{prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights there: "
+                "open the bank over the base that adapter_config.json names."
+            )
+
+    masks = decode_masks(blob, blob.size, _Base(live, prefix, locate, config))
+    return {prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the codec asks of the base."""
+
+    live: LiveModel
+    prefix: str
+    locate: Callable[[str], tuple[str, str]]
+    config: Mapping[str, Any]
+
+    def selected(self, name: str) -> NDArray[np.bool_] | None:
+        fraction = self.config.get("trainable_fraction", 1.0)
+        if fraction == 1.0:
+            return None
+        parameter, path = self.locate(self.prefix + name)
+        layer = (self.prefix + name).rpartition(".")[0]
+        generator = seeded_generator(self.config.get("seed", 0), f"{layer}.{path}.select")
+        weight = self.live.values(parameter)
+        return select_trainable(weight, fraction, self.config["select"], generator).reshape(-1).cpu().numpy()

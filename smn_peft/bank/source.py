@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TaskSource`: where a bank's adapters lie; `MemorySource` keeps them coded in memory."""
+"""Where a bank's adapters lie, what they may be called, and a source that keeps them in memory."""
 
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,47 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, read_adapter_file
-from ..storage.adapter_config import read_config
-from .names import MAX_NAME, check_name
+from ..storage.repack import read_config
 
-__all__ = ["MemorySource", "StoredAdapter", "TaskSource", "read_adapter", "unknown_task"]
+__all__ = [
+    "BASE_NAME",
+    "MAX_NAME",
+    "MemorySource",
+    "StoredAdapter",
+    "TaskSource",
+    "check_name",
+    "read_adapter",
+    "unknown_task",
+]
+
+BASE_NAME = "__base__"
+"""Names the base itself in a mixed batch, so no task can have it."""
+MAX_NAME = 200
+"""Characters of the longest name."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that no terminal, URL or file could show.
+
+    Args:
+        name: Any text of 1 to [`MAX_NAME`] characters, without control characters, that is no folder's "." or "..".
+
+    Raises:
+        TypeError: If it is no text.
+        ValueError: If it is empty, too long, reserved, or holds what is not to be printed.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"A task's name is text; got {type(name).__name__}.")
+    if not name:
+        raise ValueError("A task's name must not be empty.")
+    if len(name) > MAX_NAME:
+        raise ValueError(f"A task's name has at most {MAX_NAME} characters; {name[:20]!r}… has {len(name)}.")
+    if name == BASE_NAME:
+        raise ValueError(f"{BASE_NAME!r} names the base itself: choose another name.")
+    if name in (".", ".."):
+        raise ValueError(f"{name!r} names a folder in every path and URL: choose another name.")
+    if not name.isprintable() and any(unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") for one in name):
+        raise ValueError(f"{name!r} holds control characters: choose another name.")
 
 
 @dataclass(frozen=True)
@@ -33,22 +71,20 @@ class StoredAdapter:
 
 
 class TaskSource(Protocol):
-    """What a bank asks of the place where its adapters lie. Names are unique; reading is safe from any thread."""
+    """Where a bank's adapters lie. Names are unique; reading is safe from any thread."""
 
     def names(self) -> Sequence[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
 
-    def __contains__(self, name: object) -> bool:
-        """Whether there is such a task."""
+    def __contains__(self, name: object) -> bool: ...
 
-    def __len__(self) -> int:
-        """Number of tasks."""
+    def __len__(self) -> int: ...
 
     def version(self, name: str) -> object:
-        """What changes when another adapter is put under the same name; KeyError for an unknown one."""
+        """Return what changes with the adapter under a name; KeyError for an unknown one."""
 
     def read(self, name: str) -> StoredAdapter:
-        """An adapter; KeyError for an unknown name, AdapterFileError for a damaged one."""
+        """Return an adapter; KeyError for an unknown name, AdapterFileError for a damaged one."""
 
     def add(self, name: str, adapter: StoredAdapter, *, replace: bool = False) -> None:
         """Put an adapter under a name; ValueError if it is no name, or taken and `replace` is false."""
@@ -84,7 +120,7 @@ def read_adapter(adapter: str | os.PathLike[str], *, revision: str | None = None
 
 
 def unknown_task(name: str, count: int) -> KeyError:
-    """The error for a name that no task has."""
+    """Return the error for a name that no task has."""
     shown = repr(name) if len(name) <= MAX_NAME else f"{name[:20]!r}… of {len(name)} characters"
     return KeyError(f"The bank has no task {shown}; it has {count}: see bank.names.")
 
@@ -97,7 +133,7 @@ class MemorySource:
         self._adapters: dict[str, StoredAdapter] = {}
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted(self._adapters)
 
     def __contains__(self, name: object) -> bool:
@@ -107,11 +143,11 @@ class MemorySource:
         return len(self._adapters)
 
     def version(self, name: str) -> object:
-        """Identity of the adapter."""
+        """Return the adapter's identity."""
         return id(self.read(name))
 
     def read(self, name: str) -> StoredAdapter:
-        """The adapter itself."""
+        """Return the adapter itself."""
         if name not in self._adapters:
             raise unknown_task(name, len(self))
         return self._adapters[name]

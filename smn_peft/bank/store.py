@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..storage import AdapterFileError
 from .database import VERSION, Database
-from .database_errors import StoreBusyError
-from .names import BASE_NAME, check_name
-from .source import StoredAdapter, unknown_task
-from .task_info import StoreInfo, TaskCheck, TaskInfo
-from .task_row import MAX_BLOB, MAX_CONFIG, Adapter, TaskRow, checked, encoded
+from .row import MAX_BLOB, MAX_CONFIG, Adapter, StoreInfo, TaskCheck, TaskInfo, TaskRow, checked, encoded
+from .source import StoredAdapter, TaskSource, check_name, unknown_task
 
-__all__ = ["BASE_NAME", "FILE_NAME", "DiskStore", "StoreBusyError", "StoreInfo", "TaskCheck", "TaskInfo", "check_name"]
+__all__ = ["FILE_NAME", "DiskStore", "open_store", "push_source"]
 
 FILE_NAME = "bank.sqlite"
 """The file in a bank's folder, and in its repository on the Hub."""
@@ -30,13 +32,11 @@ _ROW = (  # what is too large is not loaded
 
 
 class DiskStore:
-    """Adapters in a file: a table of one row per task.
+    """A [`TaskSource`] in one file: a table of one row per task.
 
-    Opening reads nothing of the tasks, and a lookup is one search in the table's index, however many there are. What
-    is added, replaced, removed or renamed becomes visible to every process at once, or not at all if the writer fails
-    or is killed. Any number of processes and threads read meanwhile.
-
-    A [`TaskSource`]. At rest the file is all: it can be copied, and read where nothing can be written.
+    Opening reads nothing of the tasks, and a lookup is one search in the table's index. A change becomes visible to
+    every process at once, or not at all if the writer fails or is killed; any number of processes and threads read
+    meanwhile. At rest the file is all: it can be copied, and read where nothing can be written.
 
     Attributes:
         path: The file.
@@ -44,7 +44,6 @@ class DiskStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, immutable: bool = False) -> None:
-        """See [`open`]."""
         self.path = _file_of(Path(path))
         self.read_only = read_only
         self._database = Database(self.path, read_only=read_only, immutable=immutable)
@@ -67,7 +66,7 @@ class DiskStore:
         return cls(path, read_only=read_only, immutable=immutable)
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted(self._allowed(name) for (name,) in self._bounded_rows("SELECT name FROM task"))
 
     def _allowed(self, name: object) -> str:
@@ -94,11 +93,11 @@ class DiskStore:
         return int(count)
 
     def version(self, name: str) -> int:
-        """A number that no other adapter of this store has had or will have; KeyError for an unknown name."""
+        """Return a number that no other adapter of this store has had or will have; KeyError if there is no task."""
         return int(self._one(name, "SELECT id FROM task WHERE ")[0])
 
     def read(self, name: str) -> StoredAdapter:
-        """An adapter, compared with its checksum.
+        """Return an adapter, compared with its checksum.
 
         Raises:
             AdapterFileError: If it is damaged, with its name; other tasks are read as before.
@@ -188,12 +187,7 @@ class DiskStore:
             connection.executemany("DELETE FROM task WHERE name = ?", [(name,) for name in names])
 
     def rename(self, old: str, new: str) -> None:
-        """Give a task another name.
-
-        Raises:
-            KeyError: If there is no such task.
-            ValueError: If the new name is taken or not allowed.
-        """
+        """Give a task another name; KeyError for an unknown one, ValueError for one that is taken or not allowed."""
         check_name(new)
         with self._database.writing() as connection:
             if (found := _id_of(connection, old)) is None:
@@ -203,11 +197,11 @@ class DiskStore:
             connection.execute("UPDATE task SET name = ? WHERE id = ?", (new, found))
 
     def info(self, name: str) -> TaskInfo:
-        """What is known of a task; KeyError for an unknown name."""
+        """Return what is known of a task; KeyError for an unknown name."""
         return self._info(*self._one(name, "SELECT name, facts FROM task WHERE "))
 
     def infos(self) -> list[TaskInfo]:
-        """What is known of every task, sorted by name."""
+        """Return what is known of every task, sorted by name."""
         found = [self._info(*row) for row in self._bounded_rows("SELECT name, facts FROM task")]
         return sorted(found, key=lambda info: info.name)
 
@@ -217,7 +211,7 @@ class DiskStore:
             return TaskInfo.parse(allowed, facts)
 
     def summary(self) -> StoreInfo:
-        """The store as a whole."""
+        """Describe the store as a whole."""
         (free,), (page,) = (self._database.rows(f"PRAGMA {name}")[0] for name in ("freelist_count", "page_size"))
         return StoreInfo(len(self), self._database.size(), free * page, VERSION)
 
@@ -236,10 +230,9 @@ class DiskStore:
             raise AdapterFileError(f"{self.path} is damaged ({found[0][0]}): fetch the bank again, or build it anew.")
 
     def compact(self) -> tuple[int, int]:
-        """Give the room of removed tasks back to the disk, which must have room for a second copy meanwhile.
+        """Give the room of removed tasks back to the disk; return the file's bytes before and after.
 
-        Returns:
-            Bytes of the file before and after.
+        The disk must have room for a second copy meanwhile.
         """
         before = self._database.size()
         self._database.vacuum()
@@ -298,3 +291,69 @@ def _file_of(path: Path) -> Path:
     if others and not others[0].startswith(FILE_NAME):
         raise ValueError(f"{path} is no bank and holds other files ({others[0]}): name another folder, or {file}.")
     return file
+
+
+# --- On the Hub ------------------------------------------------------------------------------------------------------
+
+
+def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revision: str | None = None) -> DiskStore:
+    """Open a bank of this disk (see [`DiskStore.open`]), or read-only of the Hub, where it is fetched if need be.
+
+    `where` is "user/name" on the Hub if there is no such folder and no folder "user"; `revision` is a branch, tag or
+    commit there. FileNotFoundError if there is no such bank, or none in the cache while offline.
+    """
+    if not _is_on_hub(where):
+        return DiskStore.open(where, read_only=read_only)
+    try:
+        file = hf_hub_download(str(where), FILE_NAME, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {where}, and no {FILE_NAME} in that repository of the Hub: {error} For a new bank on "
+            f"this disk name ./{where}; for adapters on the Hub give a list of their names."
+        ) from error
+    return DiskStore.open(file, read_only=True, immutable=True)
+
+
+def _is_on_hub(where: str | os.PathLike[str]) -> bool:
+    if not isinstance(where, str) or where.count("/") != 1 or where.startswith((".", "/", "~")):
+        return False
+    return not (where.endswith((".sqlite", "/")) or Path(where).exists() or Path(where).parent.exists())
+
+
+def push_source(
+    source: TaskSource,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload bank",
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """Push all tasks as one file; see `MaskBank.push_to_hub`."""
+    api = HfApi(library_name="smn_peft", token=token)
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / FILE_NAME
+        if isinstance(source, DiskStore):
+            source.copy(copy)
+        else:
+            with DiskStore.open(copy) as store:
+                store.add_many((name, source.read(name)) for name in source.names())
+        with DiskStore.open(copy, read_only=True, immutable=True) as store:
+            local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
+        if local:
+            warnings.warn(
+                f"Tasks name their base by a path of this disk, which whoever opens the bank reads: {local[0]}.",
+                stacklevel=3,
+            )
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if private and api.model_info(repo_id).private is False:
+            raise ValueError(f"{repo_id} exists and is public: nothing was sent. Choose another name.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_file(
+            path_or_fileobj=copy,
+            path_in_repo=FILE_NAME,
+            repo_id=repo_id,
+            revision=revision,
+            commit_message=commit_message,
+        )

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task as it is held in memory: per masked tensor either its bits or the few weights that it switches off."""
+"""Tasks as they are held in memory: the bits or the few removed weights of each masked tensor; and their cache."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +20,10 @@ from torch import Tensor
 from ..functional.packing import popcount
 from ..storage import check_packed
 
-__all__ = ["SPARSE_BELOW", "Task", "TaskMask"]
+__all__ = ["SPARSE_BELOW", "BankStats", "Task", "TaskCache", "TaskMask"]
 
 SPARSE_BELOW = 1 / 40
-"""Up to this inactive fraction a task is held as indices: zeroing them beats writing the whole tensor."""
-
+"""Up to this inactive fraction a task is held as indices: zeroing them is faster than writing the whole tensor."""
 
 _OBJECT = 160  # bytes of a mask's or a task's own object, with its numbers and its place in a table
 _TENSOR = 550  # bytes of a tensor's objects, torch's and numpy's, beside its values
@@ -34,7 +36,7 @@ class TaskMask:
     Attributes:
         numel: Number of weights.
         active: How many of them stay on.
-        scale: What the kept weights are multiplied with, ``sqrt(numel / active)``, or 1 without scaling.
+        scale: Multiplier of the kept weights, ``sqrt(numel / active)``, or 1 without scaling.
         packed: uint8 (⌈numel/8⌉,), bits in numpy's `packbits` order; None where `removed` says the same.
         removed: int32 indices of the weights that are off, ascending, in C order; None where `packed` is held.
     """
@@ -71,47 +73,6 @@ class TaskMask:
         return cls(numel, active, scale, None, torch.from_numpy(removed))
 
 
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A task that can be switched to.
-
-    Attributes:
-        name: Its name in the bank.
-        masks: By parameter name of the base.
-        tensors: Parameters and buffers that the task brings along whole, by their name in the base: the head,
-            BatchNorm statistics.
-        info: The adapter's config, and what else is known of it.
-        info_nbytes: Bytes that `info` takes for this task alone.
-        nbytes: Bytes in memory, those of Python's and torch's objects too.
-    """
-
-    name: str
-    masks: Mapping[str, TaskMask]
-    tensors: Mapping[str, Tensor]
-    info: Mapping[str, Any] = field(default_factory=dict)
-    info_nbytes: int = 0
-    nbytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Weigh the task once."""
-        parts = [part for mask in self.masks.values() for part in (mask.packed, mask.removed) if part is not None]
-        tables = sys.getsizeof(self.masks) + sys.getsizeof(self.tensors)
-        objects = _OBJECT * (len(self.masks) + 4) + tables
-        object.__setattr__(self, "nbytes", _bytes_of([*parts, *self.tensors.values()]) + objects + self.info_nbytes)
-
-    @property
-    def density(self) -> float:
-        """Fraction of the masked weights that are active."""
-        return sum(mask.active for mask in self.masks.values()) / sum(mask.numel for mask in self.masks.values())
-
-
-def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors keep in memory: a view keeps all that it is a view of."""
-    tensors = list(tensors)
-    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(storages.values()) + _TENSOR * len(tensors)
-
-
 def _zeros(packed: NDArray[np.uint8], numel: int, limit: int) -> NDArray[np.int32] | None:
     """Where the bits are zero, ascending; None if more than `limit` are. Only bytes that hold one are looked into."""
     holed = np.flatnonzero(packed != 255).astype(np.int32)
@@ -121,3 +82,141 @@ def _zeros(packed: NDArray[np.uint8], numel: int, limit: int) -> NDArray[np.int3
     found = 8 * holed[row] + bit.astype(np.int32)
     found = found[found < numel]
     return found if len(found) <= limit else None
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task that can be switched to.
+
+    Attributes:
+        name: Its name in the bank.
+        masks: By parameter name of the base.
+        tensors: Parameters and buffers that the task brings along whole, by their name in the base: the head,
+            BatchNorm statistics.
+        info: The adapter's config.
+        nbytes: Bytes in memory, those of Python's and torch's objects too.
+    """
+
+    name: str
+    masks: Mapping[str, TaskMask]
+    tensors: Mapping[str, Tensor]
+    info: Mapping[str, Any] = field(default_factory=dict)
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Weigh the task once; a view keeps all that it is a view of."""
+        parts = [part for mask in self.masks.values() for part in (mask.packed, mask.removed) if part is not None]
+        parts += self.tensors.values()
+        storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+        objects = _OBJECT * (len(self.masks) + 4) + sys.getsizeof(self.masks) + sys.getsizeof(self.tensors)
+        nbytes = sum(storages.values()) + _TENSOR * len(parts) + objects + _size(self.info)
+        object.__setattr__(self, "nbytes", nbytes)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the masked weights that are active."""
+        return sum(mask.active for mask in self.masks.values()) / sum(mask.numel for mask in self.masks.values())
+
+
+def _size(value: Any) -> int:
+    """Bytes of a value out of JSON."""
+    parts = value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, Mapping):
+        parts = (*value.keys(), *value.values())
+    return sys.getsizeof(value) + sum(_size(part) for part in parts)
+
+
+@dataclass
+class BankStats:
+    """What a bank has done since it was opened.
+
+    Attributes:
+        hits: Lookups whose task was decoded already.
+        misses: Lookups that had to decode.
+        evictions: Decoded tasks that made room, or were too large to be kept.
+        switches: Times that the model's weights were rewritten.
+        resident_bytes: Bytes of decoded tasks that are held now.
+        resident: Number of decoded tasks that are held now.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    switches: int = 0
+    resident_bytes: int = 0
+    resident: int = 0
+
+
+class TaskCache:
+    """Decoded tasks by name within a budget of bytes, the least recently used out first.
+
+    Each is valid for one version of its adapter. Safe from any thread.
+    """
+
+    def __init__(self, budget: int, stats: BankStats) -> None:
+        """Hold up to `budget` bytes; pinned tasks count, and stay."""
+        self.budget, self.stats = budget, stats
+        self.pinned: set[str] = set()
+        self._entries: OrderedDict[str, tuple[object, Task]] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, name: str, version: object, decode: Callable[[], Task]) -> Task:
+        """Return the task, decoded if it is not held; two threads that ask at once may both decode."""
+        with self.lock:
+            held = self._entries.get(name)
+            if held is not None and held[0] == version:
+                self._entries.move_to_end(name)
+                self.stats.hits += 1
+                return held[1]
+            self.stats.misses += 1
+        task = decode()
+        with self.lock:
+            self._drop(name)
+            self._entries[name] = version, task
+            self._count(task, 1)
+            for other in [other for other in self._entries if other not in self.pinned]:
+                if self.stats.resident_bytes <= self.budget:
+                    break
+                self._drop(other)
+                self.stats.evictions += 1
+        return task
+
+    def drop(self, name: str) -> None:
+        """Let go of a task; one that comes in its place is pinned if it was."""
+        with self.lock:
+            self._drop(name)
+
+    def forget(self, name: str) -> bool:
+        """Let go of a name, and tell whether it was pinned."""
+        with self.lock:
+            self._drop(name)
+            pinned = name in self.pinned
+            self.pinned.discard(name)
+            return pinned
+
+    @contextmanager
+    def pinning(self, name: str) -> Iterator[None]:
+        """Keep what is decoded under a name from now on, unless the block fails."""
+        new = name not in self.pinned
+        self.pinned.add(name)
+        try:
+            yield
+        except BaseException:
+            if new:
+                self.pinned.discard(name)
+            raise
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self.lock:
+            for name in list(self._entries):
+                self._drop(name)
+            self.pinned.clear()
+
+    def _drop(self, name: str) -> None:
+        if name in self._entries:
+            self._count(self._entries.pop(name)[1], -1)
+
+    def _count(self, task: Task, sign: int) -> None:
+        self.stats.resident_bytes += sign * task.nbytes
+        self.stats.resident += sign

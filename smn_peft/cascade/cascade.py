@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from ..backbones import Backbone
 from ..evaluation import Features, extract_features
-from ..functional.whitening import Whitening, fit_whitening
+from ..functional.features import Whitening, fit_whitening
 from ..training import RunSummary, TrainArguments, load_run
 from ..training.assemble import evaluation_of
 from ..training.saved import arguments_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..evaluation import library_versions
-from ..functional.whitening import Whitening
+from ..functional.features import Whitening
 from ..storage import adapter_sizes
 from .router import ROUTER_NAME, ROUTER_TENSORS_NAME, Router
 from .tensors import read_json, read_tensors, read_whitening, whitening_tensors, write_json, write_tensors

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..functional.whitening import Whitening
+from ..functional.features import Whitening
 from ..storage import atomic_write, check_regular
 from ..storage import read_json as read_json_file
 

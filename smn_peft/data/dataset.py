@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..functional.whole import whole_numbers
+from ..functional.features import whole_numbers
 from .decoding import decode_rgb
 from .errors import WITHOUT_LABELS, NoLabelsError
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..functional.whole import whole_numbers
+from ..functional.features import whole_numbers
 from ..storage import check_regular, read_bytes
 from .dataset import ImageDataset
 from .errors import WITHOUT_LABELS, NoLabelsError, NoSplitError

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional.whole import whole_numbers
+from ..functional.features import whole_numbers
 
 __all__ = ["held_out", "label_subset"]
 

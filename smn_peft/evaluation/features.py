@@ -15,8 +15,7 @@ from torch.utils.data import Dataset
 from ..backbones import Backbone, pooled_features
 from ..backbones.backbone import EvalTransform
 from ..data.loading import PatientLoader, check_map_style
-from ..functional.finite import require_finite_rows
-from ..functional.whole import whole_numbers
+from ..functional.features import require_finite_rows, whole_numbers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

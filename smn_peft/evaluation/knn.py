@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..functional.knn import knn_votes
+from ..functional.features import knn_votes
 from .checks import check_pair
 from .features import Features
 

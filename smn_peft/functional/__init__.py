@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from .effective import masked_conv, masked_linear
+from .features import Whitening, fit_whitening
 from .masking import (
     MASK_TYPES,
     MaskSpec,
@@ -16,10 +18,7 @@ from .masking import (
     threshold_mask,
     topk_mask,
 )
-from .ops import masked_conv, masked_linear
-from .packing import hamming, pack_bits, packed_size, popcount, unpack_bits
-from .stochastic_rounding import round_stochastically
-from .whitening import Whitening, fit_whitening
+from .packing import hamming, pack_bits, packed_size, popcount, round_stochastically, unpack_bits
 
 __all__ = [
     "MASK_TYPES",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binary masks over frozen weights: from scores to mask, from mask to effective weight, and the gradient back.
+"""Binary masks over frozen weights: which weights take part, from scores to mask, from mask to effective weight.
 
 Notation of the paper (section 3): frozen weight θ, score S, threshold μ, mask ``M = 1[S > μ]``, and the effective
 weight ``θ̂ = θ · M / σ`` with ``σ = sqrt(active / N)``, one σ per tensor. This library calls the fraction of weights
@@ -8,6 +8,7 @@ that stay active *density*; the paper calls it "sparsity".
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ __all__ = [
     "masked_weight",
     "progressive_density",
     "scale_of",
+    "seeded_generator",
+    "select_trainable",
     "straight_through",
     "threshold_mask",
     "topk_mask",
@@ -52,20 +55,12 @@ class MaskSpec:
 
 
 def threshold_mask(scores: Tensor, threshold: float = 0.0) -> Tensor:
-    """Mask of the scores above a threshold, ``1[S > μ]`` (section 3.1); a tie is off.
-
-    Args:
-        scores: Scores of any shape and float dtype.
-        threshold: μ.
-
-    Returns:
-        A bool tensor of the scores' shape.
-    """
+    """Return the mask of the scores above a threshold, ``1[S > μ]`` (section 3.1), as bool; a tie is off."""
     return scores > threshold
 
 
 def topk_mask(scores: Tensor, density: float, absolute: bool = False) -> Tensor:
-    """Mask of the highest scores of one tensor (Ramanujan et al. 2020; the paper's topk baseline).
+    """Return the mask of the highest scores of one tensor (Ramanujan et al. 2020; the paper's topk baseline).
 
     Exactly ``round(density · N)`` entries are on; among equal scores at the border, the first in C order win, so that
     the answer does not depend on the device.
@@ -97,13 +92,7 @@ def topk_mask(scores: Tensor, density: float, absolute: bool = False) -> Tensor:
 
 
 def progressive_density(progress: float, final: float, start: float = 1.0) -> float:
-    """Density on a linear schedule from `start` to `final` (the paper's progressive topk baseline).
-
-    Args:
-        progress: Fraction of training done, clipped to [0, 1].
-        final: Density at the end.
-        start: Density at the beginning.
-    """
+    """Return the density on a linear schedule (the paper's progressive topk); `progress` is clipped to [0, 1]."""
     return start + (final - start) * min(max(progress, 0.0), 1.0)
 
 
@@ -115,16 +104,13 @@ MASK_TYPES: dict[str, Callable[[Tensor, MaskSpec], Tensor]] = {
 
 
 def compute_mask(scores: Tensor, spec: MaskSpec, trainable: Tensor | None = None) -> Tensor:
-    """Mask of a tensor of scores.
+    """Return the bool mask of a tensor of scores.
 
     Args:
         scores: Scores of any shape and float dtype.
         spec: Mask type and its parameters.
         trainable: Bool tensor of the scores' shape, True where the weight takes part; the others are always on and
             are not ranked. ``None``: all take part.
-
-    Returns:
-        A bool tensor of the scores' shape.
     """
     make = MASK_TYPES[spec.mask_type]
     if trainable is None:
@@ -137,12 +123,12 @@ def compute_mask(scores: Tensor, spec: MaskSpec, trainable: Tensor | None = None
 
 
 def density(mask: Tensor) -> float:
-    """Fraction of a mask that is on (the paper's "sparsity")."""
+    """Return the fraction of a mask that is on (the paper's "sparsity")."""
     return float(torch.count_nonzero(mask)) / max(mask.numel(), 1)
 
 
 def scale_of(active: Tensor, total: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale ``1/σ = sqrt(N / active)``; an empty mask counts as one active weight, so that nothing is NaN.
+    """Compute ``1/σ = sqrt(N / active)``; an empty mask counts as one active weight, so that nothing is NaN.
 
     Computed in fp64 where the device has it: torch's fp32 square root is not always the nearest number.
 
@@ -161,15 +147,12 @@ def scale_of(active: Tensor, total: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor:
-    """Effective weight ``θ · M / σ`` (Eq. 1) without gradient; an empty mask gives zeros, a full one gives θ.
+    """Compute ``θ · M / σ`` (Eq. 1) without gradient, in the weight's dtype; a full mask gives θ, an empty one zeros.
 
     Args:
         weight: Frozen weight θ, any shape and float dtype.
         mask: Bool mask of the same shape.
         scale: Divide by σ.
-
-    Returns:
-        A tensor of the weight's shape and dtype.
     """
     weight = weight.detach()
     kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
@@ -197,16 +180,9 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(scores: Tensor, spec: MaskSpec, dtype: torch.dtype, trainable: Tensor | None = None) -> Tensor:
-    """Mask as a float tensor that passes its gradient on to the scores.
+    """Return the mask as zeros and ones of a float dtype that pass their gradient on to the scores.
 
-    Args:
-        scores: Scores of any shape and float dtype.
-        spec: Mask type and its parameters.
-        dtype: Float dtype of the result.
-        trainable: As in [`compute_mask`]; where it is False the gradient is zero.
-
-    Returns:
-        Zeros and ones of the scores' shape.
+    Where `trainable` (see [`compute_mask`]) is False the mask is one and the gradient zero.
     """
     mask = compute_mask(scores.detach(), spec, trainable)
     result: Tensor = _StraightThrough.apply(scores, mask, dtype)
@@ -216,7 +192,7 @@ def straight_through(scores: Tensor, spec: MaskSpec, dtype: torch.dtype, trainab
 
 
 def masked_weight(weight: Tensor, mask: Tensor, spec: MaskSpec) -> Tensor:
-    """Effective weight with σ in the graph, for autograd: what Eq. 1 says, written out.
+    """Compute the effective weight for autograd, with σ in the graph: Eq. 1 written out.
 
     With ``g = dL/dθ̂`` and ``s = 1/σ`` autograd gives ``dL/dM_i = s·θ_i·g_i − (s²/2N)·Σ_j g_j·θ̂_j``; with
     ``spec.scale_gradient=False`` the second term is dropped.
@@ -225,9 +201,6 @@ def masked_weight(weight: Tensor, mask: Tensor, spec: MaskSpec) -> Tensor:
         weight: Frozen weight θ.
         mask: Float mask of zeros and ones from [`straight_through`], or a product of several.
         spec: Whether to scale, and whether the scale has a gradient.
-
-    Returns:
-        A tensor of the weight's shape and dtype.
     """
     kept = weight * mask
     if not spec.scale:
@@ -236,3 +209,27 @@ def masked_weight(weight: Tensor, mask: Tensor, spec: MaskSpec) -> Tensor:
     counted = mask if mask.dtype == torch.float64 else mask.float()
     scale = scale_of(counted.sum(), mask.numel())
     return kept * (scale if spec.scale_gradient else scale.detach())
+
+
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator whose stream depends on a seed and a tensor's name only, not on the order of creation."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def select_trainable(weight: Tensor, fraction: float, select: str, generator: torch.Generator) -> Tensor:
+    """Select the ``round(fraction · N)`` weights of a tensor that take part in masking (the paper's Figs 8 and 9).
+
+    Args:
+        weight: Frozen weight θ.
+        fraction: Fraction to select, in (0, 1].
+        select: ``"random"`` or ``"magnitude"`` (the largest |θ|).
+        generator: CPU generator, used by ``"random"``.
+
+    Returns:
+        A bool tensor of the weight's shape and device, True where selected.
+    """
+    if select == "magnitude":
+        return topk_mask(weight, fraction, absolute=True)
+    drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+    return topk_mask(drawn, fraction).to(weight.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a masked weight over the frozen one so that it can be restored bit for bit, without a copy of the weight.
+"""Write a masked weight over the frozen one such that it can be restored bit for bit, without a copy of the weight.
 
 Dividing ``θ·s`` by s gives θ back for most entries, but not where the product crossed a power of two; those entries,
 and the ones that the mask removed, are kept.
@@ -22,7 +22,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Stash(NamedTuple):
-    """What brings a merged weight back.
+    """What restores a merged weight.
 
     Attributes:
         scale: 1/σ that was multiplied in, 0-dim.
@@ -62,16 +62,7 @@ def check_finite(weight: Tensor, path: str, scores: Mapping[str, Tensor]) -> Non
 
 @torch.no_grad()
 def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
-    """Overwrite `weight` in place with its effective weight ``θ·M/σ``.
-
-    Args:
-        weight: Frozen weight θ.
-        mask: Bool mask of its shape.
-        scale: Divide by σ.
-
-    Returns:
-        What [`unmerge_weight`] needs.
-    """
+    """Overwrite `weight` in place with its effective weight ``θ·M/σ``; return what [`unmerge_weight`] needs."""
     factor = torch.ones((), device=weight.device)
     if scale:
         factor = scale_of(torch.count_nonzero(mask), mask.numel(), weight.dtype)
@@ -85,7 +76,7 @@ def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
 
 @torch.no_grad()
 def unmerged_weight(weight: Tensor, stash: Stash) -> Tensor:
-    """What [`merge_weight`] overwrote, bit for bit, as another tensor; the stash may be on another device.
+    """Return what [`merge_weight`] overwrote, bit for bit; the stash may be on another device.
 
     A weight that was cast while it was merged comes back up to rounding.
     """

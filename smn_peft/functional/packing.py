@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One bit per weight: pack and unpack masks in numpy's `packbits` order, count and compare them packed.
+"""Compact forms of tensors: masks as one bit per weight, and stochastic rounding to bf16.
 
-MSB first, C order of the mask, zero padding in the last byte: ``numpy.packbits(mask.ravel())``.
+Bits are in the order of ``numpy.packbits(mask.ravel())``: MSB first, C order of the mask, zero padding in the last
+byte.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["hamming", "pack_bits", "packed_size", "popcount", "unpack_bits"]
+__all__ = ["hamming", "pack_bits", "packed_size", "popcount", "round_stochastically", "unpack_bits"]
 
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
@@ -25,9 +26,6 @@ def packed_size(numel: int) -> int:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a bool mask of any shape into a uint8 tensor of ⌈N/8⌉ bytes on the same device.
-
-    Args:
-        mask: Bool tensor.
 
     Raises:
         TypeError: If `mask` is not bool.
@@ -43,11 +41,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack ⌈N/8⌉ bytes into a bool mask of the given shape on the same device.
-
-    Args:
-        packed: uint8 tensor of one dimension.
-        shape: Shape of the mask.
+    """Unpack ⌈N/8⌉ bytes (uint8, one dimension) into a bool mask of the given shape on the same device.
 
     Raises:
         ValueError: If the number of bytes does not fit the shape.
@@ -69,16 +63,25 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def popcount(packed: Tensor) -> int:
-    """Number of active weights in a packed mask, or in any tensor of bytes."""
+    """Count the bits that are on in a packed mask, or in any tensor of bytes."""
     return int(_POPCOUNT.to(packed.device)[packed.int()].sum(dtype=torch.int64))
 
 
 def hamming(first: Tensor, second: Tensor) -> int:
-    """Number of weights on which two packed masks differ.
-
-    Raises:
-        ValueError: If their sizes differ.
-    """
+    """Count the weights on which two packed masks differ; ValueError if their sizes do."""
     if first.shape != second.shape:
         raise ValueError(f"Masks of {tuple(first.shape)} and {tuple(second.shape)} bytes cannot be compared.")
     return popcount(torch.bitwise_xor(first, second.to(first.device)))
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round fp32 to one of its two neighbours in bf16, with the chance that makes the mean exact (Gupta et al. 2015).
+
+    Steps smaller than bf16's eight bits then still add up. What is not finite stays what it is. The generator must be
+    of the values' device; the same one gives the same answer.
+    """
+    noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator).add_(
+        values.contiguous().view(torch.int32)
+    )
+    rounded = noise.bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values).bfloat16()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ..bank.store import StoreBusyError
+from ..bank.database import StoreBusyError
 from ..storage import AdapterFileError
 
 __all__ = ["ServingError", "explained", "explained_for_task"]

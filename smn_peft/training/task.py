@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..backbones import pooled_features
-from ..functional.flags import read_flags
+from ..functional.distributed import read_flags
 from ..objectives import Objective
 from ..tuner import MaskConfig, round_extras
 from ..tuner.batch_norm import has_statistics

@@ -79,7 +79,7 @@ def test_mixed_batches_by_switching_and_over_a_shared_product(bank, saved, monke
     names = ["sparse", None, "mixed"]
     close(bank(IMAGES, names), torch.stack([logits[name or "__base__"][i] for i, name in enumerate(names)]))
     assert bank.stats.switches == before  # the base's weights served all three
-    monkeypatch.setattr("smn_peft.bank.mixed.COMPLEMENT_BELOW", 0)
+    monkeypatch.setattr("smn_peft.bank.mixed.SHARED_BELOW", 0)
     close(bank(IMAGES, names), torch.stack([logits[name or "__base__"][i] for i, name in enumerate(names)]))
     assert bank.stats.switches > before
     close(bank.model(IMAGES, adapter_names=["mixed"] * 3), logits["mixed"])
@@ -123,11 +123,11 @@ def flat(output):
     return [output] if isinstance(output, torch.Tensor) else [t for part in output for t in flat(part)]
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("below", [0, 6])
+@pytest.mark.parametrize("form", FORMS)
 def test_mixed_batches_of_models_that_give_more_than_logits(form, below, tmp_path, monkeypatch):
     """Tasks of 2, 3 and, without a head of its own, the base's 5 classes; 64 features, as many as no head has."""
-    monkeypatch.setattr("smn_peft.bank.mixed.COMPLEMENT_BELOW", below)
+    monkeypatch.setattr("smn_peft.bank.mixed.SHARED_BELOW", below)
     base, generator = Outputs(FORMS[form]).eval(), torch.Generator().manual_seed(1)
     classes = {"two": 2, "three": 3, "headless": None}
     for name, count in classes.items():
@@ -240,7 +240,7 @@ def test_memory_stays_within_its_budget(saved, budget):
 
 
 @pytest.mark.parametrize(
-    ("count", "seconds"), [(16, 2), pytest.param(64, 120, marks=pytest.mark.slow)], ids=["short", "minutes"]
+    ("count", "seconds"), [(16, 0.7), pytest.param(64, 120, marks=pytest.mark.slow)], ids=["short", "minutes"]
 )
 def test_threads_that_switch_at_random_get_their_own_answers(bank, saved, count, seconds):
     _, logits = saved

@@ -25,11 +25,11 @@ DENSITIES = {"a": 0.999, "b": 0.7, "c": 0.99}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of adapters of the small ViT, a coded one, one of a ResNet."""
+    """Folders of adapters of the small ViT, one whose selected weights are coded, one of a ResNet."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, (name, density) in enumerate(DENSITIES.items()):
         adapter("vit", density, seed)[1].save_pretrained(root / name)
-    adapter("vit", 0.9, 5, codec="entropy")[1].save_pretrained(root / "coded")
+    adapter("vit", 0.9, 5, codec="entropy", trainable_fraction=0.5)[1].save_pretrained(root / "selected")
     adapter("resnet", 0.9, 6)[1].save_pretrained(root / "resnet")
     return root
 
@@ -70,14 +70,14 @@ def test_a_bank_closes_while_tasks_are_prefetched(saved, tmp_path):
 
 def test_tasks_are_decoded_while_another_is_in_use(bank, saved):
     expected = logits(bank, "b")
-    bank.add("coded", saved / "coded")
-    for name in ("c", "coded"):
+    bank.add("selected", saved / "selected")
+    for name in ("c", "selected"):
         bank._cache.drop(name)
 
     def work():
         with bank.use("b") as model:
-            bank.prefetch(["c", "coded"]).result(10)
-            bank.add("more", saved / "coded")
+            bank.prefetch(["c", "selected"]).result(10)
+            bank.add("more", saved / "selected")
             with torch.no_grad():
                 done.append(torch.equal(model(IMAGES), expected))
 
@@ -286,25 +286,25 @@ def test_empty_batches_and_wrong_names(bank):
         bank(IMAGES, [1, 2, 3])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"head.bias": (3,)}, r"its head head would have a weight of 4 and a bias of 3 classes"),
-        ({"head.weight": (3, 32)}, r"a weight of 3 and a bias of 4 classes"),
-        ({"head.weight": (3, 31), "head.bias": (3,)}, r"head.weight has shape \(3, 31\), the base \(4, 32\)"),
-        ({"blocks.0.mlp.fc2.weight": (7, 128)}, r"fc2.weight has shape \(7, 128\), .* and is no head"),
-        ({"blocks.0.norm1.weight": (7,)}, r"norm1.weight has shape \(7,\)"),
-        ({"blocks.0.norm1.running_mean": (7,)}, "for which the base has no place"),
-    ],
-)
-def test_adapters_that_could_not_run_are_not_taken(change, message, saved, tmp_path):
-    shutil.copytree(saved / "a", tmp_path / "x")
-    tensors = {key: tensor.clone() for key, tensor in load_file(tmp_path / "x" / WEIGHTS_NAME).items()}
-    tensors |= {f"base_model.model.{key}": torch.zeros(shape) for key, shape in change.items()}
-    save_file(tensors, tmp_path / "x" / WEIGHTS_NAME)
+MISFITS = [
+    ({"head.bias": (3,)}, r"its head head would have a weight of 4 and a bias of 3 classes"),
+    ({"head.weight": (3, 32)}, r"a weight of 3 and a bias of 4 classes"),
+    ({"head.weight": (3, 31), "head.bias": (3,)}, r"head.weight has shape \(3, 31\), the base \(4, 32\)"),
+    ({"blocks.0.mlp.fc2.weight": (7, 128)}, r"fc2.weight has shape \(7, 128\), .* and is no head"),
+    ({"blocks.0.norm1.weight": (7,)}, r"norm1.weight has shape \(7,\)"),
+    ({"blocks.0.norm1.running_mean": (7,)}, "for which the base has no place"),
+]
+
+
+def test_adapters_that_could_not_run_are_not_taken(saved, tmp_path):
     with MaskBank.open([], build("vit")) as bank:
-        with pytest.raises(ValueError, match=message):
-            bank.add("x", tmp_path / "x")
+        for index, (change, message) in enumerate(MISFITS):
+            folder = shutil.copytree(saved / "a", tmp_path / str(index))
+            tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS_NAME).items()}
+            tensors |= {f"base_model.model.{key}": torch.zeros(shape) for key, shape in change.items()}
+            save_file(tensors, folder / WEIGHTS_NAME)
+            with pytest.raises(ValueError, match=message):
+                bank.add("x", folder)
         bank.add("a", saved / "a")
         assert bank(IMAGES, "a").shape == (3, 4)
 

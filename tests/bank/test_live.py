@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import copy
-import sys
-import types
+from itertools import product
 
 import pytest
 import timm
@@ -14,29 +13,26 @@ from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from smn_peft import MaskConfig
-from smn_peft.bank.accelerated import fast_write
-from smn_peft.bank.live import LiveModel
-from smn_peft.bank.live_tensor import LiveTensor, _write_device, write_masked
+from smn_peft.bank.live import LiveModel, LiveTensor
 from smn_peft.bank.reading import task_from_tensors
 from smn_peft.bank.task import SPARSE_BELOW, TaskMask
-from smn_peft.functional.compiled import compiled
+from smn_peft.functional.effective import write_masked
 from smn_peft.functional.packing import pack_bits
-from tests.bank.tiny import IMAGES, MODELS, adapter, build, state_of
+from tests.bank.tiny import IMAGES, adapter, build, state_of
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("batch_norm", ["frozen", "adapt"])
+@pytest.mark.parametrize(("name", "batch_norm"), [("vit", "frozen"), ("resnet", "adapt")])
 def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_norm):
     base = build(name)
     before, addresses = state_of(base), {k: p.data_ptr() for k, p in base.named_parameters()}
     live = LiveModel(base)
-    made = [adapter(name, density, i, batch_norm=batch_norm) for i, density in enumerate((0.999, 0.6, 0.99, 0.9))]
+    made = [adapter(name, density, i, batch_norm=batch_norm) for i, density in enumerate((0.999, 0.6, 0.99))]
     tasks = [task_from_tensors(f"t{i}", tensors, live) for i, (tensors, _) in enumerate(made)]
     with torch.no_grad():
         own = base(IMAGES)
         expected = [model(IMAGES) for _, model in made]
         assert min(float((logits - own).abs().max()) for logits in expected) > 0.01
-        for i in (0, 1, 2, 0, 3, 1, None, 2, 3, 0):
+        for i in (0, 1, 2, 0, 1, None, 2, 0):
             live.switch(None if i is None else tasks[i])
             torch.testing.assert_close(base(IMAGES), own if i is None else expected[i], rtol=1e-4, atol=1e-4)
     live.switch(None)
@@ -61,7 +57,7 @@ def test_a_switch_that_fails_leaves_the_base(monkeypatch):
             raise torch.OutOfMemoryError("no memory left")
         return write_masked(*args)
 
-    monkeypatch.setattr("smn_peft.bank.live_tensor.write_masked", fail)
+    monkeypatch.setattr("smn_peft.bank.live.write_masked", fail)
     generation = live.generation
     with pytest.raises(torch.OutOfMemoryError):
         live.switch(tasks[1])
@@ -86,67 +82,24 @@ def test_a_head_of_other_classes_and_back():
     assert base.head.out_features == 7
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
-def test_dense_write_is_the_product(dtype, numel):
-    weight = torch.randn(numel).to(dtype)
-    weight[0] = float("inf")  # a product would make NaN of it
-    mask = torch.rand(numel) > 0.3
-    mask[0] = numel % 2
-    out = torch.full_like(weight, float("nan"))
-    write_masked(out, weight, pack_bits(mask))
-    assert torch.equal(out, torch.where(mask, weight, 0))
-    write_masked(out, weight, pack_bits(mask), 1.25)
-    assert torch.equal(out, torch.where(mask, weight, 0) * 1.25)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
-def test_what_numba_compiles_writes_the_same_bits(dtype, numel, monkeypatch):
-    pytest.importorskip("numba")
-    weight, packed = torch.randn(numel).to(dtype), pack_bits(torch.rand(numel) > 0.3)
-    outs = [torch.full_like(weight, float("nan")) for _ in range(2)]
-    assert fast_write() is not None
-    for scale in (1.0, 1.25):
-        write_masked(outs[0], weight, packed, scale)
-        with monkeypatch.context() as without:
-            without.setattr("smn_peft.bank.live_tensor.fast_write", lambda: None)
-            write_masked(outs[1], weight, packed, scale)
-        assert outs[0].view(torch.uint8).equal(outs[1].view(torch.uint8))
-
-
-def test_a_folder_called_numba_is_no_numba(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
-    assert compiled.__wrapped__(print) is None
-
-
-def test_devices_write_the_same(monkeypatch):
-    monkeypatch.setattr("smn_peft.bank.live_tensor._CHUNK_ON_DEVICE", 100)
-    weight, mask = torch.randn(1803), torch.rand(1803) > 0.3
-    out, expected = torch.full_like(weight, float("nan")), torch.empty_like(weight)
-    _write_device(out, weight, pack_bits(mask), 1.25)
-    write_masked(expected, weight, pack_bits(mask), 1.25)
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("numel", [1, 13, 64, 70_001])
-@pytest.mark.parametrize("off", [0.0, 0.001, 0.024, 0.026, 0.3, 1.0])
-def test_a_mask_is_held_as_what_it_removes_if_that_is_little(numel, off):
-    mask = torch.rand(numel) >= off
-    held = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=True)
-    assert held.active == mask.sum()
-    zeros = torch.nonzero(~mask)[:, 0]
-    assert (held.removed is not None) == (len(zeros) <= SPARSE_BELOW * numel) == (held.packed is None)
-    if held.removed is not None:
-        assert held.removed.dtype == torch.int32
-        assert held.removed.tolist() == zeros.tolist()
-    always = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=False, sparse_below=0)
-    assert (always.active, always.scale, always.packed is None) == (held.active, 1.0, len(zeros) == 0)
+def test_a_mask_is_held_as_what_it_removes_if_that_is_little():
+    for numel, off in product([1, 13, 64, 70_001], [0.0, 0.001, 0.024, 0.026, 0.3, 1.0]):
+        mask = torch.rand(numel) >= off
+        held = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=True)
+        assert held.active == mask.sum()
+        zeros = torch.nonzero(~mask)[:, 0]
+        assert (held.removed is not None) == (len(zeros) <= SPARSE_BELOW * numel) == (held.packed is None)
+        if held.removed is not None:
+            assert held.removed.dtype == torch.int32
+            assert held.removed.tolist() == zeros.tolist()
+        always = TaskMask.from_packed("x", pack_bits(mask), numel, scaled=False, sparse_below=0)
+        assert (always.active, always.scale, always.packed is None) == (held.active, 1.0, len(zeros) == 0)
 
 
 def test_a_mask_that_removes_nothing_gives_the_base_where_weights_are_written_whole():
-    weight = torch.nn.Parameter(torch.randn(3, 5))
-    before, live = weight.detach().clone(), LiveTensor(weight, scales_outside=False)
+    layer = nn.Linear(5, 3)
+    weight = layer.weight
+    before, live = weight.detach().clone(), LiveTensor(layer, "weight", scales_outside=False)
     half, full = (pack_bits(torch.arange(15) >= first) for first in (7, 0))
     for bits in (half, full):
         live.apply(TaskMask.from_packed("x", bits, 15, scaled=True, sparse_below=0))

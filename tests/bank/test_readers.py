@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
-from smn_peft.bank.live_parameter import LiveParameter
+from smn_peft.bank.live import LiveParameter
 from tests.bank.tiny import IMAGES, adapter, build, state_of
 
 SPARSE, DENSE = 0.985, 0.6

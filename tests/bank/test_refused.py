@@ -7,6 +7,7 @@ import gc
 import json
 import shutil
 import tracemalloc
+from functools import partial
 
 import pytest
 import torch
@@ -86,15 +87,16 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_adapters_that_peft_would_not_run_right_are_not_taken(what, saved, tmp_path):
-    name, change, message = CHANGES[what]
-    folder = changed(saved, tmp_path / "x", name, change)
+@pytest.mark.parametrize("name", ["vit", "adapt", "frozen"])
+def test_adapters_that_peft_would_not_run_right_are_not_taken(name, saved, tmp_path):
     base = build("vit" if name == "vit" else "resnet")
     with torch.no_grad(), MaskBank.open([saved / name], base) as bank:
         expected = bank(IMAGES, name), base(IMAGES)
-        with pytest.raises(ValueError, match=message):
-            bank.add("x", folder)
+        for what, (changed_one, change, message) in CHANGES.items():
+            if changed_one == name:
+                folder = changed(saved, tmp_path / what, name, change)
+                with pytest.raises(ValueError, match=message):
+                    bank.add("x", folder)
         assert bank.names == [name]
         assert torch.equal(bank(IMAGES, name), expected[0])
         assert torch.equal(base(IMAGES), expected[1])
@@ -148,38 +150,37 @@ def test_what_somebody_wrote_stays_and_the_rest_is_put_back(saved):
     assert all(torch.equal(value, before[key]) for key, value in after.items())
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        (".", "names a folder"),
-        ("..", "names a folder"),
-        ("", "must not be empty"),
-        ("x" * (1 << 20), r"at most 200 characters; 'x{20}'… has 1048576"),
-        ("a\nb", "control characters"),
-        ("a\x1b[2J", "control characters"),
-        ("a\u2028b", "control characters"),
-        ("a\ud800", "control characters"),
-        ("__base__", "names the base"),
-    ],
-    ids=lambda value: ascii(value)[:12],
-)
+NAMES = {
+    ".": "names a folder",
+    "..": "names a folder",
+    "": "must not be empty",
+    "x" * (1 << 20): r"at most 200 characters; 'x{20}'… has 1048576",
+    "a\nb": "control characters",
+    "a\x1b[2J": "control characters",
+    "a\u2028b": "control characters",
+    "a\ud800": "control characters",
+    "__base__": "names the base",
+}
+
+
 @pytest.mark.parametrize("stored", [False, True])
-def test_names_that_nobody_could_show(name, message, stored, saved, tmp_path):
+def test_names_that_nobody_could_show(stored, saved, tmp_path):
     with MaskBank.open(tmp_path / "bank" if stored else [], build("vit")) as bank:
         bank.add("good", saved / "vit")
-        for change in (lambda: bank.add(name, saved / "vit"), lambda: bank.rename("good", name)):
-            with pytest.raises(ValueError, match=message) as error:
-                change()
-            assert len(str(error.value)) < 300
-        with pytest.raises(KeyError) as unknown:
-            bank.task(name)
-        assert len(str(unknown.value)) < 300
-        assert name not in bank
-        with pytest.raises(KeyError):
-            bank.remove(name)
+        for name, message in NAMES.items():
+            for change in (partial(bank.add, name, saved / "vit"), partial(bank.rename, "good", name)):
+                with pytest.raises(ValueError, match=message) as error:
+                    change()
+                assert len(str(error.value)) < 300
+            with pytest.raises(KeyError) as unknown:
+                bank.task(name)
+            assert len(str(unknown.value)) < 300
+            assert name not in bank
+            with pytest.raises(KeyError):
+                bank.remove(name)
         assert bank.names == ["good"]
-    with MaskBank.open([], build("vit")) as bank, pytest.raises(TypeError, match="is text"):
-        bank.add(7, saved / "vit")
+        with pytest.raises(TypeError, match="is text"):
+            bank.add(7, saved / "vit")
 
 
 def in_norm(base):
@@ -306,13 +307,13 @@ class Parsed:
         self._weights = (folder / WEIGHTS_NAME).read_bytes()
 
     def names(self):
-        return [f"t{index}" for index in range(200)]
+        return [f"t{index}" for index in range(100)]
 
     def __contains__(self, name):
         return name in self.names()
 
     def __len__(self):
-        return 200
+        return 100
 
     def version(self, name):
         return 1
@@ -325,8 +326,7 @@ class Parsed:
         pass
 
 
-@pytest.mark.parametrize("labels", [0, 100])
-@pytest.mark.parametrize("density", [0.99, 0.9, 0.5])
+@pytest.mark.parametrize(("density", "labels"), [(0.99, 100), (0.9, 0), (0.5, 0)])
 def test_the_budget_counts_what_tasks_take(density, labels, tmp_path):
     def make():
         torch.manual_seed(0)
@@ -353,9 +353,6 @@ def test_the_budget_counts_what_tasks_take(density, labels, tmp_path):
         taken += len(names[1:]) * (6 * 400)
         print(f"{taken / len(names):.0f} bytes a task, {counted / len(names):.0f} counted: {taken / counted:.2f}")
         assert counted / 1.3 < taken < 1.3 * counted
-        infos = [bank.task(name).info for name in names[:2]]
-        assert infos[0]["base_fingerprint"] is infos[1]["base_fingerprint"]
-        assert (infos[0] is infos[1]) == (labels == 0)
 
 
 def test_one_head_is_masked_under_one_task_and_whole_under_another(tmp_path):

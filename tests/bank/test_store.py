@@ -20,8 +20,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load
 
 from smn_peft import MaskConfig
+from smn_peft.bank.row import TaskInfo
 from smn_peft.bank.source import StoredAdapter
-from smn_peft.bank.store import DiskStore, TaskInfo
+from smn_peft.bank.store import DiskStore
 from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
 from tests.bank.kill_writer import fork
 from tests.bank.stores import PREFIX, adapter, assert_is, number_of

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from smn_peft.bank import database
+from smn_peft.bank.database import StoreBusyError
 from smn_peft.bank.source import StoredAdapter
-from smn_peft.bank.store import DiskStore, StoreBusyError
+from smn_peft.bank.store import DiskStore
 from tests.bank import kill_writer
 from tests.bank.kill_writer import fork
 from tests.bank.stores import adapter, number_of
@@ -45,7 +46,7 @@ def test_two_hundred_killed_writers(tmp_path):
 
 
 def test_a_second_writer_waits_a_little_and_a_dead_one_leaves_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(database, "_WRITER_WAIT", 0.5)
+    monkeypatch.setattr(database, "_WRITER_WAIT", 0.15)
     with DiskStore.open(tmp_path) as store:
         store.add("a", adapter(0))
     (ready, report), (_, never) = os.pipe(), os.pipe()
@@ -65,7 +66,7 @@ def test_a_second_writer_waits_a_little_and_a_dead_one_leaves_no_lock(tmp_path, 
             before = time.monotonic()
             with pytest.raises(StoreBusyError, match=f"Another process is writing to {tmp_path}.*try again"):
                 store.add("d", adapter(3))
-            assert 0.5 <= time.monotonic() - before < 5
+            assert 0.15 <= time.monotonic() - before < 5
             for change in (lambda: store.remove("a"), lambda: store.rename("a", "b")):
                 with pytest.raises(StoreBusyError, match="Nothing was changed"):
                     change()

@@ -31,9 +31,9 @@ from recording import Recorder
 from torch import nn
 
 from smn_peft.bank.bank import MaskBank
-from smn_peft.bank.live_tensor import write_masked
 from smn_peft.bank.source import MemorySource, StoredAdapter, TaskSource
 from smn_peft.bank.store import DiskStore
+from smn_peft.functional.effective import write_masked
 from smn_peft.functional.packing import pack_bits
 
 TARGETS = ["qkv", "proj", "fc1", "fc2"]
@@ -175,7 +175,7 @@ def registered() -> None:
 def mixed() -> None:
     """Mixed batches against one forward of the bare model."""
     images, bare = tokens(), build(depth=2)
-    for number, density, limit in ((8, 0.995, 1.15), (8, 0.9, None), (64, 0.999, 1.25), (64, 0.995, 1.25)):
+    for number, density, limit in ((8, 0.995, 1.15), (8, 0.9, None), (64, 0.999, 1.35), (64, 0.995, 1.5)):
         bank = bank_of(build(depth=2), density, number)
         names = [f"t{index % number}" for index in range(BATCH)]
         with torch.no_grad():

@@ -23,8 +23,8 @@ from recording import Recorder
 from torch import Tensor, nn
 
 from smn_peft import MaskConfig
+from smn_peft.functional.effective import build
 from smn_peft.functional.masking import MaskSpec, compute_mask, effective_weight
-from smn_peft.functional.passes import build
 from smn_peft.tuner import MaskLayer
 
 REHEARSE = "--rehearse" in sys.argv

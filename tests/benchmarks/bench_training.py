@@ -2,10 +2,8 @@
 """One optimizer step of mask training against full fine-tuning, in time and in peak memory.
 
 Both train the same model on the same batch with the same optimizer, in turn, in one process; peak memory is taken in a
-process each. Floor: full fine-tuning by the same products (`with_products`: masked convolutions have a faster gradient
-over few pixels than torch's); what masks add is to read θ and S and to write θ̂ twice, and dL/dS once, 36 bytes per
-weight. Beside it: both compiled by `torch.compile`; PEFT's LoRA and SHiRA, of rank 8 on the layers that are masked,
-where they apply.
+process each. What masks add is to read θ and S and to write θ̂ twice, and dL/dS once, 36 bytes per weight. Beside it:
+both compiled by `torch.compile`; PEFT's LoRA and SHiRA, of rank 8 on the layers that are masked, where they apply.
 """
 
 from __future__ import annotations
@@ -13,15 +11,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 
 from common import BATCH, DEVICE, SHAPES, SIZE, build, head_name, masked, peak_in_subprocess, peak_of, ratio, step_of
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from recording import Recorder
-from torch import Tensor, nn
+from torch import nn
 
-from smn_peft.functional.convolution import ConvGeometry, convolution
-from smn_peft.training.optimizer import NarrowSGD
+from smn_peft.training.narrow import NarrowSGD
 
 TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.0
 LARGE, LARGE_LIMIT = 224, 1.02
@@ -59,20 +55,6 @@ def subject(method: str, name: str) -> Callable[[], None]:
     return step_of(model, sgd=NarrowSGD)
 
 
-def with_products(model: nn.Module) -> nn.Module:
-    """The model trained in full, its convolutions with the gradients of masked ones."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d:
-            stride, padding, dilation = module.stride, module.padding, module.dilation
-            geometry = ConvGeometry(stride, padding, dilation, False, (0, 0), module.groups)
-            module.forward = partial(_convolve, module.weight, module.bias, geometry)
-    return model
-
-
-def _convolve(weight: Tensor, bias: Tensor | None, geometry: ConvGeometry, x: Tensor) -> Tensor:
-    return convolution(x, weight, bias, geometry)
-
-
 def tables() -> None:
     """Time and memory side by side."""
     recorder = Recorder("training", DEVICE)
@@ -102,10 +84,6 @@ def tables() -> None:
         print(
             f"| {name} | {LARGE} | {full * 1e3:.0f} ms | {mask * 1e3:.0f} ms | {median:.3f} | ≤ {LARGE_LIMIT} | | | |"
         )
-    _, _, ratios = ratio(step_of(masked("resnet18")), step_of(with_products(build("resnet18"))), rounds=41)
-    what = "step, mask / full fine-tuning by the same products"
-    median = recorder.add(what, "resnet18", ratios, target=TIME_LIMIT)
-    print(f"\nresnet18, {SIZE} px, against full fine-tuning by the same products: {median:.3f} (≤ {TIME_LIMIT})")
     print("\nBoth compiled\n\n| model | px | full fine-tuning | mask | ratio | target |\n|---|---|---|---|---|---|")
     for name in SHAPES:
         compiled = [step_of(model, compiled=True) for model in (masked(name), build(name))]

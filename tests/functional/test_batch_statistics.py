@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from smn_peft.functional.batch_statistics import joined_batch_norm, joined_statistics
-from smn_peft.functional.processes import process_index
+from smn_peft.functional.distributed import joined_batch_norm, joined_statistics, process_index
 from tests.gloo import run_processes
 
 SHAPES = {"1d": (12, 5), "sequence": (12, 5, 7), "2d": (12, 5, 4, 3)}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -38,18 +38,16 @@ def test_a_tie_is_off():
     assert threshold_mask(torch.tensor([0.5, 0.5 + 1e-7]), 0.5).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (4, 3, 2)])
-def test_threshold_mask_is_the_comparison(dtype, shape):
-    scores = torch.randn(shape).to(dtype)
-    expected = np.array([float(s) > 0.25 for s in scores.flatten()], dtype=bool).reshape(shape)
-    assert np.array_equal(threshold_mask(scores, 0.25).numpy(), expected)
+def test_threshold_mask_is_the_comparison():
+    for dtype, shape in product(FLOATS, [(), (0,), (1,), (7,), (4, 3, 2)]):
+        scores = torch.randn(shape).to(dtype)
+        expected = np.array([float(s) > 0.25 for s in scores.flatten()], dtype=bool).reshape(shape)
+        assert np.array_equal(threshold_mask(scores, 0.25).numpy(), expected)
 
 
-@pytest.mark.parametrize("absolute", [False, True])
-@pytest.mark.parametrize("numel", [1, 2, 7, 64, 1001])
-def test_topk_keeps_the_highest_and_exactly_so_many(numel, absolute):
-    for seed, kept in enumerate((0.0, 0.1, 0.5, 0.77, 1.0)):
+def test_topk_keeps_the_highest_and_exactly_so_many():
+    cases = product([1, 2, 7, 64, 1001], [False, True], enumerate((0.0, 0.1, 0.5, 0.77, 1.0)))
+    for numel, absolute, (seed, kept) in cases:
         scores = torch.randn(numel, generator=torch.Generator().manual_seed(seed))
         mask = topk_mask(scores, kept, absolute)
         count = round(kept * numel)
@@ -111,14 +109,13 @@ def test_density_counts():
 # --- Effective weights -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("numel", [*range(1, 70), 999, 4099])
-def test_a_full_mask_gives_the_weight_bit_for_bit(dtype, numel):
-    weight = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
-    full = torch.ones(numel, dtype=torch.bool)
-    assert torch.equal(effective_weight(weight, full), weight)
-    assert float(scale_of(full.sum(), numel)) == 1.0
-    assert torch.equal(masked_weight(weight, full.to(dtype), MaskSpec()), weight)
+def test_a_full_mask_gives_the_weight_bit_for_bit():
+    for dtype, numel in product(FLOATS, [*range(1, 70), 999, 4099]):
+        weight = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
+        full = torch.ones(numel, dtype=torch.bool)
+        assert torch.equal(effective_weight(weight, full), weight)
+        assert float(scale_of(full.sum(), numel)) == 1.0
+        assert torch.equal(masked_weight(weight, full.to(dtype), MaskSpec()), weight)
 
 
 def test_a_full_mask_of_millions():

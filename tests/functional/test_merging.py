@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,10 +40,8 @@ def awkward(dtype: torch.dtype, shape: tuple[int, ...] = (40, 30)) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-@pytest.mark.parametrize("share", DENSITIES)
-@pytest.mark.parametrize("scale", [True, False])
-def test_unmerging_restores_every_bit(dtype, share, scale):
-    for seed in range(4):
+def test_unmerging_restores_every_bit(dtype):
+    for share, scale, seed in product(DENSITIES, (True, False), range(2)):
         weight = awkward(dtype)
         before, place = bits(weight), weight.data_ptr()
         mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < share

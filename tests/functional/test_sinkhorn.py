@@ -8,8 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from smn_peft.functional.processes import all_reduce, gather_rows, process_count, process_index
-from smn_peft.functional.sinkhorn import sinkhorn
+from smn_peft.functional.distributed import (
+    all_reduce,
+    gather_rows,
+    process_count,
+    process_index,
+    sinkhorn,
+)
 from tests.gloo import run_processes
 
 

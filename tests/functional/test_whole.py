@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from smn_peft.functional.whole import whole_numbers
+from smn_peft.functional.features import whole_numbers
 
 NEAR_ONE = 1 - 1e-9
 

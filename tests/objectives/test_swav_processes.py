@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from smn_peft.functional.processes import process_count, process_index
-from smn_peft.functional.sinkhorn import sinkhorn
+from smn_peft.functional.distributed import process_count, process_index, sinkhorn
 from smn_peft.objectives import create_objective
 from smn_peft.training.processes import synchronise_batch_norm
 from tests.gloo import run_processes

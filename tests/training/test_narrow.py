@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from smn_peft.functional.convolution import ConvGeometry
+from smn_peft.functional.effective import ConvGeometry, masked_conv, masked_linear
 from smn_peft.functional.masking import MaskSpec
-from smn_peft.functional.ops import masked_conv, masked_linear
 from smn_peft.training import Interrupted, Trainer, TrainingTask
 from smn_peft.training.checkpoint import list_checkpoints
 from smn_peft.training.optimizer import NarrowAdamW, NarrowSGD

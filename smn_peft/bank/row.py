@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -29,24 +29,107 @@ from ..storage import (
     purpose_of,
     settings_tensor,
 )
-from ..storage.adapter_config import read_config
-from ..storage.adapter_file import parse_adapter_file, write_adapter_file
+from ..storage.adapter_file import parse_adapter_file
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
-from ..storage.repack import MAX_UNPACKED, shared_prefix, unpack_tensors
-from .names import check_name
-from .source import StoredAdapter, read_adapter
-from .task_info import MAX_FACTS, TaskInfo
+from ..storage.finish import write_adapter_file
+from ..storage.repack import MAX_UNPACKED, read_config, shared_prefix, unpack_tensors
+from .source import StoredAdapter, check_name, read_adapter
 
-__all__ = ["MAX_BLOB", "MAX_CONFIG", "Adapter", "TaskRow", "checked", "encoded"]
+__all__ = [
+    "MAX_BLOB",
+    "MAX_CONFIG",
+    "Adapter",
+    "StoreInfo",
+    "TaskCheck",
+    "TaskInfo",
+    "TaskRow",
+    "checked",
+    "encoded",
+]
 
 MAX_CONFIG = 1 << 24
 """Bytes of the longest config."""
 MAX_BLOB = 900_000_000
 """Bytes of the largest adapter; SQLite holds 1e9 in a row."""
-
+MAX_FACTS = 10_000
+"""Characters of the longest facts."""
 
 Adapter: TypeAlias = StoredAdapter | str | os.PathLike[str]
 """An adapter, its folder, or its Hub id."""
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What is known of a task without decoding it: its name and, as JSON, the facts of its row.
+
+    Attributes:
+        name: Its name.
+        base: Name of the base model as the adapter's config says it, if it does.
+        fingerprint: Fingerprint of the base's masked weights, if the config has one.
+        codec: Of the adapter as it came in, and as it is exported; in the bank masks are always coded.
+        weights: Masked weights, those included that pad a layer's last byte (7 a layer at most).
+        density: Fraction of them that is on.
+        sizes: Bytes in the bank, by purpose; `total` has the config and the header of the tensors too.
+        checksum: CRC-32 of config and tensors.
+        added: When it was put in, in ISO 8601, UTC.
+    """
+
+    name: str
+    base: str | None
+    fingerprint: str | None
+    codec: str
+    weights: int
+    density: float
+    sizes: AdapterSizes
+    checksum: int
+    added: str
+
+    @classmethod
+    def parse(cls, name: str, text: object) -> TaskInfo:
+        """Read facts; AdapterFileError if one is missing or of another kind."""
+        try:
+            if not isinstance(text, str) or len(text) > MAX_FACTS:
+                raise ValueError("no text, or too long")
+            facts = json.loads(text)
+            info = cls(name, **{**facts, "sizes": AdapterSizes(**facts["sizes"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise AdapterFileError(f"its facts are unreadable ({error})") from error
+        texts = [text for text in (info.base, info.fingerprint) if text is not None] + [info.codec, info.added]
+        numbers = [info.weights, info.checksum, *vars(info.sizes).values()]
+        valid = all(isinstance(text, str) for text in texts) and isinstance(info.density, float)
+        if not valid or not all(type(number) is int and 0 <= number < 1 << 50 for number in numbers):
+            raise AdapterFileError("its facts are wrong")
+        return info
+
+    def facts(self) -> str:
+        """All but the name, as JSON."""
+        facts = {**vars(self), "sizes": vars(self.sizes)}
+        del facts["name"]
+        return json.dumps(facts, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """A store as a whole.
+
+    Attributes:
+        tasks: Number of tasks.
+        bytes: Bytes on disk.
+        free: Bytes of removed tasks, which new ones fill; compaction gives them back.
+        version: Version of the file's schema.
+    """
+
+    tasks: int
+    bytes: int
+    free: int
+    version: int
+
+
+class TaskCheck(NamedTuple):
+    """What verification found of a task; `error` is None if it is whole."""
+
+    name: str
+    error: str | None
 
 
 @dataclass(frozen=True)
@@ -64,12 +147,7 @@ class TaskRow:
     blob: bytes
 
     def adapter(self) -> StoredAdapter:
-        """Config and tensors, after comparing them with their checksum.
-
-        Raises:
-            AdapterFileError: If they are damaged.
-            ValueError: If the adapter's format is not known.
-        """
+        """Return config and tensors; AdapterFileError unless their checksum agrees."""
         expected = TaskInfo.parse("", self.facts).checksum
         if not isinstance(self.config, bytes) or not isinstance(self.blob, bytes):
             raise AdapterFileError("its config or its tensors are too large, or of another kind")
@@ -88,22 +166,17 @@ class TaskRow:
         if adapter.config.get("codec", "bits") == "bits":
             tensors = unpack_tensors(tensors, MAX_UNPACKED)
         if adapter.config.get("unmasked_fingerprint") is not None:  # as PEFT's `save_pretrained` writes it
-            rest = [tensor for name, tensor in tensors.items() if purpose_of(name) != "mask"]
-            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config, rest)
+            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config)
         path.mkdir(parents=True, exist_ok=True)
         with atomic_write(begun) as file:
             file.write(self.config)
-        write_adapter_file(path / WEIGHTS_NAME, tensors)
+        write_adapter_file(path / WEIGHTS_NAME, tensors, adapter.config.get("base_fingerprint"))
 
     def check(self) -> None:
-        """Decode the masks too, and compare the facts with what they are about.
+        """Decode the masks too, and compare the facts with what they are about; AdapterFileError if damaged.
 
         Masks of which only the selected weights are coded are compared with the checksum alone: to decode them takes
         the base.
-
-        Raises:
-            AdapterFileError: If something is damaged.
-            ValueError: If the adapter's format is not known.
         """
         facts, adapter = TaskInfo.parse("", self.facts), self.adapter()
         for key, tensor in adapter.tensors.items():
@@ -114,7 +187,7 @@ class TaskRow:
 
 
 def checked(adapters: Iterable[tuple[str, Adapter]]) -> list[tuple[str, Adapter]]:
-    """Adapters under names that are allowed and differ; of folders header and config are read."""
+    """Check that names are allowed and differ, and the header and config of folders; return a list."""
     adapters, seen = list(adapters), set()
     for name, adapter in adapters:
         check_name(name)
@@ -145,16 +218,7 @@ def encoded(adapters: Iterable[tuple[str, Adapter]]) -> Iterator[tuple[str, Task
 
 
 def _encode(config: bytes, tensors: Mapping[str, Tensor]) -> TaskRow:
-    """Code an adapter's masks, if they are not, and make its row.
-
-    Args:
-        config: adapter_config.json.
-        tensors: By key of the adapter's file.
-
-    Raises:
-        AdapterFileError: If a mask or the config is damaged.
-        ValueError: If there is no mask, or something is too large.
-    """
+    """Make the row of an adapter, its masks coded; ValueError if there is none, or something is too large."""
     if len(config) > MAX_CONFIG:
         raise ValueError(f"its config has {len(config):,} bytes, and a bank takes up to {MAX_CONFIG:,}: shorten it.")
     parsed, coded = _parsed(config), _coded(tensors)

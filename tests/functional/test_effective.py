@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused autograd nodes against plain autograd over the written-out effective weight."""
+"""The autograd nodes against plain autograd over the written-out effective weight; weights written from bits."""
 
 from __future__ import annotations
 
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +23,11 @@ from smn_peft.functional import (
     masked_conv,
     masked_linear,
     masked_weight,
-    passes,
-    scale_of,
+    pack_bits,
+    torch_kernels,
 )
 from smn_peft.functional import straight_through as through
-from smn_peft.functional.convolution import ConvGeometry
+from smn_peft.functional.effective import ConvGeometry, write_masked
 
 SPECS = {
     "threshold": MaskSpec(),
@@ -123,28 +125,35 @@ def gradients(run: Callable[..., Tensor], x: Tensor, scores: Tensor, bias: Tenso
 NAMES = ["linear", *CONVS]
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_plain_autograd(name, spec):
+def test_gradients_are_those_of_plain_autograd(name):
     operation, plain, (x, weight, scores), bias = problem(name, torch.float64)
-    actual = gradients(lambda x, s, b: operation(x, weight, s, b, spec, None), x, scores, bias)
-    expected = gradients(
-        lambda x, s, b: plain(x, masked_weight(weight, through(s, spec, weight.dtype), spec), b), x, scores, bias
-    )
-    for mine, theirs in zip(actual, expected, strict=True):
-        assert mine.dtype == theirs.dtype
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    some = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < 0.6
+    for trainable in (None, some):
+        for spec in SPECS.values():
+            actual = gradients(lambda x, s, b, o=spec, t=trainable: operation(x, weight, s, b, o, t), x, scores, bias)
+            expected = gradients(
+                lambda x, s, b, o=spec, t=trainable: plain(
+                    x, masked_weight(weight, through(s, o, weight.dtype, t), o), b
+                ),
+                x,
+                scores,
+                bias,
+            )
+            for mine, theirs in zip(actual, expected, strict=True):
+                assert mine.dtype == theirs.dtype
+                torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_output_is_the_effective_weight_s(name, dtype):
+def test_the_output_is_the_effective_weight_s(name):
     """Bit for bit: what trains is what is saved and evaluated."""
-    operation, plain, (x, weight, scores), bias = problem(name, dtype)
-    for spec in SPECS.values():
-        expected = plain(x, effective_weight(weight, compute_mask(scores, spec), spec.scale), bias)
-        actual = operation(x, weight, scores.requires_grad_(), bias, spec, None)
-        assert torch.equal(actual, expected)
+    for dtype in (torch.float64, torch.float32):
+        operation, plain, (x, weight, scores), bias = problem(name, dtype)
+        for spec in SPECS.values():
+            expected = plain(x, effective_weight(weight, compute_mask(scores, spec), spec.scale), bias)
+            actual = operation(x, weight, scores.requires_grad_(), bias, spec, None)
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -179,23 +188,6 @@ def test_a_full_mask_is_the_base_bit_for_bit(name):
         operation, plain, (x, weight, scores), bias = problem(name, dtype)
         full = torch.ones_like(scores, requires_grad=True)
         assert torch.equal(operation(x, weight, full, bias, MaskSpec(), None), plain(x, weight, bias))
-
-
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("name", ["linear", "2d", "transposed-2d"])
-def test_weights_that_do_not_train_stay_on(name, spec):
-    operation, plain, (x, weight, scores), bias = problem(name, torch.float64)
-    trainable = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < 0.6
-    actual = gradients(lambda x, s, b: operation(x, weight, s, b, spec, trainable), x, scores, bias)
-    expected = gradients(
-        lambda x, s, b: plain(x, masked_weight(weight, through(s, spec, weight.dtype, trainable), spec), b),
-        x,
-        scores,
-        bias,
-    )
-    for mine, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    assert not actual[2][~trainable].any()
 
 
 @pytest.mark.parametrize("name", ["linear", "1d", "2d-grouped", "3d", "transposed-2d"])
@@ -384,45 +376,57 @@ def test_a_graph_can_be_walked_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.6])
-@pytest.mark.parametrize("few_pixels", [False, True])
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("name", ["linear", "2d", "transposed-2d"])
-def test_the_passes_of_other_devices(name, spec, few_pixels, fraction, monkeypatch):
+def test_the_operations_of_other_devices(name, monkeypatch):
     """What is found of the mask is a tensor there, which nothing may read."""
     operation, _, (x, weight, scores), bias = problem(name, torch.float64)
-    x = x[:1, ..., :2].contiguous() if few_pixels and name != "linear" else x
-    selected = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < fraction
-    trainable = None if fraction == 1.0 else selected
+    some = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < 0.6
+    few = x[:1, ..., :2].contiguous() if name != "linear" else x
 
     def run() -> list[Tensor]:
-        return gradients(lambda x, s, b: operation(x, weight, s, b, spec, trainable), x, scores, bias)
+        cases = [(x, spec, chosen) for x in (x, few) for spec in SPECS.values() for chosen in (None, some)]
+        return [
+            gradient
+            for x, spec, chosen in cases
+            for gradient in gradients(lambda x, s, b: operation(x, weight, s, b, spec, chosen), x, scores, bias)  # noqa: B023
+        ]
 
     expected = run()
-    monkeypatch.setattr(passes, "_in_memory", lambda *_: False)
+
+    monkeypatch.setattr(torch_kernels, "_in_memory", lambda *_: False)
     for mine, theirs in zip(run(), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_more_weights_than_fp32_counts_by_ones(monkeypatch):
-    ones = torch.ones(1000)
-    ones[::3] = 0
-    monkeypatch.setattr(passes, "_EXACT", 64)
-    assert passes._count(ones) == 666
-    assert passes._count(ones.to(torch.bfloat16)) == 666  # bf16 itself cannot count beyond 256
+def test_every_weight_counts():
+    for numel, dtype in ((1001, torch.bfloat16), (1000, torch.float64), (2**24 + 3, torch.float32)):
+        weight = torch.ones(numel, dtype=dtype)
+        effective, found = torch_kernels.build(weight, torch.ones(numel), MaskSpec(), None, dtype)
+        assert found == (numel, 1.0)
+        assert torch.equal(effective, weight)
 
 
-@pytest.mark.parametrize("total", [64, 36_864, 147_456, 2_359_296])
-def test_the_scale_is_that_of_evaluation(total):
-    counts = torch.linspace(0, total, 2001).round()
-    for dtype in (torch.float32, torch.float64):
-        found = torch.tensor([passes._scale(count, total, dtype) for count in counts.tolist()], dtype=dtype)
-        assert torch.equal(found, scale_of(counts, total, dtype))
+# --- Written from bits -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("numel", "dtype"),
-    [(1001, torch.bfloat16), (1000, torch.float64), (2**24, torch.float32), (2**24 + 3, torch.float32)],
-)
-def test_every_weight_counts(numel, dtype):
-    assert passes._count(torch.ones(numel, dtype=dtype)) == numel
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dense_write_is_the_product(compiled, monkeypatch):
+    if compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(torch_kernels, "_compiled_write", lambda: None)
+        monkeypatch.setattr(torch_kernels, "_CHUNK", 1000)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for numel in (1, 13, 64, 70_001):
+            weight, mask = torch.randn(numel).to(dtype), torch.rand(numel) > 0.3
+            weight[0], mask[0] = float("inf"), numel % 2  # a product would make NaN of it
+            out = torch.full_like(weight, float("nan"))
+            write_masked(out, weight, pack_bits(mask))
+            assert torch.equal(out, torch.where(mask, weight, 0))
+            write_masked(out, weight, pack_bits(mask), 1.25)
+            assert torch.equal(out, torch.where(mask, weight, 0) * 1.25)
+
+
+def test_a_folder_called_numba_is_no_numba(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
+    assert torch_kernels._compiled_write.__wrapped__() is None

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reductions over the processes of a distributed run, and what is built on them: BatchNorm and Sinkhorn-Knopp.
+
+With one process the reductions return what they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+__all__ = [
+    "all_reduce",
+    "gather_rows",
+    "joined_batch_norm",
+    "joined_statistics",
+    "process_count",
+    "process_index",
+    "read_flags",
+    "sinkhorn",
+]
+
+
+def process_count() -> int:
+    """Number of processes of the default group; 1 where torch.distributed is not initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_index() -> int:
+    """Rank of this process in the default group; 0 where torch.distributed is not initialised."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce(tensor: Tensor, reduction: Literal["sum", "max"] = "sum") -> Tensor:
+    """Reduce a tensor over all processes, in place and without gradient, and return it."""
+    if process_count() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if reduction == "sum" else dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Concatenate the tensors of all processes along `dim`, in the order of ranks and without gradient.
+
+    Shape and dtype must be the same on every process.
+    """
+    tensor = tensor.detach()
+    if process_count() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(process_count())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts, dim)
+
+
+def read_flags(flags: Sequence[Tensor]) -> list[bool]:
+    """Read several 0-dim bool tensors with one synchronisation."""
+    if not flags:
+        return []
+    answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return answers
+
+
+# --- BatchNorm -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def joined_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Compute mean and biased variance per channel over the batch of all processes.
+
+    Args:
+        x: This process's part, (batch, channels, …), any float dtype; the batch may differ between processes.
+
+    Returns:
+        Mean (channels,), biased variance (channels,), both fp32 at least, and the number of values per channel.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    variance, mean = torch.var_mean(wide, [d for d in range(x.ndim) if d != 1], correction=0)
+    # fp64: the mean's square is taken off again.
+    moments = torch.stack([torch.ones_like(mean), mean, variance + mean.double().square()]).double()
+    count, total, squares = all_reduce(moments * (x.numel() / x.shape[1]))
+    joined = total / count
+    return joined.to(mean.dtype), (squares / count - joined.square()).clamp_(min=0).to(mean.dtype), int(count[0])
+
+
+class _JoinedBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, n: int, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.count, ctx.eps, ctx.has_bias = n, eps, bias is not None
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With x̂ = (x − mean)·r and r = 1/sqrt(var + eps): ``dx = w·r·(g − mean(g) − x̂·mean(g·x̂))``."""
+        x, weight, mean, var = ctx.saved_tensors
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        dims = [d for d in range(x.ndim) if d != 1]
+        rstd = (var + ctx.eps).rsqrt()
+        wide, normal = grad.to(mean.dtype), (x.to(mean.dtype) - mean.view(shape)) * rstd.view(shape)
+        # Gradients of weight and bias stay this process's own: DDP reduces them.
+        sums = torch.stack([wide.sum(dims), (wide * normal).sum(dims)])
+        grad_bias, grad_weight = sums.clone()
+        means = all_reduce(sums) / ctx.count
+        dx = None
+        if ctx.needs_input_grad[0]:
+            factor = rstd if weight is None else rstd * weight.to(rstd.dtype)
+            dx = (wide - means[0].view(shape)).sub_(normal.mul_(means[1].view(shape))).mul_(factor.view(shape))
+            dx = dx.to(x.dtype)
+        weight_grad = None if weight is None else grad_weight.to(weight.dtype)
+        return dx, weight_grad, grad_bias if ctx.has_bias else None, None, None, None, None
+
+
+def joined_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """`F.batch_norm` in train mode by the statistics of all processes' batch; `nn.SyncBatchNorm` refuses CPU tensors.
+
+    Every process must call this, and must run backward through it. The arguments are those of `F.batch_norm`; running
+    statistics are updated in place, the variance by the unbiased one.
+
+    Raises:
+        ValueError: If the joined batch has one value per channel only.
+    """
+    mean, var, count = joined_statistics(x)
+    if count < 2:
+        raise ValueError(
+            f"BatchNorm cannot train on one value per channel, got input {tuple(x.shape)}: enlarge the batch."
+        )
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    result: Tensor = _JoinedBatchNorm.apply(x, weight, bias, mean, var, count, eps)
+    return result
+
+
+# --- Sinkhorn-Knopp --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Assign a batch to prototypes such that all are used equally: ``exp(scores / ε)`` normalised (SwAV, section 3.1).
+
+    Columns, then rows are normalised in turn, on logarithms, so that no epsilon gives 0/0. The sums run over the batch
+    of all processes, each of which must call this; the number of rows may differ.
+
+    Args:
+        scores: Similarity of each embedding to each prototype, (batch, prototypes), any float dtype.
+        epsilon: Strength ε of the entropy term; the smaller, the harder the codes.
+        iterations: Number of times that columns and rows are normalised.
+
+    Returns:
+        Codes (batch, prototypes) of this process's rows, fp32 also under autocast; each row sums to 1.
+
+    Raises:
+        ValueError: If `scores` is not a (batch, prototypes) matrix with entries, `epsilon` is not above 0, or
+            `iterations` is below 1.
+    """
+    if scores.ndim != 2 or scores.numel() == 0:
+        raise ValueError(f"sinkhorn takes scores (batch, prototypes) with entries, got {tuple(scores.shape)}.")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be above 0, got {epsilon}: SwAV takes 0.05.")
+    if iterations < 1:
+        raise ValueError(f"iterations must be 1 or more, got {iterations}: without any the codes would not sum to 1.")
+    logits = scores.float() / epsilon  # fp32: the exponent of a bf16 score would be wrong by its rounding
+    for _ in range(iterations):
+        top = all_reduce(logits.amax(0, keepdim=True), "max")
+        logits = logits - (top + all_reduce((logits - top).exp_().sum(0, keepdim=True)).log_())
+        logits = logits.log_softmax(1)
+    return logits.exp_()
