@@ -34,14 +34,7 @@ class Accuracy:
 
 
 def evaluate_accuracy(logits: Features) -> Accuracy:
-    """Accuracy of logits, as `extract_features(…, function=classifier)` gives them.
-
-    Args:
-        logits: (n, classes) with labels.
-
-    Raises:
-        ValueError: There are no labels, no samples, or labels without a logit.
-    """
+    """Accuracy of labelled logits (n, classes), as `extract_features(…, function=classifier)` gives them."""
     labels, classes = logits.labels_for("Accuracy"), logits.features.shape[1]
     if not len(labels):
         raise ValueError("Accuracy has no samples to test on: check the split.")

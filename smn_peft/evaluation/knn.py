@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from ..functional.knn import knn_votes
-from .checks import check_pair
-from .features import Features
+from .features import Features, check_pair
 
 __all__ = ["evaluate_knn"]
 
@@ -15,15 +14,8 @@ def evaluate_knn(
 ) -> float:
     """Fraction of the test samples that their k nearest training samples vote for (section 5 of the paper).
 
-    Args:
-        train: Labelled features, of two classes at least.
-        test: Labelled features of the same model.
-        k: Number of neighbours; all where there are fewer.
-        temperature: Cosine similarity s votes with exp(s / temperature).
-        chunk: Rows compared at a time: bounds the memory.
-
-    Raises:
-        ValueError: No labels, one class only, other dims, or k or temperature that make no sense.
+    `k` nearest vote, all where there are fewer, each of cosine similarity s with exp(s / `temperature`); `chunk` rows
+    are compared at a time.
     """
     labels, truth = check_pair(train, test, "k-NN")
     votes = knn_votes(train.features, labels, test.features, k=k, temperature=temperature, chunk=chunk)
