@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import get_peft_model
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from smn_peft import MaskConfig
 from smn_peft.backbones import load_from_file
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, adapter_sizes
 
 runner = CliRunner()
@@ -71,20 +71,18 @@ def test_packing_and_unpacking_come_back_to_the_same_bytes(tmp_path, base):
     assert json.loads((folder / CONFIG_NAME).read_text())["codec"] == "entropy"
 
 
-def test_selective_and_archival_adapters_take_the_base(tmp_path, base):
+def test_a_selective_adapter_takes_the_base(tmp_path, base):
     folder = adapter(base, tmp_path / "bits", trainable_fraction=0.2, select="magnitude")
     assert "--base leaves them out" in smn("pack", folder, "-o", tmp_path / "all")
     arguments = ("--backbone", base)
     smn("pack", folder, "-o", tmp_path / "part", *arguments)
-    smn("pack", folder, "-o", tmp_path / "archival", "--codec", "archival", *arguments)
-    masks = [adapter_sizes(tmp_path / name).mask for name in ("bits", "all", "part", "archival")]
+    masks = [adapter_sizes(tmp_path / name).mask for name in ("bits", "all", "part")]
     assert masks[2] < masks[1] < masks[0]
-    for name in ("part", "archival"):
-        assert "selected" in smn("inspect", tmp_path / name)
-        assert "Load the adapter over its base" in smn("unpack", tmp_path / name, "-o", tmp_path / "x", code=1)
-        assert "takes the base" in smn("verify", tmp_path / name, "--file-only")
-        smn("unpack", tmp_path / name, "-o", tmp_path / "back", *arguments)
-        assert (tmp_path / "back" / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
+    assert "selected" in smn("inspect", tmp_path / "part")
+    assert "Load the adapter over its base" in smn("unpack", tmp_path / "part", "-o", tmp_path / "x", code=1)
+    assert "takes the base" in smn("verify", tmp_path / "part", "--file-only")
+    smn("unpack", tmp_path / "part", "-o", tmp_path / "back", *arguments)
+    assert (tmp_path / "back" / WEIGHTS_NAME).read_bytes() == (folder / WEIGHTS_NAME).read_bytes()
 
 
 def test_inspect_counts_what_numpy_counts(tmp_path, base):
