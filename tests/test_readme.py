@@ -12,10 +12,10 @@ import shlex
 import sys
 from typing import NamedTuple
 
+import click
 import pytest
-import typer
 
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 
 from .processes import ROOT, run_python
 
@@ -67,13 +67,13 @@ def params(language: str) -> list:
 
 def smn_problem(words: list[str]) -> str | None:
     """Why `smn` would refuse the words: they are parsed as the command line parses them, and nothing is run."""
-    name, command, rest = "smn", typer.main.get_command(app), words
+    name, command, rest = "smn", app, words
     try:
         while hasattr(command, "resolve_command"):  # a group, possibly in a group
             group = command
             name, command, rest = group.resolve_command(group.make_context(name, [], resilient_parsing=True), rest)
         context = command.make_context(name, rest)
-    except Exception as error:  # typer's own errors have no common class that it exports
+    except click.ClickException as error:
         return f"smn refuses it: {getattr(error, 'message', error)}"
     return f"smn has no option {context.args[0]}" if context.args and "--launch" not in words else None
 
