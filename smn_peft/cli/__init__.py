@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from ..training import Interrupted
 from . import adapters, analyze, bank, cascade, train
 from .options import Group, one_line
 
@@ -44,7 +45,9 @@ class _Application(Group):
         except click.ClickException as error:
             click.echo(f"error: {error.format_message()}", err=True)
             code = error.exit_code
-        except click.Abort:
+        except click.Abort as error:
+            if isinstance(error.__cause__, Interrupted):
+                click.echo(str(error.__cause__), err=True)
             code = 130
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             if in_full:

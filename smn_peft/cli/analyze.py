@@ -78,10 +78,11 @@ def analyze() -> None:
     """
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names; as given where two would be alike."""
+def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by their last names, or as given where two would be alike."""
     names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    alike = len(set(names)) < len(names)
+    return {str(folder) if alike else name: folder for name, folder in zip(names, folders, strict=True)}
 
 
 @analyze.command("density")
@@ -94,10 +95,8 @@ def _density(
     runs: tuple[Path, ...], average: bool, backbone: str | None, plot: Path | None, json_file: Path | None
 ) -> None:
     """Fraction of active weights per layer (the paper's Figures 6 and 7, which call it sparsity)."""
-    groups = {
-        label: analysis.layer_densities(load_masks(folder, backbone=backbone))
-        for label, folder in zip(_labels(runs), runs, strict=True)
-    }
+    masks = {label: load_masks(folder, backbone=backbone) for label, folder in _labelled(runs).items()}
+    groups = {label: analysis.layer_densities(found) for label, found in masks.items()}
     if average:
         groups = {f"mean of {len(groups)}": analysis.average_densities(list(groups.values()))}
     rows = []
@@ -121,7 +120,7 @@ def _density(
 @json_file
 def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None, json_file: Path | None) -> None:
     """Which weights masks agree to switch off, against what masks of the same densities would by chance."""
-    masks = {label: load_masks(folder, backbone=backbone) for label, folder in zip(_labels(runs), runs, strict=True)}
+    masks = {label: load_masks(folder, backbone=backbone) for label, folder in _labelled(runs).items()}
     found = analysis.similarity_matrix(masks)
     cells = [
         {
@@ -147,7 +146,7 @@ def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None,
 def _loss(runs: tuple[Path, ...], window: int, plot: Path | None, json_file: Path | None) -> None:
     """Training losses of runs, finished or not (the paper's Figure 5)."""
     curves = []
-    for label, folder in zip(_labels(runs), runs, strict=True):
+    for label, folder in _labelled(runs).items():
         lines = [line for line in read_metrics(folder / METRICS_NAME) if line.get("loss") is not None]
         if not lines:
             raise ValueError(f"{folder} has no losses in {METRICS_NAME}: name output folders of `smn train`.")
@@ -191,8 +190,8 @@ def _embedding(
 ) -> None:
     """Features of the test images laid out by t-SNE (the paper's Figure 10)."""
     maps, names = [], None
-    shown = [(label, folder, False) for label, folder in zip(_labels(runs), runs, strict=True)]
-    for label, folder, frozen in [*([("frozen base", runs[0], True)] if base else []), *shown]:
+    shown = [(label, folder, False) for label, folder in _labelled(runs).items()]
+    for label, folder, frozen in [("frozen base", runs[0], True), *shown] if base else shown:
         arguments, loaded = load_run(folder, base=frozen, backbone=backbone)
         if arguments is None:
             raise ValueError(
@@ -215,13 +214,11 @@ def _embedding(
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--subfolder", help="Folder of the adapter inside.")
 @json_file
-def _compression(
-    adapter: str, weights: Path | None, revision: str | None, subfolder: str | None, json_file: Path | None
-) -> None:
+def _compression(adapter: str, weights: Path | None, json_file: Path | None, **place: str | None) -> None:
     """What compressors make of an adapter's masks, and of weights, beside their entropy (the paper's Tables 6, 7).
 
     ADAPTER is a folder, a safetensors file, or user/name on the Hub.
     """
-    table = adapter_compression(locate_adapter(adapter, revision, subfolder), weights)
+    table = adapter_compression(locate_adapter(adapter, **place), weights)
     click.echo(format_compression(table))
     write_json(json_file, table)

@@ -15,7 +15,7 @@ from ..cascade.evaluate import METRICS
 from ..data import load_images
 from ..evaluation import report_table
 from ..storage import atomic_write
-from ..training import Interrupted, TrainArguments
+from ..training import TrainArguments
 from .options import PATH, Group, field_options, given, help_all, json_file, merge, write_json
 from .train import SHOWN, Launchable, launch_option, launch_processes, recipe_option, recipe_values
 
@@ -41,7 +41,7 @@ def cascade() -> None:
 @cascade.command("train", cls=Launchable)
 @recipe_option
 @field_options(CascadeArguments)
-@field_options(TrainArguments, shown=SHOWN, without=("resume", "adapt", "init_from", "indices_file"))
+@field_options(TrainArguments, shown=[name for name in SHOWN if name not in ("adapt", "resume")])
 @click.option("--prepare", "prepare_only", is_flag=True, help="Train the dispatcher and fit the router only.")
 @click.option("--expert", type=int, multiple=True, help="Train this expert alone, after --prepare; may be repeated.")
 @launch_option
@@ -60,21 +60,17 @@ def _train(
         context.exit(launch_processes(["cascade", "train"], context.args, cpu=arguments.cpu))
     if expert and prepare_only:
         raise click.UsageError("--prepare comes before --expert: give one of them.")
-    try:
-        if expert:
-            train_experts(arguments, options, expert)
-            text = f"done: {', '.join(f'expert {number}' for number in expert)}"
-        elif prepare_only:
-            router, images = prepare(arguments, options)
-            text = f"{len(images)} images in clusters of {_words(router.sizes)}"
-        else:
-            fitted = Cascade.fit(arguments, options)
-            assert fitted.router is not None
-            sizes = cascade_sizes(arguments.output_dir).text()
-            text = f"clusters of {_words(fitted.router.sizes)}\n{arguments.output_dir}: {sizes}"
-    except Interrupted as stop:
-        click.echo(str(stop), err=True)
-        context.exit(130)
+    if expert:
+        train_experts(arguments, options, expert)
+        text = f"done: {', '.join(f'expert {number}' for number in expert)}"
+    elif prepare_only:
+        router, images = prepare(arguments, options)
+        text = f"{len(images)} images in clusters of {_words(router.sizes)}"
+    else:
+        fitted = Cascade.fit(arguments, options)
+        assert fitted.router is not None
+        sizes = cascade_sizes(arguments.output_dir).text()
+        text = f"clusters of {_words(fitted.router.sizes)}\n{arguments.output_dir}: {sizes}"
     if PartialState().is_main_process:
         click.echo(text)
 

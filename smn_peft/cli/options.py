@@ -103,7 +103,8 @@ class _Field:
     def option(self, hidden: bool) -> Callable[[Any], Any]:
         """The decorator that gives a command this field's option."""
         flag = f"--{self.path.replace('_', '-')}"
-        text = self.help if self.default in (None, "", False, (), [], {}) else f"{self.help} [{self.default}]"
+        unsaid = self.default is False or self.default in (None, "", (), [], {})
+        text = self.help if unsaid else f"{self.help} [{self.default}]"
         settings: dict[str, Any] = {"help": text, "hidden": hidden, "default": None}
         if self.hint is bool:
             return click.option(self.parameter, f"{flag}/--no-{flag[2:]}", **settings)
@@ -120,13 +121,11 @@ class _Field:
         )
 
     def _convert(self, context: click.Context, parameter: click.Parameter, words: Any) -> Any:
-        if not words:
-            return None
+        given = [words] if isinstance(words, str) else words
         try:
-            return _from_words([words] if isinstance(words, str) else words, self.hint)
+            return _from_words(given, self.hint) if given else None
         except (ValueError, yaml.YAMLError) as error:
-            shown = words if isinstance(words, str) else " ".join(words)
-            raise click.BadParameter(f"must be {describe(self.hint)}; got {shown!r}.") from error
+            raise click.BadParameter(f"must be {describe(self.hint)}; got {' '.join(given)!r}.") from error
 
     def _complete(self, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The values of Literals, and "none" where None is one."""
@@ -156,24 +155,20 @@ def _fields_of(kind: type, prefix: str = "") -> Iterator[_Field]:
             yield _Field(path, hint, field.default_factory() if made else field.default, field.metadata["help"])
 
 
-def field_options(
-    kind: type, *, only: Sequence[str] | None = None, shown: Sequence[str] | None = None, without: Sequence[str] = ()
-) -> Callable[[Any], Any]:
+def field_options(kind: type, *, only: Sequence[str] = (), shown: Sequence[str] = ()) -> Callable[[Any], Any]:
     """Decorate a command with an option per field of a dataclass; [`given`] collects what the line says.
 
     Args:
         kind: The dataclass.
-        only: Dotted names of the fields to offer; None offers all.
-        shown: Dotted names of the options in `--help`, in order; None shows all. [`help_all`] shows the others.
-        without: Dotted names of fields not to offer.
+        only: Dotted names of the fields to offer, if not all.
+        shown: Dotted names of the options in `--help`, if not all; [`help_all`] shows the others.
     """
-    fields = {field.path: field for field in _fields_of(kind) if field.path not in without}
-    order = only or [*(shown or ()), *(path for path in fields if path not in (shown or ()))]
+    fields = {field.path: field for field in _fields_of(kind)}
+    order = only or [*shown, *(path for path in fields if path not in shown)]
 
     def decorate(function: Any) -> Any:
         for path in reversed(order):
-            if path in fields:
-                function = fields[path].option(shown is not None and path not in shown)(function)
+            function = fields[path].option(hidden=bool(shown) and path not in shown)(function)
         return function
 
     return decorate

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import signal
@@ -129,17 +130,11 @@ def _launch_line(command: list[str], words: list[str], extra: list[str], cpu: bo
         elif word != "--launch":
             own.append(word)
     # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
-    several = ["--multi_gpu"] if cpu and _processes(extra) > 1 and "--multi_gpu" not in extra else []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    processes = parser.parse_known_args(extra)[0].num_processes
+    several = ["--multi_gpu"] if cpu and processes > 1 and "--multi_gpu" not in extra else []
     return [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
-
-
-def _processes(extra: list[str]) -> int:
-    """What `accelerate launch` is told of --num_processes."""
-    for word, following in zip(extra, [*extra[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name.replace("-", "_") == "__num_processes" and (value or following).isdigit():
-            return int(value or following)
-    return 1
 
 
 # --- smn train -------------------------------------------------------------------------------------------------------
@@ -192,13 +187,8 @@ def train(
     new = tasks is None and arguments.resume and latest_checkpoint(arguments.output_dir) is None
     if new and os.environ.get("RANK", "0") == "0":
         click.echo(f"{arguments.output_dir} holds no checkpoint to resume: the run starts at step 0.", err=True)
-    try:
-        results = run_many(chosen) if tasks is not None else [("", run(arguments))]
-        failed = sum(_show_result(name, result) for name, result in results)
-    except Interrupted as stop:
-        click.echo(str(stop), err=True)
-        context.exit(130)
-    if failed:
+    results = run_many(chosen) if tasks is not None else [("", run(arguments))]
+    if sum(_show_result(name, result) for name, result in results):
         context.exit(1)
 
 
@@ -286,10 +276,7 @@ def recipes(name: str | None) -> None:
     help="Folder of the runs, shared by all tables, and of what is made.",
 )
 @click.option("--list", "show", is_flag=True, help="List all tables and figures with what they take.")
-@click.pass_context
-def reproduce(
-    context: click.Context, names: tuple[str, ...], scale: str, seeds: int | None, output: Path, show: bool
-) -> None:
+def reproduce(names: tuple[str, ...], scale: str, seeds: int | None, output: Path, show: bool) -> None:
     """Make tables and figures of the paper, such as table2 figure8; `--list` names them.
 
     What is done is not run again, and what was interrupted goes on.
@@ -310,7 +297,6 @@ def reproduce(
                 artefact, size, seeds=seeds, output=output, say=lambda text: click.echo(text, err=True)
             )
         except Interrupted as stop:
-            click.echo(f"{stop} The same command goes on.", err=True)
-            context.exit(130)
+            raise Interrupted(f"{stop} The same command goes on.") from stop
         click.echo(made.text)
         click.echo("\n".join(str(path) for path in made.files), err=True)

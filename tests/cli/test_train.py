@@ -155,7 +155,7 @@ def test_mistakes_on_the_line(recipe):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("epohcs: 3", "unknown argument 'epohcs'. Did you mean epochs?"),
+        ("epohcs: 3", "'epohcs'. Did you mean epochs?"),
         ("lr: fast", "lr must be float; got 'fast'."),
         ("mask: {density: [1]}", "mask.density must be float or none; got [1]."),
         ("mask: 3", "mask has values of its own, such as mask: {…}; got 3."),
