@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
 import click
@@ -74,7 +73,7 @@ def _short_warnings() -> Iterator[None]:
 
 
 @click.group("smn", cls=_Application, context_settings={"max_content_width": 110, "show_default": True})
-@click.version_option(version("smn_peft"), package_name="smn_peft", message="%(package)s %(version)s")
+@click.version_option(package_name="smn_peft", message="%(package)s %(version)s")
 @click.option(_TRACEBACK, is_flag=True, expose_value=False, help="Show errors in full; may stand anywhere.")
 def app() -> None:
     """Adapt a frozen vision backbone by learning one bit per weight."""

@@ -23,12 +23,10 @@ from ..storage import (
 )
 from ..training.repack_run import save_run_as, verify_run
 from ..tuner import MaskConfig, explain_targets
-from .options import PATH, field_options, given, read_reports
+from .options import PATH, backbone_option, field_options, given, place_options, read_reports
 
 __all__ = ["inspect", "pack", "push", "targets", "unpack", "verify"]
 
-_revision = click.option("--revision", help="Branch, tag or commit on the Hub.")
-_subfolder = click.option("--subfolder", help="Folder of the adapter inside.")
 _out = click.option("--out", "-o", type=PATH, required=True, help="Folder to write.")
 _backbone = click.option("--backbone", help="With --base: where it is, if not where the folder says.")
 
@@ -70,30 +68,28 @@ def targets(
 
 @click.command("inspect")
 @click.argument("adapter")
-@_revision
-@_subfolder
+@place_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(adapter: str, revision: str | None, subfolder: str | None, as_json: bool) -> None:
+def inspect(adapter: str, as_json: bool, **place: str | None) -> None:
     """Show density, bits per weight and entropy of each layer, sizes, fingerprint and base of an adapter.
 
     ADAPTER is a safetensors file, a folder, or user/name on the Hub.
     """
-    report = inspect_adapter(locate_adapter(adapter, revision, subfolder))
+    report = inspect_adapter(locate_adapter(adapter, **place))
     click.echo(report.to_json() if as_json else str(report))
 
 
 @click.command("verify")
 @click.argument("adapter")
-@click.option("--backbone", help="Where the base is, if not where the adapter says.")
+@backbone_option
 @click.option("--file-only", is_flag=True, help="Check the file alone, without its base.")
-@_revision
-@_subfolder
-def verify(adapter: str, backbone: str | None, file_only: bool, revision: str | None, subfolder: str | None) -> None:
+@place_options
+def verify(adapter: str, backbone: str | None, file_only: bool, **place: str | None) -> None:
     """Check an adapter's checksums, and that its base is the one that its mask was learned on.
 
     ADAPTER is a folder, a safetensors file, or user/name on the Hub.
     """
-    path = locate_adapter(adapter, revision, subfolder)
+    path = locate_adapter(adapter, **place)
     for fact in verify_adapter_file(path):
         click.echo(fact)
     if file_only:

@@ -18,12 +18,21 @@ from ..training import load_masks, load_run
 from ..training.assemble import build_images, evaluation_of
 from ..training.evaluate_run import METRICS, evaluate_run, evaluation_arguments
 from ..training.metrics import METRICS_NAME, read_metrics
-from .options import PATH, Group, json_file, output_file, read_reports, write_json
+from .options import (
+    PATH,
+    Group,
+    backbone_option,
+    evaluation_options,
+    json_file,
+    output_file,
+    place_options,
+    read_reports,
+    write_json,
+)
 
 __all__ = ["analyze", "evaluate"]
 
 _runs = click.argument("runs", nargs=-1, required=True, type=PATH)
-_backbone = click.option("--backbone", help="Where the base is now, if not where the folders say.")
 
 
 def _plot(**options: Any) -> Any:
@@ -34,26 +43,13 @@ def _plot(**options: Any) -> Any:
 @click.command("eval")
 @click.argument("folder", type=PATH)
 @click.option("--base", is_flag=True, help="Evaluate the frozen base too, to compare.")
-@_backbone
-@click.option("--dataset", help="Another dataset than the run's.")
-@click.option("--split", help="Split to test on; the run's if not given.")
+@evaluation_options(METRICS, "knn, and accuracy of a classifier,")
 @click.option("--eval-fraction", type=float, help="Test on this part of the training images, held out.")
 @click.option(
-    "--metric",
-    "metrics",
-    multiple=True,
-    help=f"{', '.join(METRICS)}; may be repeated. Not given: knn, and accuracy of a classifier.",
+    "--low-shot", type=float, multiple=True, help="Linear probe on this part of the labels; may be repeated."
 )
-@click.option(
-    "--low-shot", type=float, multiple=True, help="Linear probe on this fraction of the labels; may be repeated."
-)
-@click.option("--seeds", default=3, help="Seeds of each low-shot fraction.")
-@click.option("--batch-size", type=int, help="Images per forward; the run's if not given.")
-@click.option("--num-workers", type=int, help="Processes that load images; the run's if not given.")
-@click.option("--limit", type=int, help="A seeded choice of at most this many training and test images.")
+@click.option("--seeds", type=int, default=3, help="Seeds of each low-shot fraction.")
 @click.option("--image-size", type=int, help="Another side of the images in pixels than they had in training.")
-@click.option("--cpu", is_flag=True, help="Stay on the CPU even where there is a GPU.")
-@json_file
 def evaluate(folder: Path, base: bool, cpu: bool, json_file: Path | None, **options: Any) -> None:
     """Evaluate what `smn train` saved: k-NN, linear probe, accuracy, and probes on few labels.
 
@@ -88,7 +84,7 @@ def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
 @analyze.command("density")
 @_runs
 @click.option("--average", is_flag=True, help="Mean and standard deviation over the runs, not a line each.")
-@_backbone
+@backbone_option
 @_plot()
 @json_file
 def _density(
@@ -115,7 +111,7 @@ def _density(
 
 @analyze.command("similarity")
 @_runs
-@_backbone
+@backbone_option
 @_plot()
 @json_file
 def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None, json_file: Path | None) -> None:
@@ -181,7 +177,7 @@ def _low_shot(reports: tuple[Path, ...], plot: Path | None) -> None:
 @_runs
 @_plot(required=True)
 @click.option("--base", is_flag=True, help="Show the frozen base of the first run too.")
-@_backbone
+@backbone_option
 @click.option("--classes", default=20, help="Show the first so many classes.")
 @click.option("--perplexity", default=30.0, help="t-SNE's perplexity.")
 @click.option("--seed", default=0, help="t-SNE's seed.")
@@ -211,8 +207,7 @@ def _embedding(
 @analyze.command("compression")
 @click.argument("adapter")
 @click.option("--weights", type=PATH, help="Compress these weights too: a safetensors file, as of full fine-tuning.")
-@click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--subfolder", help="Folder of the adapter inside.")
+@place_options
 @json_file
 def _compression(adapter: str, weights: Path | None, json_file: Path | None, **place: str | None) -> None:
     """What compressors make of an adapter's masks, and of weights, beside their entropy (the paper's Tables 6, 7).

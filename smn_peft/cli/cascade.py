@@ -16,18 +16,22 @@ from ..data import load_images
 from ..evaluation import report_table
 from ..storage import atomic_write
 from ..training import TrainArguments
-from .options import PATH, Group, field_options, given, help_all, json_file, merge, write_json
+from .options import (
+    PATH,
+    Group,
+    backbone_option,
+    evaluation_options,
+    field_options,
+    given,
+    help_all,
+    merge,
+    write_json,
+)
 from .train import SHOWN, Launchable, launch_option, launch_processes, recipe_option, recipe_values
 
 __all__ = ["cascade"]
 
 _folder = click.argument("folder", type=PATH)
-_backbone = click.option("--backbone", help="Where the base is, if not where the folder says.")
-_batch_size = click.option("--batch-size", type=int, help="Images per forward; the dispatcher's if not given.")
-_num_workers = click.option(
-    "--num-workers", type=int, help="Processes that load images; the dispatcher's if not given."
-)
-_cpu = click.option("--cpu", is_flag=True, help="Stay on the CPU even where there is a GPU.")
 
 
 @click.group("cascade", cls=Group)
@@ -86,10 +90,10 @@ def _words(sizes: tuple[int, ...]) -> str:
 @click.option("--split", default="test", help="Split of the dataset.")
 @click.option("--mode", default="conditional", help=f"{', '.join(MODES)}.")
 @click.option("--labelled/--no-labelled", default=True, help="Write the labels too.")
-@_backbone
-@_batch_size
-@_num_workers
-@_cpu
+@backbone_option
+@click.option("--batch-size", type=int, help="Images per forward; the dispatcher's if not given.")
+@click.option("--num-workers", type=int, help="Processes that load images; the dispatcher's if not given.")
+@click.option("--cpu", is_flag=True, help="Stay on the CPU even where there is a GPU.")
 def _embed(folder: Path, dataset: str, output: Path, mode: Any, cpu: bool, **options: Any) -> None:
     """Write the embeddings of a dataset, in its order, as `embeddings` (n, dim) and `labels` (n,)."""
     if mode not in MODES:
@@ -111,15 +115,7 @@ def _embed(folder: Path, dataset: str, output: Path, mode: Any, cpu: bool, **opt
 
 @cascade.command("eval")
 @_folder
-@_backbone
-@click.option("--dataset", help="Another dataset than the dispatcher's.")
-@click.option("--split", help="Split to test on; the dispatcher's if not given.")
-@click.option("--metric", "metrics", multiple=True, help=f"{', '.join(METRICS)}; may be repeated. All if not given.")
-@_batch_size
-@_num_workers
-@click.option("--limit", type=int, help="A seeded choice of at most this many training and test images.")
-@_cpu
-@json_file
+@evaluation_options(METRICS, "All")
 def _evaluate(folder: Path, metrics: tuple[str, ...], cpu: bool, json_file: Path | None, **options: Any) -> None:
     """Compare the cascade's embeddings with its dispatcher's, whitened or not, and with an ensemble of seeds."""
     accelerator = Accelerator(cpu=cpu)

@@ -8,7 +8,6 @@ A field `batch_size` becomes `--batch-size`, a field of a nested dataclass `--ma
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -26,6 +25,25 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..evaluation import EvalReport
 from ..storage import atomic_write
+from ..training.suggestion import did_you_mean
+
+__all__ = [
+    "PATH",
+    "Group",
+    "backbone_option",
+    "evaluation_options",
+    "field_options",
+    "given",
+    "help_all",
+    "json_file",
+    "merge",
+    "one_line",
+    "output_file",
+    "place_options",
+    "read_reports",
+    "read_values",
+    "write_json",
+]
 
 PATH = click.Path(path_type=Path)
 # Fields of a mask's configuration that are written by the package, not by users.
@@ -226,10 +244,7 @@ def _read(content: Mapping[str, Any], hints: Mapping[str, Any], where: str, pref
         if path in hints:
             values[key] = _typed(value, hints[path], f"{where}: {path}")
         elif not any(name.startswith(f"{path}.") for name in hints):
-            close = difflib.get_close_matches(path, hints, n=3)
-            close += [name for name in hints if name.rpartition(".")[2] == str(key) and name not in close][:3]
-            hint = f"; did you mean {', '.join(close)}?" if close else "."
-            raise ValueError(f"{where}: unknown key {path!r}{hint}")
+            raise ValueError(f"{where}: unknown key {path!r}.{did_you_mean(path, hints)}")
         elif not isinstance(value, Mapping):
             raise ValueError(f"{where}: {path} has values of its own, such as {path}: {{…}}; got {value!r}.")
         else:
@@ -266,6 +281,38 @@ def output_file(context: click.Context, parameter: click.Parameter, path: Path |
 json_file = click.option(
     "--json", "json_file", type=PATH, callback=output_file, help="Write the results into this file."
 )
+
+
+backbone_option = click.option("--backbone", help="Where the base is now, if not where the folder says.")
+
+
+def place_options(function: Any) -> Any:
+    """Decorate a command with the options of an adapter's place, for `locate_adapter`."""
+    function = click.option("--subfolder", help="Folder of the adapter inside.")(function)
+    return click.option("--revision", help="Branch, tag or commit on the Hub.")(function)
+
+
+def evaluation_options(metrics: Sequence[str], unsaid: str) -> Callable[[Any], Any]:
+    """Decorate a command with what every evaluation of a folder takes; `unsaid` is measured without `--metric`."""
+    named = f"{', '.join(metrics)}; may be repeated. {unsaid} if not given."
+    options = (
+        backbone_option,
+        click.option("--dataset", help="Another dataset than the run's."),
+        click.option("--split", help="Split to test on; the run's if not given."),
+        click.option("--metric", "metrics", multiple=True, help=named),
+        click.option("--batch-size", type=int, help="Images per forward; the run's if not given."),
+        click.option("--num-workers", type=int, help="Processes that load images; the run's if not given."),
+        click.option("--limit", type=int, help="A seeded choice of at most this many training and test images."),
+        click.option("--cpu", is_flag=True, help="Stay on the CPU even where there is a GPU."),
+        json_file,
+    )
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
 def write_json(path: Path | None, data: Any) -> None:

@@ -37,10 +37,24 @@ from ..training.many import EXPECTED, check_tasks
 from ..training.recipes import read_recipe
 from .options import PATH, field_options, given, help_all, merge, one_line, read_values
 
+__all__ = ["SHOWN", "Launchable", "launch_option", "launch_processes", "recipe_option", "recipe_values"]
+__all__ += ["recipes", "reproduce", "train"]
+
 #: The options of TrainArguments that `--help` shows.
 SHOWN = (
-    *("backbone", "weights", "dataset", "output_dir", "adapt", "objective", "image_size", "epochs", "max_steps"),
-    *("batch_size", "lr", "head_lr", "mixed_precision", "num_workers", "eval_split", "seed", "cpu", "resume"),
+    *(
+        "backbone",
+        "dataset",
+        "output_dir",
+        "adapt",
+        "objective",
+        "image_size",
+        "epochs",
+        "batch_size",
+        "lr",
+        "head_lr",
+    ),
+    *("eval_split", "seed", "cpu", "resume"),
 )
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -71,11 +71,11 @@ class Features:
 class _Inputs(Dataset[dict[str, Any]]):
     """One process's share of a dataset: transformed images, and labels where there are some."""
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], start: int, stop: int) -> None:
-        self.dataset, self.transform, self.start, self.stop = dataset, transform, start, stop
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], start: int, size: int) -> None:
+        self.dataset, self.transform, self.start, self.size = dataset, transform, start, size
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Beyond the end the last sample fills up, so that every process has as many; the surplus is cut off later.
@@ -130,7 +130,7 @@ def extract_features(
     start = share * (accelerator.process_index if accelerator else 0)
     device = accelerator.device if accelerator else next((p.device for p in model.parameters()), torch.device("cpu"))
     loader = PatientLoader(
-        _Inputs(dataset, transform, start, start + share),
+        _Inputs(dataset, transform, start, share),
         batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",

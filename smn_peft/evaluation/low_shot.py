@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,16 +53,13 @@ def low_shot(
         if not given or len(set(given)) != len(given):
             raise ValueError(f"{name} must hold at least one value, each once; got {list(given)}.")
     rows = []
-    for fraction in fractions:
-        for seed in seeds:
-            indices = label_subset(labels, fraction=fraction, balanced=balanced, seed=seed)
-            accuracy = float(evaluate(indices, seed))
-            if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
-                raise ValueError(
-                    f"evaluate must return an accuracy from 0 to 1; it returned {accuracy} for {len(indices)} images "
-                    f"and seed {seed}."
-                )
-            rows.append(LowShotRow(fraction, len(indices), seed, accuracy))
+    for fraction, seed in itertools.product(fractions, seeds):
+        indices = label_subset(labels, fraction=fraction, balanced=balanced, seed=seed)
+        accuracy = float(evaluate(indices, seed))
+        if not 0 <= accuracy <= 1:
+            found = f"{accuracy} for {len(indices)} images and seed {seed}"
+            raise ValueError(f"evaluate must return an accuracy from 0 to 1; it returned {found}.")
+        rows.append(LowShotRow(fraction, len(indices), seed, accuracy))
     return rows
 
 

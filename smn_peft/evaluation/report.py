@@ -5,18 +5,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
-
-from ..storage import atomic_write
 
 __all__ = [
     "EvalReport",
@@ -181,19 +177,6 @@ class EvalReport:
             if not (math.isclose(stated, expected, abs_tol=1e-9) if numbers else stated is expected is None):
                 raise ValueError(f"The report says {name} {stated}, but its values give {expected}: it was edited.")
         return report
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as a JSON file, whole or not at all."""
-        with atomic_write(path) as file:
-            file.write(self.to_json().encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> EvalReport:
-        """Read a file that [`save`] wrote; an error names it."""
-        try:
-            return cls.from_json(Path(path).read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def merge_reports(reports: Sequence[EvalReport]) -> EvalReport:

@@ -118,9 +118,9 @@ def test_the_line_wins_over_the_recipe_inside_nested_values_too():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epohcs": 3}, "recipe.yaml: unknown key 'epohcs'; did you mean epochs?"),
-        ({"size": 3}, "unknown key 'size'; did you mean crops.size?"),
-        ({"crops": {"sise": 3}}, "unknown key 'crops.sise'; did you mean crops.size"),
+        ({"epohcs": 3}, "recipe.yaml: unknown key 'epohcs'. Did you mean epochs?"),
+        ({"size": 3}, "unknown key 'size'."),
+        ({"crops": {"sise": 3}}, "unknown key 'crops.sise'. Did you mean crops.size?"),
         ({"internal": 3}, "unknown key 'internal'"),
         ({3: 4}, "unknown key '3'."),
         ({"crops": 3}, "crops has values of its own, such as crops: {…}; got 3."),
