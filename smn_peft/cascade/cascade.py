@@ -196,10 +196,8 @@ class Cascade:
         chosen = list(modes) or list(self.modes)
         self._check_projections(chosen)
         raw, dispatched = self._raw(images, chosen, **options)
-        white: dict[Mode, Tensor] = {
-            mode: self.projections[mode](values) for mode, values in raw.items() if mode != "dispatcher"
-        }
-        return {mode: Features(white.get(mode, raw[mode]), dispatched.labels) for mode in chosen}
+        whitened = {mode: self.projections[mode](raw[mode]) for mode in chosen if mode != "dispatcher"}
+        return {mode: Features(whitened.get(mode, raw[mode]), dispatched.labels) for mode in chosen}
 
     def embed(self, images: Any, mode: Mode = "conditional", **options: Any) -> Features:
         """Embeddings fp32 (n, dim) of a dataset, in its order; all but "dispatcher" whitened by the training set.
@@ -208,9 +206,6 @@ class Cascade:
             images: Map-style dataset, as `extract_features` takes it.
             mode: Of [`modes`].
             options: `batch_size`, `num_workers`, `accelerator` … of `extract_features`.
-
-        Raises:
-            ValueError: For a mode that this cascade has not, or before the projections are fitted.
         """
         return self.embed_all(images, [mode], **options)[mode]
 
@@ -229,13 +224,9 @@ class Cascade:
     # --- Files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, masks: bool = True) -> None:
-        """Write everything into one folder: packed masks, router and projections, without pickle.
+        """Write packed masks, unless these are there, router and projections into one folder, without pickle.
 
         A folder counts as a cascade once ``cascade.json`` is there, which is written last.
-
-        Args:
-            folder: The folder.
-            masks: False leaves the masks as they are there.
         """
         folder = Path(folder)
         model: Any = self.backbone.model
@@ -262,11 +253,11 @@ class Cascade:
 
         Args:
             folder: The folder.
-            backbone: Where the base is now, if not where the folder says.
+            backbone: Where the base is now, if not where the folder says; a program has to be named here.
 
         Raises:
             FileNotFoundError: If there is no cascade, or a part of it is missing.
-            ValueError: If it is damaged, or names a program as its base and `backbone` does not.
+            ValueError: If it is damaged, or of another base.
         """
         folder = Path(folder)
         path, tensors_path = folder / CASCADE_NAME, folder / _PROJECTION_NAME

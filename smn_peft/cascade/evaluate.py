@@ -47,11 +47,11 @@ def evaluate_cascade(
     Args:
         folder: A cascade's folder.
         backbone: Where the base is now, if not where the folder says.
-        dataset: Another dataset than the dispatcher's.
-        split: Split to test on; None: the dispatcher's.
+        dataset: Another dataset than the dispatcher's; as `split`, `batch_size` and `num_workers`.
+        split: Split to test on.
         metrics: Of `METRICS`.
-        batch_size: Images per forward; None: the dispatcher's.
-        num_workers: Processes that read images; None: the dispatcher's.
+        batch_size: Images per forward.
+        num_workers: Processes that read images.
         limit: Use a seeded choice of at most this many images on either side.
         accelerator: Names the device and shares the work; None: a new one.
     """
