@@ -72,7 +72,12 @@ def _short_warnings() -> Iterator[None]:
         warnings.formatwarning = python
 
 
-@click.group("smn", cls=_Application, context_settings={"max_content_width": 110, "show_default": True})
+@click.group(
+    "smn",
+    cls=_Application,
+    context_settings={"max_content_width": 110, "show_default": True},
+    epilog='Tab completion: eval "$(_SMN_COMPLETE=bash_source smn)", or zsh_source, fish_source.',
+)
 @click.version_option(package_name="smn_peft", message="%(package)s %(version)s")
 @click.option(_TRACEBACK, is_flag=True, expose_value=False, help="Show errors in full; may stand anywhere.")
 def app() -> None:
