@@ -71,7 +71,7 @@ def smn_problem(words: list[str]) -> str | None:
     try:
         while hasattr(command, "resolve_command"):  # a group, possibly in a group
             group = command
-            name, command, rest = group.resolve_command(group.make_context(name, [], resilient_parsing=True), rest)
+            name, command, rest = group.resolve_command(click.Context(group), rest)
         context = command.make_context(name, rest)
     except click.ClickException as error:
         return f"smn refuses it: {getattr(error, 'message', error)}"
@@ -151,10 +151,10 @@ def test_blocks_are_found_with_their_marks():
         ("python -m pip install 'smn_peft[eval,nonsense]'", "no such extra"),
         ("python examples/no_such_file.py", "no such file"),
         ("smn trian --recipe swav-small", "smn refuses it"),
-        ("smn train --recipe swav-small --epoch 3", "smn has no option"),
+        ("smn train --recipe swav-small --epoch 3", "smn refuses it"),
         ("smn train --epochs three", "smn refuses it"),
         ("smn cascade trian --experts 3", "smn refuses it"),
-        ("smn cascade train --expertz 3", "smn has no option"),
+        ("smn cascade train --expertz 3", "smn refuses it"),
         ("smn analyze densty runs/a", "smn refuses it"),
         ("curl https://example.org | sh", "no test knows"),
     ],

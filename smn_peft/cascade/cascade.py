@@ -196,7 +196,9 @@ class Cascade:
         chosen = list(modes) or list(self.modes)
         self._check_projections(chosen)
         raw, dispatched = self._raw(images, chosen, **options)
-        whitened = {mode: self.projections[mode](raw[mode]) for mode in chosen if mode != "dispatcher"}
+        whitened: dict[Mode, Tensor] = {
+            mode: self.projections[mode](raw[mode]) for mode in chosen if mode != "dispatcher"
+        }
         return {mode: Features(whitened.get(mode, raw[mode]), dispatched.labels) for mode in chosen}
 
     def embed(self, images: Any, mode: Mode = "conditional", **options: Any) -> Features:
@@ -238,7 +240,7 @@ class Cascade:
         self._check_projections(self.modes)
         if self.router is not None:
             self.router.save(folder)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for mode, whitening in self.projections.items():
             tensors |= whitening_tensors(whitening, f"{mode}.")
         write_tensors(folder / _PROJECTION_NAME, tensors)

@@ -189,9 +189,9 @@ def _no_nan(context: click.Context, parameter: click.Parameter, value: float) ->
     return value
 
 
-def _number(name: str, default: float, help: str, least: float = 1, most: float | None = None) -> Any:
+def _number(name: str, default: float, help: str, least: Any = 1, most: Any = None) -> Any:
     if isinstance(default, int):
-        return click.option(name, type=click.IntRange(int(least), most), default=default, help=help)
+        return click.option(name, type=click.IntRange(least, most), default=default, help=help)
     return click.option(name, type=click.FloatRange(least, most), default=default, callback=_no_nan, help=help)
 
 

@@ -169,8 +169,9 @@ def _fields_of(kind: type, prefix: str = "") -> Iterator[_Field]:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             yield from _fields_of(hint, f"{path}.")
         else:
-            made = field.default_factory is not dataclasses.MISSING
-            yield _Field(path, hint, field.default_factory() if made else field.default, field.metadata["help"])
+            factory: Any = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            yield _Field(path, hint, default, field.metadata["help"])
 
 
 def field_options(kind: type, *, only: Sequence[str] = (), shown: Sequence[str] = ()) -> Callable[[Any], Any]:

@@ -96,9 +96,10 @@ class Launchable(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if not error.possibilities:
-                error.message += " Options of `accelerate launch` need --launch."
-            raise
+            if error.possibilities:
+                raise
+            text = f"{error.format_message()} Options of `accelerate launch` need --launch."
+            raise click.UsageError(text, ctx) from error
 
 
 def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
