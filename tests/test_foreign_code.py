@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import transformers
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 import smn_peft
 from smn_peft.backbones import load_backbone, name_read_from
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.training import load_masks, load_recipe, load_run
 from smn_peft.training.arguments import absolute
 from tests.hub.folders import write_run

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from .arguments import CascadeArguments
-from .cascade import Cascade
+from .cascade import MODES, Cascade, CascadeSizes, Mode, cascade_sizes
 from .evaluate import evaluate_cascade
-from .fit import fit_cascade, prepare, train_experts
-from .parts import MODES, CascadeSizes, Mode, cascade_sizes
+from .fit import CascadeArguments, prepare, train_experts
 from .router import Router, fit_router
 
 __all__ = [
@@ -19,7 +17,6 @@ __all__ = [
     "Router",
     "cascade_sizes",
     "evaluate_cascade",
-    "fit_cascade",
     "fit_router",
     "prepare",
     "train_experts",

@@ -5,26 +5,52 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Subset
 
 from ..backbones import Backbone
-from ..evaluation import Features, extract_features
-from ..functional.features import Whitening, fit_whitening
+from ..evaluation import Features, extract_features, library_versions
+from ..functional.whitening import Whitening, fit_whitening
+from ..storage import adapter_sizes
 from ..training import RunSummary, TrainArguments, load_run
+from ..training.accelerator import build_accelerator
 from ..training.assemble import evaluation_of
 from ..training.saved import arguments_of
-from .arguments import CascadeArguments
-from .combine import conditional, unconditional
-from .parts import CASCADE_NAME, MODES, CascadeParts, Mode
-from .router import Router
+from .fit import (
+    DISPATCHER,
+    CascadeArguments,
+    dispatcher_arguments,
+    expert_name,
+    prepare,
+    run_experts,
+    train_once,
+)
+from .folder import (
+    CASCADE_NAME,
+    WHITENING,
+    read_json,
+    read_tensors,
+    read_whitening,
+    whitening_tensors,
+    write_json,
+    write_tensors,
+)
+from .router import ROUTER_NAME, ROUTER_TENSORS_NAME, Router
 
-__all__ = ["Cascade"]
+__all__ = ["ENSEMBLE", "MODES", "Cascade", "CascadeSizes", "Mode", "cascade_sizes"]
+
+Mode = Literal["dispatcher", "whitened", "conditional", "unconditional"]
+MODES: tuple[Mode, ...] = ("dispatcher", "whitened", "conditional", "unconditional")
+ENSEMBLE = "ensemble"
+_SEEDS = "seeds"
+_PROJECTION_NAME = "projection.safetensors"
+_FACTS: dict[str, Any] = {"adapters": list, "router": bool, "embed_dim": (int, type(None)), "base_parameters": int}
 
 
 class Cascade:
@@ -44,16 +70,11 @@ class Cascade:
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        adapters: Sequence[str],
-        router: Router | None,
-        projections: Mapping[Mode, Whitening],
-        summary: RunSummary,
+        self, backbone: Backbone, adapters: Sequence[str], router: Router | None, summary: RunSummary
     ) -> None:
         """Take the parts as they are; `fit`, `load` and `from_runs` make them."""
-        self.backbone, self.adapters, self.router = backbone, list(adapters), router
-        self.projections, self.summary = dict(projections), summary
+        self.backbone, self.adapters, self.router, self.summary = backbone, list(adapters), router, summary
+        self.projections: dict[Mode, Whitening] = {}
         self.embed_dim: int | None = None
 
     @classmethod
@@ -68,10 +89,38 @@ class Cascade:
             ValueError: If arguments do not fit, a cluster is too small, or `output_dir` holds another cascade.
             Interrupted: After Ctrl-C, once a checkpoint is written; the same call goes on from it.
         """
-        from .fit import fit_cascade
+        options, folder = options or CascadeArguments(), Path(arguments.output_dir)
+        accelerator = build_accelerator(arguments)
+        router, images = prepare(arguments, options)
+        run_experts(arguments, router, images, range(options.experts), accelerator)
 
-        fit_cascade(arguments, options or CascadeArguments())
-        return cls.load(arguments.output_dir, backbone=arguments.backbone)
+        def finish(into: Path, runs: Mapping[str, Path], router: Router | None) -> None:
+            """Fit the projections and write the folder, unless it is there."""
+            if (into / CASCADE_NAME).is_file():
+                facts = read_json(into / CASCADE_NAME, _FACTS)
+                if (facts["adapters"], facts["embed_dim"]) == (list(runs), options.embed_dim):
+                    return
+            cascade = cls.from_runs(runs, router, backbone=arguments.backbone)
+            loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+            cascade.fit_projections(images, options.embed_dim, accelerator=accelerator, **loading)
+            if accelerator.is_main_process:
+                cascade.save(into, masks=router is None)  # those of an ensemble lie elsewhere
+
+        names = [DISPATCHER, *map(expert_name, range(options.experts))]
+        finish(folder, {name: folder / name for name in names}, router)
+        accelerator.wait_for_everyone()
+        if options.ensemble:
+            # The control: as many masks, each a dispatcher on all images with a seed of its own, combined alike.
+            runs, trained = {DISPATCHER: folder / DISPATCHER}, False
+            for seed in range(arguments.seed + 1, arguments.seed + 1 + options.experts):
+                runs[f"seed-{seed}"] = path = folder / _SEEDS / f"seed-{seed}"
+                trained |= train_once(replace(dispatcher_arguments(arguments), seed=seed, output_dir=str(path)))
+            if trained and accelerator.is_main_process:
+                (folder / ENSEMBLE / CASCADE_NAME).unlink(missing_ok=True)
+            accelerator.wait_for_everyone()
+            finish(folder / ENSEMBLE, runs, None)
+            accelerator.wait_for_everyone()
+        return cls.load(folder, backbone=arguments.backbone)
 
     @classmethod
     def from_runs(
@@ -83,9 +132,6 @@ class Cascade:
             folders: `output_dir` of each run by adapter name; the first is the dispatcher.
             router: Sends images to the others, in order.
             backbone: Where the base is now, if not where the first folder says.
-
-        Raises:
-            ValueError: If a mask belongs to another base, or the router has another number of experts.
         """
         names = list(folders)
         if router is not None and router.experts != len(names) - 1:
@@ -96,7 +142,7 @@ class Cascade:
         model: Any = PeftModel.from_pretrained(loaded.model, str(first), adapter_name=names[0])
         for name in names[1:]:
             model.load_adapter(str(folders[name]), adapter_name=name)
-        return cls(replace(loaded, model=model.eval()), names, router, {}, summary)
+        return cls(replace(loaded, model=model.eval()), names, router, summary)
 
     # --- Embedding ---------------------------------------------------------------------------------------------------
 
@@ -119,88 +165,58 @@ class Cascade:
         transform = evaluation_of(self.backbone)
         return extract_features(model, images, transform, **{"batch_size": 64, **options})
 
-    def raw(self, images: Any, modes: Sequence[Mode], **options: Any) -> tuple[dict[Mode, Tensor], Features]:
-        """What the projections are applied to, in one pass over the data per mask.
+    def _raw(self, images: Any, modes: Sequence[Mode], **options: Any) -> tuple[dict[Mode, Tensor], Features]:
+        """What the projections are applied to by mode, and the dispatcher's features; one pass over the data per mask.
 
-        Where ``"unconditional"`` is asked for too, every expert sees every image; else only those routed to it.
-
-        Args:
-            images: Map-style dataset, as `extract_features` takes it.
-            modes: Which to make.
-            options: As of `extract_features`.
-
-        Returns:
-            fp32 (n, F) or (n, (K + 1) F) by mode, and the dispatcher's features with the labels.
-
-        Raises:
-            ValueError: For a mode that this cascade has not.
+        Where "unconditional" is asked for too, every expert sees every image; else only those routed to it.
         """
         if unknown := [mode for mode in modes if mode not in self.modes]:
             raise ValueError(f"There is no mode {unknown[0]!r} here; there are {', '.join(self.modes)}.")
         dispatched = self.features(images, self.adapters[0], **options)
         found: dict[Mode, Tensor] = {mode: dispatched.features for mode in modes if mode in MODES[:2]}
-        names = self.adapters[1:]
         experts: list[Tensor] = []
-        if "unconditional" in modes:
-            experts = [self.features(images, name, **options).features for name in names]
-            found["unconditional"] = unconditional(dispatched.features, experts)
-        if "conditional" in modes:
+        if "unconditional" in modes:  # [D(x), E_1(x), …, E_K(x)] (Eq. 10)
+            experts = [self.features(images, name, **options).features for name in self.adapters[1:]]
+            found["unconditional"] = torch.cat([dispatched.features, *experts], 1)
+        if "conditional" in modes:  # [D(x), 0, …, E_R(x), …, 0] (Eq. 11)
             assert self.router is not None
-            route = self.router.assign(dispatched.features)
-            rows = [(route == number).nonzero().squeeze(1) for number in range(len(names))]
-            if not experts:
-                nothing = dispatched.features[:0]
-                parts = [Subset(images, chosen.tolist()) for chosen in rows]
-                experts = [
-                    self.features(part, name, **options).features if len(part) else nothing
-                    for name, part in zip(names, parts, strict=True)
-                ]
-            else:
-                experts = [expert[chosen] for expert, chosen in zip(experts, rows, strict=True)]
-            found["conditional"] = conditional(dispatched.features, experts, route)
+            route, parts = self.router.assign(dispatched.features), [dispatched.features]
+            for number, name in enumerate(self.adapters[1:]):
+                rows = (route == number).nonzero().squeeze(1)
+                parts.append(torch.zeros_like(dispatched.features))
+                if experts:
+                    parts[-1][rows] = experts[number][rows]
+                elif len(rows):
+                    parts[-1][rows] = self.features(Subset(images, rows.tolist()), name, **options).features
+            found["conditional"] = torch.cat(parts, 1)
         return found, dispatched
 
     def embed_all(self, images: Any, modes: Sequence[Mode] = (), **options: Any) -> dict[Mode, Features]:
         """Embeddings in several modes, for K + 1 passes in all; see [`embed`]. No modes: all that there are."""
         chosen = list(modes) or list(self.modes)
         self._check_projections(chosen)
-        raw, dispatched = self.raw(images, chosen, **options)
-        white: dict[Mode, Tensor] = {
-            mode: self.projections[mode](values) for mode, values in raw.items() if mode != "dispatcher"
+        raw, dispatched = self._raw(images, chosen, **options)
+        whitened: dict[Mode, Tensor] = {
+            mode: self.projections[mode](raw[mode]) for mode in chosen if mode != "dispatcher"
         }
-        return {mode: Features(white.get(mode, raw[mode]), dispatched.labels) for mode in chosen}
+        return {mode: Features(whitened.get(mode, raw[mode]), dispatched.labels) for mode in chosen}
 
     def embed(self, images: Any, mode: Mode = "conditional", **options: Any) -> Features:
-        """Embeddings of a dataset, in its order.
+        """Embeddings fp32 (n, dim) of a dataset, in its order; all but "dispatcher" whitened by the training set.
 
         Args:
-            images: Map-style; items are ``{"image": uint8 (3, height, width) or PIL image, "label": int or absent}``.
+            images: Map-style dataset, as `extract_features` takes it.
             mode: Of [`modes`].
             options: `batch_size`, `num_workers`, `accelerator` … of `extract_features`.
-
-        Returns:
-            Features fp32 (n, dim): of the whitened modes centred and whitened by the training set.
-
-        Raises:
-            ValueError: For a mode that this cascade has not, or before the projections are fitted.
         """
         return self.embed_all(images, [mode], **options)[mode]
 
     def fit_projections(self, images: Any, dim: int | None = None, **options: Any) -> None:
-        """Fit the whitening of every mode on the training images.
-
-        Args:
-            images: The training images.
-            dim: Dims to keep; None: as many as the backbone has features.
-            options: As of `extract_features`.
-        """
-        raw, _ = self.raw(images, self.modes, **options)
+        """Fit the whitening of every mode on the training images, to `dim` dims or as many as the backbone's."""
+        raw, _ = self._raw(images, self.modes, **options)
         kept, self.embed_dim = dim or self.backbone.feature_dim, dim
-        self.projections = {
-            mode: fit_whitening(values, min(kept, values.shape[1]))
-            for mode, values in raw.items()
-            if mode != "dispatcher"
-        }
+        del raw["dispatcher"]
+        self.projections = {mode: fit_whitening(values, min(kept, values.shape[1])) for mode, values in raw.items()}
 
     def _check_projections(self, modes: Sequence[Mode]) -> None:
         for mode in modes:
@@ -209,26 +225,29 @@ class Cascade:
 
     # --- Files -------------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path) -> None:
-        """Write everything into one folder: packed masks, router and projections, without pickle.
+    def save(self, folder: str | Path, *, masks: bool = True) -> None:
+        """Write packed masks, unless these are there, router and projections into one folder, without pickle.
 
         A folder counts as a cascade once ``cascade.json`` is there, which is written last.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CASCADE_NAME).unlink(missing_ok=True)
         model: Any = self.backbone.model
-        model.save_pretrained(str(folder), selected_adapters=self.adapters, save_embedding_layers=False)
-        self.summary.save(folder / self.adapters[0])
-        self.save_parts(folder)
-
-    def save_parts(self, folder: str | Path) -> None:
-        """Write router, projections and ``cascade.json`` beside masks that are there."""
+        if masks:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CASCADE_NAME).unlink(missing_ok=True)
+            model.save_pretrained(str(folder), selected_adapters=self.adapters, save_embedding_layers=False)
+            self.summary.save(folder / self.adapters[0])
         self._check_projections(self.modes)
-        base: Any = self.backbone.model
-        parameters = sum(p.numel() for name, p in base.get_base_model().named_parameters() if "smn_" not in name)
-        parts = CascadeParts(self.adapters, self.router, self.projections, self.embed_dim, parameters)
-        parts.save(Path(folder))
+        if self.router is not None:
+            self.router.save(folder)
+        tensors: dict[str, Tensor] = {}
+        for mode, whitening in self.projections.items():
+            tensors |= whitening_tensors(whitening, f"{mode}.")
+        write_tensors(folder / _PROJECTION_NAME, tensors)
+        parameters = sum(p.numel() for name, p in model.get_base_model().named_parameters() if "smn_" not in name)
+        facts = {"adapters": self.adapters, "router": self.router is not None, "embed_dim": self.embed_dim}
+        facts |= {"base_parameters": parameters, "versions": library_versions()}
+        write_json(folder / CASCADE_NAME, facts)
 
     @classmethod
     def load(cls, folder: str | Path, *, backbone: str | None = None) -> Cascade:
@@ -236,23 +255,33 @@ class Cascade:
 
         Args:
             folder: The folder.
-            backbone: Where the base is now, if not where the folder says.
+            backbone: Where the base is now, if not where the folder says; a program has to be named here.
 
         Raises:
             FileNotFoundError: If there is no cascade, or a part of it is missing.
-            ValueError: If it is damaged, or names a program as its base and `backbone` does not.
+            ValueError: If it is damaged, or of another base.
         """
         folder = Path(folder)
-        parts = CascadeParts.load(folder)
-        folders = {adapter: folder / adapter for adapter in parts.adapters}
-        found = cls.from_runs(folders, parts.router, backbone=backbone)
-        fitted = len(parts.projections["whitened"].mean)
-        if fitted != found.backbone.feature_dim:
+        path, tensors_path = folder / CASCADE_NAME, folder / _PROJECTION_NAME
+        facts = read_json(path, _FACTS)
+        names = facts["adapters"]
+        plain = all(isinstance(name, str) and Path(name).name == name and name != ".." for name in names)
+        if not plain or len(set(names)) < len(names) or len(names) < 2:
+            raise ValueError(f"{path}: adapters must be names of two or more folders beside it; got {names}.")
+        router = Router.load(folder) if facts["router"] else None
+        if router is not None and router.experts != len(names) - 1:
+            raise ValueError(f"{path} names {len(names) - 1} experts, and {ROUTER_NAME} knows {router.experts}.")
+        projections = _read_projections(tensors_path, router is not None)
+        one, whole = (len(projections[mode].mean) for mode in ("whitened", "unconditional"))
+        if whole != one * len(names):
+            raise ValueError(f"{tensors_path} is for {whole / one:g} masks, and {path} names {len(names)}.")
+        found = cls.from_runs({name: folder / name for name in names}, router, backbone=backbone)
+        if one != found.backbone.feature_dim:
             raise ValueError(
-                f"{folder} was fitted on {fitted} features, and {found.backbone.name} has "
+                f"{folder} was fitted on {one} features, and {found.backbone.name} has "
                 f"{found.backbone.feature_dim}: it is another base. Name the right one as backbone."
             )
-        found.projections, found.embed_dim = dict(parts.projections), parts.embed_dim
+        found.projections, found.embed_dim = projections, facts["embed_dim"]
         return found
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -265,3 +294,61 @@ class Cascade:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload a cascade of masks")
         return str(address)
+
+
+def _read_projections(path: Path, routed: bool) -> dict[Mode, Whitening]:
+    modes = [mode for mode in MODES[1:] if mode != "conditional" or routed]
+    shapes: dict[str, tuple[str | int, ...]] = {}
+    for mode in modes:
+        letters = {"F": "F" if mode == "whitened" else "all F", "d": f"dims of {mode}"}
+        for name, shape in WHITENING.items():
+            shapes[f"{mode}.{name}"] = tuple(letters.get(str(size), size) for size in shape)
+    tensors = read_tensors(path, shapes)
+    return {mode: read_whitening(tensors, path, f"{mode}.") for mode in modes}
+
+
+@dataclass(frozen=True)
+class CascadeSizes:
+    """Bytes of a saved cascade by what they are for.
+
+    Attributes:
+        masks: Packed masks of dispatcher and experts.
+        statistics: Their BatchNorm statistics.
+        router: The router.
+        projections: The whitening of every mode.
+        total: All of these, with headers and configurations.
+        paper: What the paper counts: (K + 1) · β/32, with β the bytes of the base's parameters in fp32.
+    """
+
+    masks: int
+    statistics: int
+    router: int
+    projections: int
+    total: int
+    paper: int
+
+    def text(self) -> str:
+        """The sizes in a line for a terminal."""
+        parts = f"masks {self.masks / 1e3:.1f} kB, statistics {self.statistics / 1e3:.1f} kB"
+        rest = f"router {self.router / 1e3:.1f} kB, projections {self.projections / 1e3:.1f} kB"
+        return f"{self.total / 1e3:.1f} kB ({parts}, {rest}); (K + 1) β/32 is {self.paper / 1e3:.1f} kB"
+
+
+def cascade_sizes(folder: str | Path) -> CascadeSizes:
+    """Bytes of what `Cascade.save` writes, of that folder or of the one that a cascade was trained in."""
+    folder = Path(folder)
+    facts = read_json(folder / CASCADE_NAME, _FACTS)
+    sizes = [adapter_sizes(folder / name) for name in facts["adapters"]]
+    configs = [folder / CASCADE_NAME, *(folder / name / "adapter_config.json" for name in facts["adapters"])]
+    routers = [folder / name for name in (ROUTER_NAME, ROUTER_TENSORS_NAME)] if facts["router"] else []
+    router, projections, settings = (
+        sum(path.stat().st_size for path in paths) for paths in (routers, [folder / _PROJECTION_NAME], configs)
+    )
+    return CascadeSizes(
+        masks=sum(size.mask for size in sizes),
+        statistics=sum(size.statistics for size in sizes),
+        router=router,
+        projections=projections,
+        total=sum(size.total for size in sizes) + settings + router + projections,
+        paper=len(sizes) * facts["base_parameters"] * 4 // 32,
+    )

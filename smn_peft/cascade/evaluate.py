@@ -10,11 +10,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..evaluation import EvalReport, Features, evaluate_knn, linear_probe
-from ..training.evaluate import check_metrics, evaluation_arguments
-from ..training.images import build_images
-from .cascade import Cascade
-from .fit import ENSEMBLE
-from .parts import CASCADE_NAME, Mode
+from ..training.assemble import build_images
+from ..training.evaluate_run import check_metrics, evaluation_arguments
+from .cascade import ENSEMBLE, Cascade, Mode
+from .folder import CASCADE_NAME
 
 __all__ = ["METRICS", "evaluate_cascade"]
 
@@ -39,26 +38,22 @@ def evaluate_cascade(
     limit: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[EvalReport]:
-    """What every embedding of a saved cascade is worth (Table 3), beside the controls that the paper lacks.
+    """Evaluate every embedding of a saved cascade (Table 3), beside the controls that the paper lacks.
 
     These are the dispatcher's features whitened in the same way, and, where one was trained in the folder, the
-    ensemble of as many dispatchers with other seeds. Each mask sees every image once. The linear probes see features
-    of mean 0 and standard deviation 1, so that the scale that whitening gives does not act as another decay.
+    ensemble of as many dispatchers with other seeds. The linear probes see features of mean 0 and standard deviation
+    1, so that the scale that whitening gives does not act as another decay.
 
     Args:
         folder: A cascade's folder.
         backbone: Where the base is now, if not where the folder says.
-        dataset: Another dataset than the dispatcher's.
-        split: Split to test on; None: the dispatcher's.
+        dataset: Another dataset than the dispatcher's; as `split`, `batch_size` and `num_workers`.
+        split: Split to test on.
         metrics: Of `METRICS`.
-        batch_size: Images per forward; None: the dispatcher's.
-        num_workers: Processes that read images; None: the dispatcher's.
+        batch_size: Images per forward.
+        num_workers: Processes that read images.
         limit: Use a seeded choice of at most this many images on either side.
         accelerator: Names the device and shares the work; None: a new one.
-
-    Raises:
-        FileNotFoundError: If there is no cascade.
-        ValueError: For an unknown metric, or a dataset that is not known.
     """
     check_metrics(metrics, METRICS)
     if limit is not None and limit < 1:
@@ -74,15 +69,12 @@ def evaluate_cascade(
         "num_workers": arguments.num_workers if num_workers is None else num_workers,
         "accelerator": accelerator or Accelerator(cpu=arguments.cpu),
     }
-    rows: dict[str, tuple[Features, Features]] = {}
     bank, test = (cascade.embed_all(part, **options) for part in (images.bank, images.test))
-    for mode in cascade.modes:
-        rows[_LABELS[mode]] = bank[mode], test[mode]
+    rows: dict[str, tuple[Features, Features]] = {_LABELS[mode]: (bank[mode], test[mode]) for mode in cascade.modes}
     if (folder / ENSEMBLE / CASCADE_NAME).is_file():
         ensemble = Cascade.load(folder / ENSEMBLE, backbone=backbone)
-        label = f"dispatchers of {len(ensemble.adapters)} seeds"
-        mode = "unconditional"
-        rows[label] = ensemble.embed(images.bank, mode, **options), ensemble.embed(images.test, mode, **options)
+        both = [ensemble.embed(part, "unconditional", **options) for part in (images.bank, images.test)]
+        rows[f"dispatchers of {len(ensemble.adapters)} seeds"] = both[0], both[1]
     settings = {
         "backbone": cascade.backbone.name,
         "experts": len(cascade.adapters) - 1,

@@ -13,18 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..functional.features import Whitening, fit_whitening
-from .tensors import read_json, read_tensors, read_whitening, whitening_tensors, write_json, write_tensors
+from ..functional.whitening import Whitening, fit_whitening
+from .folder import WHITENING, read_json, read_tensors, read_whitening, whitening_tensors, write_json, write_tensors
 
 __all__ = ["ROUTER_NAME", "ROUTER_TENSORS_NAME", "Router", "check_clusters", "fit_router"]
 
 ROUTER_NAME = "router.json"
 ROUTER_TENSORS_NAME = "router.safetensors"
-_FORMAT = 1
-_WHITENING = {"mean": ("F",), "components": ("d", "F"), "singular_values": ("d",), "samples": (1,)}
 _SHAPES: dict[str, dict[str, tuple[str | int, ...]]] = {
-    "gmm": {**_WHITENING, "weights": ("K",), "means": ("K", "d"), "precisions_cholesky": ("K", "d", "d")},
-    "kmeans": {**_WHITENING, "means": ("K", "d")},
+    "gmm": {**WHITENING, "weights": ("K",), "means": ("K", "d"), "precisions_cholesky": ("K", "d", "d")},
+    "kmeans": {**WHITENING, "means": ("K", "d")},
 }
 
 
@@ -58,13 +56,9 @@ class Router:
         return len(self.means)
 
     def scores(self, features: Tensor) -> Tensor:
-        """How well each component fits, up to what all have in common.
+        """How well each component fits features (n, F) of the dispatcher: fp64 (n, K), up to a constant.
 
-        Args:
-            features: The dispatcher's, (n, F) of any length.
-
-        Returns:
-            fp64 (n, K): log of weight times density of the mixture's components; or −½ the squared distance.
+        Of a mixture the log of weight times density; of k-means −½ the squared distance.
         """
         points = _points(self.whitening, features)
         if self.weights is None or self.precisions_cholesky is None:
@@ -87,23 +81,18 @@ class Router:
             tensors |= {"weights": self.weights, "precisions_cholesky": self.precisions_cholesky}
         write_tensors(folder / ROUTER_TENSORS_NAME, tensors)
         facts = {"kind": self.kind, "dim": self.dim, "seed": self.seed, "sizes": list(self.sizes)}
-        write_json(folder / ROUTER_NAME, {"format": _FORMAT, **facts})
+        write_json(folder / ROUTER_NAME, facts)
 
     @classmethod
     def load(cls, folder: str | Path) -> Router:
-        """Read what [`save`] wrote.
-
-        Raises:
-            FileNotFoundError: If there is nothing.
-            ValueError: If it is damaged.
-        """
+        """Read what [`save`] wrote; damaged files are refused."""
         path = Path(folder) / ROUTER_NAME
-        facts = read_json(path, {"kind": str, "dim": int, "seed": int, "sizes": list}, _FORMAT)
+        facts = read_json(path, {"kind": str, "dim": int, "seed": int, "sizes": list})
         if facts["kind"] not in _SHAPES:
             raise ValueError(f"{path}: kind must be one of {', '.join(_SHAPES)}; it is {facts['kind']!r}.")
         tensors_path = path.with_name(ROUTER_TENSORS_NAME)
         tensors = read_tensors(tensors_path, _SHAPES[facts["kind"]])
-        whitening = read_whitening(tensors, "", tensors_path)
+        whitening = read_whitening(tensors, tensors_path)
         if len(facts["sizes"]) != len(tensors["means"]):
             raise ValueError(f"{path} has {len(facts['sizes'])} clusters, {tensors_path} {len(tensors['means'])}.")
         precisions = tensors.get("precisions_cholesky")
@@ -130,10 +119,6 @@ def fit_router(features: Tensor, experts: int = 5, *, kind: str = "gmm", dim: in
         kind: "gmm" or "kmeans".
         dim: Principal components; fewer where the features have fewer.
         seed: Of the clustering.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        ValueError: Fewer features than clusters, or features that cannot be whitened.
     """
     try:
         from sklearn.cluster import KMeans
@@ -170,15 +155,7 @@ def fit_router(features: Tensor, experts: int = 5, *, kind: str = "gmm", dim: in
 
 
 def check_clusters(sizes: Sequence[int], batch_size: int) -> None:
-    """Refuse clusters that an expert cannot learn from.
-
-    Args:
-        sizes: Number of training images per cluster.
-        batch_size: Images per optimizer step.
-
-    Raises:
-        ValueError: If one has fewer images than a batch.
-    """
+    """Refuse clusters of fewer images than a batch, from which an expert cannot learn."""
     small = [f"cluster {number} has {size}" for number, size in enumerate(sizes) if size < batch_size]
     if small:
         raise ValueError(

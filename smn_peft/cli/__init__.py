@@ -1,4 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line `smn`: thin commands over the package's functions."""
+"""The command line `smn`: thin commands over the package's functions, and how they fail."""
 
 from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ..training import Interrupted
+from . import adapters, analyze, bank, cascade, train
+from .options import Group, one_line
+
+__all__ = ["app", "main"]
+
+_TRACEBACK = "--traceback"
+
+
+class _Application(Group):
+    """Prints expected errors as one line: exit code 1; wrong usage gives 2, Ctrl-C 130.
+
+    Expected are ValueError, OSError, RuntimeError and ImportError: the package raises them with the remedy in the
+    message. Anything else is a bug and comes as Python's traceback.
+    """
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = "smn", **settings: Any
+    ) -> None:
+        words = list(sys.argv[1:] if args is None else args)
+        end = words.index("--") if "--" in words else len(words)
+        in_full = _TRACEBACK in words[:end]  # wherever it stands, so that it can be added at the line's end
+        words = [word for word in words[:end] if word != _TRACEBACK] + words[end:]
+        try:
+            with _short_warnings():
+                code = super().main(words, prog_name, **{**settings, "standalone_mode": False})
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.ClickException as error:
+            click.echo(f"error: {error.format_message()}", err=True)
+            code = error.exit_code
+        except click.Abort as error:
+            if isinstance(error.__cause__, Interrupted):
+                click.echo(str(error.__cause__), err=True)
+            code = 130
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            if in_full:
+                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            else:
+                click.echo(f"error: {one_line(error)} (in full with {_TRACEBACK})", err=True)
+            code = 1
+        sys.exit(code or 0)
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Print warnings of the package in one line, without the place in the code."""
+    python = warnings.formatwarning
+
+    def short(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
+        return f"warning: {message}\n" if category is UserWarning else python(message, category, *place, **more)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = python
+
+
+@click.group(
+    "smn",
+    cls=_Application,
+    context_settings={"max_content_width": 110, "show_default": True},
+    epilog='Tab completion: eval "$(_SMN_COMPLETE=bash_source smn)", or zsh_source, fish_source.',
+)
+@click.version_option(package_name="smn_peft", message="%(package)s %(version)s")
+@click.option(_TRACEBACK, is_flag=True, expose_value=False, help="Show errors in full; may stand anywhere.")
+def app() -> None:
+    """Adapt a frozen vision backbone by learning one bit per weight."""
+
+
+for _command in (
+    *(train.train, analyze.evaluate, adapters.push, adapters.pack, adapters.unpack, adapters.inspect, adapters.verify),
+    *(bank.bank, bank.serve, cascade.cascade, analyze.analyze, train.reproduce, train.recipes, adapters.targets),
+):
+    app.add_command(_command)
+
+
+def main() -> None:
+    """Run `smn`."""
+    app()

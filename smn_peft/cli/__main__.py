@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from .main import main
+from . import app
 
-if __name__ == "__main__":
-    main()
+app()

@@ -1,66 +1,98 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn analyze density|similarity|loss|low-shot|embedding|compression`: what masks look like, as table, plot, JSON."""
+"""`smn eval` and `smn analyze`: what adapters are worth and what their masks look like, as table, plot, JSON."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
+from accelerate import Accelerator
 
 from .. import analysis
 from ..analysis.compression import adapter_compression, format_compression
-from ..evaluation import EvalReport, extract_features, format_fraction, markdown_table
-from ..storage import atomic_write, locate_adapter
+from ..evaluation import extract_features, format_fraction, markdown_table, report_table
+from ..storage import locate_adapter
 from ..training import load_masks, load_run
-from ..training.assemble import evaluation_of
-from ..training.evaluate import evaluation_arguments
-from ..training.images import build_images
+from ..training.assemble import build_images, evaluation_of
+from ..training.evaluate_run import METRICS, evaluate_run, evaluation_arguments
 from ..training.metrics import METRICS_NAME, read_metrics
-from .values import output_file
+from .options import (
+    PATH,
+    Group,
+    backbone_option,
+    evaluation_options,
+    json_file,
+    output_file,
+    place_options,
+    read_reports,
+    write_json,
+)
 
-__all__ = ["app"]
+__all__ = ["analyze", "evaluate"]
 
-app = typer.Typer(help="Look at what runs learned: densities, similarity, losses, few labels, embeddings, bytes.")
-
-Runs = Annotated[list[Path], typer.Argument(help="Output folders of `smn train`.")]
-Backbone = Annotated[str | None, typer.Option(help="Where the base is now, if not where the folders say.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw into this .png, .svg or .pdf file.", callback=output_file)]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the data into this file.", callback=output_file)]
-
-
-def _write(path: Path | None, data: Any) -> None:
-    """Write a dataclass, or a list of them."""
-    if path is not None:
-        content = [asdict(row) for row in data] if isinstance(data, Sequence) else asdict(data)
-        with atomic_write(path) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode())
+_runs = click.argument("runs", nargs=-1, required=True, type=PATH)
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' last names; as given where two would be alike."""
+def _plot(**options: Any) -> Any:
+    text = "Draw into this .png, .svg or .pdf file."
+    return click.option("--plot", type=PATH, callback=output_file, help=text, **options)
+
+
+@click.command("eval")
+@click.argument("folder", type=PATH)
+@click.option("--base", is_flag=True, help="Evaluate the frozen base too, to compare.")
+@evaluation_options(METRICS, "knn, and accuracy of a classifier,")
+@click.option("--eval-fraction", type=float, help="Test on this part of the training images, held out.")
+@click.option(
+    "--low-shot", type=float, multiple=True, help="Linear probe on this part of the labels; may be repeated."
+)
+@click.option("--seeds", type=int, default=3, help="Seeds of each low-shot fraction.")
+@click.option("--image-size", type=int, help="Another side of the images in pixels than they had in training.")
+def evaluate(folder: Path, base: bool, cpu: bool, json_file: Path | None, **options: Any) -> None:
+    """Evaluate what `smn train` saved: k-NN, linear probe, accuracy, and probes on few labels.
+
+    FOLDER is an output folder of `smn train`, or a folder with an adapter.
+    """
+    accelerator = Accelerator(cpu=cpu)
+    reports = [
+        report
+        for frozen in ([True, False] if base else [False])
+        for report in evaluate_run(folder, base=frozen, accelerator=accelerator, **options)
+    ]
+    if accelerator.is_main_process:
+        click.echo(report_table(reports))
+        write_json(json_file, [report.to_dict() for report in reports])
+
+
+@click.group("analyze", cls=Group)
+def analyze() -> None:
+    """Look at what runs learned: densities, similarity, losses, few labels, embeddings, bytes.
+
+    RUNS are output folders of `smn train`.
+    """
+
+
+def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
+    """The folders by their last names, or as given where two would be alike."""
     names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    alike = len(set(names)) < len(names)
+    return {str(folder) if alike else name: folder for name, folder in zip(names, folders, strict=True)}
 
 
-@app.command()
-def density(
-    runs: Runs,
-    average: Annotated[
-        bool, typer.Option("--average", help="Mean and standard deviation over the runs, not a line each.")
-    ] = False,
-    backbone: Backbone = None,
-    plot: Plot = None,
-    json_file: Json = None,
+@analyze.command("density")
+@_runs
+@click.option("--average", is_flag=True, help="Mean and standard deviation over the runs, not a line each.")
+@backbone_option
+@_plot()
+@json_file
+def _density(
+    runs: tuple[Path, ...], average: bool, backbone: str | None, plot: Path | None, json_file: Path | None
 ) -> None:
     """Fraction of active weights per layer (the paper's Figures 6 and 7, which call it sparsity)."""
-    groups = {
-        label: analysis.layer_densities(load_masks(folder, backbone=backbone))
-        for label, folder in zip(_labels(runs), runs, strict=True)
-    }
+    masks = {label: load_masks(folder, backbone=backbone) for label, folder in _labelled(runs).items()}
+    groups = {label: analysis.layer_densities(found) for label, found in masks.items()}
     if average:
         groups = {f"mean of {len(groups)}": analysis.average_densities(list(groups.values()))}
     rows = []
@@ -71,16 +103,20 @@ def density(
         total = sum(layer.weights for layer in layers)
         active = sum(layer.weights * layer.density for layer in layers) / total
         rows.append({"run": label, "tensor": "all", "weights": f"{total:,}", "active %": format_fraction(active)})
-    typer.echo(markdown_table(rows))
-    _write(json_file, [layer for layers in groups.values() for layer in layers])
+    click.echo(markdown_table(rows))
+    write_json(json_file, [layer for layers in groups.values() for layer in layers])
     if plot is not None:
         analysis.plot_densities(groups, plot, title="Density of the masks")
 
 
-@app.command()
-def similarity(runs: Runs, backbone: Backbone = None, plot: Plot = None, json_file: Json = None) -> None:
+@analyze.command("similarity")
+@_runs
+@backbone_option
+@_plot()
+@json_file
+def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None, json_file: Path | None) -> None:
     """Which weights masks agree to switch off, against what masks of the same densities would by chance."""
-    masks = {label: load_masks(folder, backbone=backbone) for label, folder in zip(_labels(runs), runs, strict=True)}
+    masks = {label: load_masks(folder, backbone=backbone) for label, folder in _labelled(runs).items()}
     found = analysis.similarity_matrix(masks)
     cells = [
         {
@@ -92,22 +128,21 @@ def similarity(runs: Runs, backbone: Backbone = None, plot: Plot = None, json_fi
         }
         for row in found
     ]
-    typer.echo(markdown_table(cells))
-    _write(json_file, found)
+    click.echo(markdown_table(cells))
+    write_json(json_file, found)
     if plot is not None:
         analysis.plot_similarity(found, plot)
 
 
-@app.command()
-def loss(
-    runs: Runs,
-    window: Annotated[int, typer.Option(help="Logged lines that are averaged.")] = 1,
-    plot: Plot = None,
-    json_file: Json = None,
-) -> None:
+@analyze.command("loss")
+@_runs
+@click.option("--window", default=1, help="Logged lines that are averaged.")
+@_plot()
+@json_file
+def _loss(runs: tuple[Path, ...], window: int, plot: Path | None, json_file: Path | None) -> None:
     """Training losses of runs, finished or not (the paper's Figure 5)."""
     curves = []
-    for label, folder in zip(_labels(runs), runs, strict=True):
+    for label, folder in _labelled(runs).items():
         lines = [line for line in read_metrics(folder / METRICS_NAME) if line.get("loss") is not None]
         if not lines:
             raise ValueError(f"{folder} has no losses in {METRICS_NAME}: name output folders of `smn train`.")
@@ -116,50 +151,43 @@ def loss(
     cells = [
         {"run": c.label, "first": f"{c.y[0]:.4f}", "last": f"{c.y[-1]:.4f}", "at step": f"{c.x[-1]:g}"} for c in curves
     ]
-    typer.echo(markdown_table(cells))
-    _write(json_file, curves)
+    click.echo(markdown_table(cells))
+    write_json(json_file, curves)
     if plot is not None:
         analysis.plot_curves({"Training loss": curves}, plot)
 
 
-@app.command("low-shot")
-def low_shot(
-    reports: Annotated[list[Path], typer.Argument(help="Files that `smn eval --low-shot … --json FILE` wrote.")],
-    plot: Plot = None,
-) -> None:
-    """Accuracy against the fraction of labelled images, a line per method (the paper's Figure 3)."""
-    found = []
-    for path in reports:
-        try:
-            content = json.loads(path.read_text("utf-8"))
-            loaded = [EvalReport.from_json(json.dumps(item)) for item in content]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} holds no reports of `smn eval`: {error}") from error
-        found += [report for report in loaded if "label_fraction" in report.settings]
+@analyze.command("low-shot")
+@click.argument("reports", nargs=-1, required=True, type=PATH)
+@_plot()
+def _low_shot(reports: tuple[Path, ...], plot: Path | None) -> None:
+    """Accuracy against the fraction of labelled images, a line per method (the paper's Figure 3).
+
+    REPORTS are files that `smn eval --low-shot … --json FILE` wrote.
+    """
+    found = [report for path in reports for report in read_reports(path) if "label_fraction" in report.settings]
     if not found:
         raise ValueError("None of the reports is of few labels: evaluate with --low-shot 0.1 --low-shot 0.01 ….")
-    typer.echo(analysis.low_shot_table(found))
+    click.echo(analysis.low_shot_table(found))
     if plot is not None:
         analysis.plot_low_shot(analysis.low_shot_series(found), plot, title=found[0].dataset)
 
 
-@app.command()
-def embedding(
-    runs: Runs,
-    plot: Annotated[Path, typer.Option(help="Draw into this .png, .svg or .pdf file.")],
-    base: Annotated[bool, typer.Option("--base", help="Show the frozen base of the first run too.")] = False,
-    backbone: Backbone = None,
-    classes: Annotated[int, typer.Option(help="Show the first so many classes.")] = 20,
-    perplexity: Annotated[float, typer.Option(help="t-SNE's perplexity.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="t-SNE's seed.")] = 0,
+@analyze.command("embedding")
+@_runs
+@_plot(required=True)
+@click.option("--base", is_flag=True, help="Show the frozen base of the first run too.")
+@backbone_option
+@click.option("--classes", default=20, help="Show the first so many classes.")
+@click.option("--perplexity", default=30.0, help="t-SNE's perplexity.")
+@click.option("--seed", default=0, help="t-SNE's seed.")
+def _embedding(
+    runs: tuple[Path, ...], plot: Path, base: bool, backbone: str | None, classes: int, perplexity: float, seed: int
 ) -> None:
     """Features of the test images laid out by t-SNE (the paper's Figure 10)."""
     maps, names = [], None
-    todo = [
-        *([("frozen base", runs[0], True)] if base else []),
-        *((n, f, False) for n, f in zip(_labels(runs), runs, strict=True)),
-    ]
-    for label, folder, frozen in todo:
+    shown = [(label, folder, False) for label, folder in _labelled(runs).items()]
+    for label, folder, frozen in [("frozen base", runs[0], True), *shown] if base else shown:
         arguments, loaded = load_run(folder, base=frozen, backbone=backbone)
         if arguments is None:
             raise ValueError(
@@ -173,20 +201,19 @@ def embedding(
         maps.append(analysis.embedding_map(features, label, classes=classes, perplexity=perplexity, seed=seed))
         names = images.classes
     analysis.plot_embedding_maps(maps, plot, names=names)
-    typer.echo(f"{plot}: {len(maps[0].points):,} images of {len(maps[0].labels.unique())} classes")
+    click.echo(f"{plot}: {len(maps[0].points):,} images of {len(maps[0].labels.unique())} classes")
 
 
-@app.command()
-def compression(
-    adapter: Annotated[str, typer.Argument(help="Adapter: folder, safetensors file, or user/name on the Hub.")],
-    weights: Annotated[
-        Path | None, typer.Option(help="Compress these weights too: a safetensors file, such as of full fine-tuning.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
-    subfolder: Annotated[str | None, typer.Option(help="Folder of the adapter inside.")] = None,
-    json_file: Json = None,
-) -> None:
-    """What compressors make of an adapter's masks, and of weights, beside their entropy (the paper's Tables 6, 7)."""
-    table = adapter_compression(locate_adapter(adapter, revision, subfolder), weights)
-    typer.echo(format_compression(table))
-    _write(json_file, table)
+@analyze.command("compression")
+@click.argument("adapter")
+@click.option("--weights", type=PATH, help="Compress these weights too: a safetensors file, as of full fine-tuning.")
+@place_options
+@json_file
+def _compression(adapter: str, weights: Path | None, json_file: Path | None, **place: str | None) -> None:
+    """What compressors make of an adapter's masks, and of weights, beside their entropy (the paper's Tables 6, 7).
+
+    ADAPTER is a folder, a safetensors file, or user/name on the Hub.
+    """
+    table = adapter_compression(locate_adapter(adapter, **place), weights)
+    click.echo(format_compression(table))
+    write_json(json_file, table)

@@ -1,48 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn bank build|add|rm|rename|ls|info|verify|compact|export`: thousands of adapters in one file."""
+"""`smn bank build|add|rm|…` and `smn serve`: thousands of adapters in one file, on disk and over HTTP."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
 from tqdm import tqdm
 
 from ..bank.store import DiskStore
 from ..evaluation import format_fraction, markdown_table
+from .options import PATH, Group
 
-__all__ = ["app"]
+__all__ = ["bank", "serve"]
 
-app = typer.Typer(help="A bank: thousands of adapters over one base, in one file.")
+_bank = click.argument("bank", type=PATH)
+_adapters = click.argument("adapters", nargs=-1, required=True)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
-Bank = Annotated[Path, typer.Argument(help="Folder of the bank, or its .sqlite file.")]
-Name = Annotated[str, typer.Argument(help="Name of a task.")]
-Adapters = Annotated[
-    list[str],
-    typer.Argument(help="Folders or Hub ids of adapters, each under the last part of its name, or as NAME=FOLDER."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+@click.group("bank", cls=Group)
+def bank() -> None:
+    """A bank: thousands of adapters over one base, in one file.
+
+    BANK is the bank's folder, or its .sqlite file. ADAPTERS are folders or Hub ids, each a task under the last part of
+    its name, or as NAME=FOLDER.
+    """
 
 
 @contextmanager
-def _opened(bank: Path, *, read_only: bool = False, create: bool = False) -> Iterator[DiskStore]:
-    """A store, whose unknown names are errors of one line."""
-    if not create and not bank.exists():
-        raise FileNotFoundError(f"{bank} holds no bank: name its folder, or make one: smn bank build.")
-    with DiskStore.open(bank, read_only=read_only) as store:
+def _opened(path: Path, *, read_only: bool = False, create: bool = False) -> Iterator[DiskStore]:
+    """Open a store; its unknown names become errors of one line."""
+    if not create and not path.exists():
+        raise FileNotFoundError(f"{path} holds no bank: name its folder, or make one: smn bank build.")
+    with DiskStore.open(path, read_only=read_only) as store:
         try:
             yield store
         except KeyError as error:
-            raise ValueError(str(error.args[0]).replace("bank.names", f"smn bank ls {bank}")) from error
+            raise ValueError(str(error.args[0]).replace("bank.names", f"smn bank ls {path}")) from error
 
 
 def _named(adapters: Sequence[str]) -> list[tuple[str, str]]:
-    """Names and places; what is a folder as it stands is no NAME=FOLDER."""
+    """Split NAME=FOLDER; what is a folder as it stands has its last part as name."""
     pairs = []
     for adapter in adapters:
         name, is_named, place = adapter.partition("=")
@@ -58,11 +63,13 @@ def _add(store: DiskStore, adapters: Sequence[str], replace: bool) -> None:
     pairs = _named(adapters)
     with tqdm(total=len(pairs), desc="adding", unit="task", disable=None) as bar:
         store.add_many(pairs, replace=replace, progress=bar.update)
-    typer.echo(f"{store.path}: {len(store):,} tasks, {store.summary().bytes:,} bytes")
+    click.echo(f"{store.path}: {len(store):,} tasks, {store.summary().bytes:,} bytes")
 
 
-@app.command()
-def build(bank: Bank, adapters: Adapters) -> None:
+@bank.command("build")
+@_bank
+@_adapters
+def _build(bank: Path, adapters: tuple[str, ...]) -> None:
     """Make a bank of adapters."""
     with _opened(bank, create=True) as store:
         if len(store):
@@ -70,38 +77,44 @@ def build(bank: Bank, adapters: Adapters) -> None:
         _add(store, adapters, replace=False)
 
 
-@app.command()
-def add(
-    bank: Bank,
-    adapters: Adapters,
-    replace: Annotated[bool, typer.Option("--replace", help="In place of tasks of the same names.")] = False,
-) -> None:
+@bank.command("add")
+@_bank
+@_adapters
+@click.option("--replace", is_flag=True, help="In place of tasks of the same names.")
+def _add_tasks(bank: Path, adapters: tuple[str, ...], replace: bool) -> None:
     """Put adapters into a bank, all or none; whoever reads it meanwhile is not disturbed."""
     with _opened(bank) as store:
         _add(store, adapters, replace)
 
 
-@app.command()
-def rm(bank: Bank, names: Annotated[list[str], typer.Argument(help="Names of tasks.")]) -> None:
+@bank.command("rm")
+@_bank
+@click.argument("names", nargs=-1, required=True)
+def _remove(bank: Path, names: tuple[str, ...]) -> None:
     """Take tasks out, all or none; `smn bank compact` frees what room is left of them."""
     with _opened(bank) as store:
         store.remove_many(names)
 
 
-@app.command()
-def rename(bank: Bank, old: Name, new: Annotated[str, typer.Argument(help="Its other name.")]) -> None:
+@bank.command("rename")
+@_bank
+@click.argument("old")
+@click.argument("new")
+def _rename(bank: Path, old: str, new: str) -> None:
     """Give a task another name."""
     with _opened(bank) as store:
         store.rename(old, new)
 
 
-@app.command()
-def ls(bank: Bank, as_json: Json = False) -> None:
+@bank.command("ls")
+@_bank
+@_as_json
+def _list(bank: Path, as_json: bool) -> None:
     """List the tasks: density, and bytes by what they are for."""
     with _opened(bank, read_only=True) as store:
         infos = store.infos()
     if as_json:
-        typer.echo(json.dumps([asdict(info) for info in infos], indent=1))
+        click.echo(json.dumps([asdict(info) for info in infos], indent=1))
         return
     rows = [
         {
@@ -113,31 +126,31 @@ def ls(bank: Bank, as_json: Json = False) -> None:
         }
         for info in infos
     ]
-    typer.echo(markdown_table(rows) if rows else f"{bank}: no tasks")
+    click.echo(markdown_table(rows) if rows else f"{bank}: no tasks")
 
 
-@app.command()
-def info(
-    bank: Bank,
-    name: Annotated[str | None, typer.Argument(help="Name of a task; the whole bank without.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Tell what is known of a bank, or of a task."""
+@bank.command("info")
+@_bank
+@click.argument("name", required=False)
+@_as_json
+def _info(bank: Path, name: str | None, as_json: bool) -> None:
+    """Tell what is known of a bank, or of the task that is named."""
     with _opened(bank, read_only=True) as store:
         facts = asdict(store.summary() if name is None else store.info(name))
         if name is not None:
             facts["config"] = dict(store.read(name).config)
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        click.echo(json.dumps(facts, indent=1))
         return
     for key, value in facts.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, inner in parts:
-            typer.echo(f"{f'{key} {part}'.strip():<32} {inner}")
+            click.echo(f"{f'{key} {part}'.strip():<32} {inner}")
 
 
-@app.command()
-def verify(bank: Bank) -> None:
+@bank.command("verify")
+@_bank
+def _verify(bank: Path) -> None:
     """Check every task, down to its decoded masks, and the file; exit code 1 if something is damaged."""
     with _opened(bank, read_only=True) as store:
         count, bad = 0, 0
@@ -145,22 +158,88 @@ def verify(bank: Bank) -> None:
             count += 1
             if check.error is not None:
                 bad += 1
-                typer.echo(f"{check.name!r}: {check.error}", err=True)
+                click.echo(f"{check.name!r}: {check.error}", err=True)
     if bad:
         raise ValueError(f"{bad:,} of {count:,} tasks are damaged: add them again with --replace, or rm.")
-    typer.echo(f"{bank}: {count:,} tasks, all whole")
+    click.echo(f"{bank}: {count:,} tasks, all whole")
 
 
-@app.command()
-def compact(bank: Bank) -> None:
+@bank.command("compact")
+@_bank
+def _compact(bank: Path) -> None:
     """Give the room of removed tasks back to the disk; whoever reads meanwhile is not disturbed."""
     with _opened(bank) as store:
         before, after = store.compact()
-    typer.echo(f"{bank}: {before:,} -> {after:,} bytes")
+    click.echo(f"{bank}: {before:,} -> {after:,} bytes")
 
 
-@app.command()
-def export(bank: Bank, name: Name, out: Annotated[Path, typer.Argument(help="Folder to write.")]) -> None:
+@bank.command("export")
+@_bank
+@click.argument("name")
+@click.argument("out", type=PATH)
+def _export(bank: Path, name: str, out: Path) -> None:
     """Write a task's adapter as the folder that it came from; PEFT loads it."""
     with _opened(bank, read_only=True) as store:
         store.export(name, out)
+
+
+def _no_nan(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which no bound refuses
+        raise click.BadParameter("nan is no number.")
+    return value
+
+
+def _number(name: str, default: float, help: str, least: Any = 1, most: Any = None) -> Any:
+    if isinstance(default, int):
+        return click.option(name, type=click.IntRange(least, most), default=default, help=help)
+    return click.option(name, type=click.FloatRange(least, most), default=default, callback=_no_nan, help=help)
+
+
+@click.command("serve")
+@click.argument("bank", type=PATH)
+@click.option("--base", required=True, help="Base of the tasks: Hub id, timm name, folder, or file.py:function.")
+@click.option("--weights", type=PATH, help="safetensors file for a timm architecture.")
+@click.option("--image-size", type=click.IntRange(1), help="Side of the images in pixels.")
+@click.option("--head", "head_name", default="head", help="Where adapters have their head; in plain timm models fc, …")
+@click.option("--device", default="cpu", help="Where the model is: cpu, cuda, …")
+@click.option("--host", default="127.0.0.1", help="Address to listen at.")
+@_number("--port", 8000, "Port; 0 takes a free one.", 0, 65535)
+@click.option("--api-key-env", help="Environment variable with the key for changes; none are taken without.")
+@_number("--max-batch", 32, "Images in one forward.")
+@_number("--max-wait-ms", 5.0, "How long an image waits for others.", 0, 60_000)
+@_number("--queue", 256, "Images held at a time; more are answered with 429.")
+@_number("--timeout", 30.0, "Seconds that a request may take.", 0.001, 86_400)
+@_number("--grace", 10.0, "Seconds to finish what is under way at the end.", 0.001, 86_400)
+@_number("--ram-budget", 1024, "MiB that decoded tasks may take.", 0)
+@click.option(
+    "--allowed-hosts", multiple=True, help="Name that clients call the server by; may be repeated, '*': any."
+)
+def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None, **options: Any) -> None:
+    """Serve predictions and embeddings of a bank's tasks over HTTP, with a page to try them at /.
+
+    BANK is the folder of a bank, of an adapter, or of several adapters' folders.
+    """
+    try:
+        from ..serving.auth import key_from
+        from ..serving.limits import Limits
+        from ..serving.opening import open_bank
+        from ..serving.server import serve
+        from ..serving.service import Service
+    except ImportError as error:
+        raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
+    limits = Limits(**{name: options[name] for name in ("queue", "timeout", "grace")})
+    key = key_from(api_key_env)
+    model = {name: options[name] for name in ("weights", "head_name", "device")}
+    budget = options["ram_budget"] << 20
+    opened, backbone, left_out = open_bank(
+        bank, base, image_size=image_size, ram_budget=budget, read_only=key is None, **model
+    )
+    for name, why in left_out.items():
+        click.echo(f"left out {name}: {why}", err=True)
+    click.echo(f"{len(opened)} tasks over {backbone.name}", err=True)
+    batches = {"max_batch": options["max_batch"], "max_wait": options["max_wait_ms"] / 1000}
+    service = Service(opened, backbone, limits=limits, image_size=image_size, **batches)
+    if warnings := service.warnings():
+        name, why = next(iter(warnings.items()))
+        click.echo(f"warning: {len(warnings)} tasks are served otherwise than trained, as {name!r}: {why}", err=True)
+    serve(service, host=options["host"], port=options["port"], api_key=key, allowed_hosts=options["allowed_hosts"])

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 from accelerate import Accelerator, PartialState
 from safetensors.torch import save
 
@@ -16,136 +15,111 @@ from ..cascade.evaluate import METRICS
 from ..data import load_images
 from ..evaluation import report_table
 from ..storage import atomic_write
-from ..training import Interrupted, TrainArguments, load_recipe
-from .launch import SETTINGS, check_rest, launch_processes
-from .options import with_options
+from ..training import TrainArguments
+from .options import (
+    PATH,
+    Group,
+    backbone_option,
+    evaluation_options,
+    field_options,
+    given,
+    help_all,
+    merge,
+    write_json,
+)
+from .train import SHOWN, Launchable, launch_option, launch_processes, recipe_option, recipe_values
 
-__all__ = ["app"]
+__all__ = ["cascade"]
 
-app = typer.Typer(help="Several masks for one dataset: a dispatcher, a router, an expert per cluster.")
-
-Folder = Annotated[Path, typer.Argument(help="Output folder of `smn cascade train`, or a saved cascade.")]
-BackboneName = Annotated[str | None, typer.Option(help="Where the base is, if not where the folder says.")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per forward; the dispatcher's if not given.")]
-NumWorkers = Annotated[int | None, typer.Option(help="Processes that load images; the dispatcher's if not given.")]
-Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even where there is a GPU.")]
+_folder = click.argument("folder", type=PATH)
 
 
-@app.command("train", context_settings=SETTINGS)
-@with_options(recipe=load_recipe, hidden=("resume", "adapt", "init_from", "indices_file"))
-def train(
-    context: typer.Context,
-    arguments: TrainArguments,
-    options: CascadeArguments,
-    prepare_only: Annotated[
-        bool, typer.Option("--prepare", help="Train the dispatcher and fit the router; the experts follow as jobs.")
-    ] = False,
-    expert: Annotated[
-        list[int] | None, typer.Option(help="Train this expert alone, after --prepare; from 0, may be repeated.")
-    ] = None,
-    launch: Annotated[
-        bool,
-        typer.Option("--launch", help="Run through `accelerate launch`; options unknown here are passed on to it."),
-    ] = False,
+@click.group("cascade", cls=Group)
+def cascade() -> None:
+    """Several masks for one dataset: a dispatcher, a router, an expert per cluster.
+
+    FOLDER is the output folder of `smn cascade train`, or a saved cascade.
+    """
+
+
+@cascade.command("train", cls=Launchable)
+@recipe_option
+@field_options(CascadeArguments)
+@field_options(TrainArguments, shown=[name for name in SHOWN if name not in ("adapt", "resume")])
+@click.option("--prepare", "prepare_only", is_flag=True, help="Train the dispatcher and fit the router only.")
+@click.option("--expert", type=int, multiple=True, help="Train this expert alone, after --prepare; may be repeated.")
+@launch_option
+@help_all
+@click.pass_context
+def _train(
+    context: click.Context, recipe: str | None, prepare_only: bool, expert: tuple[int, ...], launch: bool, **_: Any
 ) -> None:
     """Train what is not trained yet, and fit the embedding; the same line again goes on where it was.
 
-    An expert per job: once with `--prepare`, then a job each with `--expert 0`, `--expert 1` …, then without either.
+    An expert per job: once with --prepare, then a job each with --expert 0, --expert 1 …, then without either.
     """
+    arguments = TrainArguments(**merge(recipe_values(recipe), given(context, TrainArguments)))
+    options = CascadeArguments(**given(context, CascadeArguments))
     if launch:
-        raise typer.Exit(launch_processes(["cascade", "train"], context.args, cpu=arguments.cpu))
-    check_rest(context)
+        context.exit(launch_processes(["cascade", "train"], context.args, cpu=arguments.cpu))
     if expert and prepare_only:
-        raise typer.BadParameter("--prepare comes before --expert: give one of them.", ctx=context)
-    try:
-        if expert:
-            train_experts(arguments, options, expert)
-            text = f"done: {', '.join(f'expert {number}' for number in expert)}"
-        elif prepare_only:
-            router, images = prepare(arguments, options)
-            text = f"{len(images)} images in clusters of {_words(router.sizes)}"
-        else:
-            cascade = Cascade.fit(arguments, options)
-            assert cascade.router is not None
-            sizes = cascade_sizes(arguments.output_dir).text()
-            text = f"clusters of {_words(cascade.router.sizes)}\n{arguments.output_dir}: {sizes}"
-    except Interrupted as stop:
-        typer.echo(str(stop), err=True)
-        raise typer.Exit(130) from stop
+        raise click.UsageError("--prepare comes before --expert: give one of them.")
+    if expert:
+        train_experts(arguments, options, expert)
+        text = f"done: {', '.join(f'expert {number}' for number in expert)}"
+    elif prepare_only:
+        router, images = prepare(arguments, options)
+        text = f"{len(images)} images in clusters of {_words(router.sizes)}"
+    else:
+        fitted = Cascade.fit(arguments, options)
+        assert fitted.router is not None
+        sizes = cascade_sizes(arguments.output_dir).text()
+        text = f"clusters of {_words(fitted.router.sizes)}\n{arguments.output_dir}: {sizes}"
     if PartialState().is_main_process:
-        typer.echo(text)
-
-
-@app.command("embed")
-def embed(
-    folder: Folder,
-    dataset: Annotated[str, typer.Option(help="Dataset to embed, as `smn train` takes it.")],
-    output: Annotated[Path, typer.Option(help="The safetensors file to write.")],
-    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "test",
-    mode: Annotated[
-        str, typer.Option(help=f"{', '.join(MODES)}.", autocompletion=lambda: list(MODES))
-    ] = "conditional",
-    labelled: Annotated[bool, typer.Option(help="Write the labels too.")] = True,
-    backbone: BackboneName = None,
-    batch_size: BatchSize = None,
-    num_workers: NumWorkers = None,
-    cpu: Cpu = False,
-) -> None:
-    """Write the embeddings of a dataset, in its order, as `embeddings` (n, dim) and `labels` (n,)."""
-    if mode not in MODES:
-        raise ValueError(f"There is no mode {mode!r}; there are {', '.join(MODES)}.")
-    cascade = Cascade.load(folder, backbone=backbone)
-    images, accelerator = load_images(dataset, split, labelled=labelled), Accelerator(cpu=cpu)
-    options: dict[str, Any] = {
-        "batch_size": batch_size or cascade.arguments.batch_size,
-        "num_workers": cascade.arguments.num_workers if num_workers is None else num_workers,
-    }
-    found = cascade.embed(images, mode, accelerator=accelerator, **options)
-    if accelerator.is_main_process:
-        tensors = {"embeddings": found.features.contiguous()}
-        with atomic_write(output) as file:
-            file.write(save(tensors if found.labels is None else {**tensors, "labels": found.labels}))
-        typer.echo(f"{len(found)} embeddings of dim {found.features.shape[1]} in {output}")
-
-
-@app.command("eval")
-def evaluate(
-    folder: Folder,
-    backbone: BackboneName = None,
-    dataset: Annotated[str | None, typer.Option(help="Another dataset than the dispatcher's.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split to test on; the dispatcher's if not given.")] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help=f"{', '.join(METRICS)}; may be repeated. All if not given.", autocompletion=lambda: METRICS),
-    ] = None,
-    batch_size: BatchSize = None,
-    num_workers: NumWorkers = None,
-    limit: Annotated[
-        int | None, typer.Option(help="A seeded choice of at most this many training and test images.")
-    ] = None,
-    cpu: Cpu = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the reports into this file.")] = None,
-) -> None:
-    """Compare the cascade's embeddings with its dispatcher's, whitened or not, and with an ensemble of seeds."""
-    accelerator = Accelerator(cpu=cpu)
-    reports = evaluate_cascade(
-        folder,
-        backbone=backbone,
-        dataset=dataset,
-        split=split,
-        metrics=metric or METRICS,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        limit=limit,
-        accelerator=accelerator,
-    )
-    if not accelerator.is_main_process:
-        return
-    typer.echo(report_table(reports))
-    if json_file is not None:
-        with atomic_write(json_file) as file:
-            file.write(json.dumps([json.loads(report.to_json()) for report in reports], indent=1).encode())
+        click.echo(text)
 
 
 def _words(sizes: tuple[int, ...]) -> str:
     return ", ".join(map(str, sizes))
+
+
+@cascade.command("embed")
+@_folder
+@click.option("--dataset", required=True, help="Dataset to embed, as `smn train` takes it.")
+@click.option("--output", type=PATH, required=True, help="The safetensors file to write.")
+@click.option("--split", default="test", help="Split of the dataset.")
+@click.option("--mode", default="conditional", help=f"{', '.join(MODES)}.")
+@click.option("--labelled/--no-labelled", default=True, help="Write the labels too.")
+@backbone_option
+@click.option("--batch-size", type=int, help="Images per forward; the dispatcher's if not given.")
+@click.option("--num-workers", type=int, help="Processes that load images; the dispatcher's if not given.")
+@click.option("--cpu", is_flag=True, help="Stay on the CPU even where there is a GPU.")
+def _embed(folder: Path, dataset: str, output: Path, mode: Any, cpu: bool, **options: Any) -> None:
+    """Write the embeddings of a dataset, in its order, as `embeddings` (n, dim) and `labels` (n,)."""
+    if mode not in MODES:
+        raise ValueError(f"There is no mode {mode!r}; there are {', '.join(MODES)}.")
+    loaded = Cascade.load(folder, backbone=options["backbone"])
+    images = load_images(dataset, options["split"], labelled=options["labelled"])
+    accelerator = Accelerator(cpu=cpu)
+    loading = {
+        name: getattr(loaded.arguments, name) if options[name] is None else options[name]
+        for name in ("batch_size", "num_workers")
+    }
+    found = loaded.embed(images, mode, accelerator=accelerator, **loading)
+    if accelerator.is_main_process:
+        tensors = {"embeddings": found.features.contiguous()}
+        with atomic_write(output) as file:
+            file.write(save(tensors if found.labels is None else {**tensors, "labels": found.labels}))
+        click.echo(f"{len(found)} embeddings of dim {found.features.shape[1]} in {output}")
+
+
+@cascade.command("eval")
+@_folder
+@evaluation_options(METRICS, "All")
+def _evaluate(folder: Path, metrics: tuple[str, ...], cpu: bool, json_file: Path | None, **options: Any) -> None:
+    """Compare the cascade's embeddings with its dispatcher's, whitened or not, and with an ensemble of seeds."""
+    accelerator = Accelerator(cpu=cpu)
+    reports = evaluate_cascade(folder, metrics=metrics or METRICS, accelerator=accelerator, **options)
+    if accelerator.is_main_process:
+        click.echo(report_table(reports))
+        write_json(json_file, [report.to_dict() for report in reports])

@@ -1,264 +1,335 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of a command from dataclasses: names, types, defaults and help are the fields', written once.
+"""Command-line options from dataclasses: names, types, defaults and help are the fields', written once.
 
-A command takes dataclasses as parameters; `with_options` gives it one option per field instead. A field `lr` becomes
-`--lr`, a field of a nested dataclass `--mask.density`, in a recipe `mask: {density: …}`. Options are the fields that
-have help. A value comes from the command line, else from the recipe, else it is the default.
+A field `batch_size` becomes `--batch-size`, a field of a nested dataclass `--mask.density`, in a recipe
+`mask: {density: …}`. A value comes from the command line, else from the recipe, else it is the default.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import typer
+import click
+import yaml
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
+from pydantic import TypeAdapter, ValidationError
 
-from ..objectives.values import describe, from_yaml, is_list, is_mapping, members_of
-from .values import choices_of, from_text, is_optional
+from ..evaluation import EvalReport
+from ..storage import atomic_write
+from ..training.suggestion import did_you_mean
 
-__all__ = ["Field", "build", "fields_of", "flatten", "with_options"]
+__all__ = [
+    "PATH",
+    "Group",
+    "backbone_option",
+    "evaluation_options",
+    "field_options",
+    "given",
+    "help_all",
+    "json_file",
+    "merge",
+    "one_line",
+    "output_file",
+    "place_options",
+    "read_reports",
+    "read_values",
+    "write_json",
+]
 
-_RECIPE = "recipe"
-_MISSING = "is missing, and no recipe gives it"
-_PLAIN = (int, float, str, Path)
+PATH = click.Path(path_type=Path)
+# Fields of a mask's configuration that are written by the package, not by users.
+_WRITTEN = ("preprocessing", "id2label", "format_version", "base_fingerprint", "unmasked_fingerprint")
+
+
+class Group(click.Group):
+    """A group that lists its commands in the order of their definition."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names of the commands."""
+        return list(self.commands)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; another type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _is_list(hint: Any) -> bool:
+    """Whether a type holds any number of values: list, set or tuple[T, …]."""
+    return get_origin(hint) in (list, set) or (get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis)
+
+
+def describe(hint: Any) -> str:
+    """The type in a user's words, such as "int or none"."""
+    members, inner = _members(hint), get_args(hint)
+    if len(members) > 1:
+        return " or ".join(map(describe, members))
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, inner))
+    if _is_list(hint):
+        return f"list of {describe(inner[0])}"
+    if get_origin(hint) is tuple:
+        return f"({', '.join(map(describe, inner))})"
+    return {NoneType: "none", bool: "true or false", dict: "key=value"}.get(
+        get_origin(hint) or hint, getattr(hint, "__name__", str(hint))
+    )
+
+
+def _from_words(words: Sequence[str], hint: Any) -> Any:
+    """Words of the command line as a value of the type; "none" is None where the type allows it.
+
+    Raises:
+        ValueError: If they are not of the type.
+    """
+    members = _members(hint)
+    if NoneType in members and [word.lower() for word in words] in (["none"], ["null"]):
+        return None
+    if any(get_origin(member) is dict for member in members):
+        if not all(re.match("[^=]+=", word) for word in words):
+            raise ValueError("not key=value")
+        return {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words)}
+    adapter: TypeAdapter[Any] = TypeAdapter(hint)
+    if len(words) == 1:  # one word is one value where the type takes that: a regex
+        with suppress(ValidationError):
+            return adapter.validate_python(words[0])
+    return adapter.validate_python(list(words))
 
 
 @dataclasses.dataclass(frozen=True)
-class Field:
-    """A field that can be set, possibly of a nested dataclass.
-
-    Attributes:
-        path: Its dotted name, "mask.density".
-        type: Its type, with every name resolved.
-        default: Its value if nothing is said, `dataclasses.MISSING` if something must be.
-        help: Its help.
-    """
+class _Field:
+    """A field that can be set: its dotted name, as in "mask.density", type, default and help."""
 
     path: str
-    type: Any
+    hint: Any
     default: Any
     help: str
 
     @property
-    def flag(self) -> str:
-        """The option's name."""
-        return f"--{self.path.replace('_', '-')}"
-
-    @property
     def parameter(self) -> str:
-        """The name of the Python parameter that typer fills."""
+        """The name of the option among a command's parameters."""
         return self.path.replace(".", "__")
 
+    def option(self, hidden: bool) -> Callable[[Any], Any]:
+        """The decorator that gives a command this field's option."""
+        flag = f"--{self.path.replace('_', '-')}"
+        unsaid = self.default is False or self.default in (None, "", (), [], {})
+        text = self.help if unsaid else f"{self.help} [{self.default}]"
+        settings: dict[str, Any] = {"help": text, "hidden": hidden, "default": None}
+        if self.hint is bool:
+            return click.option(self.parameter, f"{flag}/--no-{flag[2:]}", **settings)
+        fixed = get_origin(self.hint) is tuple and not _is_list(self.hint)
+        return click.option(
+            self.parameter,
+            flag,
+            **settings,
+            metavar=f"<{describe(self.hint)}>",
+            nargs=len(get_args(self.hint)) if fixed else 1,
+            multiple=any(_is_list(member) or get_origin(member) is dict for member in _members(self.hint)),
+            callback=self._convert,
+            shell_complete=self._complete,
+        )
 
-def fields_of(cls: type, prefix: str = "", default: Any = None) -> Iterator[Field]:
+    def _convert(self, context: click.Context, parameter: click.Parameter, words: Any) -> Any:
+        given = [words] if isinstance(words, str) else words
+        try:
+            return _from_words(given, self.hint) if given else None
+        except (ValueError, yaml.YAMLError) as error:
+            raise click.BadParameter(f"must be {describe(self.hint)}; got {' '.join(given)!r}.") from error
+
+    def _complete(self, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The values of Literals, and "none" where None is one."""
+        choices = [
+            value for member in _members(self.hint) if get_origin(member) is Literal for value in get_args(member)
+        ]
+        choices += ["none"] if NoneType in _members(self.hint) else []
+        return [CompletionItem(choice) for choice in choices if choice.startswith(incomplete)]
+
+
+def _fields_of(kind: type, prefix: str = "") -> Iterator[_Field]:
     """Every field with help, nested ones by their dotted names.
 
     Fields that a dataclass inherits from another library are left out: they are that library's, not the user's.
-
-    Args:
-        cls: A dataclass.
-        prefix: What the dotted names start with.
-        default: An instance whose values are the defaults.
     """
-    hints, own = get_type_hints(cls), cls.__module__.partition(".")[0]
-    declared = {
-        name
-        for base in cls.__mro__
-        if base.__module__.partition(".")[0] == own
-        for name in inspect.get_annotations(base)
-    }
-    for field in dataclasses.fields(cls):
-        if "help" not in field.metadata or not field.init or field.name not in declared:
+    hints, package = get_type_hints(kind), kind.__module__.partition(".")[0]
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] == package]
+    own = {name for base in bases for name in inspect.get_annotations(base)} - set(_WRITTEN)
+    for field in dataclasses.fields(kind):
+        if "help" not in field.metadata or field.name not in own:
             continue
-        path, value = f"{prefix}{field.name}", _default_of(field)
-        if default is not None:
-            value = getattr(default, field.name)
-        if dataclasses.is_dataclass(kind := hints[field.name]) and isinstance(kind, type):
-            yield from fields_of(kind, f"{path}.", None if value is dataclasses.MISSING else value)
+        path, hint = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _fields_of(hint, f"{path}.")
         else:
-            yield Field(path, kind, value, field.metadata["help"])
+            factory: Any = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            yield _Field(path, hint, default, field.metadata["help"])
 
 
-def flatten(content: Mapping[str, Any], fields: Mapping[str, Field], where: str, prefix: str = "") -> dict[str, Any]:
-    """A recipe's values by dotted name, each checked against its field.
+def field_options(kind: type, *, only: Sequence[str] = (), shown: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Decorate a command with an option per field of a dataclass; [`given`] collects what the line says.
 
     Args:
-        content: What the recipe holds.
-        fields: The fields by dotted name.
-        where: The recipe's name, for messages.
-        prefix: Dotted name of what `content` is the value of, ending in a dot.
-
-    Raises:
-        ValueError: For an unknown key, with those that are close, or a value of another type.
+        kind: The dataclass.
+        only: Dotted names of the fields to offer, if not all.
+        shown: Dotted names of the options in `--help`, if not all; [`help_all`] shows the others.
     """
-    values: dict[str, Any] = {}
-    for key, value in content.items():
-        path = f"{prefix}{key}"
-        if path in fields:
-            values[path] = from_yaml(value, fields[path].type, f"{where}: {path}")
-        elif not any(name.startswith(f"{path}.") for name in fields):
-            close = difflib.get_close_matches(path, fields, n=3)
-            close += [name for name in fields if name.rpartition(".")[2] == str(key) and name not in close][:3]
-            hint = f"; did you mean {', '.join(close)}?" if close else "."
-            raise ValueError(f"{where}: unknown key {path!r}{hint}")
-        elif not isinstance(value, Mapping):
-            raise ValueError(f"{where}: {path} has values of its own, such as {path}: {{…}}; got {value!r}.")
-        else:
-            values.update(flatten(value, fields, where, f"{path}."))
-    return values
+    fields = {field.path: field for field in _fields_of(kind)}
+    order = only or [*shown, *(path for path in fields if path not in shown)]
 
-
-def build(cls: type, values: Mapping[str, Any], prefix: str = "", default: Any = None) -> Any:
-    """The dataclass from values by dotted name; where nothing is said, from its defaults."""
-    hints, arguments = get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):
-        path, kind = f"{prefix}{field.name}", hints[field.name]
-        if path in values:
-            arguments[field.name] = values[path]
-        elif any(name.startswith(f"{path}.") for name in values):
-            inner = _default_of(field) if default is None else getattr(default, field.name)
-            arguments[field.name] = build(kind, values, f"{path}.", None if inner is dataclasses.MISSING else inner)
-    return cls(**arguments) if default is None else dataclasses.replace(default, **arguments)
-
-
-def with_options(
-    *,
-    only: Collection[str] | None = None,
-    hidden: Collection[str] = (),
-    recipe: Callable[[str], Mapping[str, Any]] | None = None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a command: its parameters that are dataclasses become options.
-
-    Args:
-        only: Dotted names of the fields to offer; None offers all.
-        hidden: Dotted names of fields not to offer.
-        recipe: Reads what `--recipe` names, as `smn_peft.training.load_recipe` does; None gives no such option.
-    """
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        hints = get_type_hints(command, include_extras=True)
-        owners = {
-            name: kind for name, kind in hints.items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)
-        }
-        fields: dict[str, Field] = {}
-        for field in (field for kind in owners.values() for field in fields_of(kind)):
-            if field.path in hidden or not (only is None or field.path in only):
-                continue
-            if field.path in fields or field.path in hints:
-                raise TypeError(f"Two parameters of {command.__name__} are called {field.path!r}.")
-            fields[field.path] = field
-        if unknown := sorted({*(only or ()), *hidden} - {f.path for kind in owners.values() for f in fields_of(kind)}):
-            raise TypeError(f"{command.__name__} has no fields {', '.join(unknown)}.")
-
-        @functools.wraps(command)
-        def run(**given: Any) -> Any:
-            values: dict[str, Any] = {}
-            if (name := given.pop(_RECIPE, None)) is not None and recipe is not None:
-                values = flatten(recipe(name), fields, str(name))
-            for path, field in fields.items():
-                value = given.pop(field.parameter, None)
-                if value is not None and value != []:
-                    said = _from_command_line(value, field)
-                    values[path] = {**values.get(path, {}), **said} if isinstance(said, dict) else said
-                elif field.default is dataclasses.MISSING and path not in values:
-                    raise typer.BadParameter(_MISSING if recipe else "is missing", param_hint=field.flag)
-            for name, kind in owners.items():
-                mine = {field.path for field in fields_of(kind)}
-                given[name] = build(kind, {path: value for path, value in values.items() if path in mine})
-            return command(**given)
-
-        parameters = [
-            parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-            for name, parameter in inspect.signature(command).parameters.items()
-            if name not in owners
-        ]
-        if recipe is not None:
-            parameters.append(_parameter(_RECIPE, str | None, typer.Option(help="Recipe with options: YAML file.")))
-        parameters += [_parameter(field.parameter, *_annotation(field)) for field in fields.values()]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        del run.__wrapped__
-        return run
+    def decorate(function: Any) -> Any:
+        for path in reversed(order):
+            function = fields[path].option(hidden=bool(shown) and path not in shown)(function)
+        return function
 
     return decorate
 
 
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+def help_all(function: Any) -> Any:
+    """Decorate a command with `--help-all`, which lists the hidden options too."""
+
+    def show(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+        if wanted:
+            for parameter in context.command.params:
+                parameter.hidden = False  # type: ignore[attr-defined]
+            click.echo(context.get_help())
+            context.exit()
+
+    settings: dict[str, Any] = {"is_flag": True, "is_eager": True, "expose_value": False, "callback": show}
+    return click.option("--help-all", help="Show every option and exit.", **settings)(function)
 
 
-def _parameter(name: str, annotation: Any, option: Any) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
+def given(context: click.Context, kind: type) -> dict[str, Any]:
+    """What the command line says of a dataclass, nested as in a recipe."""
+    values: dict[str, Any] = {}
+    for field in _fields_of(kind):
+        if context.get_parameter_source(field.parameter) is ParameterSource.COMMANDLINE:
+            *outer, name = field.path.split(".")
+            inner = values
+            for part in outer:
+                inner = inner.setdefault(part, {})
+            inner[name] = context.params[field.parameter]
+    return values
+
+
+def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, of which the second mapping's win."""
+    merged = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_values(content: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]:
+    """What a YAML file says of a dataclass, each value checked against its field.
+
+    Raises:
+        ValueError: For an unknown key, with those that are close, or a value of another type; names `where`.
+    """
+    return _read(content, {field.path: field.hint for field in _fields_of(kind)}, where, "")
+
+
+def _read(content: Mapping[str, Any], hints: Mapping[str, Any], where: str, prefix: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if path in hints:
+            values[key] = _typed(value, hints[path], f"{where}: {path}")
+        elif not any(name.startswith(f"{path}.") for name in hints):
+            raise ValueError(f"{where}: unknown key {path!r}.{did_you_mean(path, hints)}")
+        elif not isinstance(value, Mapping):
+            raise ValueError(f"{where}: {path} has values of its own, such as {path}: {{…}}; got {value!r}.")
+        else:
+            values[key] = _read(value, hints, where, f"{path}.")
+    return values
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    try:
+        return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        if isinstance(value, str):  # such as 1e-3, which YAML does not take for a number
+            with suppress(ValueError):
+                return _from_words([value], hint)
+        raise ValueError(f"{where} must be {describe(hint)}; got {value!r}.") from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks; for the system's own errors what happened to which file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def output_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file for results that cannot be written, before the work is done."""
+    if path is not None and path.is_dir():
+        raise click.BadParameter(f"{path} is a folder: name a file.")
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"the folder {path.parent} does not exist: make it first.")
+    return path
+
+
+json_file = click.option(
+    "--json", "json_file", type=PATH, callback=output_file, help="Write the results into this file."
+)
+
+
+backbone_option = click.option("--backbone", help="Where the base is now, if not where the folder says.")
+
+
+def place_options(function: Any) -> Any:
+    """Decorate a command with the options of an adapter's place, for `locate_adapter`."""
+    function = click.option("--subfolder", help="Folder of the adapter inside.")(function)
+    return click.option("--revision", help="Branch, tag or commit on the Hub.")(function)
+
+
+def evaluation_options(metrics: Sequence[str], unsaid: str) -> Callable[[Any], Any]:
+    """Decorate a command with what every evaluation of a folder takes; `unsaid` is measured without `--metric`."""
+    named = f"{', '.join(metrics)}; may be repeated. {unsaid} if not given."
+    options = (
+        backbone_option,
+        click.option("--dataset", help="Another dataset than the run's."),
+        click.option("--split", help="Split to test on; the run's if not given."),
+        click.option("--metric", "metrics", multiple=True, help=named),
+        click.option("--batch-size", type=int, help="Images per forward; the run's if not given."),
+        click.option("--num-workers", type=int, help="Processes that load images; the run's if not given."),
+        click.option("--limit", type=int, help="A seeded choice of at most this many training and test images."),
+        click.option("--cpu", is_flag=True, help="Stay on the CPU even where there is a GPU."),
+        json_file,
     )
 
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
 
-def _annotation(field: Field) -> tuple[Any, Any]:
-    """The type for typer, where None means that the option was not given, and the option."""
-    import rich.markup
-
-    choices = choices_of(field.type)
-    shown = field.default
-    settings: dict[str, Any] = {
-        "help": rich.markup.escape(field.help),
-        "show_default": False if shown in (None, "", dataclasses.MISSING) or shown in ([], (), {}) else str(shown),
-    }
-    if "." in field.path:
-        settings["rich_help_panel"] = field.path.rpartition(".")[0]
-    if field.type is bool:
-        return bool | None, typer.Option(f"{field.flag}/--no-{field.flag[2:]}", **settings)
-    fixed = get_origin(field.type) is tuple and not is_list(field.type)
-    if field.type in _PLAIN or fixed or (get_origin(field.type) is Literal and _all_text(field.type)):
-        return field.type | None, typer.Option(field.flag, **settings)
-    settings |= {"metavar": "<key=value>" if is_mapping(field.type) else f"<{describe(field.type)}>"}
-    if choices:
-        settings["autocompletion"] = _completion(choices)
-    several = is_mapping(field.type) or any(is_list(member) for member in members_of(field.type))
-    return list[str] | None if several else str | None, typer.Option(field.flag, **settings)
+    return decorate
 
 
-def _all_text(literal: Any) -> bool:
-    return all(isinstance(value, str) for value in get_args(literal))
+def write_json(path: Path | None, data: Any) -> None:
+    """Write dataclasses, or what JSON can hold, if a file is named."""
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write((json.dumps(data, indent=1, default=dataclasses.asdict) + "\n").encode())
 
 
-def _completion(choices: list[str]) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
+def read_reports(path: Path) -> list[EvalReport]:
+    """The reports of a file that `smn eval --json` wrote.
 
-    return complete
-
-
-def _from_command_line(value: Any, field: Field) -> Any:
-    """What typer gives, as the field's type."""
-    members = members_of(field.type)
+    Raises:
+        ValueError: If the file holds something else; names it.
+    """
     try:
-        if is_mapping(field.type):
-            return dict(_pair(text) for text in value)
-        listed = next((member for member in members if is_list(member)), None)
-        if listed is not None:
-            alone = tuple(member for member in members if not is_list(member) and member is not type(None))
-            none = len(value) == 1 and is_optional(field.type) and value[0].lower() in ("none", "null")
-            if none or (len(value) == 1 and alone):  # one word is one value where the field takes that: a regex
-                return from_text(value[0], field.type)
-            items = get_args(listed) or (str,)
-            return (get_origin(listed) or listed)(from_text(text, items[0]) for text in value)
-        return from_text(value, field.type) if isinstance(value, str) else value
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=field.flag) from error
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise ValueError(f"must be key=value; got {text!r}")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"must be key=value, the value in YAML; got {text!r}") from error
+        return [EvalReport.from_json(json.dumps(item)) for item in json.loads(path.read_text("utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} holds no reports of `smn eval`: {error}") from error

@@ -1,102 +1,317 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn train`: adapt a backbone to a dataset, from options or a recipe, here or through `accelerate launch`."""
+"""`smn train`, `recipes` and `reproduce`: runs from options, a recipe or tasks, in one process or several."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import typer
+import click
+import torch
+import yaml
 from accelerate import PartialState
 
+from ..data.loading import STOP_SIGNALS
+from ..paper import ARTEFACTS, SCALES, artefact_named, listing, scale_named
+from ..paper import reproduce as reproduce_artefact
 from ..training import (
     Interrupted,
     RunSummary,
     TrainArguments,
+    list_recipes,
     load_recipe,
     plan,
     run,
     run_many,
 )
 from ..training.checkpoint import latest_checkpoint
-from ..training.run import EXPECTED, check_tasks
-from .errors import one_line
-from .launch import SETTINGS, check_rest, launch_processes
-from .options import with_options
-from .tasks import part_of, read_tasks
+from ..training.many import EXPECTED, check_tasks
+from ..training.recipes import read_recipe
+from .options import PATH, field_options, given, help_all, merge, one_line, read_values
 
-__all__ = ["SETTINGS", "command"]
+__all__ = ["SHOWN", "Launchable", "launch_option", "launch_processes", "recipe_option", "recipe_values"]
+__all__ += ["recipes", "reproduce", "train"]
+
+#: The options of TrainArguments that `--help` shows.
+SHOWN = (
+    *(
+        "backbone",
+        "dataset",
+        "output_dir",
+        "adapt",
+        "objective",
+        "image_size",
+        "epochs",
+        "batch_size",
+        "lr",
+        "head_lr",
+    ),
+    *("eval_split", "seed", "cpu", "resume"),
+)
+_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-@with_options(recipe=load_recipe)
-def command(
-    context: typer.Context,
-    arguments: TrainArguments,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load everything, try one batch, show the plan, train nothing.")
-    ] = False,
-    tasks: Annotated[
-        Path | None,
-        typer.Option(help="Train the tasks of this YAML file in turn, each in its folder of --output-dir; see below."),
-    ] = None,
-    part: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Of --tasks only every N-th from the I-th on: a job's share.")
-    ] = None,
-    launch: Annotated[
-        bool,
-        typer.Option("--launch", help="Run through `accelerate launch`; options unknown here are passed on to it."),
-    ] = False,
+# --- Several processes -----------------------------------------------------------------------------------------------
+
+# accelerate's own way in, without the traceback for a process that failed: that process has said why.
+# The processes are waited for, since they save and then end. Several get their signals from accelerate's agent, which
+# knows no SIGUSR1; a single one has had its own already.
+_LAUNCHER = """
+import signal, subprocess, sys
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+if hasattr(signal, "SIGUSR1"):
+    signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
+from accelerate.commands.launch import main
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+try:
+    main()
+except ChildFailedError as failure:
+    sys.exit(failure.get_first_failure()[1].exitcode)
+except subprocess.CalledProcessError as failure:
+    sys.exit(failure.returncode)
+"""
+
+_HANG_UP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))  # the terminal was closed
+
+launch_option = click.option(
+    "--launch", is_flag=True, help="Run through `accelerate launch`; options unknown here are passed on to it."
+)
+
+
+class Launchable(click.Command):
+    """A command that keeps options unknown to it for `accelerate launch`, where `--launch` is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the line; without `--launch` every unknown word is refused."""
+        ctx.allow_extra_args = ctx.ignore_unknown_options = "--launch" in args
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if error.possibilities:
+                raise
+            text = f"{error.format_message()} Options of `accelerate launch` need --launch."
+            raise click.UsageError(text, ctx) from error
+
+
+def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
+    """Hand what is left of the command line to `accelerate launch`; returns its exit code.
+
+    Args:
+        command: The words that name the command, such as ["train"].
+        extra: Words of the line that are none of the command's: options of `accelerate launch`.
+        cpu: Whether the processes stay on the CPU though there is a GPU.
+    """
+    cpu = cpu or not torch.accelerator.is_available()
+    line = _launch_line(command, sys.argv[sys.argv.index(command[-1]) + 1 :], extra, cpu)
+    interrupted: list[int] = []
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: Any = None) -> None:
+        interrupted.append(number)
+        for process in started:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, *_HANG_UP)}
+    # On the CPU each process would otherwise look for a GPU and take itself for the only one.
+    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if cpu else {})}
+    try:
+        # In a session of their own the processes get each signal once, from here, whoever else its sender meant; here
+        # they are waited for, since they save and then end.
+        started.append(subprocess.Popen(line, env=environment, start_new_session=True))
+        for number in list(interrupted):  # it came while they were started
+            pass_on(number)
+        code = started[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 130 if interrupted else code
+
+
+def _launch_line(command: list[str], words: list[str], extra: list[str], cpu: bool) -> list[str]:
+    rest, own = list(extra), []
+    for word in words:
+        if rest and word == rest[0]:
+            rest.pop(0)
+        elif word != "--launch":
+            own.append(word)
+    # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    processes = parser.parse_known_args(extra)[0].num_processes
+    several = ["--multi_gpu"] if cpu and processes > 1 and "--multi_gpu" not in extra else []
+    return [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
+
+
+# --- smn train -------------------------------------------------------------------------------------------------------
+
+recipe_option = click.option("--recipe", help="Name of a recipe (`smn recipes` lists them), or a YAML file.")
+
+
+def recipe_values(recipe: str | None) -> dict[str, Any]:
+    """The training arguments that a recipe gives, checked."""
+    return {} if recipe is None else read_values(load_recipe(recipe), TrainArguments, recipe)
+
+
+@click.command("train", cls=Launchable)
+@recipe_option
+@field_options(TrainArguments, shown=SHOWN)
+@click.option("--tasks", type=PATH, help="Train the tasks of this YAML file in turn; see below.")
+@click.option("--part", metavar="I/N", help="Of --tasks only every N-th from the I-th on: a job's share.")
+@click.option("--dry-run", is_flag=True, help="Load everything, try one batch, show the plan, train nothing.")
+@launch_option
+@help_all
+@click.pass_context
+def train(
+    context: click.Context,
+    recipe: str | None,
+    tasks: Path | None,
+    part: str | None,
+    dry_run: bool,
+    launch: bool,
+    **_: Any,
 ) -> None:
     """Adapt a backbone to a dataset, with labels or without, and save the adapter.
 
-    `--recipe` takes the name of a recipe (`smn recipes` lists them) or a YAML file; options on the line win over it.
+    Options on the line win over those of --recipe.
 
-    `--tasks` takes a file such as `birds: {dataset: user/birds}`, a task per line with what it changes. Tasks that are
-    finished are not trained again, interrupted ones go on: repeat the line. One that fails does not stop the others.
+    --tasks takes a file such as `birds: {dataset: user/birds}`, a task per line with what it changes; each trains in
+    its folder of --output-dir. Tasks that are finished are not trained again, interrupted ones go on: repeat the line.
+    One that fails does not stop the others.
     """
     if part is not None and tasks is None:
-        raise typer.BadParameter("it is a share of --tasks, which is not given.", param_hint="--part")
+        raise click.BadParameter("it is a share of --tasks, which is not given.", param_hint="--part")
+    values = merge(recipe_values(recipe), given(context, TrainArguments))
+    arguments = TrainArguments(**values)
     if launch:
-        raise typer.Exit(launch_processes(["train"], context.args, cpu=arguments.cpu))
-    check_rest(context)
-    if tasks is None:
-        chosen = {"": arguments}
-    else:
-        chosen = read_tasks(tasks, arguments) if part is None else part_of(read_tasks(tasks, arguments), part)
-        check_tasks(chosen)
+        context.exit(launch_processes(["train"], context.args, cpu=arguments.cpu))
+    chosen = {"": arguments} if tasks is None else _read_tasks(tasks, part, values)
     if dry_run:
-        if sum([_planned(name, task) for name, task in chosen.items()]):
-            raise typer.Exit(1)
+        if sum([_show_plan(name, task) for name, task in chosen.items()]):
+            context.exit(1)
         return
     new = tasks is None and arguments.resume and latest_checkpoint(arguments.output_dir) is None
     if new and os.environ.get("RANK", "0") == "0":
-        typer.echo(f"{arguments.output_dir} holds no checkpoint to resume: the run starts at step 0.", err=True)
-    try:
-        came = run_many(chosen) if tasks is not None else [("", run(arguments))]
-        failed = sum(_said(name, each) for name, each in came)
-    except Interrupted as stop:
-        typer.echo(str(stop), err=True)
-        raise typer.Exit(130) from stop
-    if failed:
-        raise typer.Exit(1)
+        click.echo(f"{arguments.output_dir} holds no checkpoint to resume: the run starts at step 0.", err=True)
+    results = run_many(chosen) if tasks is not None else [("", run(arguments))]
+    if sum(_show_result(name, result) for name, result in results):
+        context.exit(1)
 
 
-def _planned(name: str, arguments: TrainArguments) -> bool:
-    """Say what a run would do; returns whether it cannot."""
+def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict[str, TrainArguments]:
+    """The tasks of a YAML file, ``name: {dataset: …, seed: …}``; what a task does not say is as on the line.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not YAML, has no tasks, or a task has a name that is no folder's, an unknown key, a value of
+            another type, or an `output_dir`.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"--tasks takes a YAML file, such as tasks.yaml; got {path}.")
+    folder = Path(shared.get("output_dir", TrainArguments.output_dir))
+    tasks = {}
+    for name, changes in read_recipe(path).items():
+        where = f"{path}: task {name!r}"
+        if not _TASK_NAME.fullmatch(str(name)):
+            raise ValueError(f"{where}: a name is a folder's, of letters, digits, '.', '_' and '-'.")
+        if not isinstance(changes, dict | None):
+            raise ValueError(f"{where} must hold a mapping, such as {{seed: 1}}; it holds {changes!r}.")
+        if "output_dir" in (changes or {}):
+            raise ValueError(f"{where}: output_dir is the name's folder in --output-dir; leave it out.")
+        values = merge(shared, read_values(changes or {}, TrainArguments, where))
+        tasks[str(name)] = TrainArguments(**{**values, "output_dir": str(folder / str(name))})
+    if not tasks:
+        raise ValueError(f"{path} holds no task.")
+    chosen = tasks if part is None else _share(tasks, part)
+    check_tasks(chosen)
+    return chosen
+
+
+def _share(tasks: Mapping[str, TrainArguments], part: str) -> dict[str, TrainArguments]:
+    """Every N-th task from the I-th on, for "I/N": the jobs 1/N to N/N share the tasks."""
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= index <= count:
+        raise ValueError(f"--part is I/N with I from 1 to N, such as 1/4; got {part!r}.")
+    return dict(list(tasks.items())[index - 1 :: count])
+
+
+def _show_plan(name: str, arguments: TrainArguments) -> bool:
+    """Print what a run would do; returns whether it cannot."""
     try:
-        typer.echo(f"{name}\n{plan(arguments)}".lstrip())
+        click.echo(f"{name}\n{plan(arguments)}".lstrip())
     except EXPECTED as error:
         if not name:
             raise
-        return _said(name, error)
+        return _show_result(name, error)
     return False
 
 
-def _said(name: str, came: RunSummary | Exception) -> bool:
-    """Say what came of a run; returns whether it failed."""
-    failed = isinstance(came, Exception)
+def _show_result(name: str, result: RunSummary | Exception) -> bool:
+    """Print how a run ended; returns whether it failed."""
+    failed = isinstance(result, Exception)
     if PartialState().is_main_process:
-        text = one_line(came) if isinstance(came, Exception) else came.text()
-        typer.echo(f"{name}: {text}" if name else text, err=failed)
+        text = one_line(result) if isinstance(result, Exception) else result.text()
+        click.echo(f"{name}: {text}" if name else text, err=failed)
     return failed
+
+
+# --- smn recipes, smn reproduce --------------------------------------------------------------------------------------
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes for `smn train --recipe`, or show the one that is named in full."""
+    if name is None:
+        for known in list_recipes():
+            click.echo(f"{known:20} {load_recipe(known).notes.get('description', '')}")
+        return
+    recipe = load_recipe(name)
+    click.echo(yaml.safe_dump({**recipe.notes, **recipe}, sort_keys=False, allow_unicode=True).rstrip())
+
+
+@click.command("reproduce")
+@click.argument("names", nargs=-1)
+@click.option("--scale", default="small", help=f"{' or '.join(SCALES)}: see --list.")
+@click.option("--seeds", type=int, help="Number of seeds; the table's own if not given.")
+@click.option(
+    "--output",
+    type=PATH,
+    default=Path("runs/paper"),
+    help="Folder of the runs, shared by all tables, and of what is made.",
+)
+@click.option("--list", "show", is_flag=True, help="List all tables and figures with what they take.")
+def reproduce(names: tuple[str, ...], scale: str, seeds: int | None, output: Path, show: bool) -> None:
+    """Make tables and figures of the paper, such as table2 figure8; `--list` names them.
+
+    What is done is not run again, and what was interrupted goes on.
+    """
+    if show:
+        click.echo(listing(list(SCALES.values())))
+        click.echo("\nRuns are shared: those of another table are not run again. Durations are rough, for")
+        for known in SCALES.values():
+            click.echo(f"  {known.name}: {known.machine}")
+        return
+    if not names:
+        raise click.UsageError(f"name a table or figure, such as {next(iter(ARTEFACTS))}, or pass --list.")
+    chosen = [artefact_named(name) for name in names]
+    size = scale_named(scale)
+    for artefact in chosen:
+        try:
+            made = reproduce_artefact(
+                artefact, size, seeds=seeds, output=output, say=lambda text: click.echo(text, err=True)
+            )
+        except Interrupted as stop:
+            raise Interrupted(f"{stop} The same command goes on.") from stop
+        click.echo(made.text)
+        click.echo("\n".join(str(path) for path in made.files), err=True)

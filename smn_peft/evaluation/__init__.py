@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from .accuracy import Accuracy, evaluate_accuracy
+from .accuracy import Accuracy, evaluate_accuracy, evaluate_knn
 from .features import Features, extract_features
-from .knn import evaluate_knn
 from .linear_probe import DECAYS, PAPER_DECAY, LinearProbe, fit_linear_probe, linear_probe
 from .low_shot import FRACTIONS, LowShotRow, low_shot, low_shot_probe, low_shot_reports
-from .markdown import format_fraction, markdown_table
-from .report import EvalReport, library_versions, merge_reports, report_table
+from .report import EvalReport, format_fraction, library_versions, markdown_table, merge_reports, report_table
 
 __all__ = [
     "DECAYS",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`evaluate_accuracy`: how many of a classifier's logits are right, in all and per class."""
+"""Accuracy of a classifier's logits, in all and per class; and of k nearest neighbours, the paper's first measure."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .features import Features
+from ..functional.knn import knn_votes
+from .features import Features, check_pair
 
-__all__ = ["Accuracy", "evaluate_accuracy"]
+__all__ = ["Accuracy", "evaluate_accuracy", "evaluate_knn"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +35,7 @@ class Accuracy:
 
 
 def evaluate_accuracy(logits: Features) -> Accuracy:
-    """Accuracy of logits, as `extract_features(…, function=classifier)` gives them.
-
-    Args:
-        logits: (n, classes) with labels.
-
-    Raises:
-        ValueError: There are no labels, no samples, or labels without a logit.
-    """
+    """Accuracy of labelled logits (n, classes), as `extract_features(…, function=classifier)` gives them."""
     labels, classes = logits.labels_for("Accuracy"), logits.features.shape[1]
     if not len(labels):
         raise ValueError("Accuracy has no samples to test on: check the split.")
@@ -54,3 +48,16 @@ def evaluate_accuracy(logits: Features) -> Accuracy:
     counts = torch.bincount(labels, minlength=classes)
     per_class = torch.bincount(labels, weights=right, minlength=classes) / counts
     return Accuracy(float(right.mean()), per_class, counts)
+
+
+def evaluate_knn(
+    train: Features, test: Features, *, k: int = 200, temperature: float = 0.1, chunk: int = 4096
+) -> float:
+    """Fraction of the test samples that their k nearest training samples vote for (section 5 of the paper).
+
+    `k` nearest vote, all where there are fewer, each of cosine similarity s with exp(s / `temperature`); `chunk` rows
+    are compared at a time.
+    """
+    labels, truth = check_pair(train, test, "k-NN")
+    votes = knn_votes(train.features, labels, test.features, k=k, temperature=temperature, chunk=chunk)
+    return float((votes.argmax(dim=1) == truth).double().mean())

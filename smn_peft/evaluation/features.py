@@ -20,21 +20,16 @@ from ..functional.features import require_finite_rows, whole_numbers
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Features", "extract_features"]
+__all__ = ["Features", "check_classes", "check_pair", "extract_features"]
 
 _ROWS_PER_GATHER = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Features of a dataset in its order, with the labels where it has some.
+    """Finite features fp32 (n, dim) of a dataset in its order, on the CPU, and int64 labels (n,) where it has some.
 
-    Attributes:
-        features: fp32 (n, dim) on the CPU; logits (n, classes) where a classifier was asked for these.
-        labels: int64 (n,) or None.
-
-    Raises:
-        ValueError: On shapes that do not fit, and on features that are not finite.
+    Where a classifier was asked for logits, `features` are these.
     """
 
     features: Tensor
@@ -64,11 +59,7 @@ class Features:
         return Features(self.features[indices], None if self.labels is None else self.labels[indices])
 
     def labels_for(self, what: str) -> Tensor:
-        """The labels.
-
-        Raises:
-            ValueError: If there are none; `what` says what needs them.
-        """
+        """The labels; a ValueError if there are none says `what` needs them."""
         if self.labels is None:
             raise ValueError(
                 f"{what} needs labels and these features have none: load the dataset with its label column."
@@ -77,13 +68,13 @@ class Features:
 
 
 class _Inputs(Dataset[dict[str, Any]]):
-    """The share of a dataset that one process sees: transformed images, and labels where there are some."""
+    """One process's share of a dataset: transformed images, and labels where there are some."""
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], start: int, stop: int) -> None:
-        self.dataset, self.transform, self.start, self.stop = dataset, transform, start, stop
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], start: int, size: int) -> None:
+        self.dataset, self.transform, self.start, self.size = dataset, transform, start, size
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self.size
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Beyond the end the last sample fills up, so that every process has as many; the surplus is cut off later.
@@ -94,9 +85,9 @@ class _Inputs(Dataset[dict[str, Any]]):
 
             image = to_pil_image(image)  # the model's own library reads PIL images
         found: dict[str, Any] = {"pixel_values": self.transform(image)}
-        return (
-            found if item.get("label") is None else {**found, "label": int(whole_numbers(item["label"], "An image"))}
-        )
+        if item.get("label") is not None:
+            found["label"] = int(whole_numbers(item["label"], "An image"))
+        return found
 
 
 def extract_features(
@@ -112,8 +103,8 @@ def extract_features(
 ) -> Features:
     """Features of every sample, in eval mode and in the dataset's order (section 5 of the paper).
 
-    Every module's mode is restored, and the random state is left alone, so that training goes on as if nothing had
-    happened. With several processes each takes a contiguous share and all get the whole.
+    Modes and the random state are restored, so that training goes on as if nothing had happened. Of several processes
+    each takes a contiguous share, and all get the whole.
 
     Args:
         model: Any model that `pooled_features` reads, possibly under an adapter, or a `Backbone`.
@@ -122,12 +113,8 @@ def extract_features(
         batch_size: Images per forward and process.
         num_workers: Processes that read images, per process.
         accelerator: Shares the work among its processes and names the device; None: this process, the model's device.
-        function: pixel_values (batch, 3, size, size) -> (batch, dim) on the model's device, in place of
-            `pooled_features`; a classifier itself gives logits.
+        function: pixel_values (batch, 3, size, size) -> (batch, dim) in place of `pooled_features`, as a classifier.
         autocast: Type to compute in; None computes in the weights' own, whatever surrounds the call.
-
-    Raises:
-        ValueError: The dataset is empty, there is no transform, or the features are not finite.
     """
     if isinstance(model, Backbone):
         transform = model.transform if transform is None else transform
@@ -140,9 +127,9 @@ def extract_features(
     count, processes = len(dataset), accelerator.num_processes if accelerator else 1
     share = -(-count // processes)
     start = share * (accelerator.process_index if accelerator else 0)
-    device = accelerator.device if accelerator else _device(model)
+    device = accelerator.device if accelerator else next((p.device for p in model.parameters()), torch.device("cpu"))
     loader = PatientLoader(
-        _Inputs(dataset, transform, start, start + share),
+        _Inputs(dataset, transform, start, share),
         batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -155,10 +142,10 @@ def extract_features(
         for batch in loader:
             features.append(run(batch["pixel_values"].to(device, non_blocking=True)).float().cpu())
             labels.append(batch.get("label"))
-    found = [torch.cat(features), None if labels[0] is None else torch.cat(labels)]
+    parts = [torch.cat(features)] if labels[0] is None else [torch.cat(features), torch.cat(labels)]
     if accelerator is not None and processes > 1:
-        found = [None if part is None else _gathered(part, accelerator) for part in found]
-    return Features(*(None if part is None else part[:count] for part in found))  # type: ignore[arg-type]
+        parts = [_gathered(part, accelerator) for part in parts]
+    return Features(*(part[:count] for part in parts))
 
 
 def _gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
@@ -171,13 +158,9 @@ def _gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
     return whole.flatten(0, 1)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module in the mode that it had, also where these differ."""
+    """Put every module into eval mode, and back into the mode that it had."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -185,3 +168,31 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def check_classes(labels: Tensor, what: str) -> None:
+    """Refuse labels (n,) that cannot be learned from: none, negative ones, or all of one class."""
+    if not len(labels):
+        raise ValueError(f"{what} has no samples to learn from: check the split or the subset.")
+    if int(labels.min()) < 0:
+        missing = int((labels < 0).sum())
+        raise ValueError(f"{what}: {missing} of {len(labels)} labels are negative. Drop the samples without a label.")
+    if bool((labels == labels[0]).all()):
+        raise ValueError(
+            f"{what} needs two classes at least, and all {len(labels)} samples to learn from are of class "
+            f"{int(labels[0])}. Shuffle before taking a part, or take a balanced subset."
+        )
+
+
+def check_pair(train: Features, test: Features, what: str) -> tuple[Tensor, Tensor]:
+    """The labels of features to learn from and of features to test on, once these can be compared."""
+    labels, truth = train.labels_for(what), test.labels_for(what)
+    check_classes(labels, what)
+    if not len(test):
+        raise ValueError(f"{what} has no samples to test on: check the split.")
+    if train.features.shape[1] != test.features.shape[1]:
+        raise ValueError(
+            f"{what} learns from features of dim {train.features.shape[1]} and is tested on dim "
+            f"{test.features.shape[1]}: extract both with the same model."
+        )
+    return labels, truth

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_classes, check_pair
-from .features import Features
+from .features import Features, check_classes, check_pair
 
 __all__ = ["DECAYS", "PAPER_DECAY", "LinearProbe", "fit_linear_probe", "linear_probe"]
 
@@ -24,15 +24,15 @@ DECAYS = (100.0, 10.0, 1.0, 0.1, PAPER_DECAY)
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A fitted probe.
+    """A fitted probe, of whose weight and bias a head can start.
 
     Attributes:
-        weight: fp32 (classes, dim), of which a head can start.
+        weight: fp32 (classes, dim).
         bias: fp32 (classes,).
-        classes: int64 (classes,), the label of each row: 0, 1, … unless the training labels leave some out.
+        classes: int64 (classes,), the label of each row.
         decay: λ · n of the fit.
-        mean: fp32 (dim,) that the weight expects to be subtracted from features; None: not standardised.
-        std: fp32 (dim,) that it expects them to be divided by.
+        mean: fp32 (dim,) to subtract from features; None: not standardised.
+        std: fp32 (dim,) to divide them by.
         validation: Accuracy on the validation part by decay; empty where there was nothing to choose.
     """
 
@@ -61,11 +61,7 @@ class LinearProbe:
 
 
 def linear_probe(train: Features, test: Features, **options: object) -> float:
-    """Accuracy on `test` of a probe of `train`; `options` as of [`fit_linear_probe`].
-
-    Raises:
-        ValueError: No labels, one class only, other dims, or options that make no sense.
-    """
+    """Accuracy on `test` of a probe of `train`; `options` as of [`fit_linear_probe`]."""
     check_pair(train, test, "A linear probe")
     return fit_linear_probe(train, **options).accuracy(test)  # type: ignore[arg-type]
 
@@ -80,7 +76,6 @@ def fit_linear_probe(
     seed: int = 0,
     max_iterations: int = 5000,
     tolerance: float = 1e-6,
-    dtype: torch.dtype = torch.float64,
 ) -> LinearProbe:
     """Minimise mean cross-entropy + (λ / 2) ‖w‖², with λ = decay / n and the bias free of decay.
 
@@ -98,11 +93,6 @@ def fit_linear_probe(
         max_iterations: Steps of L-BFGS; a warning says if they do not suffice.
         tolerance: L-BFGS stops once no entry of the gradient of the mean loss is larger. At scikit-learn's 1e-4 it can
             be a point of accuracy short of the minimum where the decay is small.
-        dtype: Type to fit in; fp32 takes half the memory and can stall short of the minimum.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        ValueError: No labels, one class only, or options that make no sense.
     """
     labels = train.labels_for("A linear probe")
     check_classes(labels, "A linear probe")
@@ -114,7 +104,7 @@ def fit_linear_probe(
     if standardise:
         mean, std = train.features.mean(dim=0), train.features.std(dim=0) + 1e-6
     scores: dict[float, float] = {}
-    fit = partial(_fit, mean=mean, std=std, max_iterations=max_iterations, tolerance=tolerance, dtype=dtype)
+    fit = partial(_fit, mean=mean, std=std, max_iter=max_iterations, tol=tolerance)
     if len(decays) > 1:
         part, held = _parts(train, labels, validation, seed)
         for decay in decays:
@@ -150,16 +140,8 @@ def _parts(train: Features, labels: Tensor, validation: float | Features, seed: 
     return train.subset(torch.cat(fitted)), train.subset(chosen)
 
 
-def _fit(
-    train: Features,
-    decay: float,
-    *,
-    mean: Tensor | None,
-    std: Tensor | None,
-    max_iterations: int,
-    tolerance: float,
-    dtype: torch.dtype,
-) -> LinearProbe:
+def _fit(train: Features, decay: float, *, mean: Tensor | None, std: Tensor | None, **settings: Any) -> LinearProbe:
+    """Fit with one decay; `settings` are scikit-learn's."""
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
@@ -168,19 +150,19 @@ def _fit(
             "A linear probe is fitted by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
         ) from error
     labels = train.labels_for("A linear probe")
-    features = (train.features if mean is None or std is None else (train.features - mean) / std).to(dtype)
+    features = (train.features if mean is None or std is None else (train.features - mean) / std).double()
     centre = features.mean(dim=0)  # the bias is free of decay: the same minimum, in far fewer steps
     # scikit-learn minimises C · (sum of losses) + ‖w‖² / 2, so C = 1 / (λ n). Two classes it fits by one vector v, and
     # the multinomial model's two are ± v / 2, whose ‖w‖² is ‖v‖² / 2: the same decay is C twice as large.
     binary = len(labels.unique()) == 2
-    model = LogisticRegression(C=(2 if binary else 1) / decay, max_iter=max_iterations, tol=tolerance)
+    model = LogisticRegression(C=(2 if binary else 1) / decay, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit((features - centre).numpy(), labels.numpy())
     for warning in caught:
         if not issubclass(warning.category, ConvergenceWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+            continue
         warnings.warn(
             f"The linear probe with decay {decay:g} did not converge in {int(model.n_iter_.max())} iterations, so its "
             "accuracy may be too low. Pass standardise=True, a larger decay, or a larger max_iterations.",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.subsets import label_subset
-from .checks import check_classes, check_pair
-from .features import Features
+from .features import Features, check_classes, check_pair
 from .linear_probe import fit_linear_probe
 from .report import EvalReport
 
@@ -48,28 +47,19 @@ def low_shot(
         fractions: Parts of the labels, each in (0, 1].
         seeds: Each draws other subsets; passed on, for what else the method draws.
         balanced: As many of every class, one at least; else at random.
-
-    Returns:
-        A row per fraction and seed, in the order of `fractions`, then of `seeds`.
-
-    Raises:
-        ValueError: No or repeated fractions or seeds, one class only, or an accuracy outside [0, 1].
     """
     check_classes(labels, "Low-shot")
     for name, given in (("fractions", fractions), ("seeds", seeds)):
         if not given or len(set(given)) != len(given):
             raise ValueError(f"{name} must hold at least one value, each once; got {list(given)}.")
     rows = []
-    for fraction in fractions:
-        for seed in seeds:
-            indices = label_subset(labels, fraction=fraction, balanced=balanced, seed=seed)
-            accuracy = float(evaluate(indices, seed))
-            if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
-                raise ValueError(
-                    f"evaluate must return an accuracy from 0 to 1; it returned {accuracy} for {len(indices)} images "
-                    f"and seed {seed}."
-                )
-            rows.append(LowShotRow(fraction, len(indices), seed, accuracy))
+    for fraction, seed in itertools.product(fractions, seeds):
+        indices = label_subset(labels, fraction=fraction, balanced=balanced, seed=seed)
+        accuracy = float(evaluate(indices, seed))
+        if not 0 <= accuracy <= 1:
+            found = f"{accuracy} for {len(indices)} images and seed {seed}"
+            raise ValueError(f"evaluate must return an accuracy from 0 to 1; it returned {found}.")
+        rows.append(LowShotRow(fraction, len(indices), seed, accuracy))
     return rows
 
 
@@ -84,14 +74,9 @@ def low_shot_probe(
 ) -> list[LowShotRow]:
     """Low-shot accuracy of linear probes on fixed features: of the frozen base, or of a mask learned without labels.
 
-    Args:
-        train: Features of all training images; a probe sees those of its subset only.
-        test: Features of the same model, to test on.
-        fractions: As of [`low_shot`].
-        seeds: As of [`low_shot`].
-        balanced: As of [`low_shot`].
-        options: As of [`fit_linear_probe`]. With one image per class there is nothing to choose a decay on: give
-            one in `decays`.
+    A probe sees the features of its subset of `train` only. `fractions`, `seeds` and `balanced` are those of
+    [`low_shot`], `options` those of [`fit_linear_probe`]; with one image per class there is nothing to choose a decay
+    on: give one in `decays`.
     """
     labels, _ = check_pair(train, test, "Low-shot")
 
@@ -104,9 +89,7 @@ def low_shot_probe(
 def low_shot_reports(rows: Iterable[LowShotRow], **fields: Any) -> list[EvalReport]:
     """A report per fraction over its seeds, with fraction and number of images in its settings.
 
-    Args:
-        rows: Of one method.
-        fields: Of [`EvalReport`] beside values and seeds: label, dataset, split, metric, revision, settings.
+    `fields` are those of [`EvalReport`] beside values and seeds.
     """
     by_fraction: dict[float, list[LowShotRow]] = {}
     for row in rows:

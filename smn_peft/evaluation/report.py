@@ -1,29 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`EvalReport`: one measured number with all that it takes to read it; cards and tables are rendered from it."""
+"""`EvalReport`: one measured number with all that it takes to read it; and Markdown tables of such numbers."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..storage import atomic_write
-from .markdown import format_fraction, markdown_table
-
-__all__ = ["EvalReport", "library_versions", "merge_reports", "report_table"]
+__all__ = [
+    "EvalReport",
+    "format_fraction",
+    "library_versions",
+    "markdown_table",
+    "merge_reports",
+    "report_table",
+]
 
 _LIBRARIES = ("smn_peft", "peft", "timm", "transformers", "scikit-learn")
 _FORMAT = 1
 _DERIVED = ("value", "spread")
+
+
+def format_fraction(value: float, spread: float | None = None) -> str:
+    """A fraction in percent, with its spread where there is one: ``92.1 ± 0.5``."""
+    return f"{100 * value:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}")
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table that reads in a terminal too; its columns are the keys of the first of the rows."""
+    if not rows:
+        raise ValueError("A table needs at least one row.")
+    lines = [list(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
+    cells = [
+        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))
 
 
 def library_versions() -> dict[str, str]:
@@ -52,9 +74,6 @@ class EvalReport:
         revision: Git revision of the dataset; None if it has none.
         settings: All that was chosen, such as k and temperature; JSON's types.
         versions: Versions of the libraries.
-
-    Raises:
-        ValueError: On anything that does not fit together; the message names the field.
     """
 
     label: str
@@ -75,8 +94,17 @@ class EvalReport:
                 raise ValueError(f"{name} must be a text, got {text!r}: a table has to name what it shows.")
         if self.revision is not None and not isinstance(self.revision, str):
             raise ValueError(f"revision must be a text or None, got {self.revision!r}.")
-        _set(self, "values", tuple(_fraction(value) for value in _items("values", self.values)))
-        _set(self, "seeds", tuple(_items("seeds", self.seeds)))
+        for name in ("values", "seeds"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise ValueError(f"{name} must be a sequence of numbers, got {given!r}.")
+            object.__setattr__(self, name, tuple(given))
+        for value in self.values:
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise ValueError(
+                    f"values must be fractions from 0 to 1, got {value!r}: 92 % is 0.92, and a NaN no result."
+                )
+        object.__setattr__(self, "values", tuple(map(float, self.values)))
         if not all(type(seed) is int for seed in self.seeds) or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be integers, each once; got {list(self.seeds)}.")
         if len(self.values) != (len(self.seeds) or 1):
@@ -87,7 +115,12 @@ class EvalReport:
         for name in ("settings", "versions"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r}.")
-            _set(self, name, _as_json(name, getattr(self, name)))
+            try:  # as it comes back from a file, so that a report equals the one that was saved
+                object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name), allow_nan=False)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{name} must hold what JSON can: texts, finite numbers, booleans, lists; {error}."
+                ) from error
         if not all(isinstance(version, str) for version in self.versions.values()):
             raise ValueError(f"versions must map names to texts, got {dict(self.versions)}.")
 
@@ -112,18 +145,17 @@ class EvalReport:
         shown = format_fraction(self.value, self.spread)
         return f"{self.label}: {self.metric} on {self.dataset} ({self.split}) {shown} %{seeds}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON's types, with `value` and `spread` for other readers."""
+        return {"format": _FORMAT, **asdict(self), **{name: getattr(self, name) for name in _DERIVED}}
+
     def to_json(self) -> str:
-        """The report as JSON, with `value` and `spread` for other readers."""
-        derived = {name: getattr(self, name) for name in _DERIVED}
-        return json.dumps({"format": _FORMAT, **asdict(self), **derived}, indent=2, ensure_ascii=False) + "\n"
+        """The report as JSON; [`from_json`] reads it."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes) -> EvalReport:
-        """Read what [`to_json`] wrote.
-
-        Raises:
-            ValueError: The text is not such a report, or was changed by hand so that it contradicts itself.
-        """
+        """Read what [`to_json`] wrote; a ValueError if it is no report, or was edited and contradicts itself."""
         try:
             found = json.loads(text)
         except ValueError as error:
@@ -141,33 +173,14 @@ class EvalReport:
         report = cls(**found)
         for name, stated in derived.items():
             expected = getattr(report, name)
-            same = stated is expected is None or (
-                _is_number(stated) and expected is not None and math.isclose(stated, expected, abs_tol=1e-9)
-            )
-            if not same:
+            numbers = _is_number(stated) and expected is not None
+            if not (math.isclose(stated, expected, abs_tol=1e-9) if numbers else stated is expected is None):
                 raise ValueError(f"The report says {name} {stated}, but its values give {expected}: it was edited.")
         return report
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as a JSON file, whole or not at all."""
-        with atomic_write(path) as file:
-            file.write(self.to_json().encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> EvalReport:
-        """Read a file that [`save`] wrote; an error names it."""
-        try:
-            return cls.from_json(Path(path).read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
 
 def merge_reports(reports: Sequence[EvalReport]) -> EvalReport:
-    """One report over the seeds of several, in the order of the seeds.
-
-    Raises:
-        ValueError: The reports differ in more than their seeds (the differences are named), or share a seed.
-    """
+    """One report over the seeds of several, in their order; other differences are refused, and named."""
     if not reports:
         raise ValueError("There are no reports to merge.")
     first = reports[0]
@@ -191,11 +204,7 @@ def merge_reports(reports: Sequence[EvalReport]) -> EvalReport:
 
 
 def report_table(reports: Sequence[EvalReport]) -> str:
-    """A Markdown table in percent: a row per label, a column per dataset, split and metric as far as these differ.
-
-    Raises:
-        ValueError: There are no reports, or two for one cell.
-    """
+    """A Markdown table in percent: a row per label, a column per dataset, split and metric as far as these differ."""
     if not reports:
         raise ValueError("There are no reports to show.")
     parts = ("dataset", "split", "metric")
@@ -214,31 +223,5 @@ def report_table(reports: Sequence[EvalReport]) -> str:
     )
 
 
-def _set(report: EvalReport, name: str, value: Any) -> None:
-    object.__setattr__(report, name, value)
-
-
-def _items(name: str, value: Any) -> list[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{name} must be a sequence of numbers, got {value!r}.")
-    return list(value)
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _fraction(value: Any) -> float:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise ValueError(f"values must be fractions from 0 to 1, got {value!r}: 92 % is 0.92, and a NaN no result.")
-    return float(value)
-
-
-def _as_json(name: str, value: Any) -> Any:
-    """As it comes back from a file, so that a report equals the one that was saved."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{name} must hold what JSON can: texts, finite numbers, booleans, lists; {error}."
-        ) from error

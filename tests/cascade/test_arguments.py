@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from smn_peft.cascade.arguments import CascadeArguments, check_run
+from smn_peft.cascade.fit import CascadeArguments, check_run
 from smn_peft.training import TrainArguments
 
 
@@ -36,4 +36,4 @@ def test_options(options, message):
 def test_runs(options, message):
     run = {"backbone": "resnet18", "dataset": "cifar10", "objective": "swav", **options}
     with pytest.raises(ValueError, match=message):
-        check_run(TrainArguments(**run))
+        check_run(TrainArguments(**run), CascadeArguments())

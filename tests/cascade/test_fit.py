@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from smn_peft.cascade import Cascade, prepare, train_experts
-from smn_peft.cascade.experts import expert_epochs
+from smn_peft.cascade.fit import expert_epochs
 from smn_peft.cascade.router import Router
 from smn_peft.objectives.swav import SwAV
 from smn_peft.training import RunSummary, run
@@ -72,7 +72,7 @@ def test_every_expert_starts_from_the_dispatcher_on_its_own_cluster(fitted, argu
 
 def test_what_is_done_is_not_done_again(fitted, arguments, monkeypatch):
     before = contents(fitted)
-    monkeypatch.setattr(sys.modules["smn_peft.cascade.experts"], "run", None)
+    monkeypatch.setattr(sys.modules["smn_peft.cascade.fit"], "run", None)
     Cascade.fit(arguments, OPTIONS)
     assert contents(fitted) == before
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.evaluation import EvalReport
 from smn_peft.storage import adapter_sizes
 from smn_peft.training import load_masks, run

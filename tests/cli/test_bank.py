@@ -11,11 +11,11 @@ from contextlib import closing
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from peft import PeftModel, get_peft_model
-from typer.testing import CliRunner
 
 from smn_peft import MaskConfig
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.storage import WEIGHTS_NAME
 
 runner = CliRunner()

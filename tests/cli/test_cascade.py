@@ -8,11 +8,11 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from click.testing import CliRunner
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from smn_peft.cascade import Cascade, evaluate_cascade
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.data import load_images
 from smn_peft.evaluation import EvalReport, report_table
 from tests.cascade.tiny import cascade_arguments
@@ -87,7 +87,7 @@ def test_in_jobs_then_embeddings_and_the_table(line, tmp_path):
 def test_mistakes(line, tmp_path):
     assert "experts must be at least 2" in smn("train", *line, "--experts", 1, code=1).stderr
     assert "give one of them" in " ".join(smn("train", *line, "--prepare", "--expert", 0, code=2).stderr.split())
-    assert "No such option: --expertt." in smn("train", *line, "--expertt", 1, code=2).stderr
+    assert "No such option '--expertt'." in smn("train", *line, "--expertt", 1, code=2).stderr
     assert "objective='cross_entropy' needs them" in smn("train", *line, "--objective", "cross_entropy", code=1).stderr
     assert "holds no finished cascade" in smn("eval", tmp_path, code=1).stderr
     words = ["embed", tmp_path, "--dataset", "x.npz", "--output", "y"]

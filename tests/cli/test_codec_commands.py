@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from peft import get_peft_model
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from smn_peft import MaskConfig
 from smn_peft.backbones import load_from_file
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, adapter_sizes
 
 runner = CliRunner()

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The application as a user starts it: `python -m smn_peft.cli`, the entry point, version and help."""
+"""`smn` as a user starts it: version, help, completion, wrong usage, and how a command fails."""
 
 from __future__ import annotations
 
-import subprocess
+import errno
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
-from typer.testing import CliRunner
+import click
+import pytest
+from click.testing import CliRunner
 
 import smn_peft
-from smn_peft.cli.main import COMMANDS, app
+from smn_peft.cli import _Application, _short_warnings, app
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,13 +22,13 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
+runner = CliRunner()
 
 
-def test_as_a_module_in_a_process():
-    command = [sys.executable, "-m", "smn_peft.cli", "targets", "resnet18"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "masked: 11,166,912 of 11,176,512 parameters" in done.stdout
+def smn(*words: object, code: int = 0):
+    result = runner.invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
 
 
 def test_the_entry_point_is_there():
@@ -35,17 +38,120 @@ def test_the_entry_point_is_there():
 
 
 def test_version_and_help():
-    runner = CliRunner()
-    assert runner.invoke(app, ["--version"]).stdout == f"smn_peft {smn_peft.__version__}\n"
-    help_text = runner.invoke(app, ["--help"]).stdout
-    for module in COMMANDS:
-        name = module.__name__.rpartition(".")[2]
-        assert name in help_text
-        assert runner.invoke(app, [name, "--help"]).exit_code == 0
+    assert smn("--version").stdout == f"smn_peft {smn_peft.__version__}\n"
+    text = smn("--help").stdout
+    for name, command in app.commands.items():
+        assert f"\n  {name} " in text
+        smn(name, "--help")
+        for inner in getattr(command, "commands", ()):
+            smn(name, inner, "--help")
+
+
+def test_train_shows_what_people_use_and_everything_if_asked():
+    short, whole = smn("train", "--help").stdout, smn("train", "--help-all").stdout
+    assert len(short.splitlines()) < 70
+    for option in ("--backbone", "--dataset", "--recipe", "--lr", "--tasks", "--launch", "--help-all"):
+        assert option in short
+    for option in ("--mask.density", "--multi-crop.local-crops", "--momentum", "--no-mask.scale"):
+        assert option not in short
+        assert option in whole
+    for option in ("--mask.peft-type", "--mask.inference-mode", "--mask.base-fingerprint"):
+        assert option not in whole
 
 
 def test_tab_completion():
-    environ = {"_SMN_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": "smn targets --mask-b"}
-    result = CliRunner().invoke(app, env=environ, prog_name="smn")
+    environ = {"_SMN_COMPLETE": "bash_complete", "COMP_WORDS": "smn targets --mask-b", "COMP_CWORD": "2"}
+    result = runner.invoke(app, env=environ)
     assert "--mask-bias" in result.stdout
     assert "--revision" not in result.stdout
+    environ = {"_SMN_COMPLETE": "bash_complete", "COMP_WORDS": "smn train --adapt l", "COMP_CWORD": "3"}
+    assert runner.invoke(app, env=environ).stdout.split() == ["plain,lora"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tran"], "No such command 'tran'. Did you mean 'train'?"),
+        (["--wrong"], "No such option '--wrong'."),
+        (["targets", "resnet18", "--mask-baiss"], "'--mask-bias'"),
+        (["serve", ".", "--base", "none", "--port", "99999"], "Invalid value for '--port'"),
+        (["serve", ".", "--base", "none", "--max-batch", "0"], "Invalid value for '--max-batch'"),
+        (["serve", ".", "--base", "none", "--queue", "0"], "Invalid value for '--queue'"),
+        (["serve", ".", "--base", "none", "--max-wait-ms", "-1"], "Invalid value for '--max-wait-ms'"),
+        (["serve", ".", "--base", "none", "--timeout", "nan"], "Invalid value for '--timeout': nan is no number."),
+        (["serve", "."], "Missing option '--base'."),
+        (["reproduce"], "name a table or figure"),
+    ],
+)
+def test_wrong_usage_is_one_line(words, message):
+    said = smn(*words, code=2).stderr
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert message in said
+
+
+def test_reproduce(monkeypatch, tmp_path):
+    text = smn("reproduce", "--list").stdout
+    for name in ("table1", "table2", "table10", "figure3", "figure9", "ablations"):
+        assert f"| {name} " in text
+    assert "two CPU cores" in text
+    monkeypatch.delenv("SMN_ASSETS", raising=False)
+    assert "Did you mean table2?" in smn("reproduce", "tabl2", code=1).stderr
+    assert "There is no scale 'tiny'" in smn("reproduce", "table2", "--scale", "tiny", code=1).stderr
+    missing = smn("reproduce", "table2", "--output", tmp_path, code=1).stderr
+    assert missing.startswith("error: table2 at scale 'small': SMN_ASSETS is unset: it names the folder with")
+
+
+def application(error: BaseException) -> click.Group:
+    @click.group(cls=_Application)
+    def group() -> None:
+        pass
+
+    @group.command()
+    @click.option("--word")
+    def go(word: str) -> None:
+        raise error
+
+    return group
+
+
+def test_a_warning_is_one_line_and_python_keeps_its_own():
+    python = warnings.formatwarning
+    with _short_warnings():
+        assert warnings.formatwarning("take care", UserWarning, "a.py", 3) == "warning: take care\n"
+        assert "a.py:3: FutureWarning" in warnings.formatwarning("soon", FutureWarning, "a.py", 3)
+    assert warnings.formatwarning is python
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("bad value:\n  take another"), "bad value: take another"),
+        (RuntimeError("no memory"), "no memory"),
+        (ImportError("pip install x"), "pip install x"),
+        (OSError("not in the cache"), "not in the cache"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.npz"), "No such file or directory: a.npz"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_expected_errors_are_one_line(error, line):
+    result = runner.invoke(application(error), ["go"])
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {line} (in full with --traceback)\n"
+
+
+@pytest.mark.parametrize("args", [["--traceback", "go"], ["go", "--traceback"], ["go", "--traceback", "--word", "x"]])
+def test_traceback_shows_where(args):
+    result = runner.invoke(application(ValueError("bad value")), args)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Traceback (most recent call last):")
+    assert "raise error" in result.stderr
+    assert result.stderr.endswith("ValueError: bad value\n")
+
+
+def test_a_bug_is_not_hidden_and_ctrl_c_ends_with_130():
+    assert isinstance(runner.invoke(application(TypeError("a bug")), ["go"]).exception, TypeError)
+    interrupted = runner.invoke(application(KeyboardInterrupt()), ["go"])
+    assert interrupted.exit_code == 130
+    assert "Traceback" not in interrupted.output
+    assert runner.invoke(application(click.exceptions.Exit(7)), ["go"]).exit_code == 7

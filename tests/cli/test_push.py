@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.evaluation import EvalReport
 from smn_peft.storage import CONFIG_NAME
 from tests.hub.conftest import hub, waits  # noqa: F401  (fixtures)

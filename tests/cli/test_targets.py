@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from smn_peft import MaskConfig, explain_targets
 from smn_peft.backbones import load_backbone
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 
 runner = CliRunner()
 

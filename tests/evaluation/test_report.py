@@ -44,12 +44,9 @@ def test_versions_are_those_installed():
     assert report().versions == versions
 
 
-def test_json_gives_back_the_same_report(tmp_path):
+def test_json_gives_back_the_same_report():
     for original in (report(), report(values=(1,), seeds=(), revision=None, label="Δ | é")):
         assert EvalReport.from_json(original.to_json()) == original
-        original.save(tmp_path / "report.json")
-        assert EvalReport.load(tmp_path / "report.json") == original
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     stated = json.loads(report().to_json())
     assert stated["value"] == report().value
     assert stated["spread"] == report().spread
@@ -75,14 +72,11 @@ def test_json_gives_back_the_same_report(tmp_path):
         (lambda d: d.update(versions={"torch": 2}), r"versions must map names to texts"),
     ],
 )
-def test_a_report_changed_by_hand_is_refused(change, message, tmp_path):
+def test_a_report_changed_by_hand_is_refused(change, message):
     found = json.loads(report().to_json())
     change(found)
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(found))
-    with pytest.raises(ValueError, match=message) as caught:
-        EvalReport.load(path)
-    assert str(caught.value).startswith(str(path))
+    with pytest.raises(ValueError, match=message):
+        EvalReport.from_json(json.dumps(found))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", b"\xff\xfe\x00"])

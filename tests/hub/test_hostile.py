@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from peft import PeftModel
-from typer.testing import CliRunner
 
 from smn_peft import MaskConfig
 from smn_peft.bank.source import read_adapter
-from smn_peft.cli.main import app
+from smn_peft.cli import app
 from smn_peft.hub import plan_push, push_run
 from smn_peft.storage import AdapterFileError, locate_adapter
 from tests.hub.folders import X, base, masked

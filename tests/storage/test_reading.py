@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from peft import PeftModel
-from typer.testing import CliRunner
 
 from smn_peft.backbones import load_backbone
 from smn_peft.bank.source import read_adapter
-from smn_peft.cascade.tensors import read_json as cascade_json
-from smn_peft.cli.main import app
+from smn_peft.cascade.folder import read_json as cascade_json
+from smn_peft.cli import app
 from smn_peft.data import load_images
 from smn_peft.hub import facts_of_folder, push_run
 from smn_peft.storage import (
@@ -119,7 +119,7 @@ def test_other_records_of_a_run(tmp_path, kind):
         with pytest.raises(ValueError, match=f"{RUN} is {KINDS[kind]}"):
             read(tmp_path)
     with pytest.raises(ValueError, match=f"cascade.json is {KINDS[kind]}"):
-        cascade_json(put(tmp_path / "cascade.json", kind), {}, 1)
+        cascade_json(put(tmp_path / "cascade.json", kind), {})
     with pytest.raises(ValueError, match=f"chosen.npy is {KINDS[kind]}"):
         read_indices(put(tmp_path / "chosen.npy", kind), 3)
     with pytest.raises(ValueError, match=f"own.safetensors is {KINDS[kind]}"):

@@ -18,8 +18,26 @@ from ..functional.features import Whitening
 from ..storage import atomic_write, check_regular
 from ..storage import read_json as read_json_file
 
-__all__ = ["read_json", "read_tensors", "read_whitening", "whitening_tensors", "write_json", "write_tensors"]
+__all__ = [
+    "CASCADE_NAME",
+    "WHITENING",
+    "read_json",
+    "read_tensors",
+    "read_whitening",
+    "whitening_tensors",
+    "write_json",
+    "write_tensors",
+]
 
+CASCADE_NAME = "cascade.json"
+#: Shapes of a whitening's tensors.
+WHITENING: dict[str, tuple[str | int, ...]] = {
+    "mean": ("F",),
+    "components": ("d", "F"),
+    "singular_values": ("d",),
+    "samples": (1,),
+}
+_FORMAT = 1
 _DAMAGED = "Copy the folder again, or fit the cascade anew."
 
 
@@ -32,13 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path, shapes: Mapping[str, tuple[str | int, ...]]) -> dict[str, Tensor]:
     """Read tensors, `components` in fp32 and all others in fp64, and check what they are.
 
-    Args:
-        path: The safetensors file.
-        shapes: Shape of each by name; sizes are numbers, or letters that stand for the same number everywhere.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or holds other tensors than these.
+    `shapes` by name have numbers, or letters that stand for the same number everywhere.
     """
     try:
         check_regular(path)
@@ -49,74 +61,53 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[str | int, ...]]) -> dic
         raise ValueError(f"{path} is damaged: {error}. {_DAMAGED}") from error
     if set(found) != set(shapes):
         raise ValueError(f"{path} holds {', '.join(sorted(found))}, not {', '.join(sorted(shapes))}. {_DAMAGED}")
-    sizes: dict[str, int] = {}
+    sizes: dict[str | int, int] = {}
     for name, shape in shapes.items():
-        tensor = found[name]
-        expected = tuple(size if isinstance(size, int) else sizes.get(size) for size in shape)
-        dtype = torch.float32 if name.endswith("components") else torch.float64
-        same = len(tensor.shape) == len(expected) and all(
-            size is None or size == real for size, real in zip(expected, tensor.shape, strict=True)
+        tensor, dtype = found[name], torch.float32 if name.endswith("components") else torch.float64
+        same = len(tensor.shape) == len(shape) and all(
+            real == (size if isinstance(size, int) else sizes.setdefault(size, real))
+            for size, real in zip(shape, tensor.shape, strict=True)
         )
         if not same or tensor.dtype != dtype or not tensor.isfinite().all():
             raise ValueError(
                 f"{path}: {name} must be finite numbers in {dtype} of the shape {shape}; it is "
                 f"{tensor.dtype} {tuple(tensor.shape)}. {_DAMAGED}"
             )
-        sizes |= {key: real for key, real in zip(shape, tensor.shape, strict=True) if isinstance(key, str)}
     return found
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file with its format, whole or not at all."""
     with atomic_write(path) as file:
-        file.write((json.dumps(facts, indent=1) + "\n").encode())
+        file.write((json.dumps({"format": _FORMAT, **facts}, indent=1) + "\n").encode())
 
 
-def read_json(path: Path, known: Mapping[str, type | tuple[type, ...]], version: int) -> dict[str, Any]:
-    """Read facts and check their types.
-
-    Args:
-        path: The JSON file.
-        known: Type of each by name, beside ``format``.
-        version: The format that this release writes.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or of a format that this release does not know.
-    """
+def read_json(path: Path, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """Read facts and check the type of each by name; what is damaged, or of another format, is refused."""
     try:
         found = read_json_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: {path.parent} holds no finished cascade.") from None
     except ValueError as error:
         raise ValueError(f"{error} {_DAMAGED}") from error
-    if not isinstance(found, dict) or found.pop("format", None) != version:
-        raise ValueError(f"{path} is not of format {version}; smn_peft's newest version reads all. {_DAMAGED}")
+    if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} is not of format {_FORMAT}; smn_peft's newest version reads all. {_DAMAGED}")
     for name, kind in known.items():
         if name not in found or not isinstance(found[name], kind):
             raise ValueError(f"{path}: {name} is missing or of another type. {_DAMAGED}")
     return found
 
 
-def whitening_tensors(whitening: Whitening) -> dict[str, Tensor]:
+def whitening_tensors(whitening: Whitening, prefix: str = "") -> dict[str, Tensor]:
     """A whitening as tensors by name."""
-    return {
-        "mean": whitening.mean,
-        "components": whitening.components,
-        "singular_values": whitening.singular_values,
-        "samples": torch.tensor([whitening.samples], dtype=torch.float64),
-    }
+    samples = torch.tensor([whitening.samples], dtype=torch.float64)
+    tensors = {name: getattr(whitening, name) for name in WHITENING} | {"samples": samples}
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
 
 
-def read_whitening(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> Whitening:
-    """The whitening whose tensors have this prefix.
-
-    Raises:
-        ValueError: If it could not have been fitted.
-    """
-    mean, components, values, samples = (
-        tensors[f"{prefix}{name}"] for name in ("mean", "components", "singular_values", "samples")
-    )
+def read_whitening(tensors: Mapping[str, Tensor], path: Path, prefix: str = "") -> Whitening:
+    """The whitening whose tensors have this prefix, refused if it could not have been fitted."""
+    mean, components, values, samples = (tensors[f"{prefix}{name}"] for name in WHITENING)
     if not bool((values > 0).all()) or not float(samples) >= 2 or math.modf(float(samples))[0]:
         raise ValueError(f"{path}: singular values must be above 0, and samples a number from 2 on. {_DAMAGED}")
     return Whitening(mean, components, values, int(samples))
