@@ -13,13 +13,26 @@ from torch.utils.data import Dataset
 
 from ..functional.whole import whole_numbers
 from .decoding import decode_rgb
-from .errors import WITHOUT_LABELS, NoLabelsError
 
-__all__ = ["ImageDataset", "ImageSource"]
+__all__ = ["WITHOUT_LABELS", "ImageDataset", "ImageSource", "NoLabelsError", "NoSplitError"]
+
+WITHOUT_LABELS = "labelled=False to use the images without labels"
+
+
+class NoLabelsError(ValueError):
+    """There are no labels, or none that tell anything apart; the images themselves may be fine."""
+
+
+class NoSplitError(ValueError):
+    """There is no such split; `there` names those that there are, as far as they are known."""
+
+    def __init__(self, message: str, there: Iterable[str]) -> None:
+        super().__init__(message)
+        self.there = tuple(there)
 
 
 class ImageSource(Protocol):
-    """Where the files of images lie; safe to hand to workers."""
+    """Where image files are read; safe to hand to workers."""
 
     def read(self, row: int) -> tuple[Tensor | bytes, str]:
         """The bytes of one image file, and its name for messages."""
@@ -72,18 +85,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.source, self.labels, self.rows = source, labels, rows
         self.classes = None if classes is None else list(classes)
         self.name, self.split, self.revision = name, split, revision
-        self._cache: list[Tensor] = []
+        self._cache: dict[int, Tensor] = {}  # (height, width, 3) by row
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One image, its label if there are labels, and its index.
-
-        Raises:
-            IndexError: If there is no such image.
-            ImageError: If the image cannot be read.
-        """
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} images; there is no index {index}.")
@@ -95,21 +102,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes: of names if there are names, else the largest label plus one; None without labels."""
+        """Number of names if there are names, else the largest label plus one; None without labels."""
         if self.labels is None:
             return None
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
 
     def digest(self, images: int = 64) -> str:
-        """SHA-256, as hex, of number and labels, and of the files of a sample of the images.
-
-        It is the same wherever the images lie, and in whatever form: a folder, or an npz of the same files.
+        """SHA-256, as hex, of number, labels and the files of some images, the same for a folder and for its npz.
 
         Args:
-            images: How many are read, evenly over the dataset; all where there are fewer.
-
-        Raises:
-            OSError: An image of the sample cannot be read.
+            images: How many are read, evenly over the dataset.
         """
         digest = hashlib.sha256(str(len(self)).encode())
         if self.labels is not None:
@@ -132,16 +134,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."
             )
-        part = self._like(self.labels if self.labels is None else self.labels[chosen], self.rows[chosen])
-        if self._cache:
-            # Not all may have fitted; those are the last ones, which are read again.
-            kept = [self._cache[i] if i < len(self._cache) else None for i in chosen.tolist()]
-            whole = next((i for i, image in enumerate(kept) if image is None), len(kept))
-            part._cache = [image for image in kept[:whole] if image is not None]
-        return part
+        return self._like(None if self.labels is None else self.labels[chosen], self.rows[chosen])
 
     def first_classes(self, count: int) -> ImageDataset:
-        """The images of the first `count` classes alone, as a dataset of so many.
+        """The images of the first `count` classes alone.
 
         Raises:
             ValueError: If there are no labels, no such number of classes, or none of their images.
@@ -155,53 +151,38 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def without_labels(self) -> ImageDataset:
         """The same images, unlabelled."""
-        part = self._like(None, self.rows)
-        part._cache = self._cache
-        return part
+        return self._like(None, self.rows)
 
     def cached(self, max_bytes: int = 2**31) -> ImageDataset:
-        """The same images, decoded once and held in memory, which pays where decoding costs as much as augmenting.
+        """The same images, decoded once and held in memory, which workers share.
 
-        Images are taken in order until the next would exceed `max_bytes`; the rest is read as before. Workers share
-        the memory: forked ones see the same pages, spawned ones get torch's shared memory.
+        Images are taken in order until the next would exceed `max_bytes`; the rest is read as before.
 
         Args:
             max_bytes: Bound of the memory, 2 GiB by default: three bytes per pixel.
-
-        Raises:
-            ImageError: An image cannot be read.
         """
-        part, held = self._like(self.labels, self.rows), 0
-        pixels = []
+        part, held, pixels = self._like(self.labels, self.rows), 0, []
         for index in range(len(self)):
             image = self._image(index)
             held += image.numel()
             if held > max_bytes:
                 break
             pixels.append(image.permute(1, 2, 0).contiguous())
-        part._cache = _joined(pixels)
+        # Views of one storage: one mapping to share, not one file descriptor per image.
+        flat = torch.cat([image.flatten() for image in pixels] or [torch.empty(0, dtype=torch.uint8)])
+        views = flat.split([image.numel() for image in pixels])
+        kept = zip(self.rows.tolist(), views, pixels, strict=False)
+        part._cache = {row: view.view(image.shape) for row, view, image in kept}
         return part
 
     def _like(self, labels: Tensor | None, rows: Tensor) -> ImageDataset:
-        return ImageDataset(
-            self.source,
-            labels=labels,
-            classes=self.classes,
-            name=self.name,
-            split=self.split,
-            revision=self.revision,
-            rows=rows,
-        )
+        facts: dict[str, Any] = {"classes": self.classes, "name": self.name, "split": self.split}
+        part = ImageDataset(self.source, labels=labels, rows=rows, revision=self.revision, **facts)
+        part._cache = self._cache
+        return part
 
     def _image(self, index: int) -> Tensor:
-        if index < len(self._cache):
-            return self._cache[index].permute(2, 0, 1)
-        data, where = self.source.read(int(self.rows[index]))
-        return decode_rgb(data, where)
-
-
-def _joined(pixels: list[Tensor]) -> list[Tensor]:
-    """The same images as views of one storage: one mapping to share, not one file descriptor per image."""
-    flat = torch.cat([image.flatten() for image in pixels]) if pixels else torch.empty(0, dtype=torch.uint8)
-    shapes = [image.shape for image in pixels]
-    return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+        row = int(self.rows[index])
+        if row in self._cache:
+            return self._cache[row].permute(2, 0, 1)
+        return decode_rgb(*self.source.read(row))
