@@ -8,9 +8,8 @@ from typing import Any
 import torch
 
 from ..backbones import Backbone
+from ..backbones.clip import templates_for, text_embeddings
 from ..backbones.from_file import import_file, is_file_spec
-from ..backbones.prompts import templates_for
-from ..backbones.text import text_embeddings
 from ..objectives import Objective, create_objective, list_objectives, objective_class
 from .train_arguments import TrainArguments
 
