@@ -50,9 +50,9 @@ def command(
 ) -> None:
     """Serve predictions and embeddings of a bank's tasks over HTTP, with a page to try them at /."""
     try:
-        from ..serving.auth import key_from
+        from ..serving.app import key_from
+        from ..serving.bank import open_bank
         from ..serving.limits import Limits
-        from ..serving.opening import open_bank
         from ..serving.server import serve
         from ..serving.service import Service
     except ImportError as error:

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from smn_peft.backbones import load_backbone
-from smn_peft.serving.labels import class_names
+from smn_peft.serving.bank import class_names
 from smn_peft.training import run
 from smn_peft.training.evaluate_run import evaluate_run
 from smn_peft.training.saved import load_run
