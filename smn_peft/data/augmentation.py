@@ -30,6 +30,11 @@ __all__ = [
 ]
 
 
+_JITTER = "Strength of the jitter of brightness, contrast, saturation (factor 1 ± s) and hue (± s)."
+_SOLARIZE = "Probability of solarizing: inverting what is brighter than a half."
+_BLUR = "Probability of a Gaussian blur."
+
+
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -42,16 +47,13 @@ class AugmentationOptions:
         (3 / 4, 4 / 3), "Smallest and largest width / height of a random crop."
     )
     flip: float = _option(0.5, "Probability of a horizontal flip.")
-    jitter: tuple[float, float, float, float] = _option(
-        (0.4, 0.4, 0.4, 0.4),
-        "Strength of the jitter of brightness, contrast, saturation (factor 1 ± s) and hue (± s).",
-    )
+    jitter: tuple[float, float, float, float] = _option((0.4, 0.4, 0.4, 0.4), _JITTER)
     jitter_probability: float = _option(
         0.8, "Probability of the colour jitter, whose four parts come in random order."
     )
     grayscale: float = _option(0.2, "Probability of a grey image.")
-    solarize: float = _option(0.2, "Probability of solarizing: inverting what is brighter than a half.")
-    blur: float = _option(0.0, "Probability of a Gaussian blur.")
+    solarize: float = _option(0.2, _SOLARIZE)
+    blur: float = _option(0.0, _BLUR)
     blur_sigma: tuple[float, float] = _option((0.1, 2.0), "Smallest and largest radius (σ) of the blur in pixels.")
 
     def __post_init__(self) -> None:
@@ -88,12 +90,9 @@ class SupervisedOptions(AugmentationOptions):
 class MultiCropOptions(AugmentationOptions):
     """SwAV's multi-crop: two large crops and several small ones."""
 
-    jitter: tuple[float, float, float, float] = _option(
-        (0.8, 0.8, 0.8, 0.2),
-        "Strength of the jitter of brightness, contrast, saturation (factor 1 ± s) and hue (± s).",
-    )
-    solarize: float = _option(0.0, "Probability of solarizing: inverting what is brighter than a half.")
-    blur: float = _option(0.5, "Probability of a Gaussian blur.")
+    jitter: tuple[float, float, float, float] = _option((0.8, 0.8, 0.8, 0.2), _JITTER)
+    solarize: float = _option(0.0, _SOLARIZE)
+    blur: float = _option(0.5, _BLUR)
     global_size: int = _option(224, "Pixels of a side of a global crop; a run takes its image size.")
     global_crops: int = _option(2, "Number of global crops.")
     global_scale: tuple[float, float] = _option((0.14, 1.0), "Part of the image's area that a global crop takes.")

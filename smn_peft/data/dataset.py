@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +39,7 @@ class ImageSource(Protocol):
         """The bytes of one image file, and its name for messages."""
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images by index.
 
@@ -50,29 +52,30 @@ class ImageDataset(Dataset[dict[str, Any]]):
         classes: Names by label, or None if there are none.
         name: What was loaded.
         split: Its split.
-        revision: Commit on the Hub, None for local files.
         rows: (n,) int64 rows of the source that this dataset has, in order.
+        revision: Commit on the Hub, None for local files.
 
     Raises:
         ValueError: No images, or labels that are no whole numbers or do not fit the images or the classes.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        *,
-        labels: Tensor | None,
-        classes: Sequence[str] | None,
-        name: str,
-        split: str,
-        revision: str | None = None,
-        rows: Tensor,
-    ) -> None:
-        if len(rows) == 0:
+    source: ImageSource
+    _: KW_ONLY
+    labels: Tensor | None
+    classes: list[str] | None
+    name: str
+    split: str
+    rows: Tensor
+    revision: str | None = None
+    _cache: dict[int, Tensor] = field(default_factory=dict)  # (height, width, 3) by row
+
+    def __post_init__(self) -> None:
+        name, split, labels = self.name, self.split, self.labels
+        if len(self.rows) == 0:
             raise ValueError(f"{name}, split {split!r}, has no images: check the name, the split and the indices.")
         if labels is not None:
-            if len(labels) != len(rows):
-                raise ValueError(f"{name} has {len(rows)} images but {len(labels)} labels.")
+            if len(labels) != len(self.rows):
+                raise ValueError(f"{name} has {len(self.rows)} images but {len(labels)} labels.")
             labels = whole_numbers(labels, f"{name}, split {split!r}")
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
@@ -80,12 +83,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
                     f"{name}, split {split!r}, has the label {low}, which stands for an unknown class: take another "
                     f"split, or {WITHOUT_LABELS}."
                 )
-            if classes is not None and high >= len(classes):
-                raise ValueError(f"{name} has the label {high} but only {len(classes)} class names.")
-        self.source, self.labels, self.rows = source, labels, rows
-        self.classes = None if classes is None else list(classes)
-        self.name, self.split, self.revision = name, split, revision
-        self._cache: dict[int, Tensor] = {}  # (height, width, 3) by row
+            if self.classes is not None and high >= len(self.classes):
+                raise ValueError(f"{name} has the label {high} but only {len(self.classes)} class names.")
+            self.labels = labels
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -134,7 +134,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."
             )
-        return self._like(None if self.labels is None else self.labels[chosen], self.rows[chosen])
+        labels = None if self.labels is None else self.labels[chosen]
+        rows = self.rows[chosen]
+        cache = {row: self._cache[row] for row in rows.tolist() if row in self._cache}
+        return replace(self, labels=labels, rows=rows, _cache=cache)
 
     def first_classes(self, count: int) -> ImageDataset:
         """The images of the first `count` classes alone.
@@ -146,12 +149,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if self.labels is None or found is None or not 1 <= count <= found:
             raise ValueError(f"{self.name} has {found or 'no'} classes; got class_limit={count}.")
         part = self.subset((self.labels < count).nonzero().squeeze(1))
-        part.classes = None if part.classes is None else part.classes[:count]
-        return part
+        return replace(part, classes=None if part.classes is None else part.classes[:count])
 
     def without_labels(self) -> ImageDataset:
         """The same images, unlabelled."""
-        return self._like(None, self.rows)
+        return replace(self, labels=None)
 
     def cached(self, max_bytes: int = 2**31) -> ImageDataset:
         """The same images, decoded once and held in memory, which workers share.
@@ -161,7 +163,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         Args:
             max_bytes: Bound of the memory, 2 GiB by default: three bytes per pixel.
         """
-        part, held, pixels = self._like(self.labels, self.rows), 0, []
+        held, pixels = 0, []
         for index in range(len(self)):
             image = self._image(index)
             held += image.numel()
@@ -172,14 +174,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         flat = torch.cat([image.flatten() for image in pixels] or [torch.empty(0, dtype=torch.uint8)])
         views = flat.split([image.numel() for image in pixels])
         kept = zip(self.rows.tolist(), views, pixels, strict=False)
-        part._cache = {row: view.view(image.shape) for row, view, image in kept}
-        return part
-
-    def _like(self, labels: Tensor | None, rows: Tensor) -> ImageDataset:
-        facts: dict[str, Any] = {"classes": self.classes, "name": self.name, "split": self.split}
-        part = ImageDataset(self.source, labels=labels, rows=rows, revision=self.revision, **facts)
-        part._cache = self._cache
-        return part
+        return replace(self, _cache={row: view.view(image.shape) for row, view, image in kept})
 
     def _image(self, index: int) -> Tensor:
         row = int(self.rows[index])

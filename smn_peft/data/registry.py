@@ -15,32 +15,21 @@ __all__ = ["DATASETS", "DatasetSpec", "dataset_spec", "list_datasets"]
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset of the paper.
-
-    Attributes:
-        hub_id: Repository on the Hub; None where no copy is known, then it is loaded from a folder.
-        train: Split expression of the training images, validation included where the paper's is.
-        test: Split expression of the test images.
-        num_train: Training images in the copy, None if unknown.
-        num_test: Test images in the copy, None if unknown.
-        config: Configuration on the Hub, None for the only one.
-        paper: Sizes of the paper's own training and test part, None where unknown.
-        notes: How the copy differs from what the paper used, or where to get the files.
-        unverified: What was not checked against the dataset's card or code that uses it; no copy was downloaded.
-    """
+    """One dataset of the paper."""
 
     name: str
-    hub_id: str | None
+    hub_id: str | None  # repository on the Hub; None where no copy is known, then it is loaded from a folder
     image_column: str
     label_column: str
-    train: str
-    test: str
+    train: str  # split expression of the training images, validation included where the paper's is
+    test: str  # split expression of the test images
     num_classes: int
-    num_train: int | None
-    num_test: int | None
-    config: str | None = None
-    paper: tuple[int, int] | None = None
-    notes: str = ""
+    num_train: int | None  # training images in the copy, None if unknown
+    num_test: int | None  # test images in the copy, None if unknown
+    config: str | None = None  # configuration on the Hub, None for the only one
+    paper: tuple[int, int] | None = None  # sizes of the paper's own training and test part, None where unknown
+    notes: str = ""  # how the copy differs from what the paper used, or where to get the files
+    # What was not checked against the dataset's card or code that uses it; no copy was downloaded.
     unverified: tuple[str, ...] = ()
 
 

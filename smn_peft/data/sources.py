@@ -137,7 +137,7 @@ def _load(
     revision: str | None,
     labelled: bool,
 ) -> ImageDataset:
-    columns = {"image_column": image_column, "label_column": label_column}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
     options: dict[str, Any] = {"labelled": labelled, "name": name}
     if name.endswith(".parquet"):
         return load_table("parquet", split, files=name, **columns, **options)
