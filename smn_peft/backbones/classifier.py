@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -111,7 +111,6 @@ def load_classifier(
     name: str | os.PathLike[str] | Backbone,
     num_classes: int,
     *,
-    head: Literal["linear"] = "linear",
     head_seed: int = 0,
     **kwargs: Any,
 ) -> Backbone:
@@ -120,15 +119,12 @@ def load_classifier(
     Args:
         name: What `load_backbone` takes, or a `Backbone` already loaded.
         num_classes: Number of classes.
-        head: Kind of the head.
         head_seed: See [`Classifier`].
         kwargs: Arguments of `load_backbone`, which see for the errors.
 
     Returns:
         The backbone with a `Classifier` as its `model`; `features` and `feature_dim` are those before the head.
     """
-    if head != "linear":
-        raise ValueError(f"head must be 'linear', the only kind there is; got {head!r}.")
     if not isinstance(name, Backbone):
         backbone = load_backbone(name, **kwargs)
     elif kwargs:

@@ -78,14 +78,11 @@ def load_from_file(spec: str) -> Backbone:
     path, _, function = spec.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
         raise ValueError(f"{spec!r} names no function in a Python file: name it as 'path/to/file.py:function'.")
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {path} (for {spec!r}).")
-    with _first_on_path(file.resolve().parent):
-        module = _imported(file)
-        build = getattr(module, function, None)
-        if not callable(build):
-            raise ValueError(f"{path} has no function {function!r}{_functions_of(module)}.")
+    module = import_file(path)
+    build = getattr(module, function, None)
+    if not callable(build):
+        raise ValueError(f"{path} has no function {function!r}{_functions_of(module)}.")
+    with _first_on_path(Path(path)):
         made = _call(build, spec)
     if isinstance(made, Backbone):
         backbone = made
@@ -115,33 +112,29 @@ def import_file(path: str | os.PathLike[str]) -> ModuleType:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    with _first_on_path(file.resolve().parent):
-        return _imported(file)
-
-
-@contextmanager
-def _first_on_path(folder: Path) -> Iterator[None]:
-    """Let a file import what lies beside it, as a script that is run can."""
-    before = list(sys.path)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _imported(file: Path) -> ModuleType:
     # A name of its own, that no installed package has: "model.py" must not become `import model` for others.
     name = f"{file.stem}_{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:8]}"
     found: Any = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickling look their module up
     try:
-        _call(lambda: found.loader.exec_module(module), str(file))
+        with _first_on_path(file):
+            _call(lambda: found.loader.exec_module(module), str(file))
     except ValueError:
         del sys.modules[name]
         raise
     return module
+
+
+@contextmanager
+def _first_on_path(file: Path) -> Iterator[None]:
+    """Let a file import what lies beside it, as a script that is run can."""
+    before = list(sys.path)
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _call(function: Callable[[], Any], what: str) -> Any:
