@@ -112,8 +112,8 @@ def open_bank(
         ValueError: If the base cannot be loaded, or no adapter belongs to it.
     """
     where, base = Path(where), os.fspath(base)
-    if not where.is_dir():
-        raise FileNotFoundError(f"There is no folder {where}: name a bank, or a folder of adapters.")
+    if not where.exists():
+        raise FileNotFoundError(f"There is no {where}: name a bank, or a folder of adapters.")
     from_file = is_file_spec(base)
     if from_file and (weights is not None or image_size is not None):
         raise ValueError(f"--weights and --image-size are for libraries' models, not for {base}.")
@@ -162,13 +162,7 @@ def open_bank(
 def add_folder(
     bank: MaskBank, name: str, folder: Path, *, classes: Sequence[str] | None = None, replace: bool = False
 ) -> None:
-    """Add an adapter of this machine; names of its classes are as given, else as its config says.
-
-    Raises:
-        AdapterFileError: If it is damaged.
-        FileNotFoundError: If there is no adapter.
-        ValueError: If the name is taken or not allowed, or the adapter does not belong to the base.
-    """
+    """Add an adapter of this machine, with other names of its classes if some are given; raises as `MaskBank.add`."""
     config = read_config(folder)
     if not classes:
         bank.add(name, folder, replace=replace)
@@ -181,11 +175,7 @@ def add_folder(
 
 
 def add_task(bank: MaskBank, new: NewTask) -> dict[str, Any]:
-    """Add a client's task; see [`refused_change`] for the errors.
-
-    Raises:
-        ServingError: 409 if the name is taken; 403, 422, 502 or 503.
-    """
+    """Add a client's task; `ServingError` 409 if the name is taken, else of [`refused_change`]."""
     name, replaced = new.name, new.name in bank
     if replaced and not new.replace:
         raise ServingError(409, f"There is a task {name!r} already.", "Send replace=true, or another name.")

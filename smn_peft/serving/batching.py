@@ -60,23 +60,14 @@ class Workers:
 
 @dataclass(frozen=True)
 class Output:
-    """What the model gives for one sample.
+    """What the model gives for one sample."""
 
-    Attributes:
-        logits: fp32 (classes,); meaningless where the task has no head.
-        features: fp32 (dim,).
-        task: The task as it was used; None for the base.
-        waited: Seconds from submission until the batch started.
-        ran: Seconds that the batch took.
-        batch: Samples in the batch.
-    """
-
-    logits: Tensor
-    features: Tensor
-    task: Task | None
-    waited: float
-    ran: float
-    batch: int
+    logits: Tensor  # fp32 (classes,); meaningless where the task has no head
+    features: Tensor  # fp32 (dim,)
+    task: Task | None  # as it was used; None for the base
+    waited: float  # seconds from submission until the batch started
+    ran: float  # seconds that the batch took
+    batch: int  # samples in the batch
 
 
 @dataclass(frozen=True)

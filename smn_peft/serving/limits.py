@@ -25,38 +25,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on requests.
+    """Bounds on requests."""
 
-    Attributes:
-        queue: Samples that the server holds at a time, waiting or worked on; one more is answered with 429.
-        timeout: Seconds that a request may take: to read its body, and again to answer it.
-        pause: Seconds without a byte of a body after which it is given up.
-        idle: Seconds that a connection may take for a request's header, or wait for its next request.
-        grace: Seconds after SIGTERM in which running requests are finished; then they are dropped.
-        connections: Held at a time; a request on one more is answered with 503. At most half of what the process's
-            limit on open files leaves.
-        body_bytes: Size of a request for predictions or embeddings.
-        bodies_bytes: Size of all their bodies together.
-        adapter_bytes: Size of a request that brings an adapter.
-        pixels: Width times height of an image.
-        aspect: Longer side of an image over its shorter one, which is what is resized to the model's input.
-        tasks: Tasks of one request.
-        classes: Classes of a task whose logits are given.
-    """
-
-    queue: int = 256
-    timeout: float = 30.0
-    pause: float = 10.0
-    idle: float = 10.0
-    grace: float = 10.0
-    connections: int = 512
-    body_bytes: int = 10 << 20
-    bodies_bytes: int = 256 << 20
-    adapter_bytes: int = 256 << 20
-    pixels: int = 25_000_000
-    aspect: int = 20
-    tasks: int = 64
-    classes: int = 10_000
+    queue: int = 256  # samples held at a time, waiting or worked on; one more is answered with 429
+    timeout: float = 30.0  # seconds to read a request's body, and again to answer it
+    pause: float = 10.0  # seconds without a byte of a body after which it is given up
+    idle: float = 10.0  # seconds that a connection may take for a header, or wait for its next request
+    grace: float = 10.0  # seconds after SIGTERM in which running requests are finished; then they are dropped
+    connections: int = 512  # held at a time, and at most half of the limit on open files; then 503
+    body_bytes: int = 10 << 20  # of a request for predictions or embeddings
+    bodies_bytes: int = 256 << 20  # of all such requests together
+    adapter_bytes: int = 256 << 20  # of a request that brings an adapter
+    pixels: int = 25_000_000  # width times height of an image
+    aspect: int = 20  # longer side of an image over its shorter one, which is resized to the model's input
+    tasks: int = 64  # of one request
+    classes: int = 10_000  # of a task whose logits are given
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

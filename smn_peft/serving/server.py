@@ -30,10 +30,9 @@ _SPARE = 16  # connections beyond the limit, which are answered with 503
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol with a time for every client to send a request's header and to read its answer.
+    """uvicorn's protocol with a time for every client to send a header and to read its answer.
 
-    uvicorn itself ends connections that wait for another request after an answer, and no others. `limited` bounds the
-    time for bodies.
+    uvicorn itself ends only connections that wait for another request; `limited` bounds the time for bodies.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -9,7 +9,6 @@ import json
 import pickle
 import re
 import shlex
-import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +19,10 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from starlette.routing import Match
 
+from smn_peft.bank.bank import MaskBank
 from smn_peft.serving.app import build_app, key_from
 from smn_peft.serving.limits import Limits
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
-from smn_peft.storage.codec import BLOB_NAME
-from smn_peft.storage.repack import pack_adapter
+from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, AdapterFileError
 from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, URL, image, service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -328,15 +326,16 @@ def test_the_key_comes_from_a_variable(monkeypatch):
         Limits(queue=0)
 
 
-def test_a_damaged_task_is_named_and_the_others_are_served(saved, tmp_path):
-    root, logits, _ = saved
-    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
-    pack_adapter(tmp_path / "birds", tmp_path / "birds")
-    served = service(tmp_path)
-    stored = served.bank._source.read("birds")
-    blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
-    stored.tensors[blob][-3] ^= 0x10
-    served.bank._cache.clear()
+def test_a_damaged_task_is_named_and_the_others_are_served(saved, monkeypatch):
+    served, logits = service(saved[0]), saved[1]
+    read = served.bank.task
+
+    def damaged(name):
+        if name == "birds":
+            raise AdapterFileError("its checksum is wrong")
+        return read(name)
+
+    monkeypatch.setattr(served.bank, "task", damaged)
     with TestClient(build_app(served), URL) as client:
         for _ in range(2):
             refused(client.post("/v1/predict", **files(IMAGES[0], "birds")), 500, "Task 'birds' is damaged", "bank")
@@ -406,18 +405,12 @@ def test_the_documented_requests_work(saved):
             assert response.status_code in (200, 201), (line, response.text)
 
 
-def test_an_unknown_task_among_many_costs_little(saved):
-    served = service(saved[0])
-    source = served.bank._source
-    for number in range(10_000):
-        source._adapters[f"customer-{number:05d}-birds-of-the-region"] = source._adapters["birds"]
-    with TestClient(build_app(served), URL) as client:
+def test_an_unknown_task_among_many_costs_little(saved, monkeypatch):
+    names = [f"customer-{number:05d}-birds-of-the-region" for number in range(10_000)]
+    monkeypatch.setattr(MaskBank, "names", property(lambda self: names))
+    with TestClient(build_app(service(saved[0])), URL) as client:
         began = time.process_time()
         for _ in range(3):
-            refused(
-                client.post("/v1/predict", **files(IMAGES[0], "customer-0417-birds-of-the-region")),
-                404,
-                "0417",
-                "customer-0417",
-            )
+            answer = client.post("/v1/predict", **files(IMAGES[0], "customer-0417-birds-of-the-region"))
+            refused(answer, 404, "0417", "customer-0417")
         assert time.process_time() - began < 1.0  # it took a second each

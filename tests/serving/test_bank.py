@@ -61,7 +61,7 @@ def test_adapters_of_another_base_are_left_out_and_none_at_all_is_an_error(saved
     with pytest.raises(ValueError, match="None of the 1 adapters"):
         open_bank(config.parent, f"{script}:build")
     for where, base, options, error, message in (
-        (tmp_path / "nowhere", f"{script}:build", {}, FileNotFoundError, "no folder"),
+        (tmp_path / "nowhere", f"{script}:build", {}, FileNotFoundError, "There is no .*nowhere: name a bank"),
         (tmp_path / "some", f"{script}:build", {"image_size": 64}, ValueError, "--weights and --image-size"),
         (tmp_path / "some", "no_such_net", {}, ValueError, "Unknown backbone"),
     ):
