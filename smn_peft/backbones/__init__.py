@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from ..tuner.checks import base_name
-from .backbone import Backbone, pooled_features
+from ..tuner.base_name import base_name
+from .backbone import Backbone, accept_size, pooled_features
 from .classifier import Classifier, load_classifier
+from .clip import clip_key_mapping, templates_for, text_embeddings
 from .from_file import is_file_spec, load_from_file, name_read_from
-from .key_mapping import clip_key_mapping
 from .load import load_backbone
-from .prompts import templates_for
-from .sizes import accept_size
-from .text import text_embeddings
 
 __all__ = [
     "Backbone",

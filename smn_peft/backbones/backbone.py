@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Backbone`: a feature extractor together with what it needs to know about images."""
+"""`Backbone`: a feature extractor with its image settings; `accept_size` for images of another size beside its own."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,21 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Backbone", "EvalTransform", "pooled_features"]
+__all__ = [
+    "Backbone",
+    "EvalTransform",
+    "accept_size",
+    "check_loading",
+    "interpolate_positions",
+    "pooled_features",
+    "probe_features",
+]
+
+_INTERPOLATE = "interpolate_pos_encoding"
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Image -> (3, height, width), after conversion to RGB.
-
-    Attributes:
-        transform: What the model's own library does with an RGB image.
-    """
+    """A library's own transform of RGB images, for PIL images of any colours."""
 
     transform: Callable[[Any], Tensor]
 
     def __call__(self, image: Any) -> Tensor:
-        """Transform one PIL image."""
+        """Transform one PIL image to (3, height, width)."""
         return self.transform(image.convert("RGB") if hasattr(image, "convert") else image)
 
 
@@ -35,7 +43,7 @@ class Backbone:
 
     Attributes:
         model: The model in eval mode; timm's models come as transformers' `TimmWrapperModel`.
-        transform: Evaluation transform of the model's own config, PIL image -> (3, image_size, image_size).
+        transform: The library's own evaluation transform, PIL image -> (3, image_size, image_size).
         feature_dim: Size of the features.
         name: The id for `base_model_name_or_path`.
         image_size: Side of the square input in pixels.
@@ -67,29 +75,24 @@ class Backbone:
         }
 
     def prepared_as(self, preprocessing: Mapping[str, Any]) -> Backbone:
-        """The same model for images prepared in another way, as an adapter's config says; `transform` stays its own.
+        """Copy with the image settings of an adapter's config, as far as it has some; `transform` stays the same.
 
-        Args:
-            preprocessing: As [`Backbone.preprocessing`]; what it lacks stays as it is. A model that takes one size
-                only has to be loaded at that size.
+        A model that takes one size only has to be loaded at that size.
         """
         known = {name: preprocessing[name] for name in self.preprocessing if name in preprocessing}
         known |= {name: tuple(known[name]) for name in ("mean", "std") if name in known}
         return replace(self, **known)
 
     def features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Pooled features of a batch, (batch, 3, height, width) -> (batch, feature_dim).
-
-        Adapters that `get_peft_model` has put into `model` take part.
-        """
+        """Pooled features of a batch, (batch, 3, height, width) -> (batch, feature_dim); see [`pooled_features`]."""
         return pooled_features(self.model, pixel_values, **kwargs)
 
 
 def pooled_features(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-    """Features before any head, (batch, 3, height, width) -> (batch, dim).
+    """Compute the features before any head, (batch, 3, height, width) -> (batch, dim).
 
     That is the projected embedding where the model has a projection, else the pooled output, else the class token,
-    else the mean over positions. A pooler with a Linear and tanh (ViT, DeiT) is passed over: most checkpoints hold no
+    else the mean over positions. A pooler with a Linear and tanh (ViT, DeiT) is ignored: most checkpoints hold no
     weights for it.
 
     Args:
@@ -121,7 +124,7 @@ def pooled_features(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Te
 
 @contextmanager
 def _peft_forward(model: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What `PeftModel.forward` does around the base's: `adapter_names` goes to the layers, not to the base."""
+    """Pass `adapter_names` to the layers and not to the base, as `PeftModel.forward` does."""
     special = getattr(model, "special_peft_forward_args", None)
     if special is None:
         yield kwargs
@@ -135,3 +138,81 @@ def _over_positions(hidden: Tensor) -> Tensor:
     if hidden.ndim == 3:
         return hidden.mean(dim=1)
     return hidden.flatten(2).mean(dim=2) if hidden.ndim > 3 else hidden
+
+
+def check_loading(info: Mapping[str, Any], source: str) -> None:
+    """Refuse a checkpoint (`ValueError`) that leaves weights of the model random."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    if missing or mismatched:
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for what, keys in (("missing", missing), ("of another shape", mismatched))
+            if keys
+        ]
+        unexpected = sorted(info["unexpected_keys"])[:3]
+        raise ValueError(
+            f"The weights of {source} do not fit its config: {'; '.join(parts)}"
+            + (f"; not used: {', '.join(unexpected)}" if unexpected else "")
+        )
+
+
+@torch.no_grad()
+def probe_features(model: nn.Module, size: int, what: str) -> Tensor:
+    """Features of one black image, in eval mode; any error becomes a `ValueError` that starts with `what`."""
+    parameter = next(model.parameters(), torch.zeros(()))
+    pixel_values = torch.zeros(1, 3, size, size, device=parameter.device)
+    training = model.training
+    try:
+        return pooled_features(model.eval(), pixel_values)
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{what}: {reason}") from error
+    finally:
+        model.train(training)
+
+
+def accept_size(backbone: Backbone, size: int) -> None:
+    """Let a model take images of `size` too; weights, names and features at its own size do not change.
+
+    ViTs of timm and transformers resample their position embeddings; convolutional networks take any size.
+
+    Args:
+        backbone: Its model is changed in place.
+        size: Pixels of a side.
+
+    Raises:
+        ValueError: If the model takes its own size only.
+    """
+    model = backbone.model
+    interpolate_positions(model)
+    for module in model.modules():
+        _make_dynamic(module)
+    what = f"{backbone.name} takes images of {backbone.image_size} pixels, and none of {size} beside them"
+    probe_features(model, size, what)
+
+
+def interpolate_positions(model: nn.Module) -> None:
+    """Make every forward of a transformers model resample the position embeddings, whoever calls it."""
+    for module in model.modules():
+        parameters = list(inspect.signature(module.forward).parameters)
+        if _INTERPOLATE in parameters:
+            hook = functools.partial(_interpolate, index=parameters.index(_INTERPOLATE))
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _interpolate(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if index < len(args):
+        return (*args[:index], True, *args[index + 1 :]), kwargs
+    return args, {**kwargs, _INTERPOLATE: True}
+
+
+def _make_dynamic(module: Any) -> None:
+    """Set what ``dynamic_img_size=True`` sets when timm makes a ViT; no weight depends on it."""
+    patches: Any = getattr(module, "patch_embed", None)
+    if getattr(module, "dynamic_img_size", None) is not False or not hasattr(module, "pos_embed"):
+        return
+    if getattr(patches, "strict_img_size", False):
+        module.dynamic_img_size, patches.strict_img_size, patches.flatten = True, False, False
+        patches.output_fmt = type(patches.output_fmt)("NHWC")

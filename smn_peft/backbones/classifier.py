@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,36 +22,27 @@ __all__ = ["Classifier", "load_classifier"]
 class Classifier(nn.Module):
     """A backbone and a head, as one model that PEFT adapts.
 
-    `MaskConfig(modules_to_save=["head"])` masks the backbone and trains the head in full (and what else has a name
-    that ends so, since PEFT compares the end: the last norm of timm's ConvNeXt). Without it, and with the head among
-    the `target_modules`, the head's random weights are masked too.
+    `MaskConfig(modules_to_save=["head"])` masks the backbone and trains the head in full (and whatever else has a
+    name that ends so, since PEFT compares the end: the last norm of timm's ConvNeXt). With the head among the
+    `target_modules` its random weights are masked.
 
-    The head is an `nn.Linear` with two buffers more, `feature_mean` and `feature_std` (dim,): what comes in is
-    standardised by them. They start at 0 and 1, which changes no bit, and travel with the head's weights.
+    The head is an `nn.Linear` with two more buffers, `feature_mean` and `feature_std` (dim,), that standardise its
+    input. They start at 0 and 1, which changes no bit, and are saved with the head's weights.
 
-    Attributes:
-        backbone: The model that gives the features.
-        head: The linear layer.
-        num_classes: Number of logits.
-        name_or_path: The backbone's, "" if it has none. PEFT writes it into the adapter's config.
-        config: The backbone's, where it has one.
+    Args:
+        backbone: A vision model whose `pooled_features` are (batch, feature_dim).
+        feature_dim: Size of the features.
+        num_classes: Number of classes, at least 1.
+        head_seed: Seed of the head's weights: the same seed gives the same head in every process.
+
+    Raises:
+        ValueError: If a size is below 1.
     """
 
     #: Where the vision model is, in transformers' words; default targets are looked for there.
     base_model_prefix = "backbone"
 
     def __init__(self, backbone: nn.Module, feature_dim: int, num_classes: int, *, head_seed: int = 0) -> None:
-        """Put a head on a backbone.
-
-        Args:
-            backbone: A vision model whose `pooled_features` are (batch, feature_dim).
-            feature_dim: Size of the features.
-            num_classes: Number of classes, at least 1.
-            head_seed: Seed of the head's weights: the same seed gives the same head in every process.
-
-        Raises:
-            ValueError: If a size is below 1.
-        """
         super().__init__()
         for name, value in (("feature_dim", feature_dim), ("num_classes", num_classes)):
             if value < 1:
@@ -85,17 +76,16 @@ class Classifier(nn.Module):
     def set_head(
         self, weight: Tensor, bias: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
     ) -> None:
-        """Start the head from given values, such as a linear probe's.
+        """Set the head's values, such as a linear probe's.
 
         Args:
             weight: (num_classes, feature_dim).
             bias: (num_classes,), zeros if None.
             mean: (feature_dim,), subtracted from the features before the head; zeros if None.
-            std: (feature_dim,), what they are then divided by; ones if None.
+            std: (feature_dim,), by which they are then divided; ones if None.
 
         Raises:
-            ValueError: For values of the wrong shape or not finite, a `std` not above 0, or a head that an adapter
-                already wraps.
+            ValueError: Values of the wrong shape or not finite, a `std` not above 0, or a head in an adapter.
         """
         if (wrapper := type(self.head)) is not nn.Linear:
             raise ValueError(f"An adapter wraps the head ({wrapper.__name__}): call set_head before get_peft_model.")
@@ -107,9 +97,8 @@ class Classifier(nn.Module):
             "feature_std": torch.ones_like(head.feature_std) if std is None else std,
         }
         for name, value in values.items():
-            expected = tuple(getattr(head, name).shape)
-            if tuple(value.shape) != expected:
-                raise ValueError(f"set_head: {name} must be of shape {expected}; got {tuple(value.shape)}.")
+            if value.shape != (expected := getattr(head, name).shape):
+                raise ValueError(f"set_head: {name} must be of shape {tuple(expected)}; got {tuple(value.shape)}.")
             if not torch.isfinite(value).all():
                 raise ValueError(f"set_head: {name} holds NaN or infinity: check the features that it was fitted on.")
         if zeros := int((values["feature_std"] <= 0).sum()):
@@ -122,7 +111,6 @@ def load_classifier(
     name: str | os.PathLike[str] | Backbone,
     num_classes: int,
     *,
-    head: Literal["linear"] = "linear",
     head_seed: int = 0,
     **kwargs: Any,
 ) -> Backbone:
@@ -131,20 +119,12 @@ def load_classifier(
     Args:
         name: What `load_backbone` takes, or a `Backbone` already loaded.
         num_classes: Number of classes.
-        head: Kind of the head.
-        head_seed: Seed of the head's weights: a head that stays random is the same after loading again.
-        kwargs: Passed to `load_backbone`.
+        head_seed: See [`Classifier`].
+        kwargs: Arguments of `load_backbone`, which see for the errors.
 
     Returns:
         The backbone with a `Classifier` as its `model`; `features` and `feature_dim` are those before the head.
-
-    Raises:
-        ValueError: As `load_backbone`; also for another kind of head, or a loaded `Backbone` with arguments for
-            loading.
-        OSError: As `load_backbone`.
     """
-    if head != "linear":
-        raise ValueError(f"head must be 'linear', the only kind there is; got {head!r}.")
     if not isinstance(name, Backbone):
         backbone = load_backbone(name, **kwargs)
     elif kwargs:
@@ -165,7 +145,7 @@ def _seeded_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
             parameter.uniform_(-bound, bound, generator=generator)
     head.register_buffer("feature_mean", torch.zeros(feature_dim))
     head.register_buffer("feature_std", torch.ones(feature_dim))
-    # A hook and not a subclass: only an exact nn.Linear can be masked, and a copy of the head keeps its hook.
+    # A hook, not a subclass: only an exact nn.Linear can be masked, and a copy of the head keeps its hook.
     head.register_forward_pre_hook(_standardise)
     return head
 

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbone import Backbone, EvalTransform, pooled_features
+from ..tuner.validation import check_preprocessing
+from .backbone import Backbone, EvalTransform, probe_features
+from .from_timm import built_size
 
 __all__ = ["import_file", "is_file_spec", "load_from_file", "name_read_from"]
 
-_FORM = "name it as 'path/to/file.py:function'"
+_IMAGENET = {"image_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def is_file_spec(name: str) -> bool:
@@ -31,15 +33,15 @@ def is_file_spec(name: str) -> bool:
 
 
 def name_read_from(where: str | os.PathLike[str], name: str, option: str = "--backbone", first: str = "") -> str:
-    """A name that was read out of a file, which may be anybody's: every such name passes here before it is used.
+    """Check a name of a backbone that was read from a file, which may be anybody's, before it is used.
 
-    A function in a Python file is run only when the caller names it, wherever that file lies.
+    A function in a Python file is run only if the caller names it.
 
     Args:
-        where: The file that names it, for the message.
+        where: The file, for the message.
         name: What it names.
-        option: How the caller names it.
-        first: What is to be done before, for the message.
+        option: Option by which the caller can name it.
+        first: What to do before, for the message.
 
     Returns:
         `name`.
@@ -56,7 +58,7 @@ def name_read_from(where: str | os.PathLike[str], name: str, option: str = "--ba
 
 
 def load_from_file(spec: str) -> Backbone:
-    """Run the user's file and call the function in it that builds the model.
+    """Run a Python file of the user's and call the function in it that builds the model.
 
     Only name a file that you trust: it runs as any script does, with its own folder first on the import path.
 
@@ -67,24 +69,20 @@ def load_from_file(spec: str) -> Backbone:
             other model ImageNet's, with a warning.
 
     Returns:
-        The model in eval mode. `name` is `spec`, and so is the model's `name_or_path` unless it has one.
+        The model in eval mode; `spec` is its `name`, and its `name_or_path` unless it has one.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: `spec` has another form, the file or the function fails or does not exist, what it returns is not
-            a model, or the model gives no features.
+        ValueError: The file or the function fails or does not exist, or what it returns gives no features.
     """
     path, _, function = spec.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
-        raise ValueError(f"{spec!r} names no function in a Python file: {_FORM}.")
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {path} (for {spec!r}).")
-    with _first_on_path(file.resolve().parent):
-        module = _imported(file)
-        build = getattr(module, function, None)
-        if not callable(build):
-            raise ValueError(f"{path} has no function {function!r}{_functions_of(module)}.")
+        raise ValueError(f"{spec!r} names no function in a Python file: name it as 'path/to/file.py:function'.")
+    module = import_file(path)
+    build = getattr(module, function, None)
+    if not callable(build):
+        raise ValueError(f"{path} has no function {function!r}{_functions_of(module)}.")
+    with _first_on_path(Path(path)):
         made = _call(build, spec)
     if isinstance(made, Backbone):
         backbone = made
@@ -97,7 +95,11 @@ def load_from_file(spec: str) -> Backbone:
     model: Any = backbone.model
     if not getattr(model, "name_or_path", None):
         model.name_or_path = spec
-    return replace(backbone, name=spec, feature_dim=_feature_dim(backbone.model, backbone.image_size, spec))
+    size = backbone.image_size
+    features = probe_features(backbone.model, size, f"The model of {spec} does not take images of {size} pixels")
+    if features.ndim != 2:
+        raise ValueError(f"The model of {spec} must give features (batch, dim); got {tuple(features.shape)}.")
+    return replace(backbone, name=spec, feature_dim=features.shape[1])
 
 
 def import_file(path: str | os.PathLike[str]) -> ModuleType:
@@ -110,33 +112,29 @@ def import_file(path: str | os.PathLike[str]) -> ModuleType:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    with _first_on_path(file.resolve().parent):
-        return _imported(file)
-
-
-@contextmanager
-def _first_on_path(folder: Path) -> Iterator[None]:
-    """As for a script that is run: what lies beside the file can be imported."""
-    before = list(sys.path)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _imported(file: Path) -> ModuleType:
     # A name of its own, that no installed package has: "model.py" must not become `import model` for others.
     name = f"{file.stem}_{hashlib.sha256(os.fsencode(file.resolve())).hexdigest()[:8]}"
     found: Any = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickling look their module up
     try:
-        _call(lambda: found.loader.exec_module(module), str(file))
+        with _first_on_path(file):
+            _call(lambda: found.loader.exec_module(module), str(file))
     except ValueError:
         del sys.modules[name]
         raise
     return module
+
+
+@contextmanager
+def _first_on_path(file: Path) -> Iterator[None]:
+    """Let a file import what lies beside it, as a script that is run can."""
+    before = list(sys.path)
+    sys.path.insert(0, str(file.resolve().parent))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _call(function: Callable[[], Any], what: str) -> Any:
@@ -164,8 +162,7 @@ def _as_backbone(model: nn.Module, spec: str) -> Backbone:
     config: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0}
     if timm_config := getattr(model, "pretrained_cfg", None):
         config = resolve_data_config({}, pretrained_cfg=timm_config)
-        built = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"]
-        own = {"mean": config["mean"], "std": config["std"], "image_size": built[-1]}
+        own = {**config, "image_size": built_size(model) or config["input_size"][-1]}
         known = {name: own[name] if value is None else value for name, value in known.items()}
     if missing := [name for name, value in known.items() if value is None]:
         warnings.warn(
@@ -173,39 +170,14 @@ def _as_backbone(model: nn.Module, spec: str) -> Backbone:
             "pixels are taken. Set them as attributes of the module, as in model.mean = (0.5, 0.5, 0.5).",
             stacklevel=3,
         )
-    mean = _channels(known["mean"], (0.485, 0.456, 0.406), "mean", spec)
-    std = _channels(known["std"], (0.229, 0.224, 0.225), "std", spec)
-    if any(value <= 0 for value in std):
-        raise ValueError(f"{spec}: std must be above 0; got {std}.")
-    size = 224 if known["image_size"] is None else known["image_size"]
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"{spec}: image_size must be a number of pixels, one side of the square input; got {size!r}.")
+    lists = {name: v.flatten().tolist() if isinstance(v, torch.Tensor) else v for name, v in known.items()}
+    given = {name: list(v) if isinstance(v, tuple) else v for name, v in lists.items() if v is not None}
+    try:
+        settings = check_preprocessing({**_IMAGENET, **given})
+    except ValueError as error:
+        wrong = str(error).removeprefix("preprocessing: ").partition(";")[0]
+        raise ValueError(f"{spec}: {wrong}: correct this attribute of the module.") from error
+    size, mean, std = settings["image_size"], tuple(settings["mean"]), tuple(settings["std"])
     config |= {"input_size": (3, size, size), "mean": mean, "std": std}
-    return Backbone(
-        model=model,
-        transform=EvalTransform(create_transform(**config, is_training=False)),
-        feature_dim=0,
-        name=spec,
-        image_size=size,
-        mean=mean,
-        std=std,
-    )
-
-
-def _channels(value: Any, default: tuple[float, ...], name: str, spec: str) -> tuple[float, ...]:
-    if value is None:
-        return default
-    numbers = value.flatten().tolist() if isinstance(value, torch.Tensor) else value
-    if not isinstance(numbers, Sequence) or len(numbers) != 3:
-        raise ValueError(f"{spec}: {name} must be three numbers, one per channel of images in [0, 1]; got {value!r}.")
-    return tuple(float(number) for number in numbers)
-
-
-@torch.no_grad()
-def _feature_dim(model: nn.Module, image_size: int, spec: str) -> int:
-    parameter = next(model.parameters(), torch.zeros(()))
-    pixel_values = torch.zeros(1, 3, image_size, image_size, device=parameter.device)
-    features = _call(lambda: pooled_features(model, pixel_values), f"The model of {spec} on {image_size} pixels")
-    if features.ndim != 2:
-        raise ValueError(f"The model of {spec} must give features (batch, dim); got {tuple(features.shape)}.")
-    return int(features.shape[1])
+    transform = EvalTransform(create_transform(**config, is_training=False))
+    return Backbone(model, transform, 0, spec, size, mean, std)

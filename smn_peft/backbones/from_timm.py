@@ -6,30 +6,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .settings import ImageSettings, check_loading
+from .backbone import Backbone, EvalTransform, check_loading
 
-__all__ = ["create", "load"]
-
-_PREFIX = "timm_model."
+__all__ = ["built_size", "create", "load"]
 
 
-def load(
-    source: str, *, revision: str | None, image_size: int | None, dtype: torch.dtype, **kwargs: Any
-) -> tuple[Any, ImageSettings]:
-    """The weights of a Hub id or a folder.
-
-    Args:
-        source: Hub id, or folder.
-        revision: Git revision on the Hub.
-        image_size: Side of the input, None for the model's own.
-        dtype: Type of the weights.
-        kwargs: Arguments of `timm.create_model`.
-    """
+def load(source: str, *, revision: str | None, image_size: int | None, dtype: torch.dtype, **kwargs: Any) -> Backbone:
+    """Load the weights of a Hub id or a folder; `kwargs` are those of `timm.create_model`."""
     import transformers
     from transformers.utils import cached_file
 
@@ -38,12 +27,12 @@ def load(
         config = json.load(file)
     architecture, model_args = config["architecture"], config.get("model_args") or {}
     pretrained_cfg = config.get("pretrained_cfg") or {}
+    resample = image_size is not None and _has_fixed_size(architecture, model_args, pretrained_cfg)
     # timm writes num_classes among the arguments, which transformers' wrapper stumbles over.
-    if kwargs or "num_classes" in model_args or _must_resample(architecture, model_args, pretrained_cfg, image_size):
-        weights = cached_file(source, "model.safetensors", revision=revision)
+    if kwargs or "num_classes" in model_args or resample:
         return create(
             architecture,
-            state_dict=weights,
+            state_dict=cached_file(source, "model.safetensors", revision=revision),
             image_size=image_size,
             dtype=dtype,
             pretrained_cfg=pretrained_cfg,
@@ -54,7 +43,7 @@ def load(
         source, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     check_loading(info, source)
-    return model, _settings(model.timm_model, pretrained_cfg, image_size)
+    return _backbone(model, model.timm_model, pretrained_cfg, image_size)
 
 
 def create(
@@ -65,33 +54,37 @@ def create(
     dtype: torch.dtype,
     pretrained_cfg: Mapping[str, Any] | None = None,
     **kwargs: Any,
-) -> tuple[Any, ImageSettings]:
-    """An architecture with the given weights, or with random ones.
+) -> Backbone:
+    """Make an architecture (timm name, with or without tag) with the given weights, or with random ones.
 
-    Args:
-        architecture: timm name, with or without tag.
-        state_dict: safetensors file, tensors by name, or None.
-        image_size: Side of the input; timm resamples position embeddings to it.
-        dtype: Type of the weights.
-        pretrained_cfg: What is known of the weights beyond timm's registry, such as mean and std.
-        kwargs: Arguments of `timm.create_model`.
+    `pretrained_cfg` is what is known of the weights beyond timm's registry; `kwargs` are those of `timm.create_model`.
     """
     import timm
+    from timm.models import filter_pretrained_cfg
+    from transformers import TimmWrapperConfig, TimmWrapperModel
 
     kwargs.pop("num_classes", None)
     overlay = {key: value for key, value in (pretrained_cfg or {}).items() if key != "num_classes"}
     if image_size is not None and _has_fixed_size(architecture, kwargs, overlay):
         kwargs["img_size"] = image_size
     if state_dict is None:
-        model = timm.create_model(architecture, num_classes=0, pretrained_cfg_overlay=overlay, **kwargs)
+        model: Any = timm.create_model(architecture, num_classes=0, pretrained_cfg_overlay=overlay, **kwargs)
     else:
         model = _create_with(architecture, _read(state_dict), overlay, kwargs)
-    settings = _settings(model, {}, image_size)
-    return _wrapped(model.to(dtype), architecture, kwargs, settings.image_size), settings
+    made = _backbone(model.to(dtype), model, {}, image_size)
+    known = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)
+    known.pop("num_classes", None)
+    known["input_size"] = (3, made.image_size, made.image_size)
+    config: Any = TimmWrapperConfig
+    config = config(architecture=architecture.partition(".")[0], model_args=dict(kwargs), pretrained_cfg=known)
+    with torch.device("meta"):  # only the wrapper is needed
+        wrapper: Any = TimmWrapperModel(config)
+    wrapper.timm_model = model
+    return replace(made, model=wrapper)
 
 
 def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[str, Any], kwargs: Any) -> nn.Module:
-    """Let timm itself load the weights, as it would load its own: renamed, resampled, and strictly."""
+    """Let timm load the weights as it loads its own: renamed, resampled, and strictly."""
     import timm
 
     registered = timm.get_pretrained_cfg(architecture)
@@ -122,34 +115,14 @@ def _read(state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if isinstance(state_dict, Mapping):
-        tensors = dict(state_dict)
-    else:
-        try:
-            tensors = load_file(state_dict)
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(state_dict)} is not a safetensors file: {error}") from error
+    try:
+        tensors = state_dict if isinstance(state_dict, Mapping) else load_file(state_dict)
+    except SafetensorError as error:
+        raise ValueError(f"{state_dict} is not a safetensors file: {error}") from error
     return {
-        name.removeprefix(_PREFIX): tensor.float() if tensor.is_floating_point() else tensor
+        name.removeprefix("timm_model."): tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-
-
-def _wrapped(model: Any, architecture: str, model_args: Mapping[str, Any], image_size: int) -> Any:
-    from timm.models import filter_pretrained_cfg
-    from transformers import TimmWrapperConfig, TimmWrapperModel
-
-    pretrained_cfg = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)
-    pretrained_cfg.pop("num_classes", None)
-    pretrained_cfg["input_size"] = (3, image_size, image_size)
-    config: Any = TimmWrapperConfig
-    config = config(
-        architecture=architecture.partition(".")[0], model_args=dict(model_args), pretrained_cfg=pretrained_cfg
-    )
-    with torch.device("meta"):  # only the shell is wanted
-        wrapper = TimmWrapperModel(config)
-    wrapper.timm_model = model
-    return wrapper
 
 
 def _has_fixed_size(architecture: str, model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any]) -> bool:
@@ -160,24 +133,18 @@ def _has_fixed_size(architecture: str, model_args: Mapping[str, Any], pretrained
     return bool(fixed) and not model_args.get("dynamic_img_size", False)
 
 
-def _must_resample(
-    architecture: str, model_args: Mapping[str, Any], pretrained_cfg: Mapping[str, Any], image_size: int | None
-) -> bool:
-    return image_size is not None and _has_fixed_size(architecture, model_args, pretrained_cfg)
-
-
-def _settings(model: Any, pretrained_cfg: Mapping[str, Any], image_size: int | None) -> ImageSettings:
+def _backbone(model: nn.Module, inner: Any, pretrained_cfg: Mapping[str, Any], image_size: int | None) -> Backbone:
+    """The model, with the image settings of timm's `inner`; its name and features are filled in later."""
     from timm.data import create_transform, resolve_data_config
 
-    known = {**model.pretrained_cfg, **pretrained_cfg}
-    size = image_size or _built_size(model) or known["input_size"][-1]
+    known = {**inner.pretrained_cfg, **pretrained_cfg}
+    size = image_size or built_size(inner) or known["input_size"][-1]
     config = resolve_data_config({"input_size": (3, size, size)}, pretrained_cfg=known)
-    return ImageSettings(
-        create_transform(**config, is_training=False), size, tuple(config["mean"]), tuple(config["std"])
-    )
+    transform = EvalTransform(create_transform(**config, is_training=False))
+    return Backbone(model, transform, 0, "", size, tuple(config["mean"]), tuple(config["std"]))
 
 
-def _built_size(model: Any) -> int | None:
-    """The input size that a model with position embeddings was built for."""
+def built_size(model: Any) -> int | None:
+    """The input size that a timm model with position embeddings was built for."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size[-1] if size is not None else None
+    return None if size is None else size[-1]

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .settings import ImageSettings, check_loading
-from .sizes import interpolate_positions
+from .backbone import Backbone, EvalTransform, check_loading, interpolate_positions
 
 __all__ = ["load"]
 
@@ -27,20 +26,16 @@ def load(
     image_size: int | None,
     dtype: torch.dtype,
     **kwargs: Any,
-) -> tuple[Any, ImageSettings]:
-    """Load the model that extracts features.
+) -> Backbone:
+    """Load the model that extracts features; its name and feature_dim are filled in later.
 
-    Args:
-        source: Hub id, or folder.
-        config: The checkpoint's config.
-        pretrained: Whether to load the weights.
-        revision: Git revision on the Hub.
-        projection: Take the class with CLIP's projection.
-        image_size: Side of the input, None for the model's own.
-        dtype: Type of the weights.
-        kwargs: Arguments of `from_pretrained`.
+    `config` is the checkpoint's; `kwargs` are those of `from_pretrained`.
     """
-    vision_config = _vision_config(config)
+    vision_config = getattr(config, "vision_config", None) or config
+    if vision_config is not config and hasattr(config, "projection_dim"):
+        vision_config.projection_dim = config.projection_dim
+    if hasattr(vision_config, "mask_ratio"):
+        vision_config.mask_ratio = 0.0  # MAE hides patches in eval mode too
     model_class = _model_class(vision_config, source, projection)
     options = _without_dense_pooler(model_class, vision_config)
     if pretrained:
@@ -57,29 +52,30 @@ def load(
         check_loading(info, source)
     else:
         model = model_class(vision_config, **options).to(dtype)
-    settings = _settings(source, config, vision_config, revision, image_size)
-    if settings.image_size != getattr(vision_config, "image_size", settings.image_size):
+    processor = _processor(source, revision)
+    if processor is None:
+        processor = _default_processor(config, source)
+        image_size = image_size or getattr(vision_config, "image_size", None)
+    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
+    own: Any = crop.get("height") if getattr(processor, "do_center_crop", False) else None
+    own = own or size.get("height") or size.get("shortest_edge")
+    overrides: dict[str, Any] = {}
+    if image_size is not None and image_size != own:
+        overrides["size"] = {key: round(value * image_size / own) for key, value in size.items()}
+        if crop:
+            overrides["crop_size"] = {key: image_size for key in crop}
+    image_size = image_size or own
+    if image_size != getattr(vision_config, "image_size", image_size):
         interpolate_positions(model)
-    return model, settings
-
-
-def _vision_config(config: Any) -> Any:
-    vision_config = getattr(config, "vision_config", None) or config
-    if vision_config is not config and hasattr(config, "projection_dim"):
-        vision_config.projection_dim = config.projection_dim
-    if hasattr(vision_config, "mask_ratio"):
-        vision_config.mask_ratio = 0.0  # MAE hides patches in eval mode too
-    return vision_config
+    transform = EvalTransform(_Processed(processor, overrides))
+    return Backbone(model, transform, 0, "", image_size, tuple(processor.image_mean), tuple(processor.image_std))
 
 
 def _model_class(vision_config: Any, source: str, projection: bool) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    try:
-        model_class: Any = MODEL_MAPPING[type(vision_config)]
-    except KeyError:
-        model_class = None
+    model_class: Any = MODEL_MAPPING.get(type(vision_config), None)
     if isinstance(model_class, (list, tuple)):
         model_class = model_class[0]
     if getattr(model_class, "main_input_name", None) != "pixel_values":
@@ -96,32 +92,12 @@ def _model_class(vision_config: Any, source: str, projection: bool) -> Any:
 
 
 def _without_dense_pooler(model_class: Any, vision_config: Any) -> dict[str, Any]:
-    """Leave out a pooler with weights: checkpoints of ViT and DeiT classifiers have none for it."""
+    """Options without a pooler that has weights: checkpoints of ViT and DeiT classifiers have none for it."""
     if "add_pooling_layer" not in inspect.signature(model_class.__init__).parameters:
         return {}
     with torch.device("meta"):
         pooler = model_class(vision_config).pooler
     return {"add_pooling_layer": False} if hasattr(pooler, "dense") else {}
-
-
-def _settings(
-    source: str, config: Any, vision_config: Any, revision: str | None, image_size: int | None
-) -> ImageSettings:
-    processor: Any = _processor(source, revision)
-    overrides: dict[str, Any] = {}
-    if processor is None:
-        processor = _default_processor(config, source)
-        image_size = image_size or getattr(vision_config, "image_size", None)
-    size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
-    own: Any = crop.get("height") if getattr(processor, "do_center_crop", False) else None
-    own = own or size.get("height") or size.get("shortest_edge")
-    if image_size is not None and image_size != own:
-        overrides["size"] = {key: round(value * image_size / own) for key, value in size.items()}
-        if crop:
-            overrides["crop_size"] = {key: image_size for key in crop}
-    return ImageSettings(
-        _Processed(processor, overrides), image_size or own, tuple(processor.image_mean), tuple(processor.image_std)
-    )
 
 
 def _processor(source: str, revision: str | None) -> Any:
@@ -146,7 +122,7 @@ def _default_processor(config: Any, source: str) -> Any:
             warnings.warn(
                 f"{source} has no preprocessor_config.json: images are prepared as {processor_class.__name__} does by "
                 "default. Save the right processor beside the model with processor.save_pretrained(folder).",
-                stacklevel=5,
+                stacklevel=4,
             )
             return processor_class()
     raise ValueError(
@@ -160,9 +136,8 @@ class _Processed:
     """An image processor as a function of one image."""
 
     processor: Any
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any]
 
     def __call__(self, image: Any) -> Tensor:
-        batch = self.processor(images=image, return_tensors="pt", **self.overrides)
-        pixel_values: Tensor = batch["pixel_values"][0]
-        return pixel_values
+        pixel_values: Tensor = self.processor(images=image, return_tensors="pt", **self.overrides)["pixel_values"]
+        return pixel_values[0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..storage import check_regular
-from .backbone import Backbone, EvalTransform, pooled_features
+from .backbone import Backbone, probe_features
 
 __all__ = ["explained", "load_backbone", "read_config"]
 
@@ -41,7 +42,7 @@ def load_backbone(
         name: A transformers id ("google/vit-base-patch16-224"; of "openai/clip-vit-base-patch32" the vision tower), a
             timm id ("timm/resnet50.a1_in1k", "resnet50", "hf-hub:timm/resnet50.a1_in1k"), or a folder written by a
             transformers model's `save_pretrained`.
-        pretrained: False gives random weights, and a model without `name_or_path`: nobody could load it again.
+        pretrained: False gives random weights, and a model without `name_or_path`.
         image_size: Another input size than the model's own. Position embeddings are resampled: timm's once, while
             loading; those of transformers in every forward.
         state_dict: Weights for the timm architecture `name`: a safetensors file, or tensors by name. fp16 is cast to
@@ -78,34 +79,28 @@ def load_backbone(
         if not is_timm:
             from . import from_transformers
 
-            model, settings = from_transformers.load(
+            backbone = from_transformers.load(
                 source, config, pretrained=pretrained, revision=revision, projection=projection, **options
             )
         else:
             from . import from_timm
 
             if pretrained and state_dict is None:
-                model, settings = from_timm.load(source, revision=revision, **options)
+                backbone = from_timm.load(source, revision=revision, **options)
             elif config is None:
-                model, settings = from_timm.create(source, state_dict=state_dict, **options)
+                backbone = from_timm.create(source, state_dict=state_dict, **options)
             else:
                 options = {"pretrained_cfg": getattr(config, "pretrained_cfg", None), **options}
                 options = {**(config.model_args or {}), **options}
-                model, settings = from_timm.create(config.architecture, state_dict=None, **options)
+                backbone = from_timm.create(config.architecture, state_dict=None, **options)
     except OSError as error:
         raise explained(error, name) from error
-    model.eval()
+    model: Any = backbone.model.eval()
     identity = source if pretrained and state_dict is None else name
     model.name_or_path = model.config._name_or_path = "" if not pretrained and state_dict is None else identity
-    return Backbone(
-        model=model,
-        transform=EvalTransform(settings.transform),
-        feature_dim=_feature_dim(model, settings.image_size, name),
-        name=identity,
-        image_size=settings.image_size,
-        mean=settings.mean,
-        std=settings.std,
-    )
+    size = backbone.image_size
+    features = probe_features(model, size, f"{name} does not take images of {size} pixels")
+    return replace(backbone, name=identity, feature_dim=features.shape[1])
 
 
 def _source(name: str, *, pretrained: bool) -> tuple[str, bool]:
@@ -220,15 +215,3 @@ def _close_to(name: str) -> str:
 
     close = difflib.get_close_matches(name.rpartition("/")[2].lower(), timm.list_models(), n=3)
     return f" (did you mean {', '.join(close)}?)" if close else ""
-
-
-@torch.no_grad()
-def _feature_dim(model: torch.nn.Module, image_size: int, name: str) -> int:
-    """Size of the features, by one forward: an image size that the model refuses is found here."""
-    parameter = next(model.parameters())
-    pixel_values = torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype)
-    try:
-        return pooled_features(model, pixel_values).shape[1]
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(f"{name} does not take images of {image_size} pixels: {reason}") from error

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from .dataset import ImageDataset
+from .augmentation import AugmentationOptions, MultiCropOptions, SupervisedOptions
+from .dataset import ImageDataset, NoLabelsError, NoSplitError
 from .decoding import ImageError
-from .errors import NoLabelsError, NoSplitError
-from .images import load_images
 from .loading import AugmentedDataset, ShardedBatches, TrainingLoader, build_loader
-from .options import AugmentationOptions, MultiCropOptions, SupervisedOptions
 from .registry import DatasetSpec, dataset_spec, list_datasets
+from .sources import load_images
 from .subsets import held_out, label_subset
 from .transforms import (
     ForeignTransform,

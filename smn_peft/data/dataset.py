@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,18 +14,32 @@ from torch.utils.data import Dataset
 
 from ..functional.features import whole_numbers
 from .decoding import decode_rgb
-from .errors import WITHOUT_LABELS, NoLabelsError
 
-__all__ = ["ImageDataset", "ImageSource"]
+__all__ = ["WITHOUT_LABELS", "ImageDataset", "ImageSource", "NoLabelsError", "NoSplitError"]
+
+WITHOUT_LABELS = "labelled=False to use the images without labels"
+
+
+class NoLabelsError(ValueError):
+    """There are no labels, or none that tell anything apart; the images themselves may be fine."""
+
+
+class NoSplitError(ValueError):
+    """There is no such split; `there` names those that there are, as far as they are known."""
+
+    def __init__(self, message: str, there: Iterable[str]) -> None:
+        super().__init__(message)
+        self.there = tuple(there)
 
 
 class ImageSource(Protocol):
-    """Where the files of images lie; safe to hand to workers."""
+    """Where image files are read; safe to hand to workers."""
 
     def read(self, row: int) -> tuple[Tensor | bytes, str]:
         """The bytes of one image file, and its name for messages."""
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset[dict[str, Any]]):
     """Images by index.
 
@@ -37,29 +52,30 @@ class ImageDataset(Dataset[dict[str, Any]]):
         classes: Names by label, or None if there are none.
         name: What was loaded.
         split: Its split.
-        revision: Commit on the Hub, None for local files.
         rows: (n,) int64 rows of the source that this dataset has, in order.
+        revision: Commit on the Hub, None for local files.
 
     Raises:
         ValueError: No images, or labels that are no whole numbers or do not fit the images or the classes.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        *,
-        labels: Tensor | None,
-        classes: Sequence[str] | None,
-        name: str,
-        split: str,
-        revision: str | None = None,
-        rows: Tensor,
-    ) -> None:
-        if len(rows) == 0:
+    source: ImageSource
+    _: KW_ONLY
+    labels: Tensor | None
+    classes: list[str] | None
+    name: str
+    split: str
+    rows: Tensor
+    revision: str | None = None
+    _cache: dict[int, Tensor] = field(default_factory=dict)  # (height, width, 3) by row
+
+    def __post_init__(self) -> None:
+        name, split, labels = self.name, self.split, self.labels
+        if len(self.rows) == 0:
             raise ValueError(f"{name}, split {split!r}, has no images: check the name, the split and the indices.")
         if labels is not None:
-            if len(labels) != len(rows):
-                raise ValueError(f"{name} has {len(rows)} images but {len(labels)} labels.")
+            if len(labels) != len(self.rows):
+                raise ValueError(f"{name} has {len(self.rows)} images but {len(labels)} labels.")
             labels = whole_numbers(labels, f"{name}, split {split!r}")
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
@@ -67,23 +83,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
                     f"{name}, split {split!r}, has the label {low}, which stands for an unknown class: take another "
                     f"split, or {WITHOUT_LABELS}."
                 )
-            if classes is not None and high >= len(classes):
-                raise ValueError(f"{name} has the label {high} but only {len(classes)} class names.")
-        self.source, self.labels, self.rows = source, labels, rows
-        self.classes = None if classes is None else list(classes)
-        self.name, self.split, self.revision = name, split, revision
-        self._cache: list[Tensor] = []
+            if self.classes is not None and high >= len(self.classes):
+                raise ValueError(f"{name} has the label {high} but only {len(self.classes)} class names.")
+            self.labels = labels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One image, its label if there are labels, and its index.
-
-        Raises:
-            IndexError: If there is no such image.
-            ImageError: If the image cannot be read.
-        """
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} images; there is no index {index}.")
@@ -95,21 +102,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes: of names if there are names, else the largest label plus one; None without labels."""
+        """Number of names if there are names, else the largest label plus one; None without labels."""
         if self.labels is None:
             return None
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
 
     def digest(self, images: int = 64) -> str:
-        """SHA-256, as hex, of number and labels, and of the files of a sample of the images.
-
-        It is the same wherever the images lie, and in whatever form: a folder, or an npz of the same files.
+        """SHA-256, as hex, of number, labels and the files of some images, the same for a folder and for its npz.
 
         Args:
-            images: How many are read, evenly over the dataset; all where there are fewer.
-
-        Raises:
-            OSError: An image of the sample cannot be read.
+            images: How many are read, evenly over the dataset.
         """
         digest = hashlib.sha256(str(len(self)).encode())
         if self.labels is not None:
@@ -132,16 +134,13 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."
             )
-        part = self._like(self.labels if self.labels is None else self.labels[chosen], self.rows[chosen])
-        if self._cache:
-            # Not all may have fitted; those are the last ones, which are read again.
-            kept = [self._cache[i] if i < len(self._cache) else None for i in chosen.tolist()]
-            whole = next((i for i, image in enumerate(kept) if image is None), len(kept))
-            part._cache = [image for image in kept[:whole] if image is not None]
-        return part
+        labels = None if self.labels is None else self.labels[chosen]
+        rows = self.rows[chosen]
+        cache = {row: self._cache[row] for row in rows.tolist() if row in self._cache}
+        return replace(self, labels=labels, rows=rows, _cache=cache)
 
     def first_classes(self, count: int) -> ImageDataset:
-        """The images of the first `count` classes alone, as a dataset of so many.
+        """The images of the first `count` classes alone.
 
         Raises:
             ValueError: If there are no labels, no such number of classes, or none of their images.
@@ -150,58 +149,35 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if self.labels is None or found is None or not 1 <= count <= found:
             raise ValueError(f"{self.name} has {found or 'no'} classes; got class_limit={count}.")
         part = self.subset((self.labels < count).nonzero().squeeze(1))
-        part.classes = None if part.classes is None else part.classes[:count]
-        return part
+        return replace(part, classes=None if part.classes is None else part.classes[:count])
 
     def without_labels(self) -> ImageDataset:
         """The same images, unlabelled."""
-        part = self._like(None, self.rows)
-        part._cache = self._cache
-        return part
+        return replace(self, labels=None)
 
     def cached(self, max_bytes: int = 2**31) -> ImageDataset:
-        """The same images, decoded once and held in memory, which pays where decoding costs as much as augmenting.
+        """The same images, decoded once and held in memory, which workers share.
 
-        Images are taken in order until the next would exceed `max_bytes`; the rest is read as before. Workers share
-        the memory: forked ones see the same pages, spawned ones get torch's shared memory.
+        Images are taken in order until the next would exceed `max_bytes`; the rest is read as before.
 
         Args:
             max_bytes: Bound of the memory, 2 GiB by default: three bytes per pixel.
-
-        Raises:
-            ImageError: An image cannot be read.
         """
-        part, held = self._like(self.labels, self.rows), 0
-        pixels = []
+        held, pixels = 0, []
         for index in range(len(self)):
             image = self._image(index)
             held += image.numel()
             if held > max_bytes:
                 break
             pixels.append(image.permute(1, 2, 0).contiguous())
-        part._cache = _joined(pixels)
-        return part
-
-    def _like(self, labels: Tensor | None, rows: Tensor) -> ImageDataset:
-        return ImageDataset(
-            self.source,
-            labels=labels,
-            classes=self.classes,
-            name=self.name,
-            split=self.split,
-            revision=self.revision,
-            rows=rows,
-        )
+        # Views of one storage: one mapping to share, not one file descriptor per image.
+        flat = torch.cat([image.flatten() for image in pixels] or [torch.empty(0, dtype=torch.uint8)])
+        views = flat.split([image.numel() for image in pixels])
+        kept = zip(self.rows.tolist(), views, pixels, strict=False)
+        return replace(self, _cache={row: view.view(image.shape) for row, view, image in kept})
 
     def _image(self, index: int) -> Tensor:
-        if index < len(self._cache):
-            return self._cache[index].permute(2, 0, 1)
-        data, where = self.source.read(int(self.rows[index]))
-        return decode_rgb(data, where)
-
-
-def _joined(pixels: list[Tensor]) -> list[Tensor]:
-    """The same images as views of one storage: one mapping to share, not one file descriptor per image."""
-    flat = torch.cat([image.flatten() for image in pixels]) if pixels else torch.empty(0, dtype=torch.uint8)
-    shapes = [image.shape for image in pixels]
-    return [part.view(shape) for part, shape in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+        row = int(self.rows[index])
+        if row in self._cache:
+            return self._cache[row].permute(2, 0, 1)
+        return decode_rgb(*self.source.read(row))

@@ -51,22 +51,21 @@ class UnknownFormatError(ImageError):
 
 
 class TooManyPixelsError(ImageError):
-    """An image that is larger than allowed."""
+    """An image that is too large."""
 
 
 def decode_rgb(data: Tensor | bytes, where: str) -> Tensor:
     """Decode one image to (3, height, width) uint8 RGB; EXIF orientation is applied.
 
-    Greyscale is repeated, palettes and CMYK are converted, 16 bit are cut to 8. Transparency is dropped, as image
-    processors do. The memory order is channels last, in which torch resizes uint8 more than twice as fast.
+    Greyscale is repeated, palettes and CMYK are converted, 16 bit are cut to 8, transparency is dropped. The memory
+    order is channels last, in which torch resizes uint8 more than twice as fast.
 
     Args:
         data: The file's bytes, or (n,) uint8 of them.
         where: The file's path or the row, for the message.
 
     Raises:
-        ImageError: The bytes are no image of `FORMATS`, are cut off, hold more than `MAX_PIXELS` pixels, or are made
-            to take long.
+        ImageError: See [`open_image`] and [`to_rgb`].
     """
     with open_image(data.numpy().tobytes() if isinstance(data, Tensor) else data, where) as image:
         return to_rgb(image, where)
@@ -75,16 +74,13 @@ def decode_rgb(data: Tensor | bytes, where: str) -> Tensor:
 def open_image(
     data: bytes, where: str, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Read an image's header and check it; nothing is decoded yet.
+    """Read an image's header and check it; nothing is decoded before [`to_rgb`].
 
     Args:
         data: The file's bytes.
         where: The file's path or the row, for the message.
         formats: Allowed formats, some of `FORMATS`.
         max_pixels: Allowed width times height.
-
-    Returns:
-        The image for [`to_rgb`]; its size, format and mode are known.
 
     Raises:
         UnknownFormatError: The bytes are no image of `formats`.
@@ -108,10 +104,8 @@ def open_image(
     # Only the header has been read here, so a bomb costs nothing.
     pixels = image.width * image.height
     if pixels > max_pixels:
-        raise TooManyPixelsError(
-            f"{where}: {image.width} × {image.height} pixels are more than {max_pixels}; shrink the image or leave "
-            "it out."
-        )
+        what = f"{where}: {image.width} × {image.height} pixels are more than {max_pixels}"
+        raise TooManyPixelsError(f"{what}; shrink the image or leave it out.")
     if scans * pixels > _MAX_SCANNED_PIXELS:
         raise ImageError(f"{where}: a JPEG of {pixels} pixels in {scans} scans; save it again as a plain JPEG.")
     decoders = {tile[0] for tile in getattr(image, "tile", ())} & set(Image.DECODERS)
@@ -121,11 +115,7 @@ def open_image(
 
 
 def to_rgb(image: Image.Image, where: str) -> Tensor:
-    """Decode what [`open_image`] opened to (3, height, width) uint8 RGB; see [`decode_rgb`].
-
-    Raises:
-        ImageError: The file is damaged or cut off.
-    """
+    """Decode what [`open_image`] opened to (3, height, width) uint8 RGB; `ImageError` if it is damaged or cut off."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16") or image.mode == "I":
@@ -149,11 +139,7 @@ def _damaged(where: str, error: Exception) -> ImageError:
 
 
 def _jpeg_scans(data: bytes, where: str) -> int:
-    """Scans of a JPEG, found as a decoder finds them, by its markers; 0 for another file.
-
-    Raises:
-        ImageError: There are more scans or segments than any encoder writes.
-    """
+    """Count the scans of a JPEG by its markers, as a decoder finds them; 0 for another file."""
     if not data.startswith(b"\xff\xd8\xff"):
         return 0
     scans, position = 0, 2

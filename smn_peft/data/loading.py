@@ -29,16 +29,16 @@ __all__ = [
 
 
 def _seed_of(*parts: int | str) -> int:
-    """A seed that mixes all parts; sums of seeds would repeat: (1, 2) and (2, 1)."""
+    """Hash all parts to a seed; sums of seeds would repeat: (1, 2) and (2, 1)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-#: What asks a run to stop; of SLURM and systemd all its processes get it at once.
+#: Signals that ask a run to stop; SLURM and systemd send them to all its processes at once.
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """It first finishes its step, for which it needs the workers; SIGTERM from itself still ends a worker."""
+    """The main process finishes its step first and needs its workers; its own SIGTERM still ends one."""
     for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody says who sent it
@@ -57,18 +57,13 @@ class PatientLoader(DataLoader[dict[str, Any]]):
     """A `DataLoader` whose workers leave signals to the main process, and end with it."""
 
     def __init__(self, dataset: Any, batch_size: int = 1, **kwargs: Any) -> None:
-        """Take what a `DataLoader` takes but `worker_init_fn`.
-
-        Raises:
-            ValueError: The dataset can only be read in order.
-        """
         check_map_style(dataset)
         super().__init__(dataset, batch_size, worker_init_fn=_leave_signals_to_the_main_process, **kwargs)
 
     def __iter__(self) -> Any:
         if self.num_workers == 0 or not hasattr(signal, "sigwaitinfo"):
             return super().__iter__()
-        # Workers start with what is blocked here: a signal must not end one before it has come to leave it alone.
+        # Workers start with these signals blocked: one must not end a worker before it has come to ignore them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             return super().__iter__()
@@ -77,11 +72,7 @@ class PatientLoader(DataLoader[dict[str, Any]]):
 
 
 def check_map_style(dataset: Any) -> None:
-    """Refuse a dataset that cannot be read by index, as a seeded order and several processes need it.
-
-    Raises:
-        ValueError: Naming its type and what to do.
-    """
+    """Refuse a dataset (`ValueError`) that cannot be read by index, as a seeded order needs it."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise ValueError(
             f"A {type(dataset).__name__} can only be read in order, and images are read by index here: load it "
@@ -112,24 +103,19 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that samples are drawn for."""
+        """Epoch that samples are drawn for."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the samples of this epoch from now on, in running workers too."""
+        """Draw the samples of this epoch, in running workers too."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One transformed sample."""
         item = self.dataset[index]
-        generator = torch.Generator()
-        generator.manual_seed(_seed_of("sample", self.seed, self.epoch, int(index)))
+        generator = torch.Generator().manual_seed(_seed_of("sample", self.seed, self.epoch, int(index)))
         views = self.transform(item["image"], generator)
-        sample: dict[str, Any] = {"pixel_values" if isinstance(views, Tensor) else "crops": views}
-        if "label" in item:
-            sample["labels"] = item["label"]
-        sample["index"] = item["index"]
-        return sample
+        labels = {"labels": item["label"]} if "label" in item else {}
+        return {"pixel_values" if isinstance(views, Tensor) else "crops": views, **labels, "index": item["index"]}
 
 
 class ShardedBatches(Sampler[list[int]]):
@@ -184,23 +170,17 @@ class ShardedBatches(Sampler[list[int]]):
 
     @property
     def batches_per_epoch(self) -> int:
-        """Number of joined batches of a whole epoch."""
+        """Joined batches of a whole epoch."""
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Go on with this epoch, at this batch: the first `start_batch` are passed over without being read.
-
-        Raises:
-            ValueError: `start_batch` is not in [0, batches_per_epoch].
-        """
-        if not 0 <= start_batch <= self.batches_per_epoch:
-            raise ValueError(
-                f"start_batch must lie in [0, {self.batches_per_epoch}], the batches of an epoch; got {start_batch}."
-            )
+        """Continue with this epoch at this batch; those before it are not read."""
+        last = self.batches_per_epoch
+        if not 0 <= start_batch <= last:
+            raise ValueError(f"start_batch must lie in [0, {last}], the batches of an epoch; got {start_batch}.")
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        """Batches that are left from `start_batch` on, for this process."""
         return sum(1 for _ in self._bounds())
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -229,7 +209,7 @@ class TrainingLoader(PatientLoader):
     batch_sampler: ShardedBatches
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Make the next iteration this epoch, from this batch on; see `ShardedBatches.set_epoch`."""
+        """Make the next iteration this epoch, from this batch on."""
         self.batch_sampler.set_epoch(epoch, start_batch)
         self.dataset.set_epoch(epoch)
 
@@ -247,10 +227,10 @@ def build_loader(
     shuffle: bool = True,
     pin_memory: bool = False,
 ) -> TrainingLoader:
-    """Batches of one process; call `set_epoch` before every epoch.
+    """Load the batches of one process; call `set_epoch` before every epoch.
 
     Neither the samples nor their order depend on workers or processes, and the caller's random state is untouched. Do
-    not hand the result to `Accelerator.prepare`: it is sharded already.
+    not pass the result to `Accelerator.prepare`: it is sharded already.
 
     Args:
         dataset: `ImageDataset`, or any map-style dataset of such items.
@@ -258,14 +238,11 @@ def build_loader(
         batch_size: Size of the joined batch, over all processes.
         seed: Of the order and of the transforms.
         num_workers: Worker processes that read and transform; 0 does it in this one.
-        num_processes: Number of training processes.
-        process_index: Number of this one.
-        drop_last: Leave out the last incomplete batch.
+        num_processes: See [`ShardedBatches`], which raises for sizes that do not fit.
+        process_index: See [`ShardedBatches`].
+        drop_last: See [`ShardedBatches`].
         shuffle: A new order every epoch.
         pin_memory: Put batches into page-locked memory, for a GPU.
-
-    Raises:
-        ValueError: Sizes that do not fit, see `ShardedBatches`, or a dataset that can only be read in order.
     """
     check_map_style(dataset)
     batches = ShardedBatches(

@@ -15,37 +15,21 @@ __all__ = ["DATASETS", "DatasetSpec", "dataset_spec", "list_datasets"]
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset of the paper.
-
-    Attributes:
-        name: Name here.
-        hub_id: Repository on the Hub; None where no copy is known, then it is loaded from a folder.
-        image_column: Column of the images.
-        label_column: Column of the class.
-        train: Split expression of the training images, validation included where the paper's is.
-        test: Split expression of the test images.
-        num_classes: Number of classes.
-        num_train: Number of training images in the copy, None if unknown.
-        num_test: Number of test images in the copy, None if unknown.
-        config: Configuration on the Hub, None for the only one.
-        paper: Sizes of the paper's own training and test part, None where unknown.
-        notes: How the copy differs from what the paper used, or where to get the files.
-        unverified: What was not checked against the dataset's card or against code that uses it. No copy was
-            downloaded.
-    """
+    """One dataset of the paper."""
 
     name: str
-    hub_id: str | None
+    hub_id: str | None  # repository on the Hub; None where no copy is known, then it is loaded from a folder
     image_column: str
     label_column: str
-    train: str
-    test: str
+    train: str  # split expression of the training images, validation included where the paper's is
+    test: str  # split expression of the test images
     num_classes: int
-    num_train: int | None
-    num_test: int | None
-    config: str | None = None
-    paper: tuple[int, int] | None = None
-    notes: str = ""
+    num_train: int | None  # training images in the copy, None if unknown
+    num_test: int | None  # test images in the copy, None if unknown
+    config: str | None = None  # configuration on the Hub, None for the only one
+    paper: tuple[int, int] | None = None  # sizes of the paper's own training and test part, None where unknown
+    notes: str = ""  # how the copy differs from what the paper used, or where to get the files
+    # What was not checked against the dataset's card or code that uses it; no copy was downloaded.
     unverified: tuple[str, ...] = ()
 
 
@@ -113,11 +97,7 @@ def list_datasets() -> list[str]:
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """The entry of one dataset.
-
-    Raises:
-        ValueError: Unknown name; close matches are given.
-    """
+    """Look up one dataset; `ValueError` with close names if there is none."""
     if name not in DATASETS:
         close = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(list_datasets())}."

@@ -19,20 +19,17 @@ def label_subset(
     balanced: bool = True,
     seed: int = 0,
 ) -> Tensor:
-    """Indices of the images whose labels may be used, for low-shot learning (the paper's 10 … 0.25 %).
+    """Choose the images whose labels may be used, for low-shot learning (the paper's 10 … 0.25 %).
 
     With the same seed a smaller subset lies in every larger one of the same kind.
 
-    Balanced: from every class the same number, `per_class` or ``max(1, round(fraction · n / classes))``; a class that
-    has fewer images than such a fraction asks for gives all it has. Not balanced: ``max(1, round(fraction · n))`` or
-    ``per_class · classes`` images at random, so a class may be missing.
-
     Args:
-        labels: (n,) int64; a class is a value that occurs.
-        fraction: Part of the images, in (0, 1].
+        labels: (n,) whole numbers; a class is a value that occurs.
+        fraction: Part of the images, in (0, 1]; at least one image, per class if balanced.
         per_class: Number per class; give this or `fraction`.
-        balanced: The same number from every class, or at random.
-        seed: Of the random order.
+        balanced: Take the same number from every class, all of a class that has fewer than the fraction asks for;
+            else so many at random, so that a class may be missing.
+        seed: Seed of the random order.
 
     Returns:
         Sorted indices, (m,) int64.
@@ -65,14 +62,12 @@ def label_subset(
 
 
 def held_out(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
-    """Indices of a part to evaluate on, evenly of every class; what is left is to train on.
-
-    Of each class ``round(fraction · n)`` images, one at least and never all; of a class with a single image none.
+    """Choose images to evaluate on, evenly of every class, one at least and never all; the rest is to train on.
 
     Args:
         labels: (n,) whole numbers.
         fraction: Part of the images, in (0, 1).
-        seed: Of the choice.
+        seed: Seed of the choice.
 
     Returns:
         Sorted indices, (m,) int64.

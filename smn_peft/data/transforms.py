@@ -8,7 +8,7 @@ be repeated exactly; without one it draws from torch's global generator.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol
 
@@ -18,9 +18,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ..tuner.config import check_preprocessing
-from .augmentation import Draws, Normalise, augmented_crop, to_float
-from .options import MultiCropOptions, SupervisedOptions
+from ..tuner.validation import check_preprocessing
+from .augmentation import AugmentationOptions, Draws, MultiCropOptions, SupervisedOptions, augmented_crop, to_float
 
 __all__ = [
     "ForeignTransform",
@@ -36,6 +35,29 @@ __all__ = [
 Triple = tuple[float, ...]
 
 
+class Normalise:
+    """uint8 (3, height, width) in any memory order, or fp32 in [0, 1], to contiguous fp32 (pixel - mean) / std.
+
+    Args:
+        mean: Per channel, of pixels in [0, 1].
+        std: Per channel.
+
+    Raises:
+        ValueError: Not three numbers each, or a deviation that is not positive.
+    """
+
+    def __init__(self, mean: Triple, std: Triple) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean and std need three numbers each, std above 0; got {tuple(mean)} and {tuple(std)}.")
+        self._mean = torch.tensor(mean).view(3, 1, 1)
+        self._inverse = 1 / torch.tensor(std).view(3, 1, 1)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Normalise one image, in place if it is fp32."""
+        pixels = to_float(image) if image.dtype == torch.uint8 else image
+        return pixels.sub_(self._mean).mul_(self._inverse)
+
+
 class ImageTransform(Protocol):
     """An image (3, height, width) uint8 to one tensor, or to a list of crops."""
 
@@ -46,34 +68,30 @@ class ImageTransform(Protocol):
 def supervised_transform(
     image_size: int, mean: Triple, std: Triple, options: SupervisedOptions | None = None, **changes: Any
 ) -> ImageTransform:
-    """The paper's augmentation for training with labels.
-
-    Random resized crop (the whole area, bicubic), flip, colour jitter, grayscale, solarize.
+    """Augment as the paper does for training with labels: crop, flip, colour jitter, grayscale, solarize.
 
     Args:
         image_size: Pixels of a side of the result.
         mean: The base model's mean per channel.
         std: The base model's standard deviation per channel.
         options: Strengths; the paper's by default.
-        changes: Fields of `SupervisedOptions` that differ.
+        changes: Fields of the options that differ.
     """
-    return _Supervised(image_size, Normalise(mean, std), replace(options or SupervisedOptions(), **changes))
+    options = replace(options or SupervisedOptions(), **changes)
+    return _RandomCrops([(image_size, options.scale)], mean, std, options, single=True)
 
 
 def multi_crop_transform(
     mean: Triple, std: Triple, options: MultiCropOptions | None = None, **changes: Any
 ) -> ImageTransform:
-    """SwAV's multi-crop for training without labels: a list of crops, global ones first.
+    """Augment as SwAV does for training without labels: a list of independent crops, global ones first.
 
-    Each is cropped, flipped, jittered, made grey and blurred on its own.
-
-    Args:
-        mean: The base model's mean per channel.
-        std: The base model's standard deviation per channel.
-        options: Sizes, numbers and strengths; the paper's by default.
-        changes: Fields of `MultiCropOptions` that differ, such as ``local_crops=0``.
+    The arguments are those of [`supervised_transform`]; the options hold the sizes too.
     """
-    return _MultiCrop(Normalise(mean, std), replace(options or MultiCropOptions(), **changes))
+    options = replace(options or MultiCropOptions(), **changes)
+    crops = [(options.global_size, options.global_scale)] * options.global_crops
+    crops += [(options.local_size, options.local_scale)] * options.local_crops
+    return _RandomCrops(crops, mean, std, options)
 
 
 def evaluation_transform(
@@ -84,12 +102,12 @@ def evaluation_transform(
     crop_fraction: float = 1.0,
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> ImageTransform:
-    """The shorter side resized, the centre cropped, normalised: what timm and CLIP do, without the way through PIL.
+    """Resize the shorter side, crop the centre and normalise, as timm and CLIP do, without PIL.
 
     Args:
         image_size: Pixels of a side of the result.
-        mean: The base model's mean per channel.
-        std: The base model's standard deviation per channel.
+        mean: Per channel.
+        std: Per channel.
         crop_fraction: Part of the resized shorter side that is kept (timm's `crop_pct`).
         interpolation: How to resize, always antialiased.
 
@@ -98,22 +116,14 @@ def evaluation_transform(
     """
     if not 0 < crop_fraction <= 1:
         raise ValueError(f"crop_fraction must lie in (0, 1]; got {crop_fraction}.")
-    return _Evaluation(
-        image_size, int(image_size / crop_fraction), InterpolationMode(interpolation), Normalise(mean, std)
-    )
+    return _Evaluation(image_size, int(image_size / crop_fraction), interpolation, Normalise(mean, std))
 
 
 def preprocessing_transform(preprocessing: Mapping[str, Any]) -> ImageTransform:
-    """The evaluation transform that `Backbone.preprocessing`, or an adapter's config, describes.
+    """Make the evaluation transform that `Backbone.preprocessing`, or an adapter's config, describes.
 
     Args:
-        preprocessing: See [`check_preprocessing`].
-
-    Returns:
-        (3, height, width) uint8 -> (3, image_size, image_size) fp32.
-
-    Raises:
-        ValueError: A value is missing or unusable; it is named.
+        preprocessing: See [`check_preprocessing`], which raises for it.
     """
     known = check_preprocessing(preprocessing)
     return evaluation_transform(
@@ -139,7 +149,7 @@ class PilTransform:
 class ForeignTransform:
     """Any random transform of tensors, such as one of torchvision's, that draws from the global generators.
 
-    Those of torch, numpy and Python are seeded from the sample's generator for the call and put back after it.
+    Those of torch, NumPy and Python are seeded from the sample's generator for the call and restored after it.
     """
 
     def __init__(self, transform: Callable[[Tensor], Tensor | list[Tensor]]) -> None:
@@ -162,32 +172,33 @@ class ForeignTransform:
             random.setstate(states[2])
 
 
-class _Supervised:
-    def __init__(self, size: int, normalise: Normalise, options: SupervisedOptions) -> None:
-        self._size, self._normalise, self.options = size, normalise, options
+class _RandomCrops:
+    """Random crops of an image, each of (size, part of the area); one comes as a tensor if `single`."""
 
-    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        crop = augmented_crop(image, self._size, self.options.scale, self.options, Draws(generator))
-        return self._normalise(crop)
+    def __init__(
+        self,
+        crops: Sequence[tuple[int, tuple[float, float]]],
+        mean: Triple,
+        std: Triple,
+        options: AugmentationOptions,
+        *,
+        single: bool = False,
+    ) -> None:
+        self._crops, self._normalise = crops, Normalise(mean, std)
+        self._options, self._single = options, single
 
-
-class _MultiCrop:
-    def __init__(self, normalise: Normalise, options: MultiCropOptions) -> None:
-        self._normalise, self.options = normalise, options
-
-    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-        options, draws = self.options, Draws(generator)
-        kinds = [(options.global_size, options.global_scale)] * options.global_crops
-        kinds += [(options.local_size, options.local_scale)] * options.local_crops
-        return [self._normalise(augmented_crop(image, size, scale, options, draws)) for size, scale in kinds]
+    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor | list[Tensor]:
+        draws = Draws(generator)
+        made = [self._normalise(augmented_crop(image, *crop, self._options, draws)) for crop in self._crops]
+        return made[0] if self._single else made
 
 
 class _Evaluation:
-    def __init__(self, size: int, resized: int, interpolation: InterpolationMode, normalise: Normalise) -> None:
-        self._size, self._resized = size, resized
-        self._interpolation, self._normalise = interpolation, normalise
+    def __init__(self, size: int, resized: int, interpolation: str, normalise: Normalise) -> None:
+        self._size, self._resized, self._normalise = size, resized, normalise
+        self._interpolation = InterpolationMode(interpolation)
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
         if min(image.shape[-2:]) != self._resized:
             image = F.resize(image, [self._resized], interpolation=self._interpolation, antialias=True)
-        return self._normalise(to_float(F.center_crop(image, [self._size, self._size])))
+        return self._normalise(F.center_crop(image, [self._size, self._size]))

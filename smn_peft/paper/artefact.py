@@ -49,21 +49,13 @@ _FORMATS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: a metric of a run, over the seeds.
+    """One number of a table: a metric of a run, over the seeds."""
 
-    Attributes:
-        section: Sub-table; "" where there is one only.
-        row: Row.
-        column: Column.
-        run: The run, without its seed.
-        metric: See `RunStore.measure`.
-    """
-
-    section: str
+    section: str  # sub-table; "" where there is one only
     row: str
     column: str
-    run: RunSpec
-    metric: str
+    run: RunSpec  # the run, without its seed
+    metric: str  # see `RunStore.measure`
 
     @property
     def frozen(self) -> bool:
@@ -73,29 +65,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A table or figure.
+    """A table or figure."""
 
-    Attributes:
-        name: "table2", "figure8".
-        title: Heading.
-        cells: Its numbers at a scale; every run that it needs is the run of a cell.
-        paper: The paper's numbers, where it prints some.
-        note: How it differs from the paper's, and what to know when reading it.
-        details: (store, cells, seeds) -> further data as JSON; its "markdown", if any, is shown below the table.
-        draw: (record, stem of the files' names) -> the pictures that it wrote.
-        seeds: Default number of seeds.
-        each_seed: Show every seed's value beside their mean.
-    """
-
-    name: str
+    name: str  # "table2", "figure8"
     title: str
-    cells: Callable[[Scale], list[Cell]]
-    paper: Numbers
-    note: str = ""
+    cells: Callable[[Scale], list[Cell]]  # its numbers at a scale; every run that it needs is the run of a cell
+    paper: Numbers  # the paper's numbers, where it prints some
+    note: str = ""  # how it differs from the paper's, and what to know when reading it
+    # (store, cells, seeds) -> further data as JSON; its "markdown", if any, is shown below the table.
     details: Callable[[RunStore, Sequence[Cell], Sequence[int]], Any] | None = None
+    # (record, stem of the files' names) -> the pictures that it wrote.
     draw: Callable[[Record, Path], list[Path]] | None = None
-    seeds: int = 3
-    each_seed: bool = False
+    seeds: int = 3  # default number of seeds
+    each_seed: bool = False  # show every seed's value beside their mean
 
 
 def artefact(name: str, title: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell]]], Artefact]:

@@ -16,23 +16,14 @@ __all__ = ["CLAIMS", "Claim", "Verdict", "claims_table", "judge"]
 
 @dataclass(frozen=True)
 class Claim:
-    """Row `row` of an artefact is above row `than`, or at most `short` below it.
-
-    Attributes:
-        text: The claim in words.
-        artefact: Name of the table or figure that judges it.
-        row: The row that should be above.
-        than: The row that it is compared with.
-        short: By how much it may fall short (a fraction of 1).
-        of_paper: Whether the paper makes it; else it is a control that the paper lacks.
-    """
+    """Row `row` of an artefact is above row `than`, or at most `short` below it."""
 
     text: str
-    artefact: str
-    row: str
-    than: str
-    short: float = 0.0
-    of_paper: bool = True
+    artefact: str  # name of the table or figure that judges it
+    row: str  # the row that should be above
+    than: str  # the row that it is compared with
+    short: float = 0.0  # by how much it may fall short (a fraction of 1)
+    of_paper: bool = True  # whether the paper makes it; else it is a control that the paper lacks
 
 
 _Control = partial(Claim, of_paper=False)
@@ -66,17 +57,11 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim in one section of its artefact.
+    """A claim in one section of its artefact."""
 
-    Attributes:
-        where: A backbone, a metric, a length of training, or several of these.
-        differences: `row` less `than`, by seed (fractions of 1).
-        says: "holds", "does not hold" or "cannot be told".
-    """
-
-    where: str
-    differences: tuple[float, ...]
-    says: str
+    where: str  # a backbone, a metric, a length of training, or several of these
+    differences: tuple[float, ...]  # `row` less `than`, by seed (fractions of 1)
+    says: str  # "holds", "does not hold" or "cannot be told"
 
 
 def judge(claim: Claim, record: Record) -> list[Verdict]:

@@ -18,50 +18,29 @@ __all__ = ["SCALES", "Scale", "Setting", "scale_named"]
 
 @dataclass(frozen=True)
 class Setting:
-    """A backbone and its training recipes: a block of a table.
+    """A backbone and its training recipes: a block of a table."""
 
-    Attributes:
-        label: Its name in tables.
-        base: Arguments that name the backbone and its image size.
-        methods: Arguments of every method: "mask", "full", "statistics", "topk" …
-        datasets: Names of the scale's datasets that it is trained on.
-        minutes: Rough duration of a run.
-    """
-
-    label: str
-    base: Mapping[str, Any]
-    methods: Mapping[str, Mapping[str, Any]]
-    datasets: tuple[str, ...]
-    minutes: float
+    label: str  # its name in tables
+    base: Mapping[str, Any]  # arguments that name the backbone and its image size
+    methods: Mapping[str, Mapping[str, Any]]  # arguments of every method: "mask", "full", "statistics", "topk" …
+    datasets: tuple[str, ...]  # names of the scale's datasets that it is trained on
+    minutes: float  # rough duration of a run
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between reproducing at the paper's size and at a small one.
+    """What differs between reproducing at the paper's size and at a small one."""
 
-    Attributes:
-        name: Value of `--scale`.
-        machine: The machine that durations are for.
-        datasets: Arguments of every dataset.
-        supervised: Settings that train with labels, by key.
-        unsupervised: Settings that train without, by key.
-        main: Key of the unsupervised setting of Tables 3 and 10 and of the figures.
-        varied: Key of the one in which single options are varied: Tables 5 and 9, Figures 8 and 9, the ablations.
-        vit: Key of the supervised transformer of Figure 6.
-        resnet: Key of the supervised network of Figure 7, the same as `main` uses.
-        choices: What a table or figure varies or shows, by its name.
-    """
-
-    name: str
-    machine: str
-    datasets: Mapping[str, Mapping[str, Any]]
-    supervised: Mapping[str, Setting]
-    unsupervised: Mapping[str, Setting]
-    main: str
-    varied: str
-    vit: str
-    resnet: str
-    choices: Mapping[str, Any]
+    name: str  # value of `--scale`
+    machine: str  # the machine that durations are for
+    datasets: Mapping[str, Mapping[str, Any]]  # arguments of every dataset
+    supervised: Mapping[str, Setting]  # settings that train with labels, by key
+    unsupervised: Mapping[str, Setting]  # settings that train without, by key
+    main: str  # key of the unsupervised setting of Tables 3 and 10 and of the figures
+    varied: str  # key of the one in which single options are varied: Tables 5 and 9, Figures 8 and 9, the ablations
+    vit: str  # key of the supervised transformer of Figure 6
+    resnet: str  # key of the supervised network of Figure 7, the same as `main` uses
+    choices: Mapping[str, Any]  # what a table or figure varies or shows, by its name
 
     def run(self, setting: Setting, method: str, dataset: str, **changes: Any) -> RunSpec:
         """A run of a setting's method on a dataset, with some arguments changed."""

@@ -1,45 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes: which path asks what of the `Service`, and how errors are answered."""
+"""The routes of the server, who may use them, and how errors are answered."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
 import json
+import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from importlib.resources import files
+from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
-from fastapi import FastAPI, Path, Query, Request
+from fastapi import Depends, FastAPI, Path, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .auth import check_key
-from .errors import ServingError, explained
-from .hosts import check_origin
-from .limits import limited
-from .metrics import CONTENT_TYPE
-from .page import content_policy, page
-from .requests import NAME_LENGTH, Question, read_adding, read_question
+from . import models
+from .limits import ServingError, explained, limited
+from .models import NAME_LENGTH, NewTask, Question
 from .service import Service
 
-__all__ = ["build_app"]
+__all__ = ["build_app", "check_origin", "content_policy", "key_from"]
 
 T = TypeVar("T")
-_ALWAYS = ("/metrics", "/healthz")
+Name = Annotated[str, Path(max_length=NAME_LENGTH)]
 _GONE = 499  # for a client that went, as nginx counts it
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_KEY_HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
+_BEARER = HTTPBearer(auto_error=False)
 
 
 def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Sequence[str] = ()) -> FastAPI:
-    """The application.
+    """Make the application.
 
     Args:
         service: What answers; it is closed when the application ends.
-        api_key: What writing takes; None: nothing can be written.
+        api_key: Key that changes need; None: nothing can be changed.
         allowed_hosts: See [`check_origin`].
     """
 
@@ -48,76 +57,129 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         yield
         await asyncio.get_running_loop().run_in_executor(None, service.close)
 
-    # FastAPI's own documentation pages load scripts from elsewhere.
-    app = FastAPI(title="smn_peft", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="smn_peft",
+        description="Predictions and embeddings of the tasks of a bank of masks.",
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=_errors(403, 500, 503, 504),
+    )
     app.add_middleware(_Watched, service=service, allowed_hosts=allowed_hosts)
     for kind in (ServingError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _error)
-    html = page()
-    policy = {"Content-Security-Policy": content_policy(html), "Referrer-Policy": "no-referrer"}
+    page = (files(__package__) / "index.html").read_text("utf-8")
+    policy = {"Content-Security-Policy": content_policy(page), "Referrer-Policy": "no-referrer"}
     limits = service.limits
+
+    async def check_key(
+        header: Annotated[str | None, Security(_KEY_HEADER)],
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)],
+    ) -> None:
+        """Let changes pass that bring the key, compared in constant time."""
+        if api_key is None:
+            fix = "Start it with --api-key-env and the name of an environment variable that holds a key."
+            raise ServingError(403, "This server takes no changes.", fix)
+        given = header if header is not None else bearer.credentials if bearer else None
+        # Starlette reads headers as latin-1, which gives the bytes back that came.
+        if given is None or not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
+            what = "No API key was sent." if given is None else "The API key is another."
+            fix = "Send the server's in the header Authorization: Bearer …"
+            raise ServingError(401, what, fix, {"WWW-Authenticate": "Bearer"})
+
+    async def in_time(work: Awaitable[T]) -> T:
+        try:
+            return await asyncio.wait_for(work, limits.timeout)
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            fix = "Try again, with fewer tasks at a time."
+            raise ServingError(504, f"There was no answer within {limits.timeout:g} s.", fix) from error
+
+    async def answered(request: Request, answer: Callable[[Question], Awaitable[bytes]]) -> Response:
+        with limited(request, limits.body_bytes, limits.pause, service.bodies) as bounded:
+            question = await in_time(models.read_question(bounded, limits))
+            # Only now: whoever sends slowly takes nobody's place.
+            with service.place(question):
+                return Response(await in_time(answer(question)), media_type="application/json")
+
+    asking: dict[str, Any] = {
+        "responses": _errors(400, 404, 408, 413, 415, 422, 429),
+        "openapi_extra": _body(Question),
+    }
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        return HTMLResponse(html, headers=policy)
+        return HTMLResponse(page, headers=policy)
 
-    @app.get("/healthz")
+    @app.get("/healthz", response_model=models.Health, responses={503: {"model": models.Health}})
     async def health() -> Response:
-        """200 while requests are taken, 503 once the server is about to stop."""
+        """Answer 200 while requests are taken, 503 once the server is about to stop."""
         state = "draining" if service.draining else "ok"
         return _json({"status": state, "tasks": len(service.bank)}, 503 if service.draining else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        return Response(service.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    @app.post("/v1/predict")
+    @app.post("/v1/predict", response_model=models.Predictions, **asking)
     async def predict(request: Request) -> Response:
-        """The likeliest classes of an image: fields `image`, `task` (may be repeated), `top`, `logits`."""
-        return await _asked(request, service.predict)
+        """Name the likeliest classes of an image under each task."""
+        return await answered(request, service.predict)
 
-    @app.post("/v1/embed")
+    @app.post("/v1/embed", response_model=models.Embeddings, **asking)
     async def embed(request: Request) -> Response:
-        """The features of an image: fields `image`, `task` (may be repeated; "__base__" is the base)."""
-        return await _asked(request, service.embed)
+        """Give the features of an image under each task."""
+        return await answered(request, service.embed)
 
-    async def _asked(request: Request, answer: Callable[[Question], Awaitable[bytes]]) -> Response:
-        with limited(request, limits.body_bytes, limits.pause, service.bodies) as bounded:
-            question = await _in_time(read_question(bounded, limits), service)
-            # Only now: whoever sends slowly takes nobody's place.
-            with service.place(question):
-                return Response(await _in_time(answer(question), service), media_type="application/json")
-
-    @app.get("/v1/tasks")
+    @app.get("/v1/tasks", response_model=models.TaskNames, responses=_errors(422))
     async def tasks(
-        q: str = Query("", max_length=NAME_LENGTH),
-        offset: int = Query(0, ge=0),
-        limit: int = Query(100, ge=0, le=10_000),
+        q: Annotated[str, Query(max_length=NAME_LENGTH, description="Text that the names contain.")] = "",
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> Response:
-        """Names of tasks that contain `q`."""
-        return _json(await _in_time(service.tasks(q, offset, limit), service))
+        """List names of tasks."""
+        return _json(await in_time(service.tasks(q, offset, limit)))
 
-    @app.get("/v1/tasks/{name:path}")
-    async def task(name: str = Path(max_length=NAME_LENGTH)) -> Response:
-        """Density, classes and size of a task, and how images are prepared for it."""
-        return _json(await _in_time(service.task(name), service))
+    @app.get("/v1/tasks/{name:path}", response_model=models.TaskFacts, responses=_errors(404, 422))
+    async def task(name: Name) -> Response:
+        """Describe a task: density, classes, size, and how images are prepared for it."""
+        return _json(await in_time(service.task(name)))
 
-    @app.post("/v1/tasks", status_code=201)
+    @app.post(
+        "/v1/tasks",
+        status_code=201,
+        response_model=models.Added,
+        responses=_errors(400, 401, 408, 409, 413, 415, 422, 502),
+        openapi_extra=_body(NewTask),
+        dependencies=[Depends(check_key)],
+    )
     async def add(request: Request) -> Response:
-        """Add a task: fields `name` and `folder`, `hub_id`, or the files `config` and `weights`."""
-        check_key(request, api_key)
+        """Add a task."""
         with limited(request, limits.adapter_bytes, limits.pause) as bounded:
-            adding = await _in_time(read_adding(bounded, limits), service)
-        return _json(await service.add(adding), 201)
+            new = await in_time(models.read_new_task(bounded, limits))
+        return _json(await service.add(new), 201)
 
-    @app.delete("/v1/tasks/{name:path}")
-    async def remove(request: Request, name: str = Path(max_length=NAME_LENGTH)) -> Response:
+    @app.delete(
+        "/v1/tasks/{name:path}",
+        response_model=models.Removed,
+        responses=_errors(401, 404, 422),
+        dependencies=[Depends(check_key)],
+    )
+    async def remove(name: Name) -> Response:
         """Remove a task."""
-        check_key(request, api_key)
         return _json(await service.remove(name))
 
     return app
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": models.Error} for status in statuses}
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI form of a body that the route reads itself, within its bounds."""
+    kinds = ("multipart/form-data", "application/json")
+    schema = model.model_json_schema()
+    return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
 
 
 def _json(content: Any, status: int = 200) -> Response:
@@ -125,22 +187,13 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(json.dumps(content), status, media_type="application/json")
 
 
-async def _in_time(work: Awaitable[T], service: Service) -> T:
-    try:
-        return await asyncio.wait_for(work, service.limits.timeout)
-    except (TimeoutError, asyncio.TimeoutError) as error:
-        fix = "Try again, with fewer tasks at a time."
-        raise ServingError(504, f"There was no answer within {service.limits.timeout:g} s.", fix) from error
-
-
 async def _error(_: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
         error = ServingError(422, f"{first['loc'][-1]}: {first['msg']}", "Correct the request.")
     elif isinstance(error, HTTPException):
-        error = ServingError(
-            error.status_code, str(error.detail), "GET /openapi.json lists the routes.", error.headers
-        )
+        fix = "GET /openapi.json lists the routes."
+        error = ServingError(error.status_code, str(error.detail), fix, error.headers)
     return _refusal(error)
 
 
@@ -152,7 +205,7 @@ def _refusal(error: BaseException) -> Response:
 
 
 class _Watched:
-    """Counts requests, refuses those of other sites and all while draining, and turns other errors into JSON."""
+    """Count requests, refuse those of other sites and all while draining, and answer every error as JSON."""
 
     def __init__(self, app: ASGIApp, service: Service, allowed_hosts: Sequence[str]) -> None:
         self.app, self.service, self.allowed_hosts = app, service, allowed_hosts
@@ -173,7 +226,7 @@ class _Watched:
         try:
             if scope["path"] != "/healthz":  # load balancers call a server anything
                 check_origin(scope["method"], Headers(scope=scope), self.allowed_hosts)
-            if self.service.draining and scope["path"] not in _ALWAYS:
+            if self.service.draining and scope["path"] not in ("/metrics", "/healthz"):
                 raise _stopping()
             await self.app(scope, receive, observed)
         except ClientDisconnect:
@@ -192,3 +245,82 @@ class _Watched:
 def _stopping() -> ServingError:
     fix = "Ask another server, or this one after its restart."
     return ServingError(503, "The server is stopping.", fix, {"Connection": "close", "Retry-After": "5"})
+
+
+def check_origin(method: str, headers: Headers, allowed: Sequence[str]) -> None:
+    """Let a request pass that was sent to this server by name, and by no other site's page.
+
+    A page of another site can send a POST to any server that the browser reaches (its Origin tells), and can take on
+    a local server's address under its own name (DNS rebinding; the Host tells). "localhost" and IP addresses are
+    always names of this server: nobody can make those point elsewhere.
+
+    Args:
+        method: Method of the request.
+        headers: Headers of the request.
+        allowed: Other names of this server, and of sites whose pages may post to it; "*.example.com" for all below,
+            "*" for everything.
+
+    Raises:
+        ServingError: 403.
+    """
+    if "*" in allowed:
+        return
+    host = headers.get("host", "").lower()
+    name = _host_name(host)
+    if name != "localhost" and not _is_address(name) and not _among(name, allowed):
+        fix = "Use its address, or start it with --allowed-hosts and this name."
+        raise ServingError(403, f"The server is not called {host[:100]!r}.", fix)
+    origin = headers.get("origin")
+    if origin is None or method in _READING:
+        return
+    netloc = origin.lower().partition("://")[2]
+    if netloc != host and not _among(_host_name(netloc), allowed):
+        fix = "Send it from the server's own page, or start the server with --allowed-hosts and that site's name."
+        raise ServingError(403, f"The request comes from a page of {origin[:100]!r}.", fix)
+
+
+def _host_name(netloc: str) -> str:
+    try:
+        return urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _among(name: str, allowed: Sequence[str]) -> bool:
+    patterns = [each.lower().strip("[]") for each in allowed if each]
+    return any(name == p or (p.startswith("*.") and name.endswith(p[1:])) for p in patterns)
+
+
+def key_from(variable: str | None) -> str | None:
+    """Read the key from an environment variable.
+
+    Raises:
+        ValueError: If it is named, and unset or empty.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ValueError(f"The environment variable {variable} holds no API key: set it, or leave --api-key-env out.")
+    return key
+
+
+def content_policy(html: str) -> str:
+    """A Content-Security-Policy that lets a page run its own inline script and style, named by hash, and no other."""
+
+    def hashes(tag: str) -> str:
+        digests = (hashlib.sha256(text.encode()).digest() for text in re.findall(f"<{tag}>(.*?)</{tag}>", html, re.S))
+        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src blob: data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Batcher`: samples of many clients, of whatever tasks, in one forward; one thread owns the model."""
+"""`Batcher`: samples of many clients and tasks in one forward. `Workers`: threads for other blocking work."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import queue
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,41 +19,55 @@ from torch import Tensor
 from ..bank.bank import BASE, MaskBank
 from ..bank.task import Task
 
-__all__ = ["BatchFacts", "Batcher", "Output"]
+__all__ = ["Batcher", "Output", "Workers"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _LONGEST_WAIT = 60.0
+
+
+class Workers:
+    """Daemon threads: at exit Python joins those of a `ThreadPoolExecutor`, however long they work."""
+
+    def __init__(self, count: int, name: str) -> None:
+        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
+        self._queue, self._count = queue.SimpleQueue(), count
+        for _ in range(count):
+            threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    async def run(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in one of the threads; never, if this is cancelled while it waits."""
+        future: Future[T] = Future()
+        self._queue.put((future, function, arguments))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """End the threads after what was put before."""
+        for _ in range(self._count):
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            future, function, arguments = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*arguments))
+                except BaseException as error:
+                    future.set_exception(error)
+            del job, future, function, arguments  # not held while waiting for the next
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the model says of one sample.
+    """What the model gives for one sample."""
 
-    Attributes:
-        logits: fp32 (classes,), those of a head that means nothing where the task brings none.
-        features: fp32 (dim,).
-        task: The task as it was used; None for the base.
-        waited: Seconds from submission until the batch started.
-        ran: Seconds that the batch took, shared by its samples.
-        batch: Samples in the batch.
-    """
-
-    logits: Tensor
-    features: Tensor
-    task: Task | None
-    waited: float
-    ran: float
-    batch: int
-
-
-@dataclass(frozen=True)
-class BatchFacts:
-    """A batch for the statistics: number of samples and of tasks, and seconds."""
-
-    samples: int
-    tasks: int
-    seconds: float
+    logits: Tensor  # fp32 (classes,); meaningless where the task has no head
+    features: Tensor  # fp32 (dim,)
+    task: Task | None  # as it was used; None for the base
+    waited: float  # seconds from submission until the batch started
+    ran: float  # seconds that the batch took
+    batch: int  # samples in the batch
 
 
 @dataclass(frozen=True)
@@ -63,10 +79,16 @@ class _Sample:
 
 
 class Batcher:
-    """Collects samples for a short while and runs them together.
+    """Collect samples for a short while and run them together, in a thread that owns the model.
 
-    Attributes:
-        seconds_each: What a sample took of late, batches and all.
+    Args:
+        bank: Its model returns "logits" and "features", as `ServedModel` does.
+        max_batch: Samples in one forward.
+        max_wait: Seconds that the first sample of a batch waits for others.
+        watch: Called in the thread after every batch with its samples, tasks and seconds.
+
+    Raises:
+        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -75,19 +97,8 @@ class Batcher:
         *,
         max_batch: int = 32,
         max_wait: float = 0.005,
-        watch: Callable[[BatchFacts], None] = lambda _: None,
+        watch: Callable[[int, int, float], None] = lambda *_: None,
     ) -> None:
-        """Start the thread.
-
-        Args:
-            bank: Its model returns "logits" and "features", as `ServedModel` does.
-            max_batch: Samples in one forward.
-            max_wait: Seconds that the first sample of a batch waits for others.
-            watch: Told of every batch, in the thread.
-
-        Raises:
-            ValueError: If a number is out of range.
-        """
         if max_batch < 1 or not 0 <= max_wait <= _LONGEST_WAIT:  # false for nan too
             raise ValueError(
                 f"max_batch must be at least 1 and max_wait at least 0, at most {_LONGEST_WAIT:g} s; "
@@ -96,12 +107,13 @@ class Batcher:
         self._bank, self._max_batch, self._max_wait, self._watch = bank, max_batch, max_wait, watch
         self._device = next(bank.model.parameters()).device
         self._queue: queue.SimpleQueue[_Sample | None] = queue.SimpleQueue()
+        #: Moving average of the seconds per sample.
         self.seconds_each = 0.0
         self._thread = threading.Thread(target=self._work, name="smn-batcher", daemon=True)
         self._thread.start()
 
     def submit(self, image: Tensor, task: str) -> Future[Output]:
-        """Ask for one sample, (3, height, width), under a task; a future that is cancelled is not computed."""
+        """Queue one sample (3, height, width) under a task; a future that is cancelled is not computed."""
         sample = _Sample(image, task)
         self._queue.put(sample)
         return sample.future
@@ -112,7 +124,7 @@ class Batcher:
         return self._queue.qsize()
 
     def close(self, timeout: float | None = None) -> bool:
-        """Finish what was submitted, and end the thread; whether it has ended within so many seconds."""
+        """Finish what was submitted and end the thread; returns whether it ended within so many seconds."""
         self._queue.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -129,7 +141,7 @@ class Batcher:
                 self._run(samples)
 
     def _collect(self) -> tuple[list[_Sample], bool]:
-        """The next batch, and whether there is one after it: all that is there, and what comes within the wait."""
+        """The next batch, and whether another follows."""
         batch: list[_Sample] = []
         while len(batch) < self._max_batch:
             try:
@@ -151,13 +163,13 @@ class Batcher:
         for name in dict.fromkeys(sample.task for sample in batch):
             try:
                 tasks[name] = None if name == BASE else self._bank.task(name)
-            except Exception as error:  # this task's trouble alone
+            except Exception as error:  # this task alone
                 _fail([sample for sample in batch if sample.task == name], error)
         batch = [sample for sample in batch if sample.task in tasks]
         if not batch:
             return
         try:
-            answers = self._forward(batch, tasks, started)
+            outputs = self._forward(batch, tasks, started)
         except Exception as error:
             if len(tasks) == 1:
                 _fail(batch, error)
@@ -168,13 +180,13 @@ class Batcher:
             return
         seconds = time.perf_counter() - started
         self.seconds_each += 0.1 * (seconds / len(batch) - self.seconds_each)
-        self._watch(BatchFacts(len(batch), len(tasks), seconds))
-        for sample, answer in zip(batch, answers, strict=True):
-            sample.future.set_result(answer)
+        self._watch(len(batch), len(tasks), seconds)
+        for sample, output in zip(batch, outputs, strict=True):
+            sample.future.set_result(output)
 
     def _forward(self, batch: Sequence[_Sample], tasks: dict[str, Task | None], started: float) -> list[Output]:
         images = torch.stack([sample.image for sample in batch]).to(self._device)
-        output = self._bank.forward(images, [tasks[sample.task] for sample in batch])  # found: no second lookup
+        output = self._bank.forward(images, [tasks[sample.task] for sample in batch])
         # Rows are copies: one that is kept must not keep the batch.
         logits = [row.float().cpu().clone() for row in output["logits"]]
         features = [row.float().cpu().clone().flatten() for row in output["features"]]

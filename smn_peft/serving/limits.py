@@ -1,56 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one client may ask of the server: bytes of a body, time, and a place among those that wait."""
+"""Bounds on requests, and `ServingError`: a refusal as status, reason and remedy."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from starlette.requests import Request
 from starlette.types import Message
 
-from .errors import ServingError
+from ..bank.store import StoreBusyError
+from ..data.decoding import ImageError, TooManyPixelsError, UnknownFormatError
+from ..storage import AdapterFileError
 
-__all__ = ["Bodies", "Limits", "Room", "limited"]
+__all__ = ["Budget", "Limits", "ServingError", "explained", "limited"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on requests.
+    """Bounds on requests."""
 
-    Attributes:
-        queue: Samples that the server holds at a time, waiting or worked on; one more is answered with 429.
-        timeout: Seconds that a request may take: to read its body, and again to answer it.
-        pause: Seconds without a byte of a body after which it is given up.
-        idle: Seconds that a connection may take for a request's header, or wait for its next request.
-        grace: Seconds after SIGTERM in which what is under way is finished; then it is dropped.
-        connections: Held at a time; a request on one more is answered with 503. At most half of what the process's
-            limit on open files leaves.
-        body_bytes: Size of a request for predictions or embeddings.
-        bodies_bytes: Size of all their bodies together.
-        adapter_bytes: Size of a request that brings an adapter.
-        pixels: Width times height of an image.
-        aspect: Longer side of an image over its shorter one: the shorter is what is resized to the model's input.
-        tasks: Tasks of one request.
-        classes: Classes of a task whose logits are given.
-    """
-
-    queue: int = 256
-    timeout: float = 30.0
-    pause: float = 10.0
-    idle: float = 10.0
-    grace: float = 10.0
-    connections: int = 512
-    body_bytes: int = 10 << 20
-    bodies_bytes: int = 256 << 20
-    adapter_bytes: int = 256 << 20
-    pixels: int = 25_000_000
-    aspect: int = 20
-    tasks: int = 64
-    classes: int = 10_000
+    queue: int = 256  # samples held at a time, waiting or worked on; one more is answered with 429
+    timeout: float = 30.0  # seconds to read a request's body, and again to answer it
+    pause: float = 10.0  # seconds without a byte of a body after which it is given up
+    idle: float = 10.0  # seconds that a connection may take for a header, or wait for its next request
+    grace: float = 10.0  # seconds after SIGTERM in which running requests are finished; then they are dropped
+    connections: int = 512  # held at a time, and at most half of the limit on open files; then 503
+    body_bytes: int = 10 << 20  # of a request for predictions or embeddings
+    bodies_bytes: int = 256 << 20  # of all such requests together
+    adapter_bytes: int = 256 << 20  # of a request that brings an adapter
+    pixels: int = 25_000_000  # width times height of an image
+    aspect: int = 20  # longer side of an image over its shorter one, which is resized to the model's input
+    tasks: int = 64  # of one request
+    classes: int = 10_000  # of a task whose logits are given
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -58,62 +47,76 @@ class Limits:
                 raise ValueError(f"{name} must be above 0 and finite; got {value}.")
 
 
-class Room:
-    """Places for samples, counted in the event loop's thread."""
+class ServingError(Exception):
+    """A refusal: HTTP status, what is wrong, what to do about it, and headers of the response."""
 
-    def __init__(self, places: int, seconds_each: Callable[[], float]) -> None:
-        """Offer places.
-
-        Args:
-            places: How many.
-            seconds_each: What a sample takes at present, for the time after which to try again.
-        """
-        self.places, self.taken = places, 0
-        self._seconds_each = seconds_each
-
-    @contextmanager
-    def place(self, count: int) -> Iterator[None]:
-        """Hold places while this lasts; 429 if there are not so many."""
-        if self.taken + count > self.places:
-            wait = max(1, math.ceil(self.taken * self._seconds_each()))
-            raise ServingError(
-                429,
-                f"The queue is full: {self.taken} of {self.places} places are taken.",
-                f"Try again in {wait} s, or with fewer tasks at a time.",
-                {"Retry-After": str(wait)},
-            )
-        self.taken += count
-        try:
-            yield
-        finally:
-            self.taken -= count
+    def __init__(self, status: int, error: str, fix: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(error)
+        self.status, self.headers = status, dict(headers or {})
+        self.body = {"error": error, "fix": fix}
 
 
-class Bodies:
-    """Bytes of bodies that are held, counted in the event loop's thread: many clients must not fill the memory."""
+def explained(error: BaseException, task: str | None = None) -> ServingError:
+    """Any error as the client is told it; of an unforeseen one it learns the type, and the log has the traceback.
+
+    Args:
+        error: The error.
+        task: The task whose use raised it.
+    """
+    if isinstance(error, ServingError):
+        return error
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return ServingError(503, "The server is out of memory.", "Try again later.", {"Retry-After": "5"})
+    if isinstance(error, StoreBusyError):
+        logger.warning("the store is busy: %s", error)
+        fix = "Nothing was changed: try again when it is done."
+        return ServingError(503, "Another process is writing to the bank.", fix, {"Retry-After": "5"})
+    if isinstance(error, TooManyPixelsError):
+        return ServingError(413, str(error), "Shrink the image.")
+    if isinstance(error, UnknownFormatError):
+        return ServingError(415, str(error), "Send an image in one of these formats.")
+    if isinstance(error, ImageError):
+        return ServingError(422, str(error), "Send a whole image file.")
+    if task is not None and isinstance(error, KeyError):
+        return ServingError(404, f"There is no task {task!r}.", "GET /v1/tasks lists the tasks.")
+    if task is not None and isinstance(error, (ValueError, TypeError, OSError)):
+        damaged = isinstance(error, AdapterFileError)
+        what = f"Task {task!r} {'is damaged' if damaged else 'cannot be used'}: {error}"
+        fix = "Add one that was made for the server's base."
+        if damaged:
+            fix = "Remove it and add it again; `smn bank verify` names all that are damaged."
+        logger.error(what)
+        return ServingError(500, what, f"Other tasks are served. {fix}")
+    logger.error("a request failed", exc_info=error)
+    what = f"The server failed ({type(error).__name__})."
+    return ServingError(500, what, "Try again; the server's log has the details.")
+
+
+class Budget:
+    """An amount of which clients hold parts, counted in the event loop's thread."""
 
     def __init__(self, limit: int) -> None:
-        """Hold so many bytes at most."""
         self.limit, self.held = limit, 0
 
-    def take(self, count: int) -> None:
-        """Hold more bytes; 503 if they are too many."""
+    def take(self, count: int, refusal: ServingError) -> None:
+        """Hold more; raise `refusal` if that is too much."""
         if self.held + count > self.limit:
-            raise ServingError(503, "Too many requests are being read.", "Try again.", {"Retry-After": "1"})
+            raise refusal
         self.held += count
 
 
 @contextmanager
-def limited(request: Request, limit: int, pause: float, bodies: Bodies | None = None) -> Iterator[Request]:
-    """The same request, with a body that is bounded while it is read, whether it said its length or not.
+def limited(request: Request, limit: int, pause: float, bodies: Budget | None = None) -> Iterator[Request]:
+    """Bound a request's body while it is read, whether it declares its length or not.
 
     Args:
-        request: As it came.
+        request: The request; read its body from the one that is yielded.
         limit: Bytes of its body; more raise 413.
         pause: Seconds to wait for the next bytes; longer raises 408.
-        bodies: Where its bytes are counted while this lasts.
+        bodies: Budget in which its bytes count until the context ends; 503 if it is spent.
     """
     too_large = ServingError(413, f"The request is larger than {limit} bytes.", "Send a smaller one.")
+    too_many = ServingError(503, "Too many requests are being read.", "Try again.", {"Retry-After": "1"})
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large
@@ -129,7 +132,7 @@ def limited(request: Request, limit: int, pause: float, bodies: Bodies | None = 
         if read + count > limit:
             raise too_large
         if bodies is not None:
-            bodies.take(count)
+            bodies.take(count, too_many)
         read += count
         return message
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process: a uvicorn server that holds so many connections, and on SIGTERM finishes what it has and ends."""
+"""The process: a uvicorn server with bounded connections, which on SIGTERM finishes what it has and ends."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from .app import build_app
 from .limits import Limits
 from .service import Service
 
-__all__ = ["configured", "serve"]
+__all__ = ["make_server", "serve"]
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 128
-_SPARE = 16  # connections beyond the limit, which are told so
+_SPARE = 16  # connections beyond the limit, which are answered with 503
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, with a time for every client: to send a request's header, and to read its answer.
+    """uvicorn's protocol with a time for every client to send a header and to read its answer.
 
-    uvicorn itself ends connections that wait for another request after an answer, and no others. Times for bodies are
-    those of `limited`.
+    uvicorn itself ends only connections that wait for another request; `limited` bounds the time for bodies.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start to wait for a header; beyond the limit nobody is told anything."""
+        """Wait for a header; far beyond the limit of connections drop this one."""
         super().connection_made(transport)
         self._unread: asyncio.TimerHandle | None = None
         self._deadline = self.loop.time() + self.timeout_keep_alive
@@ -47,12 +46,12 @@ class _Protocol(H11Protocol):
             self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Read on; bytes that complete no request's header gain no time."""
+        """Read on; bytes that complete no header gain no time."""
         super().data_received(data)
         self._wait()
 
     def on_response_complete(self) -> None:
-        """Start to wait for the next header."""
+        """Wait for the next header."""
         self._deadline = self.loop.time() + self.timeout_keep_alive
         super().on_response_complete()
 
@@ -71,13 +70,13 @@ class _Protocol(H11Protocol):
         self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Go on; also called when the connection is lost."""
+        """Write on; also called when the connection is lost."""
         super().resume_writing()
         if self._unread is not None:
             self._unread.cancel()
 
 
-class _Draining(uvicorn.Server):
+class _Server(uvicorn.Server):
     """Between the signal and the end it still answers, so that clients learn why they are turned away."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -100,14 +99,14 @@ class _Draining(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """End once nothing is left to answer, or the time for it is over."""
         left = self._end - time.monotonic()
-        if self._service.draining and (self._service.room.taken == 0 or left <= 0):
+        if self._service.draining and (self._service.places.held == 0 or left <= 0):
             self.config.timeout_graceful_shutdown = max(1, math.ceil(min(left, self._service.limits.grace)))
             self.should_exit = True
         return await super().on_tick(counter)
 
 
 def _quiet_on_no_descriptors() -> Any:
-    """One line a minute for what asyncio tells, with a traceback, of every accept that fails: thousands a second."""
+    """Log one line a minute for failing accepts, of which asyncio logs thousands a second with traceback."""
     last = -math.inf
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -132,55 +131,45 @@ def _bounds(limits: Limits) -> tuple[int, int]:
     return min(limits.connections, max(1, free // 2)), min(_BACKLOG, max(1, free // 4))
 
 
-def configured(
+def make_server(
     service: Service,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
     allowed_hosts: Sequence[str] = (),
-    **options: Any,
-) -> uvicorn.Config:
-    """How uvicorn serves within a service's limits; see [`serve`]."""
+    log_level: str | None = None,
+) -> uvicorn.Server:
+    """Make a uvicorn server within a service's limits; for the arguments see [`serve`]."""
     limits = service.limits
     connections, backlog = _bounds(limits)
-    # One that is listened at by name is called by it.
-    hosts = (*allowed_hosts, host)
-    return uvicorn.Config(
-        build_app(service, api_key=api_key, allowed_hosts=hosts),
+    config = uvicorn.Config(
+        # A server that listens at a name is called by it.
+        build_app(service, api_key=api_key, allowed_hosts=(*allowed_hosts, host)),
         host=host,
         port=port,
         http=_Protocol,
         ws="none",
+        log_level=log_level,
         access_log=False,
         server_header=False,
         limit_concurrency=connections,
         backlog=backlog,
         timeout_keep_alive=math.ceil(limits.idle),
         timeout_graceful_shutdown=math.ceil(limits.grace),
-        **options,
     )
+    return _Server(config, service)
 
 
-def serve(
-    service: Service,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
-    allowed_hosts: Sequence[str] = (),
-) -> None:
+def serve(service: Service, **options: Any) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Args:
         service: What answers; it is closed at the end.
-        host: Address to listen at.
-        port: Port; 0 takes a free one, which the log names.
-        api_key: What writing takes; None: nothing can be written.
-        allowed_hosts: Names of this server beside its address, see [`check_origin`].
+        options: `host` and `port` to listen at (0 takes a free port, which the log names); `api_key`, which changes
+            need; `allowed_hosts`, names of this server beside its address, see [`check_origin`].
 
     Raises:
         SystemExit: If the address is taken.
     """
-    config = configured(service, host=host, port=port, api_key=api_key, allowed_hosts=allowed_hosts)
-    _Draining(config, service).run()
+    make_server(service, **options).run()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Service`: from a question to its answer, through decoding, batching and the bank."""
+"""`Service`: from a question to its answer, through decoding, preparation, batching and the bank."""
 
 from __future__ import annotations
 
@@ -8,47 +8,57 @@ import bisect
 import difflib
 import functools
 import json
+import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from torch import Tensor
 
 from ..backbones import Backbone
 from ..bank.bank import BASE, MaskBank
-from .adding import add_task, adding_refused
-from .batching import Batcher, Output
-from .decoding import opened, pixels_of
-from .errors import ServingError, explained, explained_for_task
-from .labels import class_name, class_names
-from .limits import Bodies, Limits, Room
-from .metrics import Metrics
-from .preparation import Preparations
-from .requests import Adding, Question
-from .workers import Workers
+from ..data import check_preprocessing, preprocessing_transform
+from ..data.decoding import open_image, to_rgb
+from .bank import add_task, class_name, class_names, refused_change
+from .batching import Batcher, Output, Workers
+from .limits import Budget, Limits, ServingError, explained
+from .models import NewTask, Question
 
-__all__ = ["Service"]
+__all__ = ["Metrics", "Service"]
 
-_COMPARED = 64
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+"""What clients may send: what browsers show, and nothing of libtiff's."""
+_COMPARED = 64  # names that an unknown one is compared with, which takes 0.1 ms each
 _LABELS = 1000
-# What is larger waits for other such images, so that few of them are in memory and small ones pass.
+# Larger images wait for one another, so that few of them are in memory and small ones pass.
 _LARGE_BYTES, _LARGE_PIXELS = 2 << 20, 4_000_000
+_PREPARED_PIXELS = 4096**2  # of one image in the sizes of all tasks
+_PREPROCESSING = "preprocessing"
 
 Way = dict[str, Any] | ServingError
 
 
 class Service:
-    """What the routes call.
+    """Answer questions about images with the tasks of a bank.
+
+    Args:
+        bank: Its model is the `ServedModel` of `backbone`.
+        backbone: How images are prepared for tasks that do not say it.
+        limits: Bounds on requests.
+        max_batch: Samples in one forward.
+        max_wait: Seconds that a sample waits for others.
+        image_size: Pixels of a side for every task, whatever it was trained on.
 
     Attributes:
-        bank: Its model is a `ServedModel`.
-        limits: Bounds on requests.
-        metrics: Figures of the server.
-        room: Places for samples.
+        metrics: Figures for Prometheus.
+        places: Samples that are waiting or worked on.
         bodies: Bytes of the questions that are being read or answered.
         draining: Whether the server is about to stop, finishes what it has and takes nothing more.
     """
@@ -63,116 +73,124 @@ class Service:
         max_wait: float = 0.005,
         image_size: int | None = None,
     ) -> None:
-        """Serve a bank.
-
-        Args:
-            bank: Over `backbone`'s model.
-            backbone: How images are prepared for tasks that do not say it.
-            limits: Bounds on requests.
-            max_batch: Samples in one forward.
-            max_wait: Seconds that a sample waits for others.
-            image_size: Pixels of a side for every task, whatever it was trained on.
-        """
-        self.bank, self.limits = bank, limits or Limits()
-        self.metrics = Metrics(bank)
-        self.draining = False
-        self._backbone = backbone
-        self._preparations = Preparations(backbone, image_size)
+        self.bank, self.limits, self.draining = bank, limits or Limits(), False
+        self._backbone, self._size = backbone, image_size
+        self._preprocessing = check_preprocessing(backbone.preprocessing)
         decoders = min(4, os.cpu_count() or 1)
         self._decoders = Workers(decoders, "smn-decode")
         self._large = Workers(max(1, decoders // 2), "smn-decode-large")
         self._lookups = Workers(2, "smn-lookup")
         self._writer = Workers(1, "smn-write")
-        self._batcher = Batcher(bank, max_batch=max_batch, max_wait=max_wait, watch=self.metrics.batch)
-        self.room = Room(self.limits.queue, lambda: self._batcher.seconds_each)
-        self.bodies = Bodies(self.limits.bodies_bytes)
-        self.metrics.gauge("smn_queue_depth", "Samples that wait for a batch", lambda: self._batcher.depth)
-        self.metrics.gauge("smn_places_taken", "Samples in the house", lambda: self.room.taken)
+        self.places, self.bodies = Budget(self.limits.queue), Budget(self.limits.bodies_bytes)
+        self.metrics = Metrics(self)
+        self.batcher = Batcher(bank, max_batch=max_batch, max_wait=max_wait, watch=self.metrics.batch)
 
-    def place(self, question: Question) -> AbstractContextManager[None]:
-        """Places for a question's samples."""
-        return self.room.place(len(question.tasks))
+    @contextmanager
+    def place(self, question: Question) -> Iterator[None]:
+        """Hold a place for each of a question's samples; 429 if there are not so many."""
+        count, taken = len(question.tasks), self.places.held
+        wait = max(1, math.ceil(taken * self.batcher.seconds_each))
+        what = f"The queue is full: {taken} of {self.places.limit} places are taken."
+        fix = f"Try again in {wait} s, or with fewer tasks at a time."
+        self.places.take(count, ServingError(429, what, fix, {"Retry-After": str(wait)}))
+        try:
+            yield
+        finally:
+            self.places.held -= count
 
     async def predict(self, question: Question) -> bytes:
-        """The likeliest classes under each task, as JSON."""
+        """The likeliest classes under each task; `Predictions` as JSON."""
         return await self._answer(question, functools.partial(self._prediction, question))
 
     async def embed(self, question: Question) -> bytes:
-        """The features under each task, before its head, as JSON."""
+        """The features under each task, before its head; `Embeddings` as JSON."""
         return await self._answer(question, self._embedding)
 
-    async def _answer(self, question: Question, form: Callable[[Output], dict[str, Any]]) -> bytes:
+    async def _answer(self, question: Question, result: Callable[[Output], dict[str, Any]]) -> bytes:
         started = time.perf_counter()
         pool = self._large if len(question.image) > _LARGE_BYTES else self._decoders
         image, ways = await pool.run(self._opened, question)
         if image.width * image.height > _LARGE_PIXELS:
             pool = self._large
-        images = await pool.run(self._prepared, image, ways)
+        images = await pool.run(_prepared, image, ways)
         del image
         prepared = time.perf_counter()
         asked = [self._output(*each) for each in zip(images, question.tasks, strict=True)]
         outputs = await asyncio.gather(*asked, return_exceptions=True)
 
-        def formed() -> bytes:
+        def rendered() -> bytes:
             results, errors = [], []
             for task, way, output in zip(question.tasks, ways, outputs, strict=True):
                 try:
                     if isinstance(output, BaseException):
-                        raise explained_for_task(output, task)
-                    self._check_unchanged(output, way)
-                    timing = {"latency_ms": _latency(output), "batch": output.batch}
-                    results.append({"task": task, **form(output), **timing, **self._said(output)})
+                        raise explained(output, task)
+                    results.append({"task": task, **result(output), **self._circumstances(output, way)})
                 except ServingError as error:
                     errors.append(error)
                     results.append({"task": task, **error.body, "status": error.status})
             if len(errors) == len(results):
                 raise errors[0]
-            total = time.perf_counter() - started
-            return _rendered(results, {"decode": _ms(prepared - started), "total": _ms(total)})
+            latency = {"decode": _ms(prepared - started), "total": _ms(time.perf_counter() - started)}
+            # Result by result: Python lets no other thread run while it writes one.
+            parts = (json.dumps(each, separators=(",", ":")) for each in results)
+            return f'{{"results":[{",".join(parts)}],"latency_ms":{json.dumps(latency)}}}'.encode()
 
-        return await self._lookups.run(formed)
+        return await self._lookups.run(rendered)
 
     def _opened(self, question: Question) -> tuple[Image.Image, list[Way]]:
-        """The image's header, and how it is prepared for each task."""
+        """The image, its header checked and nothing decoded, and how it is prepared for each task."""
         for task in question.tasks:
             if task != BASE and task not in self.bank:
                 raise self._unknown(task)
-        return opened(question.image, self.limits), [self._way(task) for task in question.tasks]
+        image = open_image(question.image, "The image", formats=FORMATS, max_pixels=self.limits.pixels)
+        width, height = image.size
+        if max(width, height) > self.limits.aspect * min(width, height):
+            fix = f"Crop it: the longer side may be {self.limits.aspect} times the shorter."
+            raise ServingError(422, f"The image is a strip of {width} × {height} pixels.", fix)
+        return image, [self._way(task) for task in question.tasks]
 
     def _way(self, task: str) -> Way:
         try:
-            return self._preparations.used({} if task == BASE else self.bank.config(task))
-        except Exception as error:  # this task's trouble alone
-            return explained_for_task(error, task)
+            return self._used({} if task == BASE else self.bank.config(task))
+        except Exception as error:  # this task alone
+            return explained(error, task)
 
-    @staticmethod
-    def _prepared(image: Image.Image, ways: Sequence[Way]) -> list[Tensor | ServingError]:
-        images = iter(Preparations.apply(pixels_of(image), [way for way in ways if isinstance(way, dict)]))
-        return [next(images) if isinstance(way, dict) else way for way in ways]
+    def _used(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """How images are prepared for the task of this config: as it says, else as the base; in the server's size."""
+        own = config.get(_PREPROCESSING)
+        size = {} if self._size is None else {"image_size": self._size}
+        return {**(check_preprocessing(own) if own else self._preprocessing), **size}
+
+    def _warning(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """What the server does otherwise than the task was trained, as the field "warning" of an answer."""
+        own = config.get(_PREPROCESSING)
+        if not own or self._size in (None, trained := check_preprocessing(own)["image_size"]):
+            return {}
+        return {"warning": f"It was trained on {trained} pixels; the server prepares {self._size}."}
 
     async def _output(self, image: Tensor | ServingError, task: str) -> Output:
         if isinstance(image, ServingError):
             raise image
-        return await asyncio.wrap_future(self._batcher.submit(image, task))
+        return await asyncio.wrap_future(self.batcher.submit(image, task))
 
-    def _check_unchanged(self, output: Output, way: Way) -> None:
-        if output.task is not None and self._preparations.used(output.task.info) != way:
+    def _circumstances(self, output: Output, way: Way) -> dict[str, Any]:
+        """Times and batch of a result, which is refused if its task was replaced after the image was prepared."""
+        facts = {"latency_ms": {"queue": _ms(output.waited), "model": _ms(output.ran)}, "batch": output.batch}
+        if output.task is None:
+            return facts
+        if self._used(output.task.info) != way:
             what = f"Task {output.task.name!r} was replaced meanwhile."
             raise ServingError(503, what, "Ask again.", {"Retry-After": "1"})
-
-    def _said(self, output: Output) -> dict[str, str]:
-        difference = None if output.task is None else self._preparations.difference(output.task.info)
-        return {} if difference is None else {"warning": difference}
+        return {**facts, **self._warning(output.task.info)}
 
     def _prediction(self, question: Question, output: Output) -> dict[str, Any]:
-        head = f"{self._backbone.model.head_name}.weight"
-        if output.task is None or head not in output.task.tensors:
+        if output.task is None or f"{self._backbone.model.head_name}.weight" not in output.task.tensors:
             what = "The base" if output.task is None else f"Task {output.task.name!r}"
             raise ServingError(422, f"{what} has no classes.", "Ask /v1/embed for its features.")
         if question.logits and len(output.logits) > self.limits.classes:
             what = f"Task {output.task.name!r} has {len(output.logits)} classes."
             raise ServingError(422, what, f"Logits are given up to {self.limits.classes}: ask for the 'top' alone.")
-        _check_finite(output.logits, output.task.name)
+        _check_finite(output.logits, output)
         probabilities = output.logits.softmax(0)
         top = probabilities.topk(min(question.top, len(probabilities)))
         found = [
@@ -183,11 +201,11 @@ class Service:
 
     @staticmethod
     def _embedding(output: Output) -> dict[str, Any]:
-        _check_finite(output.features, BASE if output.task is None else output.task.name)
+        _check_finite(output.features, output)
         return {"embedding": output.features.tolist()}
 
     async def tasks(self, query: str, offset: int, limit: int) -> dict[str, Any]:
-        """Names that contain a text, sorted, a stretch of them."""
+        """`TaskNames`: names that contain a text, sorted, a page of them."""
 
         def find() -> dict[str, Any]:
             names, part = self.bank.names, query.casefold()
@@ -195,19 +213,19 @@ class Service:
             return {"total": len(names), "matched": len(found), "tasks": found[offset : offset + limit]}
 
         answer = await self._lookups.run(find)
-        return {**answer, "base": self._backbone.name, "image_size": self._preparations.used({})["image_size"]}
+        return {**answer, "base": self._backbone.name, "image_size": self._used({})["image_size"]}
 
     async def task(self, name: str) -> dict[str, Any]:
-        """What is known of a task."""
+        """`TaskFacts` of a task."""
 
         def describe() -> dict[str, Any]:
             if name not in self.bank:
                 raise self._unknown(name)
             try:
                 task = self.bank.task(name)
-                used, difference = self._preparations.used(task.info), self._preparations.difference(task.info)
+                preparation = {"preprocessing": self._used(task.info), **self._warning(task.info)}
             except Exception as error:
-                raise explained_for_task(error, name) from error
+                raise explained(error, name) from error
             head = task.tensors.get(f"{self._backbone.model.head_name}.weight")
             classes = None if head is None else len(head)
             return {
@@ -218,8 +236,7 @@ class Service:
                 "labels": class_names(task.info, min(_LABELS, classes or 0)),
                 "base": task.info.get("base_model_name_or_path"),
                 "base_fingerprint": task.info.get("base_fingerprint"),
-                "preprocessing": used,
-                **({} if difference is None else {"warning": difference}),
+                **preparation,
             }
 
         return await self._lookups.run(describe)
@@ -229,17 +246,17 @@ class Service:
         found = {}
         for name in self.bank.names[:first]:
             try:
-                found[name] = self._preparations.difference(self.bank.config(name)) or ""
-            except Exception as error:  # said to whoever asks for it
-                found[name] = str(explained_for_task(error, name))
+                found[name] = self._warning(self.bank.config(name)).get("warning", "")
+            except Exception as error:  # told to whoever asks for the task
+                found[name] = str(explained(error, name))
         return {name: why for name, why in found.items() if why}
 
-    async def add(self, adding: Adding) -> dict[str, Any]:
-        """Add a task; one change at a time."""
-        return await self._writer.run(add_task, self.bank, adding)
+    async def add(self, new: NewTask) -> dict[str, Any]:
+        """Add a task, one change at a time; `Added`."""
+        return await self._writer.run(add_task, self.bank, new)
 
     async def remove(self, name: str) -> dict[str, Any]:
-        """Take a task out; one change at a time."""
+        """Remove a task, one change at a time; `Removed`."""
 
         def work() -> dict[str, Any]:
             try:
@@ -247,43 +264,106 @@ class Service:
             except KeyError:
                 raise self._unknown(name) from None
             except Exception as error:
-                raise adding_refused(error, name) or explained(error) from error
+                raise refused_change(error, name) from error
             return {"name": name, "total": len(self.bank)}
 
         return await self._writer.run(work)
 
     def _unknown(self, name: str) -> ServingError:
         names = self.bank.names
-        if len(names) > _COMPARED:  # comparing takes 0.1 ms a name: those that begin alike stand side by side
-            place = bisect.bisect(names, name)
-            names = names[max(0, place - _COMPARED // 2) : place + _COMPARED // 2]
-        close = difflib.get_close_matches(name, names, n=3)
+        place = max(0, bisect.bisect(names, name) - _COMPARED // 2)  # those that begin alike stand side by side
+        close = difflib.get_close_matches(name, names[place : place + _COMPARED], n=3)
         fix = f"Did you mean {', '.join(close)}?" if close else "GET /v1/tasks lists the tasks."
         return ServingError(404, f"There is no task {name!r}.", fix)
 
     def close(self) -> None:
-        """Finish what was submitted, and let go of the bank; what hangs is left behind after a while."""
+        """Finish what was submitted and close the bank; what hangs is left behind after a while."""
         for workers in (self._decoders, self._large, self._lookups, self._writer):
             workers.close()
-        if self._batcher.close(self.limits.grace):
+        if self.batcher.close(self.limits.grace):
             self.bank.close()
 
 
-def _rendered(results: Sequence[dict[str, Any]], latency: dict[str, float]) -> bytes:
-    """The answer as JSON, result by result: Python lets no other thread run while it writes one."""
-    parts = (json.dumps(result, separators=(",", ":")) for result in results)
-    return f'{{"results":[{",".join(parts)}],"latency_ms":{json.dumps(latency)}}}'.encode()
+def _prepared(image: Image.Image, ways: Sequence[Way]) -> list[Tensor | ServingError]:
+    """Decode an image and prepare it in each way, once for all that are the same."""
+    with image:
+        pixels = to_rgb(image, "The image")
+    keys = [way if isinstance(way, ServingError) else json.dumps(way, sort_keys=True) for way in ways]
+    distinct = {key for key in keys if isinstance(key, str)}
+    if sum(json.loads(key)["image_size"] ** 2 for key in distinct) > _PREPARED_PIXELS:
+        raise ServingError(422, "The tasks want the image in too many sizes.", "Ask fewer tasks at a time.")
+    done = {key: _transform(key)(pixels) for key in distinct}
+    return [done[key] if isinstance(key, str) else key for key in keys]
 
 
-def _check_finite(values: Tensor, name: str) -> None:
+@functools.lru_cache(64)
+def _transform(preprocessing: str) -> Any:
+    return preprocessing_transform(json.loads(preprocessing))
+
+
+def _check_finite(values: Tensor, output: Output) -> None:
     if not torch.isfinite(values).all():
+        name = BASE if output.task is None else output.task.name
         fix = "Add a sound adapter in its place; other tasks are served."
         raise ServingError(500, f"Task {name!r} gives values that are not finite.", fix)
 
 
-def _latency(output: Output) -> dict[str, float]:
-    return {"queue": _ms(output.waited), "model": _ms(output.ran)}
-
-
 def _ms(seconds: float) -> float:
     return round(1000 * seconds, 2)
+
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics(Collector):
+    """Figures of one service for Prometheus; no label grows with the number of tasks."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        registry = self._registry = CollectorRegistry()
+        self._requests = Counter("smn_requests", "Requests answered", ["method", "route", "status"], registry=registry)
+        self._seconds = Histogram(
+            "smn_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=registry
+        )
+        self._batches = (
+            Histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES, registry=registry),
+            Histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES, registry=registry),
+            Histogram("smn_batch_seconds", "Time per forward", buckets=_SECONDS, registry=registry),
+        )
+        registry.register(self)
+        ProcessCollector(registry=registry)
+
+    def request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def batch(self, samples: int, tasks: int, seconds: float) -> None:
+        """Count a batch."""
+        for histogram, value in zip(self._batches, (samples, tasks, seconds), strict=True):
+            histogram.observe(value)
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the figures that the service and its bank count themselves."""
+        service, stats = self._service, self._service.bank.stats
+        for name, help, value in (
+            ("smn_queue_depth", "Samples that wait for a batch", service.batcher.depth),
+            ("smn_places_taken", "Samples that are waiting or worked on", service.places.held),
+            ("smn_bank_tasks", "Tasks in the bank", len(service.bank)),
+            ("smn_bank_resident_bytes", "Bytes of decoded tasks", stats.resident_bytes),
+            ("smn_bank_resident_tasks", "Decoded tasks", stats.resident),
+        ):
+            yield GaugeMetricFamily(name, help, value=value)
+        for name, help, value in (
+            ("smn_bank_hits", "Lookups of decoded tasks", stats.hits),
+            ("smn_bank_misses", "Lookups that had to decode", stats.misses),
+            ("smn_bank_evictions", "Decoded tasks that made room", stats.evictions),
+            ("smn_bank_switches", "Rewrites of the model's weights", stats.switches),
+        ):
+            yield CounterMetricFamily(name, help, value=value)

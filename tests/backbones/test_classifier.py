@@ -17,7 +17,7 @@ from smn_peft.backbones import Backbone, Classifier, load_backbone, load_classif
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
 
-@pytest.fixture(params=["clip", "clip_projection", "resnet18", "vit", "convnext"])
+@pytest.fixture(params=["clip", "clip_projection", "test_resnet", "vit", "convnext"])
 def make(request, clip_folder) -> Callable[[], Backbone]:
     """Function that gives the same small backbone with each call."""
 
@@ -26,7 +26,7 @@ def make(request, clip_folder) -> Callable[[], Backbone]:
         if request.param.startswith("clip"):
             return load_backbone(clip_folder, projection=request.param.endswith("projection"))
         name, options = {
-            "resnet18": ("resnet18", {}),
+            "test_resnet": ("test_resnet", {}),
             "vit": ("vit_tiny_patch16_224", {**VIT, "image_size": 32}),
             "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}),
         }[request.param]
@@ -37,7 +37,7 @@ def make(request, clip_folder) -> Callable[[], Backbone]:
 
 def resnet() -> Backbone:
     torch.manual_seed(0)
-    return load_backbone("resnet18", pretrained=False)
+    return load_backbone("test_resnet", pretrained=False)
 
 
 def images(backbone: Backbone, count: int = 3) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_save_and_load_is_bit_identical(make, tmp_path):
 def test_another_base_is_refused(tmp_path):
     def fresh(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return load_classifier("resnet18", 3, pretrained=False).model
+        return load_classifier("test_resnet", 3, pretrained=False).model
 
     get_peft_model(fresh(0), MaskConfig(modules_to_save=["head"])).save_pretrained(tmp_path)
     PeftModel.from_pretrained(fresh(0), tmp_path)
@@ -250,7 +250,7 @@ def test_a_masked_head_cannot_standardise(classifier):
 
 
 def test_a_half_precision_backbone_keeps_its_head_in_fp32():
-    classifier = load_classifier("resnet18", 3, pretrained=False, dtype="bfloat16").model
+    classifier = load_classifier("test_resnet", 3, pretrained=False, dtype="bfloat16").model
     assert classifier.head.weight.dtype == torch.float32
     assert classifier(torch.randn(2, 3, 32, 32)).dtype == torch.float32
 
@@ -262,8 +262,6 @@ def test_sizes_are_checked(sizes, name):
 
 
 def test_bad_arguments_of_load_classifier():
-    with pytest.raises(ValueError, match="head must be 'linear'"):
-        load_classifier("resnet18", 3, head="mlp")
     backbone = resnet()
-    with pytest.raises(ValueError, match="image_size: resnet18 is loaded already; pass this to load_backbone"):
+    with pytest.raises(ValueError, match="image_size: test_resnet is loaded already; pass this to load_backbone"):
         load_classifier(backbone, 3, image_size=64)

@@ -5,7 +5,13 @@ from __future__ import annotations
 
 import pytest
 
-from smn_peft.backbones.prompts import DEFAULT_TEMPLATES, TEMPLATES, check_templates, fill, templates_for
+from smn_peft.backbones.clip import (
+    DEFAULT_TEMPLATES,
+    TEMPLATES,
+    check_templates,
+    fill,
+    templates_for,
+)
 
 
 @pytest.mark.parametrize("dataset", [*TEMPLATES, "anything else"])

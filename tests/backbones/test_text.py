@@ -13,7 +13,7 @@ import transformers
 from torch.nn import functional as F
 
 from smn_peft.backbones import load_backbone, text_embeddings
-from smn_peft.backbones.text import _load
+from smn_peft.backbones.clip import _load
 
 CLASSES = ["cat", "big dog", "frog"]
 
@@ -86,7 +86,7 @@ def test_the_tower_is_freed(clip_with_text, monkeypatch):
         alive.extend(weakref.ref(thing) for thing in (model, model.text_model, *model.parameters()))
         return model, tokenizer
 
-    monkeypatch.setattr("smn_peft.backbones.text._load", watched)
+    monkeypatch.setattr("smn_peft.backbones.clip._load", watched)
     embeddings, _ = text_embeddings(clip_with_text, CLASSES)
     gc.collect()
     assert len(alive) > 10

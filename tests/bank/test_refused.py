@@ -18,7 +18,7 @@ from torch import nn
 from smn_peft import MaskBank, MaskConfig
 from smn_peft.backbones import Classifier
 from smn_peft.bank.source import StoredAdapter
-from smn_peft.serving.model import ServedModel
+from smn_peft.serving.bank import ServedModel
 from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
 from tests.bank.tiny import IMAGES, adapter, build, state_of
 

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from smn_peft.data import ImageDataset, build_loader, multi_crop_transform, supervised_transform
 from smn_peft.data.decoding import decode_rgb
-from smn_peft.data.local import EncodedImages
+from smn_peft.data.sources import EncodedImages
 
 COUNT, BATCH = 64, 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smn_peft.data import ImageDataset, ImageError, load_images
-from smn_peft.data.local import EncodedImages
+from smn_peft.data.sources import EncodedImages
 from tests.processes import sent
 
 
@@ -101,9 +101,13 @@ def test_cache_reads_once_and_keeps_to_its_budget(npz_file):
     assert source.reads == 2
 
 
-@pytest.mark.parametrize(("cache", "held"), [(False, 0), (800, 2), (True, 4)])
-def test_load_images_caches(npz_file, cache, held):
-    assert len(load_images(npz_file, cache=cache)._cache) == held
+@pytest.mark.parametrize(("cache", "read"), [(False, 4), (800, 2), (True, 0)])
+def test_load_images_caches(npz_file, monkeypatch, cache, read):
+    dataset, reads = load_images(npz_file, cache=cache), []
+    source = EncodedImages.read
+    monkeypatch.setattr(EncodedImages, "read", lambda self, row: (reads.append(row), source(self, row))[1])
+    images(dataset)
+    assert len(reads) == read
 
 
 def test_a_broken_image_is_named_when_it_is_read(npz_file):

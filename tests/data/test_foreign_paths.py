@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from smn_peft.data import ImageError, load_images
-from smn_peft.data.hub import TableImages
+from smn_peft.data.sources import TableImages
 
 datasets = pytest.importorskip("datasets")
 

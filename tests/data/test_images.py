@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smn_peft.data import ImageError, dataset_spec, list_datasets, load_images
-from smn_peft.data.hub import load_hub
+from smn_peft.data.sources import load_table
 
 
 @pytest.fixture
@@ -100,10 +100,10 @@ def test_a_broken_row_is_named(own_cache, tmp_path, picture, encoded):
 
 
 def test_a_repository(repository):
-    joined = load_hub(repository, "train+test", name="mine")
+    joined = load_table(repository, "train+test", name="mine")
     assert (joined.name, joined.split, joined.labels.tolist()) == ("mine", "train+test", [0, 1, 1, 0, 1, 0])
     with pytest.raises(ValueError, match=r"split 'validation': .*(train|test)"):
-        load_hub(repository, "validation")
+        load_table(repository, "validation", name="mine")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "nobody/nothing"])

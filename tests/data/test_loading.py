@@ -16,7 +16,7 @@ from smn_peft.data import (
     multi_crop_transform,
     supervised_transform,
 )
-from smn_peft.data.local import EncodedImages
+from smn_peft.data.sources import EncodedImages
 
 MEAN = STD = (0.5, 0.5, 0.5)
 SUPERVISED = supervised_transform(8, MEAN, STD)

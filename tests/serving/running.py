@@ -9,16 +9,13 @@ import threading
 import time
 from contextlib import closing, contextmanager
 
-import uvicorn
-
-from smn_peft.serving.server import configured
+from smn_peft.serving.server import make_server
 
 
 @contextmanager
 def running(service, api_key=None):
     """The port of a server that answers while this lasts; the service is closed at the end."""
-    config = configured(service, port=0, api_key=api_key, log_level="error")
-    server = uvicorn.Server(config)
+    server = make_server(service, port=0, api_key=api_key, log_level="error")
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

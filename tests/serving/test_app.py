@@ -9,19 +9,20 @@ import json
 import pickle
 import re
 import shlex
-import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from starlette.routing import Match
 
-from smn_peft.serving.app import build_app
+from smn_peft.bank.bank import MaskBank
+from smn_peft.serving.app import build_app, key_from
 from smn_peft.serving.limits import Limits
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
-from smn_peft.storage.codec import BLOB_NAME
-from smn_peft.storage.repack import pack_adapter
+from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, AdapterFileError
 from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, URL, image, service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,10 +30,70 @@ LIMITS = Limits(body_bytes=200_000, pixels=1_000_000, tasks=3, timeout=20)
 BEARER = {"Authorization": f"Bearer {KEY}".encode()}
 
 
-@pytest.fixture
-def client(saved):
-    with TestClient(build_app(service(saved[0], limits=LIMITS), api_key=KEY), URL) as client:
+def as_documented(app):
+    """A hook that holds every answer against what the OpenAPI schema says of its route and status."""
+
+    def check(response):
+        scope = {"type": "http", "path": response.request.url.path, "method": response.request.method}
+        for route in app.routes:
+            if isinstance(route, APIRoute) and route.matches(scope)[0] is Match.FULL and route.include_in_schema:
+                good = response.status_code == route.status_code or response.status_code == 200
+                model = route.response_model if good else route.responses[response.status_code]["model"]
+                response.read()
+                if model is not None:
+                    model.model_validate_json(response.content)
+
+    return check
+
+
+@contextmanager
+def connected(saved, **options):
+    app = build_app(service(saved[0], limits=LIMITS), **options)
+    with TestClient(app, URL) as client:
+        client.event_hooks = {"response": [as_documented(app)]}
         yield client
+
+
+@pytest.fixture(scope="module")
+def client(saved):
+    """A client; a test that changes the tasks changes them back."""
+    with connected(saved, api_key=KEY) as client:
+        yield client
+        assert client.get("/v1/tasks").json()["tasks"] == sorted(DENSITIES)
+
+
+def test_the_schema_says_what_every_route_takes_and_answers(client):
+    schema = client.get("/openapi.json").json()
+    routes = {(path, method): route for path, found in schema["paths"].items() for method, route in found.items()}
+    assert sorted(f"{method} {path}" for path, method in routes) == [
+        "delete /v1/tasks/{name}",
+        "get /healthz",
+        "get /metrics",
+        "get /v1/tasks",
+        "get /v1/tasks/{name}",
+        "post /v1/embed",
+        "post /v1/predict",
+        "post /v1/tasks",
+    ]
+    for (path, method), route in routes.items():
+        assert route["summary"]
+        assert route["description"]
+        for status, answer in route["responses"].items():
+            ((kind, content),) = answer["content"].items()
+            if path != "/metrics" or status != "200":
+                name = content["schema"]["$ref"].rpartition("/")[2]
+                assert kind == "application/json"
+                assert (name == "Error") == (status >= "400" and (path, status) != ("/healthz", "503"))
+        assert {"403", "500", "503", "504"} <= set(route["responses"])
+        assert ("401" in route["responses"]) == ("security" in route) == (path[:9] == "/v1/tasks" and method != "get")
+        if method == "post":
+            assert {"400", "413", "415", "422"} <= set(route["responses"])
+            for kind in ("multipart/form-data", "application/json"):
+                body = route["requestBody"]["content"][kind]["schema"]
+                assert body["required"] == (["name"] if path == "/v1/tasks" else ["image", "task"])
+    assert set(schema["components"]["securitySchemes"]) == {"APIKeyHeader", "HTTPBearer"}
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    assert client.get("/docs").status_code == 200
 
 
 def files(data, *tasks, **fields):
@@ -86,18 +147,27 @@ def test_predicting_without_a_head_names_embed(client):
     assert "top" in mixed[1]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF", "BMP"])
-def test_other_formats_are_read(client, kind):
-    assert client.post("/v1/embed", **files(image(0, kind=kind), "ships")).status_code == 200
+def test_other_formats_are_read(client):
+    for kind in ("JPEG", "WEBP", "GIF", "BMP"):
+        assert client.post("/v1/embed", **files(image(0, kind=kind), "ships")).status_code == 200
 
 
 def test_questions_that_cannot_be_answered(client):
     refused(client.post("/v1/predict", **files(IMAGES[0], "bird")), 404, "no task 'bird'", "birds")
-    refused(client.post("/v1/predict", **files(b"GIF89a, or not", "birds")), 415, "not an image", "Send one")
-    refused(client.post("/v1/predict", **files(image(0, kind="TIFF"), "birds")), 415, "not an image")
+    refused(
+        client.post("/v1/predict", **files(b"GIF89a, or not", "birds")),
+        415,
+        "known format (JPEG,",
+        "Send an image",
+    )
+    refused(
+        client.post("/v1/predict", **files(image(0, kind="TIFF"), "birds")),
+        415,
+        "format (JPEG, PNG, WEBP, GIF, BMP)",
+    )
     refused(client.post("/v1/predict", **files(IMAGES[0][:-2000], "birds")), 422, "cannot be read")
-    refused(client.post("/v1/predict", **files(IMAGES[0])), 422, "No task")
-    refused(client.post("/v1/predict", files={"task": (None, "birds")}), 422, "no image")
+    refused(client.post("/v1/predict", **files(IMAGES[0])), 422, "'task' is missing", "GET /v1/tasks")
+    refused(client.post("/v1/predict", files={"task": (None, "birds")}), 422, "'image' is missing", "base64")
     refused(client.post("/v1/predict", **files(IMAGES[0], "a", "b", "c", "d")), 422, "4 tasks", "3 at a time")
     refused(client.post("/v1/predict", **files(IMAGES[0], "birds", top="many")), 422, "'top'")
     refused(client.post("/v1/predict", json={"image": "???", "task": "birds"}), 422, "base64")
@@ -126,9 +196,11 @@ def test_what_is_too_large_is_refused_before_it_is_read_or_decoded(client):
     chunks = (noise[start : start + 1000] for start in range(0, len(noise), 1000))  # without a length
     form = {"Content-Type": "multipart/form-data; boundary=x"}
     refused(client.post("/v1/predict", content=chunks, headers=form), 413, "larger than 200000")
-    refused(client.post("/v1/predict", **files(bomb(40_000, 40_000), "birds")), 413, "pixels", "1000000")
-    refused(client.post("/v1/predict", **files(bomb(1200, 900), "birds")), 413, "1200 × 900", "1000000")
+    refused(client.post("/v1/predict", **files(bomb(40_000, 40_000), "birds")), 413, "pixels")
+    refused(client.post("/v1/predict", **files(bomb(1200, 900), "birds")), 413, "900 pixels are more than 1000000")
     refused(client.post("/v1/predict", **files(bomb(100_000, 4), "birds")), 422, "strip of 100000 × 4")
+    assert client.post("/v1/embed", **files(image(0, (200, 10)), "birds")).status_code == 200
+    refused(client.post("/v1/embed", **files(image(0, (201, 10)), "birds")), 422, "strip")
 
 
 def bomb(width, height):
@@ -166,7 +238,7 @@ def test_writing_takes_the_key(client, saved):
     refused(wrong, 401, "another", "Bearer")
     assert wrong.headers["www-authenticate"] == "Bearer"
     refused(client.delete("/v1/tasks/ships", headers={"Authorization": f"Basic {KEY}".encode()}), 401, "No API key")
-    with TestClient(build_app(service(saved[0]), api_key=None), URL) as closed:
+    with connected(saved) as closed:
         refused(closed.post("/v1/tasks", json=folder, headers=BEARER), 403, "takes no changes", "--api-key-env")
         refused(closed.delete("/v1/tasks/ships", headers=BEARER), 403, "takes no changes")
     assert client.get("/v1/tasks").json()["total"] == 3
@@ -202,6 +274,7 @@ def test_an_uploaded_adapter_is_served(client, saved):
     config, weights = ((root / "weather" / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME))
     assert upload(client, config, weights, classes=json.dumps(["sun", "rain"])).status_code == 201
     (result,) = client.post("/v1/predict", **files(IMAGES[2], "sent", logits="true")).json()["results"]
+    assert client.delete("/v1/tasks/sent", headers=BEARER).status_code == 200
     close(result["logits"], logits["weather"][2])
     names = {entry["index"]: entry["label"] for entry in result["top"]}
     assert names == {0: "sun", 1: "rain", 2: "2", 3: "3"}
@@ -224,7 +297,7 @@ def test_adapters_that_are_not_added(client, saved, tmp_path):
     refused(upload(client, config, weights, classes="["), 400, "no JSON")
     for body, error in [
         ({"name": "x"}, "not said where"),
-        ({"folder": str(root / "ships")}, "no name"),
+        ({"folder": str(root / "ships")}, "'name' is missing"),
         ({"name": "__base__", "folder": str(root / "ships")}, "names the base"),
         ({"name": "x", "folder": str(tmp_path)}, "no adapter"),
         ({"name": "x", "hub_id": "../etc"}, "not an id on the Hub"),
@@ -242,15 +315,27 @@ def test_adapters_that_are_not_added(client, saved, tmp_path):
     assert client.get("/v1/tasks").json()["total"] == 3
 
 
-def test_a_damaged_task_is_named_and_the_others_are_served(saved, tmp_path):
-    root, logits, _ = saved
-    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
-    pack_adapter(tmp_path / "birds", tmp_path / "birds")
-    served = service(tmp_path)
-    stored = served.bank._source.read("birds")
-    blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
-    stored.tensors[blob][-3] ^= 0x10
-    served.bank._cache.clear()
+def test_the_key_comes_from_a_variable(monkeypatch):
+    assert key_from(None) is None
+    monkeypatch.setenv("SOME_KEY", " secret\n")
+    assert key_from("SOME_KEY") == "secret"
+    monkeypatch.setenv("SOME_KEY", " ")
+    with pytest.raises(ValueError, match="SOME_KEY holds no API key"):
+        key_from("SOME_KEY")
+    with pytest.raises(ValueError, match="queue must be above 0"):
+        Limits(queue=0)
+
+
+def test_a_damaged_task_is_named_and_the_others_are_served(saved, monkeypatch):
+    served, logits = service(saved[0]), saved[1]
+    read = served.bank.task
+
+    def damaged(name):
+        if name == "birds":
+            raise AdapterFileError("its checksum is wrong")
+        return read(name)
+
+    monkeypatch.setattr(served.bank, "task", damaged)
     with TestClient(build_app(served), URL) as client:
         for _ in range(2):
             refused(client.post("/v1/predict", **files(IMAGES[0], "birds")), 500, "Task 'birds' is damaged", "bank")
@@ -260,7 +345,12 @@ def test_a_damaged_task_is_named_and_the_others_are_served(saved, tmp_path):
         assert client.get("/healthz").status_code == 200
 
 
-def test_metrics_count_requests_batches_and_the_bank(client):
+def test_metrics_count_requests_batches_and_the_bank(saved):
+    with connected(saved) as client:
+        check_metrics(client)
+
+
+def check_metrics(client):
     for _ in range(2):
         client.post("/v1/predict", **files(IMAGES[0], "ships", "birds"))
     client.post("/v1/predict", **files(IMAGES[0], "shops"))
@@ -296,9 +386,11 @@ def test_draining_refuses_what_is_new(saved):
         assert (client.get("/healthz").status_code, client.get("/metrics").status_code) == (503, 200)
 
 
-def test_the_readme_s_requests_work(saved, tmp_path):
-    lines = re.findall(r"^\$ curl (.*)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
-    assert len(lines) == 5
+def test_the_documented_requests_work(saved):
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [page.read_text("utf-8").replace("\\\n", " ") for page in pages]
+    lines = [line for text in texts for line in re.findall(r"^(?:\$ )?curl (.*)$", text, re.MULTILINE)]
+    assert lines
     with TestClient(build_app(service(saved[0]), api_key="k"), URL) as client:
         for line in lines:
             words = shlex.split(line.replace("$SMN_KEY", "k").replace("runs/mine", str(saved[0] / "birds")))
@@ -313,18 +405,12 @@ def test_the_readme_s_requests_work(saved, tmp_path):
             assert response.status_code in (200, 201), (line, response.text)
 
 
-def test_an_unknown_task_among_many_costs_little(saved):
-    served = service(saved[0])
-    source = served.bank._source
-    for number in range(10_000):
-        source._adapters[f"customer-{number:05d}-birds-of-the-region"] = source._adapters["birds"]
-    with TestClient(build_app(served), URL) as client:
+def test_an_unknown_task_among_many_costs_little(saved, monkeypatch):
+    names = [f"customer-{number:05d}-birds-of-the-region" for number in range(10_000)]
+    monkeypatch.setattr(MaskBank, "names", property(lambda self: names))
+    with TestClient(build_app(service(saved[0])), URL) as client:
         began = time.process_time()
         for _ in range(3):
-            refused(
-                client.post("/v1/predict", **files(IMAGES[0], "customer-0417-birds-of-the-region")),
-                404,
-                "0417",
-                "customer-0417",
-            )
+            answer = client.post("/v1/predict", **files(IMAGES[0], "customer-0417-birds-of-the-region"))
+            refused(answer, 404, "0417", "customer-0417")
         assert time.process_time() - began < 1.0  # it took a second each

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import resource
@@ -12,13 +13,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
 import pytest
 
-from smn_peft.serving import workers
+from smn_peft.serving import batching
 from smn_peft.serving.limits import Limits
-from smn_peft.serving.server import _Draining, configured
+from smn_peft.serving.server import make_server
+from tests.processes import context, leave_the_test
 from tests.serving.running import post, running
 from tests.serving.tiny import IMAGES, service
 
@@ -61,22 +64,20 @@ def seconds_until_closed(connection, drip=b""):
     return time.monotonic() - began
 
 
-@pytest.mark.parametrize(
-    ("sent", "drip"),
-    [
+def test_connections_that_wait_are_closed(saved):
+    refused = HEAD.replace(b"form-data; boundary=x", b"x") + b"Content-Length: 100000\r\n\r\n"
+    cases = [
         (b"", b""),
         (b"POST /v1/predict HT", b""),
         (HEAD, b"X: y\r\n"),  # a header that never ends
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b""),  # idle after an answer
-        (
-            HEAD.replace(b"form-data; boundary=x", b"x") + b"Content-Length: 100000\r\n\r\n",
-            b"x",
-        ),  # refused, and sent on
-    ],
-)
-def test_connections_that_wait_are_closed(saved, sent, drip):
+        (refused, b"x"),  # refused, and sent on
+    ]
     with running(service(saved[0], limits=Limits(idle=1))) as port, ExitStack() as stack:
-        assert seconds_until_closed(opened(stack, port, sent), drip) < 10
+        connections = [opened(stack, port, sent) for sent, _ in cases]
+        with ThreadPoolExecutor(len(cases)) as threads:
+            drips = [drip for _, drip in cases]
+            assert max(threads.map(seconds_until_closed, connections, drips)) < 10
 
 
 def test_a_client_that_does_not_read_is_left(saved):
@@ -96,12 +97,12 @@ def test_a_client_that_does_not_read_is_left(saved):
 
 
 def test_half_sent_bodies_take_no_place_and_end(saved):
-    served = service(saved[0], limits=Limits(queue=2, pause=3))
+    served = service(saved[0], limits=Limits(queue=2, pause=1))
     with running(served) as port, ExitStack() as stack:
         post(port, "/v1/predict", IMAGES[0], "ships")
         slow = [opened(stack, port, HEAD + b"Content-Length: 1000\r\n\r\n--x") for _ in range(6)]
         time.sleep(0.3)
-        assert served.room.taken == 0
+        assert served.places.held == 0
         assert post(port, "/v1/predict", IMAGES[0], "ships")[0] == 200
         assert slow[0].recv(100).startswith(b"HTTP/1.1 408")
 
@@ -162,28 +163,31 @@ def test_many_connections_leave_descriptors_and_little_log(saved, logged):
     assert sum(len(record.getMessage()) + len(record.exc_text or "") for record in logged) < 100_000
 
 
+def decode_for_long():
+    leave_the_test()
+    workers = batching.Workers(1, "test")
+
+    async def main():
+        task = asyncio.ensure_future(workers.run(time.sleep, 60))
+        await asyncio.sleep(0.1)
+        task.cancel()
+
+    asyncio.run(main())
+    workers.close()
+
+
 def test_nobody_waits_for_a_thread_that_works_at_the_end():
-    script = f"""
-import asyncio, importlib.util, threading, time
-spec = importlib.util.spec_from_file_location("workers", {workers.__file__!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-workers = module.Workers(1, "test")
-async def main():
-    task = asyncio.ensure_future(workers.run(time.sleep, 60))
-    await asyncio.sleep(0.2)
-    task.cancel()
-asyncio.run(main())
-workers.close()
-"""
-    assert subprocess.run([sys.executable, "-c", script], timeout=30, check=False).returncode == 0
+    process = context().Process(target=decode_for_long)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_a_signal_waits_no_longer_than_it_may(saved, monkeypatch):
     """A forward that hangs is left; whoever waits for it is told so, and the server ends."""
     served, go = service(saved[0], limits=Limits(grace=1)), threading.Event()
     monkeypatch.setattr(served.bank, "forward", lambda *_: go.wait(30))
-    server, answers = _Draining(configured(served, port=0, log_level="error"), served), []
+    server, answers = make_server(served, port=0, log_level="error"), []
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
@@ -191,7 +195,7 @@ def test_a_signal_waits_no_longer_than_it_may(saved, monkeypatch):
     port = server.servers[0].sockets[0].getsockname()[1]
     client = threading.Thread(target=lambda: answers.append(post(port, "/v1/predict", IMAGES[0], "ships")))
     client.start()
-    while served.room.taken == 0:
+    while served.places.held == 0:
         time.sleep(0.01)
     began = time.monotonic()
     server.handle_exit(signal.SIGTERM, None)

@@ -5,35 +5,36 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from smn_peft.bank.bank import MaskBank
-from smn_peft.serving.adding import add_folder
+from smn_peft.serving.app import content_policy
+from smn_peft.serving.bank import add_folder
 from smn_peft.serving.limits import Limits
-from smn_peft.serving.page import content_policy, page
 from smn_peft.serving.service import Service
 from tests.serving.chromium import Browser, find_chromium
 from tests.serving.running import running
 from tests.serving.tiny import IMAGES, NAMES, backbone
 
+PAGE = (files("smn_peft.serving") / "index.html").read_text("utf-8")
+
 
 def test_nothing_comes_from_elsewhere_and_nothing_else_runs():
-    html = page()
-    assert re.findall(r"""\s(?:src|href|action)=["']?([^"'\s>]+)""", html) == ["data:,"]
-    assert not re.search(r"https?:|url\(|@import", html)
-    assert not re.search(r"\son\w+=|\sstyle=|innerHTML|eval\(", html)  # the policy would block these, or should
-    policy = content_policy(html)
+    assert re.findall(r"""\s(?:src|href|action)=["']?([^"'\s>]+)""", PAGE) == ["data:,"]
+    assert not re.search(r"https?:|url\(|@import", PAGE)
+    assert not re.search(r"\son\w+=|\sstyle=|innerHTML|eval\(", PAGE)  # the policy would block these, or should
+    policy = content_policy(PAGE)
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
-    assert content_policy(html.replace('"use strict"', '"use strict" ')) != policy
+    assert content_policy(PAGE.replace('"use strict"', '"use strict" ')) != policy
 
 
 def test_every_input_has_a_label():
-    html = page()
-    labelled = set(re.findall(r'<label[^>]*\sfor="(\w+)"', html))
-    assert set(re.findall(r'<input[^>]*\sid="(\w+)"', html)) == labelled
+    labelled = set(re.findall(r'<label[^>]*\sfor="(\w+)"', PAGE))
+    assert set(re.findall(r'<input[^>]*\sid="(\w+)"', PAGE)) == labelled
 
 
 @pytest.fixture

@@ -18,10 +18,8 @@ from smn_peft.backbones import Backbone
 from smn_peft.bank.bank import MaskBank
 from smn_peft.data import preprocessing_transform
 from smn_peft.data.decoding import decode_rgb
-from smn_peft.serving.adding import load_folders
 from smn_peft.serving.app import build_app
-from smn_peft.serving.model import ServedModel
-from smn_peft.serving.opening import open_bank
+from smn_peft.serving.bank import ServedModel, add_folder, open_bank
 from smn_peft.serving.service import Service
 from smn_peft.storage import CONFIG_NAME
 from tests.serving.test_app import BEARER, close, files, refused
@@ -89,7 +87,8 @@ def resnets(tmp_path):
         base.name_or_path = ""
         backbone = Backbone(ServedModel(base, dim, "fc"), lambda image: image, dim, "resnet", 64, MEAN, STD)
         bank = MaskBank.open([], backbone.model, exclusive=True)
-        assert load_folders(bank, sorted(tmp_path.glob("at-*"))) == {}
+        for folder in sorted(tmp_path.glob("at-*")):
+            add_folder(bank, folder.name, folder)
         return Service(bank, backbone, image_size=image_size, max_wait=0.05)
 
     return serve, models
@@ -120,7 +119,6 @@ def test_a_way_that_cannot_be_followed_is_that_tasks_alone(saved, tmp_path, wron
     root = shutil.copytree(saved[0], tmp_path / "tasks")
     trained_with(root / "ships", preprocessing=wrong)
     with TestClient(build_app(service(root, names=["birds"]), api_key=KEY), URL) as client:
-        client.app.user_middleware  # noqa: B018
         answer = client.post("/v1/tasks", json={"name": "ships", "folder": str(root / "ships")}, headers=BEARER)
         if answer.status_code == 422:  # the bank refuses it
             return
@@ -142,12 +140,12 @@ def test_a_task_that_is_replaced_between_is_not_answered_wrongly(saved, tmp_path
             tasks = [served.bank.task("ships")]
         return forward(images, tasks)
 
-    prepared = served._prepared
+    submit = served.batcher.submit
     monkeypatch.setattr(served.bank, "forward", late)
     monkeypatch.setattr(
-        served,
-        "_prepared",
-        lambda *args: (prepared(*args), served.bank.add("ships", root / "weather", replace=True))[0],
+        served.batcher,
+        "submit",
+        lambda *args: (served.bank.add("ships", root / "weather", replace=True), submit(*args))[1],
     )
     with TestClient(build_app(served), URL) as client:
         refused(client.post("/v1/predict", **files(IMAGES[0], "ships")), 503, "replaced meanwhile", "Ask again")

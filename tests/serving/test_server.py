@@ -5,23 +5,21 @@ from __future__ import annotations
 
 import os
 import random
-import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
 import torch
 
 from smn_peft.serving.limits import Limits
+from tests.processes import context, leave_the_test
 from tests.serving.running import connect, post, running
 from tests.serving.tiny import DENSITIES, IMAGES, service
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def close(actual, expected):
@@ -101,7 +99,7 @@ def test_a_full_queue_answers_429_and_the_queued_are_served(held, saved):
         go.set()
         joined(threads)
         assert sorted(statuses) == [200] * 6 + [429] * 6
-        assert served.room.taken == 0
+        assert served.places.held == 0
         assert post(port, "/v1/predict", IMAGES[0], *DENSITIES)[0] == 200
 
 
@@ -118,53 +116,14 @@ def test_what_takes_too_long_is_answered_504_and_not_computed(held):
             )
             slow.sendall(b"Content-Length: 1000\r\n\r\n--x")
             assert slow.recv(100).startswith(b"HTTP/1.1 504")
-        assert served.room.taken == 0
+        assert served.places.held == 0
         go.set()
     assert served.bank.stats.misses == 1  # what timed out while it waited was never started
 
 
-def test_sigterm_finishes_what_is_queued_and_refuses_what_is_new(saved, tmp_path):
-    root, logits, _ = saved
-    (tmp_path / "base.py").write_text(_SLOW)
-    command = [sys.executable, "-m", "smn_peft.cli", "serve", str(root), "--base", f"{tmp_path / 'base.py'}:build"]
-    command += ["--port", "0", "--max-batch", "1", "--max-wait-ms", "0"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stderr=subprocess.PIPE, text=True)
-    try:
-        said = ""
-        while not (found := re.search(r"running on http://127\.0\.0\.1:(\d+)", said)):
-            line = process.stderr.readline()
-            assert line, said
-            said += line
-        assert "3 tasks over" in said
-        port, answers, late = int(found[1]), [], connect(int(found[1]))
-        late.connect()
-
-        def client(index):
-            answers.append((index, *post(port, "/v1/predict", IMAGES[index % 4], "ships", logits="1")))
-
-        threads = in_threads(6, client)
-        while len(answers) < 1:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-        status, _, refusal = post(late, "/v1/predict", IMAGES[0], "ships")
-        assert (status, refusal["error"]) == (503, "The server is stopping.")
-        late.close()
-        joined(threads)
-        assert [status for _, status, _, _ in answers] == [200] * 6
-        for index, _, _, answer in answers:
-            assert close(answer["results"][0]["logits"], logits["ships"][index % 4])
-        assert process.wait(20) == 0
-    finally:
-        process.kill()
-        process.stderr.close()
-        process.wait()
-
-
 _SLOW = """
 import time
-from tests.serving.test_model import headless
+from tests.serving.test_bank import headless
 
 def build():
     model = headless()
@@ -173,3 +132,49 @@ def build():
     model.forward_features = lambda x: (time.sleep(0.25), features(x))[1]
     return model
 """
+
+
+def smn(*arguments):
+    """`smn ARGUMENTS` in a process of its own."""
+    leave_the_test()
+    sys.argv = ["smn", *map(str, arguments)]
+    runpy.run_module("smn_peft.cli", run_name="__main__")
+
+
+def test_sigterm_finishes_what_is_queued_and_refuses_what_is_new(saved, tmp_path):
+    root, logits, _ = saved
+    (tmp_path / "base.py").write_text(_SLOW)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["serve", root, "--base", f"{tmp_path / 'base.py'}:build", "--port", port]
+    process = context().Process(target=smn, args=(*command, "--max-batch", 1, "--max-wait-ms", 0))
+    process.start()
+    try:
+        answers, late = [], connect(port)
+        deadline = time.monotonic() + 60
+        while late.sock is None:
+            with suppress(ConnectionRefusedError):
+                late.connect()
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+
+        def client(index):
+            answers.append((index, *post(port, "/v1/predict", IMAGES[index % 4], "ships", logits="1")))
+
+        threads = in_threads(6, client)
+        while len(answers) < 1:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.1)
+        status, _, refusal = post(late, "/v1/predict", IMAGES[0], "ships")
+        assert (status, refusal["error"]) == (503, "The server is stopping.")
+        late.close()
+        joined(threads)
+        assert [status for _, status, _, _ in answers] == [200] * 6
+        for index, _, _, answer in answers:
+            assert close(answer["results"][0]["logits"], logits["ships"][index % 4])
+        process.join(20)
+        assert process.exitcode in (0, -signal.SIGTERM)  # uvicorn raises the signal anew at its end
+    finally:
+        process.kill()
+        process.join()

@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from smn_peft.bank.bank import MaskBank
-from smn_peft.bank.store import DiskStore
+from smn_peft.bank.store import StoreBusyError
 from smn_peft.serving.app import build_app
 from smn_peft.serving.service import Service
 from tests.serving.running import form
@@ -20,8 +20,9 @@ BEARER = {"Authorization": f"Bearer {KEY}".encode()}
 def stored(saved, tmp_path):
     """The path of a bank, and makes a service over it."""
     path = tmp_path / "bank"
-    with DiskStore.open(path) as store:
-        store.add_many((name, saved[0] / name) for name in DENSITIES)
+    with MaskBank.open(path, backbone().model) as bank:
+        for name in DENSITIES:
+            bank.add(name, saved[0] / name)
 
     def make(**options):
         served = backbone()
@@ -56,11 +57,16 @@ def test_without_a_budget_a_task_is_decoded_once_per_batch(stored):
 
 
 def test_while_another_writes_changes_are_put_off(stored, saved, monkeypatch):
-    monkeypatch.setattr("smn_peft.bank.database._WRITER_WAIT", 0.1)
-    path, make = stored
+    service = stored[1]()
+
+    def busy(*_, **__):
+        raise StoreBusyError("locked")
+
     new = {"name": "new", "folder": str(saved[0] / "birds")}
-    with TestClient(build_app(make(), api_key=KEY), URL) as client:
-        with DiskStore.open(path) as other, other._database.writing():
+    with TestClient(build_app(service, api_key=KEY), URL) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(service.bank, "add", busy)
+            patched.setattr(service.bank, "remove", busy)
             for answer in (
                 client.post("/v1/tasks", json=new, headers=BEARER),
                 client.delete("/v1/tasks/birds", headers=BEARER),

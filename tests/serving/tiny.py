@@ -14,10 +14,10 @@ from smn_peft.backbones import Backbone
 from smn_peft.bank.bank import MaskBank
 from smn_peft.data import evaluation_transform
 from smn_peft.data.decoding import decode_rgb
-from smn_peft.serving.adding import load_folders
+from smn_peft.serving.bank import ServedModel, add_folder
 from smn_peft.serving.limits import Limits
-from smn_peft.serving.model import ServedModel
 from smn_peft.serving.service import Service
+from smn_peft.storage import CONFIG_NAME
 from tests.bank.tiny import adapter, build
 
 SIZE, DIM = 32, 32
@@ -54,8 +54,9 @@ def save_adapters(root):
             features[name] = vit.forward_head(vit.forward_features(inputs), pre_logits=True)
     with torch.no_grad():
         features["__base__"] = _headless()(inputs)
-    run = {"arguments": {"classes": NAMES["birds"], "head_classes": 4}}
-    (root / "birds" / "run.json").write_text(json.dumps(run))
+    path = root / "birds" / CONFIG_NAME
+    names = {str(index): name for index, name in enumerate(NAMES["birds"])}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": names}))
     return logits, features
 
 
@@ -74,5 +75,6 @@ def backbone():
 def service(root, *, limits=None, names=tuple(DENSITIES), **options):
     served = backbone()
     bank = MaskBank.open([], served.model, exclusive=True)
-    assert load_folders(bank, [root / name for name in names]) == {}
+    for name in names:
+        add_folder(bank, name, root / name)
     return Service(bank, served, limits=limits or Limits(), **options)

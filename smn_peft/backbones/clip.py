@@ -1,20 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Class embeddings from CLIP's text tower, for a zero-shot head; the tower is loaded, used once and freed."""
+"""CLIP: class embeddings from its text tower, the sentences that they are made of, and the keys of its adapters."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .backbone import check_loading
 from .load import explained, read_config
-from .prompts import DEFAULT_TEMPLATES, check_templates, fill
 
-__all__ = ["text_embeddings"]
+__all__ = ["DEFAULT_TEMPLATES", "TEMPLATES", "clip_key_mapping", "templates_for", "text_embeddings"]
+
+DEFAULT_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
+
+_CIFAR = ("a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.", "a photo of the {}.")
+
+#: Of OpenAI's public prompts for CLIP, those that name the dataset's kind of image; keys as in the data registry.
+TEMPLATES: Mapping[str, tuple[str, ...]] = {
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
+    "dtd": tuple(f"a photo of a {{}} {what}." for what in ("texture", "pattern", "thing", "object")),
+    "eurosat": tuple(f"a centered satellite photo of {name}." for name in ("{}", "a {}", "the {}")),
+    "flowers102": ("a photo of a {}, a type of flower.",),
+    "pets": ("a photo of a {}, a type of pet.",),
+    "sun397": ("a photo of a {}.", "a photo of the {}."),
+    "ucf101": tuple(f"a photo of a person {what}{{}}." for what in ("", "doing ", "during ", "practicing ")),
+    "food101": ("a photo of {}, a type of food.",),
+    "inatloc500": DEFAULT_TEMPLATES,
+}
+
+
+def templates_for(dataset: str) -> tuple[str, ...]:
+    """The dataset's templates; for any other name the default, "a photo of a {}."."""
+    return TEMPLATES.get(dataset, DEFAULT_TEMPLATES)
+
+
+def check_templates(templates: Iterable[str]) -> list[str]:
+    """Check that every template has exactly one "{}" and no other brace."""
+    if isinstance(templates, str):
+        raise ValueError(f"templates is one string: pass a list, [{templates!r}].")
+    checked = list(templates)
+    if not checked:
+        raise ValueError(f"There are no templates: pass at least one, such as {DEFAULT_TEMPLATES[0]!r}.")
+    for template in checked:
+        if "{}" not in template or set("{}") & set(template.replace("{}", "", 1)):
+            raise ValueError(f"A template needs exactly one {{}}, where the class name goes; got {template!r}.")
+    return checked
+
+
+def fill(template: str, class_name: str) -> str:
+    """The sentence of a class; underscores of dataset labels become spaces ("golden_retriever")."""
+    return template.replace("{}", class_name.replace("_", " "))
 
 
 @torch.no_grad()
@@ -75,8 +116,6 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any]:
     """The model in fp32, whole since `logit_scale` belongs to neither tower, and its tokenizer."""
     import transformers
 
-    from .settings import check_loading
-
     config = read_config(name, revision)
     if config.model_type != "clip":
         raise ValueError(
@@ -95,3 +134,16 @@ def _load(name: str, revision: str | None) -> tuple[Any, Any]:
     check_loading(info, name)
     del model.vision_model
     return model.eval(), tokenizer
+
+
+def clip_key_mapping(model: nn.Module) -> dict[str, str]:
+    """Make the `key_mapping` of `PeftModel.from_pretrained` with which an adapter of any CLIP vision class loads.
+
+    `CLIPVisionModel` has its encoder at ``encoder`` in transformers 5 and at ``vision_model.encoder`` in transformers
+    4 and in `CLIPModel`.
+
+    Args:
+        model: The base model that the adapter is to be loaded on.
+    """
+    whole = any(name == "vision_model.encoder" for name, _ in model.named_modules())
+    return {r"^(?:vision_model\.)?encoder\.": "vision_model.encoder." if whole else "encoder."}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ServedModel` and `load_served`: heads of any name, standardised ones included, and bases by name."""
+"""`ServedModel` and `open_bank`: heads of any name, standardised ones included, and adapters of another base."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from peft import PeftModel, get_peft_model
 from smn_peft import MaskConfig
 from smn_peft.backbones import Classifier
 from smn_peft.bank.bank import MaskBank
-from smn_peft.serving.model import ServedModel, load_served
-from smn_peft.serving.opening import open_bank
+from smn_peft.serving.bank import ServedModel, open_bank
 from tests.bank.tiny import IMAGES, build
 
 
@@ -43,20 +42,9 @@ def test_a_standardised_head_and_one_of_another_name(tmp_path):
             ServedModel(headless(), 32, wrong)
 
 
-def test_a_base_is_loaded_by_name(tmp_path):
-    script = tmp_path / "base.py"
-    script.write_text("from tests.serving.test_model import headless as build\n")
-    backbone = load_served(f"{script}:build")
-    assert (backbone.feature_dim, backbone.image_size) == (32, 32)
-    with pytest.raises(ValueError, match="--weights and --image-size"):
-        load_served(f"{script}:build", image_size=64)
-    with pytest.raises(ValueError, match="Unknown backbone"):
-        load_served("no_such_net")
-
-
 def test_adapters_of_another_base_are_left_out_and_none_at_all_is_an_error(saved, tmp_path):
     script = tmp_path / "base.py"
-    script.write_text("from tests.serving.test_model import headless as build\n")
+    script.write_text("from tests.serving.test_bank import headless as build\n")
     (tmp_path / "some").mkdir()
     for name, source in (("fine", "ships"), ("other", "birds")):
         (tmp_path / "some" / name).mkdir()
@@ -68,8 +56,14 @@ def test_adapters_of_another_base_are_left_out_and_none_at_all_is_an_error(saved
     with bank:
         assert bank.names == ["fine"]
         assert isinstance(backbone.model, ServedModel)
+        assert (backbone.feature_dim, backbone.image_size) == (32, 32)
         assert "other" in left_out
     with pytest.raises(ValueError, match="None of the 1 adapters"):
         open_bank(config.parent, f"{script}:build")
-    with pytest.raises(FileNotFoundError, match="no folder"):
-        open_bank(tmp_path / "nowhere", f"{script}:build")
+    for where, base, options, error, message in (
+        (tmp_path / "nowhere", f"{script}:build", {}, FileNotFoundError, "There is no .*nowhere: name a bank"),
+        (tmp_path / "some", f"{script}:build", {"image_size": 64}, ValueError, "--weights and --image-size"),
+        (tmp_path / "some", "no_such_net", {}, ValueError, "Unknown backbone"),
+    ):
+        with pytest.raises(error, match=message):
+            open_bank(where, base, **options)

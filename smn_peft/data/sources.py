@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`load_images`: image datasets by name or path, from folders, npz and parquet files and the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..functional.whole import whole_numbers
+from ..storage import check_regular, read_bytes
+from .dataset import WITHOUT_LABELS, ImageDataset, NoLabelsError, NoSplitError
+from .decoding import ImageError
+from .registry import dataset_spec
+
+__all__ = ["EncodedImages", "ImageFiles", "TableImages", "load_images", "load_table"]
+
+_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+_SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val"), "test": ("test", "testing")}
+_LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target")
+_UNKNOWN_SPLIT = re.compile(r"(?i)unknown split .*should be one of (\[.*\])", re.DOTALL)  # as `datasets` says it
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
+_MAX_FILE = 1 << 28  # bytes, those of the largest image that is decoded
+
+
+class ImageFiles:
+    """Image files by path."""
+
+    def __init__(self, paths: list[str]) -> None:
+        # One array, not a list: workers that are forked would copy every page of a list by counting references.
+        self._paths = np.array(paths, dtype=np.str_)
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The bytes of a file, and its path."""
+        path = str(self._paths[row])
+        return read_bytes(path), path
+
+
+class EncodedImages:
+    """Image files one after another in one array."""
+
+    def __init__(self, data: Tensor, offsets: Tensor, name: str) -> None:
+        self._data, self._offsets, self._name = data, offsets, name
+
+    def read(self, row: int) -> tuple[Tensor, str]:
+        """The bytes of a row, and its name."""
+        start, end = self._offsets[row : row + 2].tolist()
+        return self._data[start:end], f"{self._name}, row {row}"
+
+
+class TableImages:
+    """Images in the rows of a table of `datasets`, which may name files below `folders` only: anybody wrote it."""
+
+    def __init__(self, table: Any, column: str, name: str, folders: list[Path]) -> None:
+        self._table, self._column, self._name = table, column, name
+        self._folders = [folder.resolve() for folder in folders]
+
+    def read(self, row: int) -> tuple[bytes, str]:
+        """The bytes of a row's image, and the name of the row and its file."""
+        value: Mapping[str, Any] | None = self._table[row][self._column]
+        where = f"{self._name}, row {row}"
+        if value is None:
+            return b"", where
+        if value["path"]:
+            where += f" ({value['path']})"
+        if value["bytes"] is not None:
+            return value["bytes"], where
+        for folder in self._folders:
+            found = (folder / str(value["path"])).resolve()  # an absolute path stays what it is
+            if found.is_relative_to(folder) and found.exists():
+                try:
+                    return read_bytes(found, _MAX_FILE), where
+                except ValueError as error:
+                    raise ImageError(f"{where}: {error}") from error
+        raise ImageError(
+            f"{where}: the row has no bytes, and names a file that is not below {self._folders[0]}, the dataset's own "
+            "folder, where alone it is read. Put the bytes into the table, or the files beside it."
+        )
+
+
+def load_images(
+    name_or_path: str | os.PathLike[str],
+    split: str = "train",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+    labelled: bool = True,
+    cache: bool | int = False,
+) -> ImageDataset:
+    """Load images by name or path.
+
+    Args:
+        name_or_path: A dataset of the paper ("cifar10", see `list_datasets`), whose columns and splits are known; any
+            id on the Hub ("user/dataset", or "user/dataset:config"); a folder of images (``split/class/…``,
+            ``class/…`` or unlabelled) or of parquet files; a parquet file or pattern; or an npz of `jpeg` and
+            `offsets`. What exists on disk comes first.
+        split: "train" or "test"; for a Hub id whatever it has.
+        image_column: Column of the images (Hub and parquet), found by itself where there is only one.
+        label_column: Column of the class (Hub and parquet).
+        revision: Branch, tag or commit on the Hub.
+        labelled: False ignores labels and needs none.
+        cache: True holds decoded images in memory up to 2 GiB, a number up to that many bytes; see
+            `ImageDataset.cached`.
+
+    Raises:
+        ValueError: Unknown name, split or column, or no images.
+        NoLabelsError: Labels are missing or all the same; it is a ValueError.
+        OSError: Not in the local cache and the Hub cannot be reached.
+    """
+    name = os.fspath(name_or_path)
+    dataset = _load(name, split, image_column, label_column, revision, labelled)
+    if dataset.labels is not None and bool((dataset.labels == dataset.labels[0]).all()):
+        label = int(dataset.labels[0])
+        shown = dataset.classes[label] if dataset.classes else label
+        raise NoLabelsError(
+            f"All {len(dataset)} images of {name}, split {split!r}, are of one class ({shown}), so nothing can be "
+            f"told apart: check the labels, or pass {WITHOUT_LABELS}."
+        )
+    if cache is False:
+        return dataset
+    return dataset.cached() if cache is True else dataset.cached(cache)
+
+
+def _load(
+    name: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    revision: str | None,
+    labelled: bool,
+) -> ImageDataset:
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    options: dict[str, Any] = {"labelled": labelled, "name": name}
+    if name.endswith(".parquet"):
+        return load_table("parquet", split, files=name, **columns, **options)
+    if os.path.isdir(name) and revision is None and (tables := _parquet_files(Path(name))):
+        return load_table("parquet", _standard_split(split), files=tables, **columns, **options)
+    if os.path.isdir(name) or name.endswith(".npz"):
+        given = [key for key, value in {**columns, "revision": revision}.items() if value is not None]
+        if given:
+            raise ValueError(f"{name} is no table and no repository: leave out {', '.join(given)}.")
+        return _load_folder(Path(name), split, labelled) if os.path.isdir(name) else _load_npz(name, split, labelled)
+    if os.path.exists(name):
+        raise ValueError(f"{name} is a file of an unknown kind: pass a folder, a .parquet or a .npz file.")
+    if "/" in name:
+        hub_id, _, config = name.partition(":")
+        options["name"] = hub_id
+        return load_table(hub_id, split, config=config or None, revision=revision, **columns, **options)
+    spec = dataset_spec(name)
+    if spec.hub_id is None:
+        raise ValueError(f"{name} is not on the Hub in the paper's form. {spec.notes}")
+    splits = {"train": spec.train, "test": spec.test}
+    if split not in splits:
+        raise ValueError(f"{name} has the splits 'train' and 'test', as in the paper; got {split!r}.")
+    columns = {"image_column": image_column or spec.image_column, "label_column": label_column or spec.label_column}
+    return load_table(spec.hub_id, splits[split], config=spec.config, revision=revision, **columns, **options)
+
+
+def _load_folder(root: Path, split: str, labelled: bool) -> ImageDataset:
+    """Images of a folder: ``split/class/…``, ``class/…`` or, unlabelled, any files below it.
+
+    Classes are the names of the folders in alphabetical order, over all splits. Without folders of splits everything
+    is the split "train". Hidden files and files of other types are passed over.
+    """
+    splits = {folder.name: folder for folder in _folders(root) if folder.name.lower() in sum(_SPLITS.values(), ())}
+    names = (split, *_SPLITS.get(_standard_split(split), ()))
+    start = next((splits[name] for name in names if name in splits), None)
+    if start is None:
+        if splits or split != "train":
+            there = ", ".join(splits) if splits else "no folders of splits, so only split='train'"
+            raise NoSplitError(f"{root} has no split {split!r}: it has {there}.", splits or ("train",))
+        start = root
+    classes = None
+    if labelled:
+        parts = list(splits.values()) or [root]
+        classes = sorted({folder.name for part in parts for folder in _folders(part) if _images(folder)})
+        if not classes:
+            raise NoLabelsError(
+                f"{start} has no folders of classes, so no labels: put every class into its own folder, or pass "
+                f"{WITHOUT_LABELS}."
+            )
+        found = [(str(file), label) for label, name in enumerate(classes) for file in _images(start / name)]
+    else:
+        found = [(str(file), 0) for file in _images(start)]
+    if not found:
+        raise ValueError(f"{root}, split {split!r}, has no images ({', '.join(sorted(_SUFFIXES))}).")
+    return ImageDataset(
+        ImageFiles([file for file, _ in found]),
+        labels=torch.tensor([label for _, label in found]) if labelled else None,
+        classes=classes,
+        name=str(root),
+        split=split,
+        rows=torch.arange(len(found)),
+    )
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _images(path: Path) -> list[Path]:
+    """All image files below a folder, sorted."""
+    found = (Path(folder) / file for folder, _, files in os.walk(path, followlinks=True) for file in files)
+    return sorted(file for file in found if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+
+
+def _standard_split(split: str) -> str:
+    """The usual name of a split: "validation" for "val"."""
+    return next((key for key, names in _SPLITS.items() if split in names), split)
+
+
+def _parquet_files(root: Path) -> dict[str, list[str]]:
+    """Files of a folder of parquet by split: "train", "validation", "test"; empty where it holds an image.
+
+    The split is told by a word in the name of a file or of a folder above it ("data/train-00000-of-00002.parquet", as
+    on the Hub); where none tells any, all are "train".
+    """
+    splits: dict[str, list[str]] = {}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(Path(file).suffix.lower() in _SUFFIXES for file in files):
+            return {}
+        for file in sorted(files):
+            if file.endswith(".parquet") and file[0] != ".":
+                path = Path(folder) / file
+                words = re.split(r"[^a-z]+", str(path.relative_to(root)).lower())
+                split = next((key for key, names in _SPLITS.items() if {*names} & {*words}), "")
+                splits.setdefault(split, []).append(str(path))
+    unknown = splits.pop("", [])
+    if unknown and splits:
+        raise ValueError(
+            f"{root}: the name of {unknown[0]} tells no split, and that of {next(iter(splits.values()))[0]} does: "
+            "name a file, or a pattern such as 'folder/train-*.parquet'."
+        )
+    return {"train": unknown} if unknown else splits
+
+
+def _load_npz(name: str, split: str, labelled: bool) -> ImageDataset:
+    """Images of an npz with `jpeg`, `offsets` and, as far as there are any, `label`, `split` and `classes`.
+
+    `jpeg` is uint8, all image files one after another; image i is ``jpeg[offsets[i]:offsets[i + 1]]``. `split` is 0
+    for training and 1 for test; without it everything is training.
+    """
+    if not os.path.exists(name):
+        raise FileNotFoundError(f"{name} does not exist.")
+    if split not in ("train", "test"):
+        raise NoSplitError(f"{name} has no split {split!r}: an npz has 'train' and 'test'.", ("train", "test"))
+    check_regular(name)
+    try:
+        with np.load(name, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in ("jpeg", "offsets", "label", "split", "classes") if key in archive}
+            there = ", ".join(archive.files)
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise ValueError(f"{name} is not an npz file of arrays: {error}") from error
+    if absent := [key for key in ("jpeg", "offsets") if key not in arrays]:
+        raise ValueError(f"{name} has no array {absent[0]!r}; it has {there}: see the help of load_images.")
+    if labelled and "label" not in arrays:
+        raise NoLabelsError(f"{name} has no array 'label'; it has {there}: pass {WITHOUT_LABELS}.")
+    jpeg, offsets = arrays["jpeg"], arrays["offsets"].astype(np.int64)
+    number = len(offsets) - 1
+    bounds = number > 0 and offsets[0] >= 0 and offsets[-1] <= len(jpeg) and not (np.diff(offsets) < 0).any()
+    if jpeg.dtype != np.uint8 or not bounds:
+        raise ValueError(f"{name}: offsets must rise from 0 to the {len(jpeg)} bytes of jpeg, which is uint8.")
+    for key in ("label", "split"):
+        if key in arrays and arrays[key].shape != (number,):
+            raise ValueError(f"{name}: {key} has the shape {arrays[key].shape}, but there are {number} images.")
+    parts = arrays.get("split", np.zeros(number, dtype=np.uint8))
+    rows = torch.from_numpy(np.flatnonzero(parts == ("train", "test").index(split)))
+    if len(rows) == 0:
+        raise NoSplitError(f"{name}, split {split!r}, has no images.", {"train", "test"} - {split})
+    return ImageDataset(
+        EncodedImages(torch.from_numpy(jpeg), torch.from_numpy(offsets), name),
+        labels=whole_numbers(arrays["label"], name)[rows] if labelled else None,
+        classes=[str(label) for label in arrays["classes"]] if labelled and "classes" in arrays else None,
+        name=name,
+        split=split,
+        rows=rows,
+    )
+
+
+def load_table(
+    source: str,
+    split: str,
+    *,
+    name: str,
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+    labelled: bool = True,
+    files: str | Mapping[str, list[str]] | None = None,
+) -> ImageDataset:
+    """Load a dataset on the Hub, downloaded once, or parquet files, through the library `datasets`.
+
+    Args:
+        source: Repository, such as "uoft-cs/cifar10", or "parquet" for `files`.
+        split: Split expression of `datasets`, such as "train+validation" or "train[:10%]".
+        name: Name of the result.
+        config: Configuration, None for the default.
+        image_column: Column of the images; None takes the only one that holds images.
+        label_column: Column of the class; None takes the only class column, or one with a usual name.
+        revision: Branch, tag or commit.
+        labelled: False leaves labels out.
+        files: A parquet file or pattern, of which all is the split "train"; or files by split.
+
+    Raises:
+        ImportError: `datasets` is not installed.
+        ValueError: Unknown split, configuration or column; those that exist are named.
+        OSError: Neither in the cache nor reachable.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "Reading datasets of the Hub and parquet files needs: pip install 'smn_peft[data]'"
+        ) from error
+    try:
+        table: Any = datasets.load_dataset(
+            source, config, split=split, revision=revision, trust_remote_code=False, data_files=files
+        )
+    except ValueError as error:  # split and configuration; the library names those that exist
+        if (found := _UNKNOWN_SPLIT.search(str(error))) is None:
+            raise ValueError(f"{name}, split {split!r}: {error}") from error
+        raise NoSplitError(f"{name}, split {split!r}: {error}", re.findall(r"'([^']*)'", found[1])) from error
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise OSError(
+            f"{name} does not exist on the Hub, or cannot be read without logging in (hf auth login): {error}"
+        ) from error
+    except ConnectionError as error:
+        raise OSError(
+            f"{name} is not in the local cache and the Hub cannot be reached ({error}). Go online once (unset "
+            "HF_HUB_OFFLINE), or copy the cache of a machine that has it."
+        ) from error
+    image_column = _image_column(table, image_column, name)
+    labels, classes = _labels(table, _label_column(table, label_column, name), name) if labelled else (None, None)
+    checksums = table.info.download_checksums or {}
+    commit = next((found[1] for key in checksums if (found := _COMMIT.search(key))), revision)
+    # Bytes as they are stored: decoding is ours, so that an error can name the row.
+    column = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    return ImageDataset(
+        TableImages(column, image_column, name, _own_folders(source, files)),
+        labels=labels,
+        classes=classes,
+        name=name,
+        split=split,
+        revision=commit,
+        rows=torch.arange(len(table)),
+    )
+
+
+def _own_folders(source: str, files: str | Mapping[str, list[str]] | None) -> list[Path]:
+    """Where files of the dataset lie: beside the table, or, of the Hub, where its own files are cached."""
+    if files is None:
+        import datasets
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        own = Path(HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"
+        return [own, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
+    named = [files] if isinstance(files, str) else [file for part in files.values() for file in part]
+    paths = [
+        Path(re.split(r"[*?\[]", file, maxsplit=1)[0]) for file in named
+    ]  # of a pattern what its wildcards follow
+    return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
+
+
+def _image_column(table: Any, column: str | None, name: str) -> str:
+    import datasets
+
+    if column is not None:
+        return _known_column(table, column, "image_column", name)
+    found = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    # Parquet that was not written by `datasets` holds the same record without saying that it is an image.
+    records = [key for key, f in table.features.items() if isinstance(f, Mapping) and {"bytes", "path"} <= set(f)]
+    found = found or records
+    if len(found) != 1:
+        there = ", ".join(table.column_names)
+        raise ValueError(f"{name} has {len(found) or 'no'} columns of images; pass image_column=, one of {there}.")
+    return found[0]
+
+
+def _label_column(table: Any, column: str | None, name: str) -> str:
+    import datasets
+
+    if column is not None:
+        return _known_column(table, column, "label_column", name, f", or {WITHOUT_LABELS}")
+    found = [key for key, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(found) != 1:
+        found = [key for key in _LABEL_NAMES if key in table.features]
+    if not found:
+        there = ", ".join(table.column_names)
+        raise NoLabelsError(f"{name} has no label column; it has {there}: pass label_column=, or {WITHOUT_LABELS}.")
+    return found[0]
+
+
+def _known_column(table: Any, column: str, argument: str, name: str, otherwise: str = "") -> str:
+    if column not in table.features:
+        there = ", ".join(table.column_names)
+        raise ValueError(f"{name} has no column {column!r}; pass {argument}=, one of {there}{otherwise}.")
+    return column
+
+
+def _labels(table: Any, column: str, name: str) -> tuple[Tensor, list[str] | None]:
+    """Labels and names of the classes; strings are numbered in alphabetical order."""
+    values = table.select_columns([column])[:][column]
+    if any(value is None for value in values):
+        raise NoLabelsError(f"{name} has rows without a value in {column!r}: filter them, or pass {WITHOUT_LABELS}.")
+    if values and isinstance(values[0], str):
+        classes = sorted(set(values))
+        numbers = {label: number for number, label in enumerate(classes)}
+        return torch.tensor([numbers[value] for value in values]), classes
+    if values and not isinstance(values[0], int):
+        kind, there = type(values[0]).__name__, ", ".join(table.column_names)
+        raise ValueError(
+            f"The column {column!r} of {name} holds {kind}, no class; pass label_column=, one of {there}."
+        )
+    names = getattr(table.features[column], "names", None)
+    return torch.tensor(values, dtype=torch.int64), None if names is None else list(names)

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What clients send and what they are answered, as pydantic models; and how a body becomes one."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError, from_json
+from python_multipart.multipart import parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from .limits import Limits, ServingError
+
+__all__ = [
+    "NAME_LENGTH",
+    "Added",
+    "Embeddings",
+    "Error",
+    "Health",
+    "NewTask",
+    "Predictions",
+    "Question",
+    "Removed",
+    "TaskFacts",
+    "TaskNames",
+    "read_new_task",
+    "read_question",
+]
+
+NAME_LENGTH = 1000
+"""Characters of a task's name; a bank bounds its own further."""
+
+
+def _image(value: Any) -> bytes:
+    if isinstance(value, str):
+        try:
+            value = base64.b64decode(value.partition(";base64,")[2] or value, validate=True)
+        except (binascii.Error, ValueError):
+            raise PydanticCustomError("base64", "it is not base64") from None
+    if not isinstance(value, bytes) or not value:
+        raise PydanticCustomError("image", "There is no image")
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return from_json(value)
+    except ValueError as error:
+        raise PydanticCustomError("json_invalid", str(error)) from None
+
+
+Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH)]
+Id = Annotated[str, Field(max_length=200)]
+
+
+class Question(BaseModel):
+    """One image and the tasks that are asked about it."""
+
+    model_config = ConfigDict(frozen=True)
+    image: Annotated[bytes, BeforeValidator(_image)] = Field(description="Image file; in JSON as base64.")
+    tasks: Annotated[
+        list[Name],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+        AfterValidator(lambda names: list(dict.fromkeys(names))),
+    ] = Field(
+        min_length=1,
+        validation_alias=AliasChoices("task", "tasks"),
+        description='Names of tasks, which GET /v1/tasks lists; "__base__" is the base.',
+    )
+    top: int = Field(5, ge=1, le=1000, description="Number of classes to name.")
+    logits: bool = Field(False, description="Whether to return all logits too.")
+
+
+class NewTask(BaseModel):
+    """A task to add: a folder of the server, a repository on the Hub, or two uploaded files."""
+
+    model_config = ConfigDict(frozen=True)
+    name: Name
+    folder: str | None = Field(None, max_length=4096, description="Folder of an adapter where the server runs.")
+    hub_id: Id | None = Field(None, description="Repository on the Hub, user/name.")
+    revision: Id | None = Field(None, description="Git revision on the Hub.")
+    config: bytes | None = Field(None, description="The file adapter_config.json.")
+    weights: bytes | None = Field(None, description="The file adapter_model.safetensors.")
+    classes: Annotated[list[Annotated[str, Field(max_length=1000)]] | None, BeforeValidator(_from_json)] = Field(
+        None, description="Names of the classes; in a form as JSON."
+    )
+    replace: bool = Field(False, description="Whether to replace the task of this name.")
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Error(_Answer):
+    """A refusal."""
+
+    error: str = Field(description="What is wrong.")
+    fix: str = Field(description="What to do about it.")
+
+
+class TaskError(Error):
+    """Why one of several tasks gave no answer."""
+
+    task: str
+    status: int = Field(description="HTTP status that this task alone would have given.")
+
+
+class SampleTime(_Answer):
+    """Milliseconds of one sample."""
+
+    queue: float = Field(description="Until its batch started.")
+    model: float = Field(description="In its batch.")
+
+
+class RequestTime(_Answer):
+    """Milliseconds of the request."""
+
+    decode: float = Field(description="Until the image was prepared.")
+    total: float
+
+
+class _Result(_Answer):
+    task: str
+    latency_ms: SampleTime
+    batch: int = Field(description="Samples in its batch.")
+    warning: str | None = Field(None, description="How the image was prepared otherwise than the task was trained.")
+
+
+class ClassProbability(_Answer):
+    """One class."""
+
+    index: int
+    label: str = Field(description="Its name; its index where the adapter names no classes.")
+    probability: float
+
+
+class Prediction(_Result):
+    """The likeliest classes under one task."""
+
+    top: list[ClassProbability]
+    logits: list[float] | None = None
+
+
+class Embedding(_Result):
+    """The features under one task, before its head."""
+
+    embedding: list[float]
+
+
+class Predictions(_Answer):
+    """One result per task, in the order of the question."""
+
+    results: list[Prediction | TaskError]
+    latency_ms: RequestTime
+
+
+class Embeddings(_Answer):
+    """One result per task, in the order of the question."""
+
+    results: list[Embedding | TaskError]
+    latency_ms: RequestTime
+
+
+class TaskNames(_Answer):
+    """A page of the tasks' names."""
+
+    total: int = Field(description="Tasks in the bank.")
+    matched: int = Field(description="Tasks whose name contains the text.")
+    tasks: list[str]
+    base: str
+    image_size: int
+
+
+class Preprocessing(_Answer):
+    """How images are prepared."""
+
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+    crop_pct: float
+
+
+class TaskFacts(_Answer):
+    """What is known of a task."""
+
+    name: str
+    density: float
+    decoded_bytes: int
+    classes: int | None
+    labels: list[str] | None = Field(description="Names of its first 1000 classes.")
+    base: str | None
+    base_fingerprint: str | None
+    preprocessing: Preprocessing
+    warning: str | None = Field(None, description="How images are prepared otherwise than it was trained.")
+
+
+class Removed(_Answer):
+    """A task that was removed."""
+
+    name: str
+    total: int = Field(description="Tasks in the bank now.")
+
+
+class Added(Removed):
+    """A task that was added."""
+
+    replaced: bool
+
+
+class Health(_Answer):
+    """Whether the server takes requests."""
+
+    status: Literal["ok", "draining"]
+    tasks: int
+
+
+M = TypeVar("M", Question, NewTask)
+# JSON with more of these characters is made to take long: base64 has none, and a question needs a few.
+_JSON_PARTS = {Question: 10_000, NewTask: 200_000}
+
+
+async def read_question(request: Request, limits: Limits) -> Question:
+    """Read the body of a `limited` request.
+
+    Raises:
+        ServingError: 400, 415 or 422 for a body that cannot be read.
+    """
+    question = await _read(Question, request, limits.body_bytes)
+    if len(question.tasks) > limits.tasks:
+        raise ServingError(422, f"{len(question.tasks)} tasks are named.", f"Ask {limits.tasks} at a time at most.")
+    return question
+
+
+async def read_new_task(request: Request, limits: Limits) -> NewTask:
+    """Read the body of a `limited` request; see [`read_question`]."""
+    new = await _read(NewTask, request, limits.adapter_bytes)
+    uploaded = new.config is not None and new.weights is not None
+    if sum([new.folder is not None, new.hub_id is not None, uploaded]) != 1:
+        fix = "Send one of 'folder', 'hub_id', and the files 'config' and 'weights'."
+        raise ServingError(422, "It is not said where the adapter is.", fix)
+    return new
+
+
+async def _read(model: type[M], request: Request, limit: int) -> M:
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    charset = options.get(b"charset", b"utf-8").lower()
+    if charset not in (b"utf-8", b"utf8"):  # some of Python's codecs take quadratic time
+        what = f"The body's charset is {charset.decode('latin-1')[:100]!r}."
+        raise ServingError(415, what, "Send text in UTF-8.")
+    try:
+        if kind == b"multipart/form-data":
+            return model.model_validate(await _form(request, limit))
+        if kind != b"application/json":
+            what = f"The body is {kind.decode('latin-1')[:100]!r}." if kind else "The body's type is not said."
+            raise ServingError(415, what, "Send multipart/form-data or application/json.")
+        return await run_in_threadpool(_parsed, model, await request.body())
+    except ValidationError as error:
+        raise _refusal(error, model) from None
+
+
+def _parsed(model: type[M], body: bytes) -> M:
+    """Parse JSON, which keeps every other thread waiting: its parts are counted before."""
+    parts = _JSON_PARTS[model]
+    if sum(body.count(character) for character in (b",", b"[", b"{")) > parts:
+        raise ServingError(422, f"The body has more than {parts} parts.", "Send the fields alone.")
+    return model.model_validate_json(body)
+
+
+async def _form(request: Request, limit: int) -> Mapping[str, Any]:
+    values: dict[str, Any] = {}
+    try:
+        async with request.form(max_files=4, max_fields=200, max_part_size=limit) as form:
+            for key in form:
+                read = [await v.read() if isinstance(v, UploadFile) else v for v in form.getlist(key)]
+                values[key] = read if len(read) > 1 else read[0]
+    except HTTPException as error:
+        raise ServingError(400, f"The form is broken: {error.detail}", "Send multipart/form-data.") from error
+    return values
+
+
+def _refusal(error: ValidationError, model: type[BaseModel]) -> ServingError:
+    """The first error of a body; what its field wants is the remedy."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    field = str(found["loc"][0]) if found["loc"] else ""
+    what = repr(field) if field else "The body"
+    if found["type"] == "json_invalid":
+        if "hex escape" in found["msg"]:
+            return ServingError(422, f"{what} holds half a character (a lone surrogate).", "Send text in UTF-8.")
+        return ServingError(400, f"{what} is no JSON: {found['msg'][:200]}", "Send JSON.")
+    wanted = model.model_fields.get("tasks" if field == "task" else field)
+    fix = f"Send {what}. {wanted.description or ''}".strip() if wanted else "Send the fields of /openapi.json."
+    return ServingError(
+        422, f"{what} is missing." if found["type"] == "missing" else f"{what}: {found['msg'][:200]}.", fix
+    )
