@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from smn_peft import MaskConfig
 from smn_peft.data import evaluation_transform
 from smn_peft.data.decoding import decode_rgb
-from smn_peft.serving.opening import open_bank
+from smn_peft.serving.bank import open_bank
 
 
 def small_bank(folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ import timm
 import torch
 import yaml
 
-from smn_peft.cli.main import app, main
+from smn_peft.cli import app, main
 
 from .processes import ROOT
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from ..tuner.base_name import base_name
+from ..tuner.checks import base_name
 from .backbone import Backbone, accept_size, pooled_features
 from .classifier import Classifier, load_classifier
 from .clip import clip_key_mapping, templates_for, text_embeddings

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tuner.validation import check_preprocessing
+from ..tuner.config import check_preprocessing
 from .backbone import Backbone, EvalTransform, probe_features
 from .from_timm import built_size
 

@@ -19,11 +19,10 @@ from ..functional.masking import seeded_generator, select_trainable
 from ..functional.packing import packed_size
 from ..storage import AdapterFileError, fingerprint, is_settings, tensor_digest
 from ..storage.codec import BLOB_NAME, MaskBlob, accelerate, decode_masks
-from ..tuner.architectures import head_modules
-from ..tuner.base_name import base_name
 from ..tuner.batch_norm import has_statistics
+from ..tuner.checks import base_name, unmasked_tensors
 from ..tuner.forms import mask_layer_for
-from ..tuner.identity import unmasked_tensors
+from ..tuner.targets import head_modules
 from .live import LiveModel
 from .source import BASE_NAME, StoredAdapter, TaskSource
 from .task import SPARSE_BELOW, Task, TaskCache, TaskMask

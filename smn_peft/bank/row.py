@@ -29,10 +29,10 @@ from ..storage import (
     purpose_of,
     settings_tensor,
 )
-from ..storage.adapter_file import parse_adapter_file
+from ..storage.adapter_config import read_config
+from ..storage.adapter_file import parse_adapter_file, write_adapter_file
 from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
-from ..storage.finish import write_adapter_file
-from ..storage.repack import MAX_UNPACKED, read_config, shared_prefix, unpack_tensors
+from ..storage.repack import MAX_UNPACKED, shared_prefix, unpack_tensors
 from .source import StoredAdapter, check_name, read_adapter
 
 __all__ = [
@@ -166,11 +166,12 @@ class TaskRow:
         if adapter.config.get("codec", "bits") == "bits":
             tensors = unpack_tensors(tensors, MAX_UNPACKED)
         if adapter.config.get("unmasked_fingerprint") is not None:  # as PEFT's `save_pretrained` writes it
-            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config)
+            rest = [tensor for name, tensor in tensors.items() if purpose_of(name) != "mask"]
+            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config, rest)
         path.mkdir(parents=True, exist_ok=True)
         with atomic_write(begun) as file:
             file.write(self.config)
-        write_adapter_file(path / WEIGHTS_NAME, tensors, adapter.config.get("base_fingerprint"))
+        write_adapter_file(path / WEIGHTS_NAME, tensors)
 
     def check(self) -> None:
         """Decode the masks too, and compare the facts with what they are about; AdapterFileError if damaged.

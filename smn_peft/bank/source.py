@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, read_adapter_file
-from ..storage.repack import read_config
+from ..storage.adapter_config import read_config
 
 __all__ = [
     "BASE_NAME",

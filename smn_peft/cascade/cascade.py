@@ -16,11 +16,11 @@ from torch.utils.data import Subset
 
 from ..backbones import Backbone
 from ..evaluation import Features, extract_features, library_versions
-from ..functional.whitening import Whitening, fit_whitening
+from ..functional.features import Whitening, fit_whitening
 from ..storage import adapter_sizes
 from ..training import RunSummary, TrainArguments, load_run
-from ..training.accelerator import build_accelerator
 from ..training.assemble import evaluation_of
+from ..training.processes import build_accelerator
 from ..training.saved import arguments_of
 from .fit import (
     DISPATCHER,

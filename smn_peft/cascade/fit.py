@@ -13,17 +13,17 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
+from .._options import option
 from ..data import ImageDataset
 from ..evaluation import extract_features
 from ..storage import atomic_write
 from ..training import TrainArguments, load_run, run
-from ..training.accelerator import build_accelerator
-from ..training.assemble import build_images, evaluation_of
-from ..training.checkpoint import latest_checkpoint
-from ..training.loop_arguments import option
-from ..training.objective import objective_kind
+from ..training.arguments import objective_kind
+from ..training.assemble import evaluation_of
+from ..training.checkpoint import latest_checkpoint, start_digest
+from ..training.images import build_images, read_indices
+from ..training.processes import build_accelerator
 from ..training.run import finished_run, indices_digest
-from ..training.start import read_indices, start_digest
 from .folder import CASCADE_NAME
 from .router import ROUTER_NAME, Router, check_clusters, fit_router
 

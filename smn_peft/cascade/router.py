@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..functional.whitening import Whitening, fit_whitening
+from ..functional.features import Whitening, fit_whitening
 from .folder import WHITENING, read_json, read_tensors, read_whitening, whitening_tensors, write_json, write_tensors
 
 __all__ = ["ROUTER_NAME", "ROUTER_TENSORS_NAME", "Router", "check_clusters", "fit_router"]

@@ -21,7 +21,7 @@ from ..storage import (
     unpack_adapter,
     verify_adapter_file,
 )
-from ..training.repack_run import save_run_as, verify_run
+from ..training.saved import save_run_as, verify_run
 from ..tuner import MaskConfig, explain_targets
 from .options import PATH, backbone_option, field_options, given, place_options, read_reports
 

@@ -220,9 +220,9 @@ def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None
     BANK is the folder of a bank, of an adapter, or of several adapters' folders.
     """
     try:
-        from ..serving.auth import key_from
+        from ..serving.app import key_from
+        from ..serving.bank import open_bank
         from ..serving.limits import Limits
-        from ..serving.opening import open_bank
         from ..serving.server import serve
         from ..serving.service import Service
     except ImportError as error:

@@ -23,9 +23,9 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 from pydantic import TypeAdapter, ValidationError
 
+from .._options import did_you_mean
 from ..evaluation import EvalReport
 from ..storage import atomic_write
-from ..training.suggestion import did_you_mean
 
 __all__ = [
     "PATH",

@@ -33,8 +33,8 @@ from ..training import (
     run_many,
 )
 from ..training.checkpoint import latest_checkpoint
-from ..training.many import EXPECTED, check_tasks
 from ..training.recipes import read_recipe
+from ..training.run import EXPECTED, check_tasks
 from .options import PATH, field_options, given, help_all, merge, one_line, read_values
 
 __all__ = ["SHOWN", "Launchable", "launch_option", "launch_processes", "recipe_option", "recipe_values"]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..functional.whole import whole_numbers
+from ..functional.features import whole_numbers
 from ..storage import check_regular, read_bytes
 from .dataset import WITHOUT_LABELS, ImageDataset, NoLabelsError, NoSplitError
 from .decoding import ImageError

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ..tuner.validation import check_preprocessing
+from ..tuner.config import check_preprocessing
 from .augmentation import AugmentationOptions, Draws, MultiCropOptions, SupervisedOptions, augmented_crop, to_float
 
 __all__ = [

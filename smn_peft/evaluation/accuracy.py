@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional.knn import knn_votes
+from ..functional.features import knn_votes
 from .features import Features, check_pair
 
 __all__ = ["Accuracy", "evaluate_accuracy", "evaluate_knn"]

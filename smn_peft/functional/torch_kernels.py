@@ -163,8 +163,9 @@ def score_gradient(
 
 def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> None:
     """Write ``weight · mask · scale`` to `out`; what is off is +0. See `effective.write_masked`."""
-    if out.is_cpu and out.dtype in (torch.float32, torch.float64) and (write := _compiled_write()) is not None:
-        return write(out.numpy(), weight.numpy(), packed.numpy(), out.numpy().dtype.type(scale))
+    if out.is_cpu and out.dtype in (torch.float32, torch.float64) and (write := compiled(_write)) is not None:
+        write(out.numpy(), weight.numpy(), packed.numpy(), out.numpy().dtype.type(scale))
+        return
     chunk = _CHUNK if out.is_cpu else _CHUNK_ON_DEVICE
     room = out.new_empty(min(8 * chunk, out.numel()))
     for start in range(0, packed.numel(), chunk):
@@ -174,18 +175,17 @@ def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> N
         _keep_above_out(weight[part], kept, 0.0, grad_input=target)
         if scale != 1.0:
             target.mul_(scale)
-    return None
 
 
 @functools.cache
-def _compiled_write() -> Callable[..., None] | None:
-    """[`_write`] compiled by numba (extra ``fast``), 1.7 to 2.1 × as fast as chunks, if it is installed."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Compile a loop over numpy arrays by numba, without the GIL; None where the extra ``fast`` is not installed."""
     try:
         from numba import njit
     except ImportError:
         return None
-    compiled: Callable[..., None] = njit(nogil=True)(_write)  # in the calling thread, beside torch's own
-    return compiled
+    result: Callable[..., Any] = njit(nogil=True)(function)  # in the calling thread, beside torch's own
+    return result
 
 
 def _write(out: Any, weight: Any, packed: Any, scale: Any) -> None:

@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 
 from .._options import check_options, option
-from ..functional.processes import all_reduce, gather_rows, process_count, process_index
-from ..functional.sinkhorn import sinkhorn
+from ..functional.distributed import (
+    all_reduce,
+    gather_rows,
+    process_count,
+    process_index,
+    sinkhorn,
+)
 from .base import Batch, Model, Objective, register_objective
 from .batch import crops_of, features_of_crops
 from .heads import ProjectionHead, Prototypes

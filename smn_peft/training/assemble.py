@@ -17,9 +17,8 @@ from safetensors import safe_open
 from torch import nn
 
 from ..backbones import Backbone, accept_size, load_backbone, load_classifier
+from ..backbones.clip import templates_for, text_embeddings
 from ..backbones.from_file import is_file_spec, load_from_file
-from ..backbones.prompts import templates_for
-from ..backbones.text import text_embeddings
 from ..data import (
     ImageDataset,
     MultiCropOptions,
@@ -41,8 +40,7 @@ from ..objectives import Objective, create_objective
 from ..storage import WEIGHTS_NAME, fingerprint, tensor_digest
 from ..tuner import MaskConfig, explain_targets
 from ..tuner.batch_norm import has_statistics
-from ..tuner.stages import stage_targets
-from ..tuner.targets import resolve_targets
+from ..tuner.targets import resolve_targets, stage_targets
 from .arguments import TrainArguments, objective_kind
 from .checkpoint import latest_checkpoint, start_from
 from .images import Images, base_features

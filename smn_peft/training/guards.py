@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.loading import STOP_SIGNALS
-from ..functional.flags import read_flags
+from ..functional.distributed import read_flags
 from .task import TrainingTask
 
 __all__ = ["CollapseWatch", "StopRequest", "TrainingFailure", "check_loss", "check_masks"]

@@ -14,8 +14,7 @@ from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_lis
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional.batch_statistics import joined_batch_norm
-from ..functional.processes import process_count
+from ..functional.distributed import joined_batch_norm, process_count
 from .arguments import LoopArguments
 from .checkpoint import checkpoint_name
 

@@ -10,8 +10,8 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from ..functional.masking import seeded_generator
 from ..functional.packing import pack_bits, packed_size
-from ..functional.selection import seeded_generator
 from .config import MaskConfig
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..functional.convolution import ConvGeometry
-from ..functional.ops import masked_conv, masked_linear
+from ..functional.effective import ConvGeometry, masked_conv, masked_linear
 from .layer import MaskLayer
 from .wrapper import Slot, call_with
 

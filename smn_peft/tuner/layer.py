@@ -13,11 +13,19 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..functional.masking import MaskSpec, compute_mask, density, effective_weight, masked_weight, straight_through
+from ..functional.effective import build
+from ..functional.masking import (
+    MaskSpec,
+    compute_mask,
+    density,
+    effective_weight,
+    masked_weight,
+    seeded_generator,
+    select_trainable,
+    straight_through,
+)
 from ..functional.merging import Stash, check_finite, merge_weight, unmerge_weight, unmerged_weight
 from ..functional.packing import pack_bits, unpack_bits
-from ..functional.passes import build
-from ..functional.selection import seeded_generator, select_trainable
 from ..storage import check_packed
 from .buffers import CachedWeights, ResidentBuffers, ScoreDict, initial_bits, initial_scores, scores_of_mask
 from .config import MaskConfig

@@ -27,8 +27,8 @@ from recording import Recorder
 from safetensors.torch import load_file
 from torch import nn
 
+from smn_peft.storage.adapter_file import write_adapter_file
 from smn_peft.storage.codec import MaskBlob, accelerate, decode_masks, encode_masks
-from smn_peft.storage.finish import write_adapter_file
 from smn_peft.storage.inspection import binary_entropy
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,8 +16,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ...functional.compiled import compiled
 from ...functional.packing import packed_size
+from ...functional.torch_kernels import compiled
 from ..files import AdapterFileError
 
 __all__ = ["LayerCode", "accelerate", "decode_layer", "encode_layer"]
