@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,15 @@ from .scales import Scale
 from .tables import frozen_cells
 
 __all__ = ["FIGURES", "RECIPES"]
+
+
+def _picture(stem: Path, plot: Callable[..., Any], data: Any, **options: Any) -> list[Path]:
+    """Draw one picture, unless there is nothing to show."""
+    if not data:
+        return []
+    path = Path(f"{stem}.png")
+    plot(data, path, **options)
+    return [path]
 
 
 def _lines(cells: Sequence[Mapping[str, Any]]) -> list[plots.Series]:
@@ -91,9 +100,8 @@ def _draw_losses(record: Record, stem: Path) -> list[Path]:
         plots.mean_curve(name, [{float(step): loss for step, loss in seed} for seed in seeds])
         for name, seeds in record["details"].items()
     ]
-    path = Path(f"{stem}.png")
-    plots.plot_curves({"Equivalent": lines[:2], "One of them changed": [lines[0], *lines[2:]]}, path)
-    return [path]
+    panels = {"Equivalent": lines[:2], "One of them changed": [lines[0], *lines[2:]]}
+    return _picture(stem, plots.plot_curves, panels)
 
 
 @artefact(
@@ -133,12 +141,8 @@ def _averaged_densities(store: RunStore, cells: Sequence[Cell], seeds: Sequence[
 def _draw_densities(record: Record, stem: Path) -> list[Path]:
     details = record["details"]
     groups = {row: [masks.LayerDensity(**layer) for layer in layers] for row, layers in details.items() if layers}
-    if not groups:
-        return []
-    path = Path(f"{stem}.png")
-    title = "Density per layer" if len(details) > 1 else f"{next(iter(groups))}, with labels"
-    plots.plot_densities(groups, path, title=title)
-    return [path]
+    title = "Density per layer" if len(details) > 1 else f"{next(iter(details))}, with labels"
+    return _picture(stem, plots.plot_densities, groups, title=title)
 
 
 @artefact("figure6", "Figure 6: density per layer of a transformer", details=_averaged_densities, draw=_draw_densities)
@@ -185,9 +189,8 @@ def _draw_selective(record: Record, stem: Path) -> list[Path]:
         rows += [plots.SelectiveRow(label, share, accuracy) for accuracy in accuracies if share is not None]
     labels = dict.fromkeys(row.label for row in rows)
     rows += [plots.SelectiveRow(label, 1.0, accuracy) for label in labels for accuracy in values["all weights"]]
-    path, frozen = Path(f"{stem}.png"), values["frozen base"]
-    plots.plot_selective(plots.selective_series(rows), path, frozen=frozen[0] if frozen else None)
-    return [path]
+    frozen = next(iter(values["frozen base"]), None)
+    return _picture(stem, plots.plot_selective, plots.selective_series(rows), frozen=frozen)
 
 
 @artefact(
@@ -251,10 +254,9 @@ def _maps(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[
 def _draw_maps(record: Record, stem: Path) -> list[Path]:
     if not record["details"]:
         return []
-    details, path = record["details"], Path(f"{stem}.png")
+    details = record["details"]
     maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in details]
-    plots.plot_embedding_maps(maps, path, names=details[0]["names"])
-    return [path]
+    return _picture(stem, plots.plot_embedding_maps, maps, names=details[0]["names"])
 
 
 @artefact(
@@ -286,13 +288,8 @@ def _clusters(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> l
 
 
 def _draw_clusters(record: Record, stem: Path) -> list[Path]:
-    if not record["details"]:
-        return []
-    path = Path(f"{stem}.png")
-    plots.plot_clusters(
-        [masks.ClusterComposition(**row) for row in record["details"]], path, title="Clusters of the training images"
-    )
-    return [path]
+    rows = [masks.ClusterComposition(**row) for row in record["details"]]
+    return _picture(stem, plots.plot_clusters, rows, title="Clusters of the training images")
 
 
 @artefact(
@@ -310,11 +307,7 @@ def _figure11(scale: Scale) -> list[Cell]:
 def _draw_recipes(record: Record, stem: Path) -> list[Path]:
     panels = {section: _lines(cells) for section, cells in by_section(record).items()}
     panels = {section: lines for section, lines in panels.items() if len({x for line in lines for x in line.x}) > 1}
-    if not panels:
-        return []
-    path = Path(f"{stem}.png")
-    plots.plot_curves(panels, path, xlabel="epochs", ylabel="accuracy (%)", markers=True)
-    return [path]
+    return _picture(stem, plots.plot_curves, panels, xlabel="epochs", ylabel="accuracy (%)", markers=True)
 
 
 @artefact(

@@ -56,12 +56,16 @@ class ServingError(Exception):
         self.body = {"error": error, "fix": fix}
 
 
-def explained(error: BaseException, task: str | None = None) -> ServingError:
-    """Any error as the client is told it; of an unforeseen one it learns the type, and the log has the traceback.
+_IMAGES = {
+    TooManyPixelsError: (413, "Shrink the image."),
+    UnknownFormatError: (415, "Send an image in one of these formats."),
+}
 
-    Args:
-        error: The error.
-        task: The task whose use raised it.
+
+def explained(error: BaseException, task: str | None = None) -> ServingError:
+    """Make a refusal of any error, which the use of `task` raised if one is given.
+
+    Of an unforeseen error the client learns the type, and the log has the traceback.
     """
     if isinstance(error, ServingError):
         return error
@@ -71,12 +75,9 @@ def explained(error: BaseException, task: str | None = None) -> ServingError:
         logger.warning("the store is busy: %s", error)
         fix = "Nothing was changed: try again when it is done."
         return ServingError(503, "Another process is writing to the bank.", fix, {"Retry-After": "5"})
-    if isinstance(error, TooManyPixelsError):
-        return ServingError(413, str(error), "Shrink the image.")
-    if isinstance(error, UnknownFormatError):
-        return ServingError(415, str(error), "Send an image in one of these formats.")
     if isinstance(error, ImageError):
-        return ServingError(422, str(error), "Send a whole image file.")
+        status, fix = _IMAGES.get(type(error), (422, "Send a whole image file."))
+        return ServingError(status, str(error), fix)
     if task is not None and isinstance(error, KeyError):
         return ServingError(404, f"There is no task {task!r}.", "GET /v1/tasks lists the tasks.")
     if task is not None and isinstance(error, (ValueError, TypeError, OSError)):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -138,6 +140,8 @@ def test_a_broken_image_stops_with_its_row(dataset, workers):
     source._data[source._offsets[5] :][:40] = 0
     with pytest.raises(ImageError, match=r"pictures, row 5: cannot be read as an image"):
         epoch(build_loader(dataset, SUPERVISED, 11, num_workers=workers), 0)
+    for worker in multiprocessing.active_children():  # torch waits five seconds for one that raised
+        worker.terminate()
 
 
 @pytest.mark.parametrize(

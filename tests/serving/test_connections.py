@@ -141,7 +141,7 @@ def test_many_connections_leave_descriptors_and_little_log(saved, logged):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 60, hard))
     try:
-        with running(service(saved[0], limits=Limits(idle=2))) as port, ExitStack() as stack:
+        with running(service(saved[0], limits=Limits(idle=1))) as port, ExitStack() as stack:
             command = [sys.executable, "-c", _MANY, str(port)]
             clients = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             stack.callback(clients.wait, 20)
