@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import smn_peft
-from smn_peft.cli import _Application, _short_warnings, app
+from smn_peft.cli import app
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -102,24 +102,29 @@ def test_reproduce(monkeypatch, tmp_path):
     assert missing.startswith("error: table2 at scale 'small': SMN_ASSETS is unset: it names the folder with")
 
 
-def application(error: BaseException) -> click.Group:
-    @click.group(cls=_Application)
+def application(error: BaseException | None = None) -> click.Group:
+    """A group like `smn` with one command, which fails."""
+
+    @click.group(cls=type(app))
     def group() -> None:
         pass
 
     @group.command()
     @click.option("--word")
     def go(word: str) -> None:
-        raise error
+        click.echo(warnings.formatwarning("take care", UserWarning, "a.py", 3), nl=False)
+        click.echo(warnings.formatwarning("soon", FutureWarning, "a.py", 3), nl=False)
+        if error is not None:
+            raise error
 
     return group
 
 
 def test_a_warning_is_one_line_and_python_keeps_its_own():
     python = warnings.formatwarning
-    with _short_warnings():
-        assert warnings.formatwarning("take care", UserWarning, "a.py", 3) == "warning: take care\n"
-        assert "a.py:3: FutureWarning" in warnings.formatwarning("soon", FutureWarning, "a.py", 3)
+    said = runner.invoke(application(), ["go"]).stdout
+    assert said.startswith("warning: take care\n")
+    assert "a.py:3: FutureWarning" in said
     assert warnings.formatwarning is python
 
 
