@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, load_from_file, name_read_from
 from ..data import check_preprocessing
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_regular, read_config
+from ..storage import BASE_PREFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_regular, read_config
 from ..tuner import MaskConfig
 from ..tuner.checks import base_fingerprint
 from .arguments import TrainArguments
@@ -181,14 +181,14 @@ def _base_of_adapter(folder: Path, base: bool, backbone: str | None, image_size:
     if base:
         return loaded
     shapes = _shapes(folder / WEIGHTS_NAME)
-    if not any(key.startswith("base_model.model.backbone.") for key in shapes):
+    if not any(key.startswith(f"{BASE_PREFIX}backbone.") for key in shapes):
         return loaded
-    if "base_model.model.head.weight" not in shapes:
+    if (head := f"{BASE_PREFIX}head.weight") not in shapes:
         raise ValueError(
             f"{folder} adapts a classifier whose head it does not hold, and has no {RUN_NAME} that says how the head "
             "was made: keep the run's folder together, or load the base yourself and use PeftModel.from_pretrained."
         )
-    return load_classifier(loaded, shapes["base_model.model.head.weight"][0])
+    return load_classifier(loaded, shapes[head][0])
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
