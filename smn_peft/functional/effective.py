@@ -229,14 +229,11 @@ def masked_conv(
     Args:
         x: Input (batch, channels, …), already padded if the padding is not zeros.
         weight: Frozen weight, as `torch.nn.functional.conv*d` or `conv_transpose*d` take it.
-        scores: As in [`masked_linear`].
+        scores: This and the rest as in [`masked_linear`].
         bias: Bias (out_channels,) or None.
         geometry: Stride, padding, dilation, groups and so on.
         spec: Mask type, threshold and scaling.
         trainable: As in [`compute_mask`].
-
-    Returns:
-        Output (batch, out_channels, …).
     """
     result: Tensor = _MaskedConv.apply(x, weight, scores, bias, spec, trainable, geometry)
     return result
