@@ -153,7 +153,7 @@ def test_bits_flipped_anywhere_never_crash(path):
     data = bytearray(path.read_bytes())
     generator = torch.Generator().manual_seed(0)
     refused = 0
-    for _ in range(200):
+    for _ in range(100):
         where = int(torch.randint(0, len(data), (), generator=generator))
         bent = bytearray(data)
         bent[where] ^= 1 << int(torch.randint(0, 8, (), generator=generator))
@@ -162,7 +162,7 @@ def test_bits_flipped_anywhere_never_crash(path):
             read_adapter_file(path)
         except AdapterFileError:
             refused += 1
-    assert refused > 25
+    assert refused > 12
 
 
 def test_a_missing_file_is_not_a_damaged_one(tmp_path):
