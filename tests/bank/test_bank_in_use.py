@@ -11,13 +11,13 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
 from smn_peft.bank.source import StoredAdapter, read_adapter
 from smn_peft.bank.store import DiskStore
-from smn_peft.storage import WEIGHTS_NAME, AdapterFileError
+from smn_peft.storage import WEIGHTS_NAME, AdapterFileError, read_adapter_file
 from tests.bank.tiny import IMAGES, adapter, build, state_of
 
 DENSITIES = {"a": 0.999, "b": 0.7, "c": 0.99}
@@ -299,7 +299,7 @@ def test_empty_batches_and_wrong_names(bank):
 )
 def test_adapters_that_could_not_run_are_not_taken(change, message, saved, tmp_path):
     shutil.copytree(saved / "a", tmp_path / "x")
-    tensors = {key: tensor.clone() for key, tensor in load_file(tmp_path / "x" / WEIGHTS_NAME).items()}
+    tensors = {key: tensor.clone() for key, tensor in read_adapter_file(tmp_path / "x").items()}
     tensors |= {f"base_model.model.{key}": torch.zeros(shape) for key, shape in change.items()}
     save_file(tensors, tmp_path / "x" / WEIGHTS_NAME)
     with MaskBank.open([], build("vit")) as bank:

@@ -11,14 +11,14 @@ import tracemalloc
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
 from smn_peft.backbones import Classifier
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.serving.model import ServedModel
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, read_adapter_file
 from tests.bank.tiny import IMAGES, adapter, build, state_of
 
 PREFIX = "base_model.model."
@@ -37,7 +37,7 @@ def saved(tmp_path_factory):
 def changed(saved, folder, name, change):
     """A copy of an adapter whose tensors a function changes."""
     shutil.copytree(saved / name, folder)
-    tensors = {key.removeprefix(PREFIX): tensor.clone() for key, tensor in load_file(folder / WEIGHTS_NAME).items()}
+    tensors = {key.removeprefix(PREFIX): tensor.clone() for key, tensor in read_adapter_file(folder).items()}
     tensors = change(tensors)
     save_file({f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
     return folder
