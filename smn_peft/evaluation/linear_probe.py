@@ -24,25 +24,15 @@ DECAYS = (100.0, 10.0, 1.0, 0.1, PAPER_DECAY)
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A fitted probe, of whose weight and bias a head can start.
+    """A fitted probe, of whose weight and bias a head can start."""
 
-    Attributes:
-        weight: fp32 (classes, dim).
-        bias: fp32 (classes,).
-        classes: int64 (classes,), the label of each row.
-        decay: λ · n of the fit.
-        mean: fp32 (dim,) to subtract from features; None: not standardised.
-        std: fp32 (dim,) to divide them by.
-        validation: Accuracy on the validation part by decay; empty where there was nothing to choose.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    classes: Tensor
-    decay: float
-    mean: Tensor | None
-    std: Tensor | None
-    validation: dict[float, float]
+    weight: Tensor  # fp32 (classes, dim)
+    bias: Tensor  # fp32 (classes,)
+    classes: Tensor  # int64 (classes,), the label of each row
+    decay: float  # λ · n of the fit
+    mean: Tensor | None  # fp32 (dim,) to subtract from features; None: not standardised
+    std: Tensor | None  # fp32 (dim,) to divide them by
+    validation: dict[float, float]  # accuracy on the validation part by decay; empty where one was given
 
     def logits(self, features: Tensor) -> Tensor:
         """(n, dim) -> (n, classes), columns as in `classes`."""
@@ -97,12 +87,8 @@ def fit_linear_probe(
     labels = train.labels_for("A linear probe")
     check_classes(labels, "A linear probe")
     if not decays or not all(decay > 0 for decay in decays):
-        raise ValueError(
-            f"decays must be one or more numbers above 0, got {list(decays)}; the paper's is {PAPER_DECAY}."
-        )
-    mean = std = None
-    if standardise:
-        mean, std = train.features.mean(dim=0), train.features.std(dim=0) + 1e-6
+        raise ValueError(f"decays must be one or more numbers above 0, got {[*decays]}; the paper's is {PAPER_DECAY}.")
+    mean, std = (train.features.mean(0), train.features.std(0) + 1e-6) if standardise else (None, None)
     scores: dict[float, float] = {}
     fit = partial(_fit, mean=mean, std=std, max_iter=max_iterations, tol=tolerance)
     if len(decays) > 1:
@@ -141,14 +127,13 @@ def _parts(train: Features, labels: Tensor, validation: float | Features, seed: 
 
 
 def _fit(train: Features, decay: float, *, mean: Tensor | None, std: Tensor | None, **settings: Any) -> LinearProbe:
-    """Fit with one decay; `settings` are scikit-learn's."""
+    """Fit with one decay and scikit-learn's `settings`."""
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError(
-            "A linear probe is fitted by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
-        ) from error
+        message = "A linear probe is fitted by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
+        raise ImportError(message) from error
     labels = train.labels_for("A linear probe")
     features = (train.features if mean is None or std is None else (train.features - mean) / std).double()
     centre = features.mean(dim=0)  # the bias is free of decay: the same minimum, in far fewer steps
