@@ -47,7 +47,7 @@ def evaluate_cascade(
     Args:
         folder: A cascade's folder.
         backbone: Where the base is now, if not where the folder says.
-        dataset: Another dataset than the dispatcher's; as `split`, `batch_size` and `num_workers`.
+        dataset: As `split`, `batch_size` and `num_workers` the dispatcher's by default.
         split: Split to test on.
         metrics: Of `METRICS`.
         batch_size: Images per forward.
@@ -85,11 +85,11 @@ def evaluate_cascade(
     found = []
     for metric in dict.fromkeys(metrics):
         for label, (train, held) in rows.items():
-            mine = {**settings, "dim": train.features.shape[1]}
             if metric == "knn":
-                value, mine = evaluate_knn(train, held, k=arguments.knn_k), {**mine, "k": arguments.knn_k}
+                value, more = evaluate_knn(train, held, k=arguments.knn_k), {"k": arguments.knn_k}
             else:
                 value = linear_probe(train, held, seed=arguments.subset_seed, standardise=True)
-                mine["standardised"] = True
+                more = {"standardised": True}
+            mine = {**settings, "dim": train.features.shape[1], **more}
             found.append(EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings=mine))
     return found
