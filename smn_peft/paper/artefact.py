@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,7 @@ from ..training.images import share
 from .runs import RunSpec, RunStore, missing_files
 from .scales import Scale
 
-__all__ = [
-    "Artefact",
-    "Cell",
-    "Numbers",
-    "Record",
-    "Reproduction",
-    "artefact",
-    "by_section",
-    "make_record",
-    "needed_runs",
-    "render",
-    "reproduce",
-]
+__all__ = ["ARTEFACTS", "Artefact", "Cell", "Record", "artefact", "by_section", "needed_runs", "render", "reproduce"]
 
 #: Numbers of the paper by section, row and column: fractions, unless the section says otherwise.
 Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -65,13 +52,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A table or figure."""
+    """A table or figure; title, note and the paper's numbers are those of ``artefacts.yaml``."""
 
     name: str  # "table2", "figure8"
-    title: str
     cells: Callable[[Scale], list[Cell]]  # its numbers at a scale; every run that it needs is the run of a cell
-    paper: Numbers  # the paper's numbers, where it prints some
+    title: str
     note: str = ""  # how it differs from the paper's, and what to know when reading it
+    paper: Numbers = field(default_factory=dict)  # the paper's numbers, where it prints some
     # (store, cells, seeds) -> further data as JSON; its "markdown", if any, is shown below the table.
     details: Callable[[RunStore, Sequence[Cell], Sequence[int]], Any] | None = None
     # (record, stem of the files' names) -> the pictures that it wrote.
@@ -80,22 +67,22 @@ class Artefact:
     each_seed: bool = False  # show every seed's value beside their mean
 
 
-def artefact(name: str, title: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell]]], Artefact]:
-    """Decorate the function that lists the cells of an artefact; `options` are the other attributes of `Artefact`."""
-    return lambda cells: Artefact(name, title, cells, _papers_numbers().get(name, {}), **options)
+ARTEFACTS: dict[str, Artefact] = {}
+_TEXTS: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("artefacts.yaml").read_text("utf-8"))
 
 
-@cache
-def _papers_numbers() -> Mapping[str, Numbers]:
-    """The paper's numbers by artefact, from ``numbers.yaml``, which names the columns of a table once."""
-    content = yaml.safe_load(resources.files(__package__).joinpath("numbers.yaml").read_text("utf-8"))
-    return {
-        name: {
-            section: {row: dict(zip(table["columns"], values, strict=True)) for row, values in rows.items()}
-            for section, rows in table["sections"].items()
-        }
-        for name, table in content.items()
+def artefact(name: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell]]], None]:
+    """Register an artefact by the function that lists its cells; `options` are other attributes of `Artefact`."""
+    texts = _TEXTS[name]
+    paper = {
+        section: {row: dict(zip(texts["columns"], values, strict=True)) for row, values in rows.items()}
+        for section, rows in texts.get("sections", {}).items()
     }
+
+    def register(cells: Callable[[Scale], list[Cell]]) -> None:
+        ARTEFACTS[name] = Artefact(name, cells, texts["title"], texts.get("note", ""), paper, **options)
+
+    return register
 
 
 def needed_runs(artefact: Artefact, scale: Scale, seeds: Sequence[int]) -> list[RunSpec]:
@@ -231,7 +218,7 @@ def reproduce(
     """
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}.")
-    chosen, store = range(seeds or artefact.seeds), RunStore(output)
+    chosen, store = range(seeds or artefact.seeds), RunStore(Path(output))
     specs = needed_runs(artefact, scale, chosen)
     todo = [spec for spec in specs if not store.is_done(spec)]
     if problem := missing_files(todo):
