@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 __all__ = ["check_keys", "check_options", "did_you_mean", "from_mapping", "option"]
 
 T = TypeVar("T")
-get_type_hints = functools.cache(typing.get_type_hints)
+get_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 _COMPARISONS = {
     "least": ("at least", operator.ge),

@@ -44,16 +44,8 @@ def evaluate_cascade(
     ensemble of as many dispatchers with other seeds. The linear probes see features of mean 0 and standard deviation
     1, so that the scale that whitening gives does not act as another decay.
 
-    Args:
-        folder: A cascade's folder.
-        backbone: Where the base is now, if not where the folder says.
-        dataset: As `split`, `batch_size` and `num_workers` the dispatcher's by default.
-        split: Split to test on.
-        metrics: Of `METRICS`.
-        batch_size: Images per forward.
-        num_workers: Processes that read images.
-        limit: Use a seeded choice of at most this many images on either side.
-        accelerator: Names the device and shares the work; None: a new one.
+    `backbone` is where the base is now, if not where the folder says; `dataset`, `split`, `batch_size` and
+    `num_workers` are by default the dispatcher's; `limit` takes a seeded choice of so many images on either side.
     """
     check_metrics(metrics, METRICS)
     if limit is not None and limit < 1:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,10 +141,8 @@ def check_run(arguments: TrainArguments, options: CascadeArguments) -> None:
     if arguments.adapt != "mask":
         raise ValueError(f"A cascade is made of masks: adapt must be 'mask', not {arguments.adapt!r}.")
     if objective_kind(arguments).needs_labels:
-        raise ValueError(
-            f"A cascade learns without labels, and objective={arguments.objective!r} needs them: take "
-            "objective='swav', as the recipes swav-resnet and swav-small do."
-        )
+        needs = f"objective={arguments.objective!r} needs them"
+        raise ValueError(f"A cascade learns without labels, and {needs}: take objective='swav' or a recipe with it.")
     if arguments.keep_checkpoints < 1:
         raise ValueError("Experts start from the dispatcher's scores: keep_checkpoints must be at least 1.")
     for name in ("init_from", "indices_file"):
@@ -181,11 +178,7 @@ def train_once(arguments: TrainArguments, images: ImageDataset | None = None, *,
 
 
 def _known_router(folder: Path, options: CascadeArguments) -> Router | None:
-    """The router that was fitted with these options, if there is one.
-
-    Raises:
-        ValueError: If the folder holds a finished cascade of another router: other experts would only be refused.
-    """
+    """The router that was fitted with these options, if any; ValueError if a finished cascade has another."""
     if not (folder / ROUTER_NAME).is_file():
         return None
     found = Router.load(folder)
@@ -206,7 +199,5 @@ def _write_clusters(folder: Path, route: Tensor, experts: int) -> None:
     """Write the image numbers of every cluster, from the expert (n,) of each training image."""
     (folder / _CLUSTERS).mkdir(parents=True, exist_ok=True)
     for number in range(experts):
-        buffer = io.BytesIO()
-        np.save(buffer, (route == number).nonzero().squeeze(1).numpy(), allow_pickle=False)
         with atomic_write(folder / _CLUSTERS / f"{expert_name(number)}.npy") as file:
-            file.write(buffer.getvalue())
+            np.save(file, (route == number).nonzero().squeeze(1).numpy(), allow_pickle=False)

@@ -56,7 +56,7 @@ def read_tensors(path: Path, shapes: Shapes) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a JSON file with its format, whole or not at all."""
+    """Write a JSON file with the number of its format, whole or not at all."""
     with atomic_write(path) as file:
         file.write((json.dumps({"format": _FORMAT, **facts}, indent=1) + "\n").encode())
 

@@ -95,15 +95,8 @@ def _points(whitening: Whitening, features: Tensor) -> Tensor:
 def fit_router(features: Tensor, experts: int = 5, *, kind: str = "gmm", dim: int = 20, seed: int = 0) -> Router:
     """Cluster the dispatcher's features of the training images (sections 3.4 and 4.4 of the paper).
 
-    They are L2-normalised, projected to `dim` principal components of unit variance, and clustered: by a Gaussian
-    mixture with full covariances, or by k-means. Each is started five times and the likeliest kept.
-
-    Args:
-        features: (n, F).
-        experts: Number K of clusters.
-        kind: "gmm" or "kmeans".
-        dim: Principal components; fewer where the features have fewer.
-        seed: Of the clustering.
+    Features (n, F) are L2-normalised, projected to `dim` principal components of unit variance, and clustered: by a
+    Gaussian mixture with full covariances ("gmm"), or by k-means ("kmeans"), each started five times.
     """
     try:
         from sklearn.cluster import KMeans

@@ -92,8 +92,7 @@ def extract_features(
 ) -> Features:
     """Features of every sample, in eval mode and in the dataset's order (section 5 of the paper).
 
-    Modes and the random state are restored, so that training goes on as if nothing had happened. Of several processes
-    each takes a contiguous share, and all get the whole.
+    Modes and the random state are restored. Of several processes each takes a share, and all get the whole.
 
     Args:
         model: Any model that `pooled_features` reads, possibly under an adapter, or a `Backbone`.
@@ -161,10 +160,8 @@ def check_classes(labels: Tensor, what: str) -> None:
         missing = int((labels < 0).sum())
         raise ValueError(f"{what}: {missing} of {len(labels)} labels are negative. Drop the samples without a label.")
     if bool((labels == labels[0]).all()):
-        raise ValueError(
-            f"{what} needs two classes at least, and all {len(labels)} samples to learn from are of class "
-            f"{int(labels[0])}. Shuffle before taking a part, or take a balanced subset."
-        )
+        same = f"all {len(labels)} samples to learn from are of class {int(labels[0])}"
+        raise ValueError(f"{what} needs two classes at least, and {same}. Shuffle before taking a part.")
 
 
 def check_pair(train: Features, test: Features, what: str) -> tuple[Tensor, Tensor]:

@@ -77,12 +77,11 @@ def fit_linear_probe(
         decays: λ · n to choose from; one leaves nothing to choose.
         validation: Fraction of each class to choose on, or other labelled features, which the fit never sees.
         standardise: Fit on features of mean 0 and standard deviation 1, measured on `train`.
-        cautious: Take the strongest decay whose accuracy is within one standard error of the best (the rule of
-            Breiman et al., CART, 1984): on a hundred validation samples the best itself is largely chance.
+        cautious: Take the strongest decay within one standard error of the best (Breiman et al., CART, 1984): on a
+            hundred validation samples the best itself is largely chance.
         seed: Of the validation part.
         max_iterations: Steps of L-BFGS; a warning says if they do not suffice.
-        tolerance: L-BFGS stops once no entry of the gradient of the mean loss is larger. At scikit-learn's 1e-4 it can
-            be a point of accuracy short of the minimum where the decay is small.
+        tolerance: Largest entry of the gradient of the mean loss to stop at; 1e-4 can cost a point at small decays.
     """
     labels = train.labels_for("A linear probe")
     check_classes(labels, "A linear probe")
@@ -119,10 +118,8 @@ def _parts(train: Features, labels: Tensor, validation: float | Features, seed: 
         fitted.append(indices[count:])
     chosen = torch.cat(held)
     if not len(chosen):
-        raise ValueError(
-            f"All {len(labels)} classes have one sample each, so none is left to choose the decay on: pass "
-            f"validation=Features of others, or one decay, such as decays=[{PAPER_DECAY}]."
-        )
+        problem = f"All {len(labels)} classes have one sample each, so none is left to choose the decay on"
+        raise ValueError(f"{problem}: pass validation=Features, or one decay, such as decays=[{PAPER_DECAY}].")
     return train.subset(torch.cat(fitted)), train.subset(chosen)
 
 
@@ -148,11 +145,9 @@ def _fit(train: Features, decay: float, *, mean: Tensor | None, std: Tensor | No
         if not issubclass(warning.category, ConvergenceWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             continue
-        warnings.warn(
-            f"The linear probe with decay {decay:g} did not converge in {int(model.n_iter_.max())} iterations, so its "
-            "accuracy may be too low. Pass standardise=True, a larger decay, or a larger max_iterations.",
-            stacklevel=3,
-        )
+        problem = f"The linear probe with decay {decay:g} did not converge in {int(model.n_iter_.max())} iterations"
+        advice = "Pass standardise=True, a larger decay, or a larger max_iterations."
+        warnings.warn(f"{problem}, so its accuracy may be too low. {advice}", stacklevel=3)
     weight, bias = torch.as_tensor(model.coef_), torch.as_tensor(model.intercept_)
     bias = bias - weight @ centre.to(weight.dtype)
     if binary:

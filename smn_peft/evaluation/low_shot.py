@@ -74,9 +74,8 @@ def low_shot_probe(
 ) -> list[LowShotRow]:
     """Low-shot accuracy of linear probes on fixed features: of the frozen base, or of a mask learned without labels.
 
-    A probe sees the features of its subset of `train` only. `fractions`, `seeds` and `balanced` are those of
-    [`low_shot`], `options` those of [`fit_linear_probe`]; with one image per class there is nothing to choose a decay
-    on: give one in `decays`.
+    A probe sees the features of its subset of `train` only. `options` are those of [`fit_linear_probe`]; with one
+    image per class there is nothing to choose a decay on: give one in `decays`.
     """
     labels, _ = check_pair(train, test, "Low-shot")
 

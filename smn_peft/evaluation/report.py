@@ -8,6 +8,7 @@ import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from typing import Any
@@ -16,7 +17,6 @@ import torch
 
 __all__ = ["EvalReport", "format_fraction", "library_versions", "markdown_table", "merge_reports", "report_table"]
 
-_LIBRARIES = ("smn_peft", "peft", "timm", "transformers", "scikit-learn")
 _FORMAT = 1
 _DERIVED = ("value", "spread")
 
@@ -45,11 +45,9 @@ def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on, as far as these are installed."""
     # torch itself names its build too, such as +cu130.
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in _LIBRARIES:
-        try:
+    for name in ("smn_peft", "peft", "timm", "transformers", "scikit-learn"):
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -70,8 +68,7 @@ class EvalReport:
     def __post_init__(self) -> None:
         """Check every field."""
         for name in ("label", "dataset", "split", "metric"):
-            text = getattr(self, name)
-            if not isinstance(text, str) or not text:
+            if not isinstance(text := getattr(self, name), str) or not text:
                 raise ValueError(f"{name} must be a text, got {text!r}: a table has to name what it shows.")
         if self.revision is not None and not isinstance(self.revision, str):
             raise ValueError(f"revision must be a text or None, got {self.revision!r}.")
@@ -125,7 +122,7 @@ class EvalReport:
         return {"format": _FORMAT, **asdict(self), **{name: getattr(self, name) for name in _DERIVED}}
 
     def to_json(self) -> str:
-        """The report as JSON; [`from_json`] reads it."""
+        """The report as JSON, for [`from_json`]."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -161,11 +158,11 @@ def merge_reports(reports: Sequence[EvalReport]) -> EvalReport:
         pairs = {name: (getattr(first, name), getattr(other, name)) for name in names}
         if differing := "; ".join(f"{name} {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b):
             raise ValueError(f"Only reports of the same runs with other seeds merge; these differ: {differing}.")
-    found = [pair for report in reports for pair in zip(report.seeds, report.values, strict=False)]
-    if len(reports) > 1 and not all(report.seeds for report in reports):
-        raise ValueError("A report without seeds does not merge: its number does not vary.")
-    if not found:
+    if len(reports) == 1:
         return first
+    if not all(report.seeds for report in reports):
+        raise ValueError("A report without seeds does not merge: its number does not vary.")
+    found = [pair for report in reports for pair in zip(report.seeds, report.values, strict=True)]
     seeds, values = zip(*sorted(found), strict=True)
     if len({*seeds}) != len(seeds):
         raise ValueError(f"A seed occurs twice among {[*seeds]}: leave one report out.")

@@ -40,7 +40,7 @@ def _lines(cells: Sequence[Mapping[str, Any]]) -> list[plots.Series]:
             rows.setdefault(cell["row"], {})[float(cell["column"].split()[0])] = cell["values"]
     lines = []
     for row, points in rows.items():
-        seeds = range(min(len(values) for values in points.values()))
+        seeds = range(min(map(len, points.values())))
         lines.append(plots.mean_curve(row, [{x: 100 * y[seed] for x, y in points.items()} for seed in seeds]))
     return lines
 
@@ -161,7 +161,7 @@ def _stage_shares(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) 
 
 
 def _draw_selective(record: Record, stem: Path) -> list[Path]:
-    """Draw the rows "label: share %", and those whose share is in the details; each line ends in all weights."""
+    """Draw rows "label: share %" and those whose share is in the details; each line ends in all weights."""
     values = {cell["row"]: [value for value in cell["values"] if value is not None] for cell in record["cells"]}
     rows = []
     for row, accuracies in values.items():
@@ -223,11 +223,9 @@ def _maps(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[
 
 
 def _draw_maps(record: Record, stem: Path) -> list[Path]:
-    if not record["details"]:
-        return []
-    details = record["details"]
-    maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in details]
-    return _picture(stem, plots.plot_embedding_maps, maps, names=details[0]["names"])
+    found = record["details"]
+    maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in found]
+    return _picture(stem, plots.plot_embedding_maps, maps, names=found[0]["names"] if found else None)
 
 
 @artefact("figure10", details=_maps, draw=_draw_maps, seeds=1)
@@ -295,12 +293,12 @@ def _draw_recipes(record: Record, stem: Path) -> list[Path]:
 
 @artefact("recipes", draw=_draw_recipes)
 def _recipes(scale: Scale) -> list[Cell]:
-    cells = []
+    cells, rows = [], ("full fine-tuning", "mask, the paper's recipe", "mask, the small recipe")
     for setting, dataset, lengths in scale.choices["recipes"]:
         section = f"{setting.label}, {dataset}"
         for epochs in lengths:
             column, runs = f"{epochs} {'epoch' if epochs == 1 else 'epochs'}", {}
-            for row, method in scale.choices["recipes_methods"].items():
+            for row, method in zip(rows, scale.choices["recipes_methods"], strict=True):
                 recipe = scale.run(setting, method, dataset)
                 runs[row] = recipe.at(epochs=epochs)
                 if rising := recipe.arguments.get("warmup_epochs"):  # the same share of the run

@@ -200,16 +200,14 @@ class RunStore:
         path = self.path(spec) / f"low_shot{'_base' if base else ''}.json"
         known: dict[float, float] = dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
         if fraction not in known:
-            options: dict[str, Any] = {"backbone": spec.backbone, "low_shot": [fraction], "seeds": 3}
-            (report,) = evaluate_run(self.path(spec), base=base, **options)
+            (report,) = evaluate_run(self.path(spec), base=base, backbone=spec.backbone, low_shot=[fraction], seeds=3)
             known[fraction] = report.value
             _write_json(path, sorted(known.items()))
         return known[fraction]
 
-    def cascade(self, spec: RunSpec) -> dict[str, Any]:
+    def cascade(self, spec: RunSpec) -> Any:
         """Result of a finished cascade: "values" by metric and label, "sizes" in bytes."""
-        result: dict[str, Any] = json.loads((self.path(spec) / _CASCADE_NAME).read_text("utf-8"))
-        return result
+        return json.loads((self.path(spec) / _CASCADE_NAME).read_text("utf-8"))
 
     def measure(self, spec: RunSpec, metric: str) -> float | None:
         """Read a metric of a finished run; None if the run failed.

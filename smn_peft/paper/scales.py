@@ -88,16 +88,12 @@ def _paper() -> Scale:
         "full": merged(swav, {"adapt": "full", "lr": 0.15, "weight_decay": 1e-6}),
         "statistics": merged(swav, {"adapt": "statistics"}),
     }
-
-    def unsupervised(name: str, base: dict[str, str]) -> Setting:
-        return Setting(f"ResNet-50, {name}", base, unsupervised_methods, table2, 1440)
-
     resnet50 = Setting("ResNet-50, SwAV", swav_base, resnet50_methods, table1, 720)
     clip = Setting("ViT-B/32, CLIP", {"backbone": "openai/clip-vit-base-patch32"}, clip_methods, table1, 720)
+    bases = {"DINO": dino_base, "SwAV": swav_base, "TIMM": {"backbone": "timm/resnet50.a1_in1k"}}
     without_labels = {
-        "dino": unsupervised("DINO", dino_base),
-        "swav": unsupervised("SwAV", swav_base),
-        "timm": unsupervised("TIMM", {"backbone": "timm/resnet50.a1_in1k"}),
+        name.lower(): Setting(f"ResNet-50, {name}", base, unsupervised_methods, table2, 1440)
+        for name, base in bases.items()
     }
     return Scale(
         name="paper",
@@ -134,11 +130,7 @@ def _paper() -> Scale:
             "ablations_kinds": ("with labels", "without labels"),
             "ablations_rates": (0.25, 0.5, 2.0, 4.0),
             "recipes": ((resnet18, "cifar10", (15, 50, 150)),),
-            "recipes_methods": {
-                "full fine-tuning": "full",
-                "mask, the paper's recipe": "mask",
-                "mask, the small recipe": "mask_small",
-            },
+            "recipes_methods": ("full", "mask", "mask_small"),
         },
     )
 
@@ -180,14 +172,9 @@ def _small() -> Scale:
         statistics = {} if base is vit else {"statistics": merged(swav, {"adapt": "statistics"})}
         return Setting(label, base, methods | statistics, ("cifar10",), 2.0)
 
-    labelled = (
-        with_labels("ViT-Tiny, 64 px", vit, 10.0, 0.01),
-        with_labels("ResNetV2-50, 48 px", resnet, 30.0, 3.0),
-    )
-    unlabelled = {
-        "vit": without_labels("ViT-Tiny, 64 px", vit),
-        "resnet": without_labels("ResNetV2-50, 48 px", resnet),
-    }
+    names = "ViT-Tiny, 64 px", "ResNetV2-50, 48 px"
+    labelled = with_labels(names[0], vit, 10.0, 0.01), with_labels(names[1], resnet, 30.0, 3.0)
+    unlabelled = {"vit": without_labels(names[0], vit), "resnet": without_labels(names[1], resnet)}
     untuned = with_labels("ResNet-56, 32 px", resnet56, 30.0, 0.1)
     limits = {"limit": 2000, "eval_limit": 2000, "eval_probe": True}
     tiny_imagenet = {"dataset": "{assets}/tiny_imagenet_200x84.npz", "class_limit": 30, "eval_probe": True}
@@ -225,11 +212,7 @@ def _small() -> Scale:
                 (labelled[1], "cifar10", (1, 3, 6)),
                 *((setting, "tiny-imagenet, 30 classes", (6,)) for setting in (*labelled, untuned)),
             ),
-            "recipes_methods": {
-                "full fine-tuning": "full",
-                "mask, the paper's recipe": "mask_sgd",
-                "mask, the small recipe": "mask",
-            },
+            "recipes_methods": ("full", "mask_sgd", "mask"),
         },
     )
 

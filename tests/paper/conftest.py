@@ -81,7 +81,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "ablations_kinds": ("with labels", "without labels"),
             "ablations_rates": (0.5, 2.0),
             "recipes": ((labelled, "colours", (1, 2)),),
-            "recipes_methods": {"fine-tuning": "full", "one": "mask"},
+            "recipes_methods": ("full", "mask", "mask"),
         },
     )
 
