@@ -177,8 +177,10 @@ class Cascade:
         chosen = list(modes) or list(self.modes)
         self._check_projections(chosen)
         raw, dispatched = self._raw(images, chosen, **options)
-        whitened = {mode: self.projections[mode](raw[mode]) for mode in chosen if mode != "dispatcher"}
-        return {mode: Features(whitened.get(mode, raw[mode]), dispatched.labels) for mode in chosen}
+        return {
+            mode: Features(raw[mode] if mode == "dispatcher" else self.projections[mode](raw[mode]), dispatched.labels)
+            for mode in chosen
+        }
 
     def embed(self, images: Any, mode: Mode = "conditional", **options: Any) -> Features:
         """Embeddings fp32 (n, dim) of a dataset, in its order; all but "dispatcher" whitened by the training set.
