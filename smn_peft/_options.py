@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields, is_dataclass
 from types import NoneType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 __all__ = ["check_keys", "check_options", "did_you_mean", "from_mapping", "option"]
 
 T = TypeVar("T")
+get_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 _COMPARISONS = {
     "least": ("at least", operator.ge),

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-from .cascade import MODES, Cascade, CascadeSizes, Mode, cascade_sizes
+from .cascade import MODES, Cascade, cascade_sizes
 from .evaluate import evaluate_cascade
 from .fit import CascadeArguments, prepare, train_experts
-from .router import Router, fit_router
+from .router import Router
 
 __all__ = [
     "MODES",
     "Cascade",
     "CascadeArguments",
-    "CascadeSizes",
-    "Mode",
     "Router",
     "cascade_sizes",
     "evaluate_cascade",
-    "fit_router",
     "prepare",
     "train_experts",
 ]

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftModel
@@ -17,36 +17,20 @@ from torch.utils.data import Subset
 from ..backbones import Backbone
 from ..evaluation import Features, extract_features, library_versions
 from ..functional.features import Whitening, fit_whitening
-from ..storage import adapter_sizes
+from ..storage import CONFIG_NAME, adapter_sizes
 from ..training import RunSummary, TrainArguments, load_run
 from ..training.assemble import evaluation_of
 from ..training.processes import build_accelerator
 from ..training.saved import arguments_of
-from .fit import (
-    DISPATCHER,
-    CascadeArguments,
-    dispatcher_arguments,
-    expert_name,
-    prepare,
-    run_experts,
-    train_once,
-)
-from .folder import (
-    CASCADE_NAME,
-    WHITENING,
-    read_json,
-    read_tensors,
-    read_whitening,
-    whitening_tensors,
-    write_json,
-    write_tensors,
-)
+from . import folder as files
+from .fit import DISPATCHER, CascadeArguments, dispatcher_arguments, expert_name, prepare, run_experts, train_once
+from .folder import CASCADE_NAME
 from .router import ROUTER_NAME, ROUTER_TENSORS_NAME, Router
 
 __all__ = ["ENSEMBLE", "MODES", "Cascade", "CascadeSizes", "Mode", "cascade_sizes"]
 
 Mode = Literal["dispatcher", "whitened", "conditional", "unconditional"]
-MODES: tuple[Mode, ...] = ("dispatcher", "whitened", "conditional", "unconditional")
+MODES: tuple[Mode, ...] = get_args(Mode)
 ENSEMBLE = "ensemble"
 _SEEDS = "seeds"
 _PROJECTION_NAME = "projection.safetensors"
@@ -81,9 +65,7 @@ class Cascade:
     def fit(cls, arguments: TrainArguments, options: CascadeArguments | None = None) -> Cascade:
         """Train dispatcher, router and experts, and fit the projections; what is done is not done again.
 
-        Args:
-            arguments: Of the dispatcher, from which the experts' follow; `output_dir` is the cascade's folder.
-            options: Of the cascade.
+        `arguments` are the dispatcher's, from which the experts' follow; their `output_dir` is the cascade's folder.
 
         Raises:
             ValueError: If arguments do not fit, a cluster is too small, or `output_dir` holds another cascade.
@@ -97,7 +79,7 @@ class Cascade:
         def finish(into: Path, runs: Mapping[str, Path], router: Router | None) -> None:
             """Fit the projections and write the folder, unless it is there."""
             if (into / CASCADE_NAME).is_file():
-                facts = read_json(into / CASCADE_NAME, _FACTS)
+                facts = files.read_json(into / CASCADE_NAME, _FACTS)
                 if (facts["adapters"], facts["embed_dim"]) == (list(runs), options.embed_dim):
                     return
             cascade = cls.from_runs(runs, router, backbone=arguments.backbone)
@@ -156,14 +138,13 @@ class Cascade:
         """Modes that this cascade can embed in."""
         return tuple(mode for mode in MODES if mode != "conditional" or self.router is not None)
 
-    def features(self, images: Any, adapter: str, **options: Any) -> Features:
+    def _features(self, images: Any, adapter: str, **options: Any) -> Features:
         """Features of a dataset under one mask; `options` as of `extract_features`."""
         model: Any = self.backbone.model
         model.set_adapter(adapter)
         if (accelerator := options.get("accelerator")) is not None:
             model.to(accelerator.device)
-        transform = evaluation_of(self.backbone)
-        return extract_features(model, images, transform, **{"batch_size": 64, **options})
+        return extract_features(model, images, evaluation_of(self.backbone), **{"batch_size": 64, **options})
 
     def _raw(self, images: Any, modes: Sequence[Mode], **options: Any) -> tuple[dict[Mode, Tensor], Features]:
         """What the projections are applied to by mode, and the dispatcher's features; one pass over the data per mask.
@@ -172,11 +153,11 @@ class Cascade:
         """
         if unknown := [mode for mode in modes if mode not in self.modes]:
             raise ValueError(f"There is no mode {unknown[0]!r} here; there are {', '.join(self.modes)}.")
-        dispatched = self.features(images, self.adapters[0], **options)
+        dispatched = self._features(images, self.adapters[0], **options)
         found: dict[Mode, Tensor] = {mode: dispatched.features for mode in modes if mode in MODES[:2]}
         experts: list[Tensor] = []
         if "unconditional" in modes:  # [D(x), E_1(x), …, E_K(x)] (Eq. 10)
-            experts = [self.features(images, name, **options).features for name in self.adapters[1:]]
+            experts = [self._features(images, name, **options).features for name in self.adapters[1:]]
             found["unconditional"] = torch.cat([dispatched.features, *experts], 1)
         if "conditional" in modes:  # [D(x), 0, …, E_R(x), …, 0] (Eq. 11)
             assert self.router is not None
@@ -187,27 +168,24 @@ class Cascade:
                 if experts:
                     parts[-1][rows] = experts[number][rows]
                 elif len(rows):
-                    parts[-1][rows] = self.features(Subset(images, rows.tolist()), name, **options).features
+                    parts[-1][rows] = self._features(Subset(images, rows.tolist()), name, **options).features
             found["conditional"] = torch.cat(parts, 1)
         return found, dispatched
 
     def embed_all(self, images: Any, modes: Sequence[Mode] = (), **options: Any) -> dict[Mode, Features]:
-        """Embeddings in several modes, for K + 1 passes in all; see [`embed`]. No modes: all that there are."""
+        """Embeddings in several modes (none given: all), for K + 1 passes over the data in all; see [`embed`]."""
         chosen = list(modes) or list(self.modes)
         self._check_projections(chosen)
         raw, dispatched = self._raw(images, chosen, **options)
-        whitened: dict[Mode, Tensor] = {
-            mode: self.projections[mode](raw[mode]) for mode in chosen if mode != "dispatcher"
+        return {
+            mode: Features(raw[mode] if mode == "dispatcher" else self.projections[mode](raw[mode]), dispatched.labels)
+            for mode in chosen
         }
-        return {mode: Features(whitened.get(mode, raw[mode]), dispatched.labels) for mode in chosen}
 
     def embed(self, images: Any, mode: Mode = "conditional", **options: Any) -> Features:
         """Embeddings fp32 (n, dim) of a dataset, in its order; all but "dispatcher" whitened by the training set.
 
-        Args:
-            images: Map-style dataset, as `extract_features` takes it.
-            mode: Of [`modes`].
-            options: `batch_size`, `num_workers`, `accelerator` … of `extract_features`.
+        `images` and `options` (`batch_size`, `num_workers`, `accelerator` …) are those of `extract_features`.
         """
         return self.embed_all(images, [mode], **options)[mode]
 
@@ -226,9 +204,9 @@ class Cascade:
     # --- Files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, masks: bool = True) -> None:
-        """Write packed masks, unless these are there, router and projections into one folder, without pickle.
+        """Write packed masks, router and projections into one folder, without pickle; ``cascade.json`` comes last.
 
-        A folder counts as a cascade once ``cascade.json`` is there, which is written last.
+        Without `masks`, those of the folder stay.
         """
         folder = Path(folder)
         model: Any = self.backbone.model
@@ -242,20 +220,18 @@ class Cascade:
             self.router.save(folder)
         tensors: dict[str, Tensor] = {}
         for mode, whitening in self.projections.items():
-            tensors |= whitening_tensors(whitening, f"{mode}.")
-        write_tensors(folder / _PROJECTION_NAME, tensors)
+            tensors |= files.whitening_tensors(whitening, f"{mode}.")
+        files.write_tensors(folder / _PROJECTION_NAME, tensors)
         parameters = sum(p.numel() for name, p in model.get_base_model().named_parameters() if "smn_" not in name)
         facts = {"adapters": self.adapters, "router": self.router is not None, "embed_dim": self.embed_dim}
         facts |= {"base_parameters": parameters, "versions": library_versions()}
-        write_json(folder / CASCADE_NAME, facts)
+        files.write_json(folder / CASCADE_NAME, facts)
 
     @classmethod
     def load(cls, folder: str | Path, *, backbone: str | None = None) -> Cascade:
         """Read what [`save`] or [`fit`] wrote; every embedding is then identical to the bit.
 
-        Args:
-            folder: The folder.
-            backbone: Where the base is now, if not where the folder says; a program has to be named here.
+        `backbone` is where the base is now, if not where the folder says; a program has to be named.
 
         Raises:
             FileNotFoundError: If there is no cascade, or a part of it is missing.
@@ -263,7 +239,7 @@ class Cascade:
         """
         folder = Path(folder)
         path, tensors_path = folder / CASCADE_NAME, folder / _PROJECTION_NAME
-        facts = read_json(path, _FACTS)
+        facts = files.read_json(path, _FACTS)
         names = facts["adapters"]
         plain = all(isinstance(name, str) and Path(name).name == name and name != ".." for name in names)
         if not plain or len(set(names)) < len(names) or len(names) < 2:
@@ -277,10 +253,8 @@ class Cascade:
             raise ValueError(f"{tensors_path} is for {whole / one:g} masks, and {path} names {len(names)}.")
         found = cls.from_runs({name: folder / name for name in names}, router, backbone=backbone)
         if one != found.backbone.feature_dim:
-            raise ValueError(
-                f"{folder} was fitted on {one} features, and {found.backbone.name} has "
-                f"{found.backbone.feature_dim}: it is another base. Name the right one as backbone."
-            )
+            has = f"{found.backbone.name} has {found.backbone.feature_dim}"
+            raise ValueError(f"{folder} was fitted on {one} features, and {has}: pass the right base as backbone.")
         found.projections, found.embed_dim = projections, facts["embed_dim"]
         return found
 
@@ -301,31 +275,22 @@ def _read_projections(path: Path, routed: bool) -> dict[Mode, Whitening]:
     shapes: dict[str, tuple[str | int, ...]] = {}
     for mode in modes:
         letters = {"F": "F" if mode == "whitened" else "all F", "d": f"dims of {mode}"}
-        for name, shape in WHITENING.items():
+        for name, shape in files.WHITENING.items():
             shapes[f"{mode}.{name}"] = tuple(letters.get(str(size), size) for size in shape)
-    tensors = read_tensors(path, shapes)
-    return {mode: read_whitening(tensors, path, f"{mode}.") for mode in modes}
+    tensors = files.read_tensors(path, shapes)
+    return {mode: files.read_whitening(tensors, path, f"{mode}.") for mode in modes}
 
 
 @dataclass(frozen=True)
 class CascadeSizes:
-    """Bytes of a saved cascade by what they are for.
+    """Bytes of a saved cascade by what they are for."""
 
-    Attributes:
-        masks: Packed masks of dispatcher and experts.
-        statistics: Their BatchNorm statistics.
-        router: The router.
-        projections: The whitening of every mode.
-        total: All of these, with headers and configurations.
-        paper: What the paper counts: (K + 1) · β/32, with β the bytes of the base's parameters in fp32.
-    """
-
-    masks: int
-    statistics: int
+    masks: int  # packed masks of dispatcher and experts
+    statistics: int  # their BatchNorm statistics
     router: int
-    projections: int
-    total: int
-    paper: int
+    projections: int  # the whitening of every mode
+    total: int  # all of these, with headers and configurations
+    paper: int  # as the paper counts: (K + 1) · β/32, with β the bytes of the base's parameters in fp32
 
     def text(self) -> str:
         """The sizes in a line for a terminal."""
@@ -337,18 +302,16 @@ class CascadeSizes:
 def cascade_sizes(folder: str | Path) -> CascadeSizes:
     """Bytes of what `Cascade.save` writes, of that folder or of the one that a cascade was trained in."""
     folder = Path(folder)
-    facts = read_json(folder / CASCADE_NAME, _FACTS)
-    sizes = [adapter_sizes(folder / name) for name in facts["adapters"]]
-    configs = [folder / CASCADE_NAME, *(folder / name / "adapter_config.json" for name in facts["adapters"])]
-    routers = [folder / name for name in (ROUTER_NAME, ROUTER_TENSORS_NAME)] if facts["router"] else []
-    router, projections, settings = (
-        sum(path.stat().st_size for path in paths) for paths in (routers, [folder / _PROJECTION_NAME], configs)
-    )
-    return CascadeSizes(
-        masks=sum(size.mask for size in sizes),
-        statistics=sum(size.statistics for size in sizes),
-        router=router,
-        projections=projections,
-        total=sum(size.total for size in sizes) + settings + router + projections,
-        paper=len(sizes) * facts["base_parameters"] * 4 // 32,
-    )
+    facts = files.read_json(folder / CASCADE_NAME, _FACTS)
+    names = facts["adapters"]
+    groups = {
+        "router": [ROUTER_NAME, ROUTER_TENSORS_NAME] if facts["router"] else [],
+        "projections": [_PROJECTION_NAME],
+        "settings": [CASCADE_NAME, *(f"{name}/{CONFIG_NAME}" for name in names)],
+    }
+    other = {what: sum((folder / name).stat().st_size for name in group) for what, group in groups.items()}
+    sizes = [adapter_sizes(folder / name) for name in names]
+    masks, statistics = sum(size.mask for size in sizes), sum(size.statistics for size in sizes)
+    total = sum(size.total for size in sizes) + sum(other.values())
+    paper = len(names) * facts["base_parameters"] * 4 // 32
+    return CascadeSizes(masks, statistics, other["router"], other["projections"], total, paper)

@@ -44,16 +44,8 @@ def evaluate_cascade(
     ensemble of as many dispatchers with other seeds. The linear probes see features of mean 0 and standard deviation
     1, so that the scale that whitening gives does not act as another decay.
 
-    Args:
-        folder: A cascade's folder.
-        backbone: Where the base is now, if not where the folder says.
-        dataset: Another dataset than the dispatcher's; as `split`, `batch_size` and `num_workers`.
-        split: Split to test on.
-        metrics: Of `METRICS`.
-        batch_size: Images per forward.
-        num_workers: Processes that read images.
-        limit: Use a seeded choice of at most this many images on either side.
-        accelerator: Names the device and shares the work; None: a new one.
+    `backbone` is where the base is now, if not where the folder says; `dataset`, `split`, `batch_size` and
+    `num_workers` are by default the dispatcher's; `limit` takes a seeded choice of so many images on either side.
     """
     check_metrics(metrics, METRICS)
     if limit is not None and limit < 1:
@@ -85,11 +77,11 @@ def evaluate_cascade(
     found = []
     for metric in dict.fromkeys(metrics):
         for label, (train, held) in rows.items():
-            mine = {**settings, "dim": train.features.shape[1]}
             if metric == "knn":
-                value, mine = evaluate_knn(train, held, k=arguments.knn_k), {**mine, "k": arguments.knn_k}
+                value, more = evaluate_knn(train, held, k=arguments.knn_k), {"k": arguments.knn_k}
             else:
                 value = linear_probe(train, held, seed=arguments.subset_seed, standardise=True)
-                mine["standardised"] = True
+                more = {"standardised": True}
+            mine = {**settings, "dim": train.features.shape[1], **more}
             found.append(EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings=mine))
     return found

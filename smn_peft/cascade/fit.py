@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from .._options import option
+from .._options import check_options, option
 from ..data import ImageDataset
 from ..evaluation import extract_features
 from ..storage import atomic_write
@@ -27,18 +26,7 @@ from ..training.run import finished_run, indices_digest
 from .folder import CASCADE_NAME
 from .router import ROUTER_NAME, Router, check_clusters, fit_router
 
-__all__ = [
-    "DISPATCHER",
-    "CascadeArguments",
-    "check_run",
-    "dispatcher_arguments",
-    "expert_epochs",
-    "expert_name",
-    "prepare",
-    "run_experts",
-    "train_experts",
-    "train_once",
-]
+__all__ = ["DISPATCHER", "CascadeArguments", "prepare", "train_experts"]
 
 DISPATCHER = "dispatcher"
 _CLUSTERS = "clusters"
@@ -48,25 +36,18 @@ _CLUSTERS = "clusters"
 class CascadeArguments:
     """What a cascade is told beside the arguments of its runs; the defaults are the paper's (section 4.4)."""
 
-    experts: int = option(5, "Number K of clusters, each with an expert.")
+    experts: int = option(5, "Number K of clusters, each with an expert.", least=2)
     router: Literal["gmm", "kmeans"] = option("gmm", "A Gaussian mixture, as in the paper's runs, or k-means.")
-    router_dim: int = option(20, "Principal components of the dispatcher's features that the router sees.")
+    router_dim: int = option(20, "Principal components of the dispatcher's features that the router sees.", least=1)
     router_seed: int = option(0, "Seed of the clustering.")
-    embed_dim: int | None = option(None, "Dimension of the embedding; None: as many as the backbone has features.")
+    embed_dim: int | None = option(None, "Dimension of the embedding; None: the number of features.", least=1)
     ensemble: bool = option(
         False, "Train K dispatchers with other seeds too: what as many masks are worth without clusters."
     )
 
     def __post_init__(self) -> None:
-        """Check the numbers before anything is loaded."""
-        if self.experts < 2:
-            raise ValueError(f"experts must be at least 2; got {self.experts}: one would see what the dispatcher saw.")
-        if self.router not in ("gmm", "kmeans"):
-            raise ValueError(f"router must be gmm or kmeans; got {self.router!r}.")
-        if self.router_dim < 1 or (self.embed_dim is not None and self.embed_dim < 1):
-            raise ValueError(
-                f"router_dim and embed_dim must be at least 1; got {self.router_dim} and {self.embed_dim}."
-            )
+        """Check the options before anything is loaded."""
+        check_options(self)
 
 
 def prepare(arguments: TrainArguments, options: CascadeArguments) -> tuple[Router, ImageDataset]:
@@ -145,7 +126,7 @@ def run_experts(
             output_dir=str(folder / expert_name(number)),
             init_from=str(folder / DISPATCHER),
             indices_file=str(indices_file),
-            epochs=expert_epochs(len(images), router.sizes[number], arguments.epochs),
+            epochs=max(1, round(len(images) / router.sizes[number] * arguments.epochs)),  # section 4: as many steps
             warmup_epochs=arguments.warmup_epochs * len(images) / router.sizes[number],
             evaluate_every=None,
             resume=True,
@@ -160,10 +141,8 @@ def check_run(arguments: TrainArguments, options: CascadeArguments) -> None:
     if arguments.adapt != "mask":
         raise ValueError(f"A cascade is made of masks: adapt must be 'mask', not {arguments.adapt!r}.")
     if objective_kind(arguments).needs_labels:
-        raise ValueError(
-            f"A cascade learns without labels, and objective={arguments.objective!r} needs them: take "
-            "objective='swav', as the recipes swav-resnet and swav-small do."
-        )
+        needs = f"objective={arguments.objective!r} needs them"
+        raise ValueError(f"A cascade learns without labels, and {needs}: take objective='swav' or a recipe with it.")
     if arguments.keep_checkpoints < 1:
         raise ValueError("Experts start from the dispatcher's scores: keep_checkpoints must be at least 1.")
     for name in ("init_from", "indices_file"):
@@ -183,32 +162,23 @@ def expert_name(number: int) -> str:
     return f"expert-{number}"
 
 
-def expert_epochs(images: int, cluster: int, epochs: int) -> int:
-    """``round(n / |D_k| · E)``, so that every expert makes about as many steps as the dispatcher (section 4)."""
-    return max(1, round(images / cluster * epochs))
-
-
 def train_once(arguments: TrainArguments, images: ImageDataset | None = None, *, evaluate: bool = False) -> bool:
-    """Train a run that is not done yet, going on from its newest checkpoint; returns whether there was anything to do.
+    """Train a run that is not done yet, from its newest checkpoint on; returns whether there was anything to do.
 
-    `images` are those that an `indices_file` chooses: with others it is another run, refused like other settings.
+    A run on other `images` than its `indices_file` chose before is refused like other settings.
     """
     more = {"indices": indices_digest(images)} if images is not None else {}
     # A run that is done needs the checkpoint that it started from no more.
     if arguments.init_from is not None and latest_checkpoint(arguments.init_from) is not None:
         more["start"] = start_digest(arguments.init_from)
-    done = finished_run(arguments, **more) is not None
-    if not done:
-        run(arguments, evaluate=evaluate)
-    return not done
+    if finished_run(arguments, **more) is not None:
+        return False
+    run(arguments, evaluate=evaluate)
+    return True
 
 
 def _known_router(folder: Path, options: CascadeArguments) -> Router | None:
-    """The router that was fitted with these options, if there is one.
-
-    Raises:
-        ValueError: If the folder holds a finished cascade of another router: other experts would only be refused.
-    """
+    """The router that was fitted with these options, if any; ValueError if a finished cascade has another."""
     if not (folder / ROUTER_NAME).is_file():
         return None
     found = Router.load(folder)
@@ -229,7 +199,5 @@ def _write_clusters(folder: Path, route: Tensor, experts: int) -> None:
     """Write the image numbers of every cluster, from the expert (n,) of each training image."""
     (folder / _CLUSTERS).mkdir(parents=True, exist_ok=True)
     for number in range(experts):
-        buffer = io.BytesIO()
-        np.save(buffer, (route == number).nonzero().squeeze(1).numpy(), allow_pickle=False)
         with atomic_write(folder / _CLUSTERS / f"{expert_name(number)}.npy") as file:
-            file.write(buffer.getvalue())
+            np.save(file, (route == number).nonzero().squeeze(1).numpy(), allow_pickle=False)

@@ -18,25 +18,9 @@ from ..functional.features import Whitening
 from ..storage import atomic_write, check_regular
 from ..storage import read_json as read_json_file
 
-__all__ = [
-    "CASCADE_NAME",
-    "WHITENING",
-    "read_json",
-    "read_tensors",
-    "read_whitening",
-    "whitening_tensors",
-    "write_json",
-    "write_tensors",
-]
-
 CASCADE_NAME = "cascade.json"
-#: Shapes of a whitening's tensors.
-WHITENING: dict[str, tuple[str | int, ...]] = {
-    "mean": ("F",),
-    "components": ("d", "F"),
-    "singular_values": ("d",),
-    "samples": (1,),
-}
+Shapes = Mapping[str, tuple[str | int, ...]]
+WHITENING: Shapes = {"mean": ("F",), "components": ("d", "F"), "singular_values": ("d",), "samples": (1,)}
 _FORMAT = 1
 _DAMAGED = "Copy the folder again, or fit the cascade anew."
 
@@ -47,11 +31,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
-def read_tensors(path: Path, shapes: Mapping[str, tuple[str | int, ...]]) -> dict[str, Tensor]:
-    """Read tensors, `components` in fp32 and all others in fp64, and check what they are.
-
-    `shapes` by name have numbers, or letters that stand for the same number everywhere.
-    """
+def read_tensors(path: Path, shapes: Shapes) -> dict[str, Tensor]:
+    """Read tensors and check them: `components` are fp32, all others fp64; letters in `shapes` are equal sizes."""
     try:
         check_regular(path)
         found = load_file(path)
@@ -69,15 +50,13 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[str | int, ...]]) -> dic
             for size, real in zip(shape, tensor.shape, strict=True)
         )
         if not same or tensor.dtype != dtype or not tensor.isfinite().all():
-            raise ValueError(
-                f"{path}: {name} must be finite numbers in {dtype} of the shape {shape}; it is "
-                f"{tensor.dtype} {tuple(tensor.shape)}. {_DAMAGED}"
-            )
+            wanted, got = f"{dtype} of the shape {shape}", f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: {name} must be finite numbers in {wanted}; it is {got}. {_DAMAGED}")
     return found
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write a JSON file with its format, whole or not at all."""
+    """Write a JSON file with the number of its format, whole or not at all."""
     with atomic_write(path) as file:
         file.write((json.dumps({"format": _FORMAT, **facts}, indent=1) + "\n").encode())
 

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-from .accuracy import Accuracy, evaluate_accuracy, evaluate_knn
+from .accuracy import evaluate_accuracy, evaluate_knn
 from .features import Features, extract_features
-from .linear_probe import DECAYS, PAPER_DECAY, LinearProbe, fit_linear_probe, linear_probe
-from .low_shot import FRACTIONS, LowShotRow, low_shot, low_shot_probe, low_shot_reports
+from .linear_probe import PAPER_DECAY, fit_linear_probe, linear_probe
+from .low_shot import FRACTIONS, low_shot, low_shot_probe, low_shot_reports
 from .report import EvalReport, format_fraction, library_versions, markdown_table, merge_reports, report_table
 
 __all__ = [
-    "DECAYS",
     "FRACTIONS",
     "PAPER_DECAY",
-    "Accuracy",
     "EvalReport",
     "Features",
-    "LinearProbe",
-    "LowShotRow",
     "evaluate_accuracy",
     "evaluate_knn",
     "extract_features",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of a classifier's logits, in all and per class; and of k nearest neighbours, the paper's first measure."""
+"""Accuracy of a classifier's logits, and of k nearest neighbours, the paper's first measure."""
 
 from __future__ import annotations
 
@@ -16,21 +16,15 @@ __all__ = ["Accuracy", "evaluate_accuracy", "evaluate_knn"]
 
 @dataclass(frozen=True, eq=False)
 class Accuracy:
-    """Fractions of right predictions.
+    """Fractions of right predictions."""
 
-    Attributes:
-        top1: Of all samples.
-        per_class: fp64 (classes,), of the samples of each class; NaN where a class has none.
-        counts: int64 (classes,), samples of each class.
-    """
-
-    top1: float
-    per_class: Tensor
-    counts: Tensor
+    top1: float  # of all samples
+    per_class: Tensor  # fp64 (classes,), of each class; NaN where it has no samples
+    counts: Tensor  # int64 (classes,), samples of each class
 
     @property
     def mean_per_class(self) -> float:
-        """Mean over the classes that have samples: each counts the same, however many it has."""
+        """Mean over the classes that have samples."""
         return float(self.per_class.nanmean())
 
 
@@ -39,10 +33,11 @@ def evaluate_accuracy(logits: Features) -> Accuracy:
     labels, classes = logits.labels_for("Accuracy"), logits.features.shape[1]
     if not len(labels):
         raise ValueError("Accuracy has no samples to test on: check the split.")
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= classes:
         raise ValueError(
-            f"Labels run from {int(labels.min())} to {int(labels.max())}, and there are logits for 0 … {classes - 1}: "
-            f"give the classifier a head for {int(labels.max()) + 1} classes, or drop samples without a label."
+            f"Labels run from {lowest} to {highest}, and there are logits for 0 … {classes - 1}: "
+            f"give the classifier a head for {highest + 1} classes, or drop samples without a label."
         )
     right = (logits.features.argmax(dim=1) == labels).double()
     counts = torch.bincount(labels, minlength=classes)
@@ -50,14 +45,11 @@ def evaluate_accuracy(logits: Features) -> Accuracy:
     return Accuracy(float(right.mean()), per_class, counts)
 
 
-def evaluate_knn(
-    train: Features, test: Features, *, k: int = 200, temperature: float = 0.1, chunk: int = 4096
-) -> float:
+def evaluate_knn(train: Features, test: Features, *, k: int = 200, temperature: float = 0.1) -> float:
     """Fraction of the test samples that their k nearest training samples vote for (section 5 of the paper).
 
-    `k` nearest vote, all where there are fewer, each of cosine similarity s with exp(s / `temperature`); `chunk` rows
-    are compared at a time.
+    All vote where there are fewer than `k`, each of cosine similarity s with exp(s / `temperature`).
     """
     labels, truth = check_pair(train, test, "k-NN")
-    votes = knn_votes(train.features, labels, test.features, k=k, temperature=temperature, chunk=chunk)
+    votes = knn_votes(train.features, labels, test.features, k=k, temperature=temperature)
     return float((votes.argmax(dim=1) == truth).double().mean())

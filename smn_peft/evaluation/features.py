@@ -22,32 +22,23 @@ if TYPE_CHECKING:
 
 __all__ = ["Features", "check_classes", "check_pair", "extract_features"]
 
-_ROWS_PER_GATHER = 4096
-
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Finite features fp32 (n, dim) of a dataset in its order, on the CPU, and int64 labels (n,) where it has some.
+    """Finite features, or a classifier's logits, of a dataset in its order."""
 
-    Where a classifier was asked for logits, `features` are these.
-    """
-
-    features: Tensor
-    labels: Tensor | None = None
+    features: Tensor  # fp32 (n, dim) on the CPU
+    labels: Tensor | None = None  # int64 (n,), where the dataset has some
 
     def __post_init__(self) -> None:
-        """Bring both to their type and check them."""
+        """Convert both and check them."""
         if self.features.ndim != 2:
-            raise ValueError(
-                f"Features must be (n, dim); got {tuple(self.features.shape)}. Pool or flatten them first."
-            )
+            raise ValueError(f"Features must be (n, dim); got {(*self.features.shape,)}. Pool or flatten them first.")
         object.__setattr__(self, "features", self.features.detach().float().cpu())
         if self.labels is not None:
             if self.labels.shape != self.features.shape[:1]:
-                raise ValueError(
-                    f"{len(self.features)} features need as many labels, ({len(self.features)},); got "
-                    f"{tuple(self.labels.shape)}."
-                )
+                n, found = len(self.features), tuple(self.labels.shape)
+                raise ValueError(f"{n} features need as many labels, ({n},); got {found}.")
             object.__setattr__(self, "labels", whole_numbers(self.labels.detach().cpu(), "Features"))
         require_finite_rows(self.features, "Features")
 
@@ -59,26 +50,24 @@ class Features:
         return Features(self.features[indices], None if self.labels is None else self.labels[indices])
 
     def labels_for(self, what: str) -> Tensor:
-        """The labels; a ValueError if there are none says `what` needs them."""
+        """The labels; a ValueError that `what` needs them if there are none."""
         if self.labels is None:
-            raise ValueError(
-                f"{what} needs labels and these features have none: load the dataset with its label column."
-            )
+            raise ValueError(f"{what} needs labels and these features have none: load the dataset with its labels.")
         return self.labels
 
 
 class _Inputs(Dataset[dict[str, Any]]):
-    """One process's share of a dataset: transformed images, and labels where there are some."""
+    """Transformed images at some indices of a dataset, and labels where there are some."""
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], start: int, size: int) -> None:
-        self.dataset, self.transform, self.start, self.size = dataset, transform, start, size
+    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], indices: range) -> None:
+        self.dataset, self.transform, self.indices = dataset, transform, indices
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # Beyond the end the last sample fills up, so that every process has as many; the surplus is cut off later.
-        item = self.dataset[min(self.start + index, len(self.dataset) - 1)]
+        item = self.dataset[min(self.indices[index], len(self.dataset) - 1)]
         image = item["image"]
         if isinstance(self.transform, EvalTransform) and isinstance(image, Tensor):
             from torchvision.transforms.functional import to_pil_image
@@ -103,8 +92,7 @@ def extract_features(
 ) -> Features:
     """Features of every sample, in eval mode and in the dataset's order (section 5 of the paper).
 
-    Modes and the random state are restored, so that training goes on as if nothing had happened. Of several processes
-    each takes a contiguous share, and all get the whole.
+    Modes and the random state are restored. Of several processes each takes a share, and all get the whole.
 
     Args:
         model: Any model that `pooled_features` reads, possibly under an adapter, or a `Backbone`.
@@ -128,8 +116,14 @@ def extract_features(
     share = -(-count // processes)
     start = share * (accelerator.process_index if accelerator else 0)
     device = accelerator.device if accelerator else next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def gathered(part: Tensor) -> Tensor:
+        """Equally many rows of every process, (processes, rows, …)."""
+        whole: Any = accelerator.gather(part.to(device)) if accelerator else part
+        return whole.view(processes, *part.shape).cpu()
+
     loader = PatientLoader(
-        _Inputs(dataset, transform, start, share),
+        _Inputs(dataset, transform, range(start, start + share)),
         batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -140,27 +134,15 @@ def extract_features(
     # Not inference_mode: what a layer caches there could not be used in training.
     with _eval_mode(model), torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for batch in loader:
-            features.append(run(batch["pixel_values"].to(device, non_blocking=True)).float().cpu())
-            labels.append(batch.get("label"))
-    parts = [torch.cat(features)] if labels[0] is None else [torch.cat(features), torch.cat(labels)]
-    if accelerator is not None and processes > 1:
-        parts = [_gathered(part, accelerator) for part in parts]
-    return Features(*(part[:count] for part in parts))
-
-
-def _gathered(part: Tensor, accelerator: Accelerator) -> Tensor:
-    """The processes' parts, as long as each other, one after the other; a piece at a time on the device."""
-    whole = part.new_empty(accelerator.num_processes, *part.shape)
-    for start in range(0, len(part), _ROWS_PER_GATHER):
-        piece = part[start : start + _ROWS_PER_GATHER].to(accelerator.device)
-        gathered: Any = accelerator.gather(piece)
-        whole[:, start : start + len(piece)] = gathered.view(accelerator.num_processes, *piece.shape).cpu()
-    return whole.flatten(0, 1)
+            features.append(gathered(run(batch["pixel_values"].to(device, non_blocking=True)).float()))
+            if "label" in batch:
+                labels.append(gathered(batch["label"]))
+    return Features(*(torch.cat(parts, dim=1).flatten(0, 1)[:count] for parts in (features, labels) if parts))
 
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and back into the mode that it had."""
+    """Put every module into eval mode, and back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -178,21 +160,17 @@ def check_classes(labels: Tensor, what: str) -> None:
         missing = int((labels < 0).sum())
         raise ValueError(f"{what}: {missing} of {len(labels)} labels are negative. Drop the samples without a label.")
     if bool((labels == labels[0]).all()):
-        raise ValueError(
-            f"{what} needs two classes at least, and all {len(labels)} samples to learn from are of class "
-            f"{int(labels[0])}. Shuffle before taking a part, or take a balanced subset."
-        )
+        same = f"all {len(labels)} samples to learn from are of class {int(labels[0])}"
+        raise ValueError(f"{what} needs two classes at least, and {same}. Shuffle before taking a part.")
 
 
 def check_pair(train: Features, test: Features, what: str) -> tuple[Tensor, Tensor]:
-    """The labels of features to learn from and of features to test on, once these can be compared."""
+    """The labels of both, once features to learn from and features to test on can be compared."""
     labels, truth = train.labels_for(what), test.labels_for(what)
     check_classes(labels, what)
     if not len(test):
         raise ValueError(f"{what} has no samples to test on: check the split.")
     if train.features.shape[1] != test.features.shape[1]:
-        raise ValueError(
-            f"{what} learns from features of dim {train.features.shape[1]} and is tested on dim "
-            f"{test.features.shape[1]}: extract both with the same model."
-        )
+        dims = f"{train.features.shape[1]} and is tested on dim {test.features.shape[1]}"
+        raise ValueError(f"{what} learns from features of dim {dims}: extract both with the same model.")
     return labels, truth

@@ -24,25 +24,15 @@ DECAYS = (100.0, 10.0, 1.0, 0.1, PAPER_DECAY)
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A fitted probe, of whose weight and bias a head can start.
+    """A fitted probe, of whose weight and bias a head can start."""
 
-    Attributes:
-        weight: fp32 (classes, dim).
-        bias: fp32 (classes,).
-        classes: int64 (classes,), the label of each row.
-        decay: λ · n of the fit.
-        mean: fp32 (dim,) to subtract from features; None: not standardised.
-        std: fp32 (dim,) to divide them by.
-        validation: Accuracy on the validation part by decay; empty where there was nothing to choose.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    classes: Tensor
-    decay: float
-    mean: Tensor | None
-    std: Tensor | None
-    validation: dict[float, float]
+    weight: Tensor  # fp32 (classes, dim)
+    bias: Tensor  # fp32 (classes,)
+    classes: Tensor  # int64 (classes,), the label of each row
+    decay: float  # λ · n of the fit
+    mean: Tensor | None  # fp32 (dim,) to subtract from features; None: not standardised
+    std: Tensor | None  # fp32 (dim,) to divide them by
+    validation: dict[float, float]  # accuracy on the validation part by decay; empty where one was given
 
     def logits(self, features: Tensor) -> Tensor:
         """(n, dim) -> (n, classes), columns as in `classes`."""
@@ -87,22 +77,17 @@ def fit_linear_probe(
         decays: λ · n to choose from; one leaves nothing to choose.
         validation: Fraction of each class to choose on, or other labelled features, which the fit never sees.
         standardise: Fit on features of mean 0 and standard deviation 1, measured on `train`.
-        cautious: Take the strongest decay whose accuracy is within one standard error of the best (the rule of
-            Breiman et al., CART, 1984): on a hundred validation samples the best itself is largely chance.
+        cautious: Take the strongest decay within one standard error of the best (Breiman et al., CART, 1984): on a
+            hundred validation samples the best itself is largely chance.
         seed: Of the validation part.
         max_iterations: Steps of L-BFGS; a warning says if they do not suffice.
-        tolerance: L-BFGS stops once no entry of the gradient of the mean loss is larger. At scikit-learn's 1e-4 it can
-            be a point of accuracy short of the minimum where the decay is small.
+        tolerance: Largest entry of the gradient of the mean loss to stop at; 1e-4 can cost a point at small decays.
     """
     labels = train.labels_for("A linear probe")
     check_classes(labels, "A linear probe")
     if not decays or not all(decay > 0 for decay in decays):
-        raise ValueError(
-            f"decays must be one or more numbers above 0, got {list(decays)}; the paper's is {PAPER_DECAY}."
-        )
-    mean = std = None
-    if standardise:
-        mean, std = train.features.mean(dim=0), train.features.std(dim=0) + 1e-6
+        raise ValueError(f"decays must be one or more numbers above 0, got {[*decays]}; the paper's is {PAPER_DECAY}.")
+    mean, std = (train.features.mean(0), train.features.std(0) + 1e-6) if standardise else (None, None)
     scores: dict[float, float] = {}
     fit = partial(_fit, mean=mean, std=std, max_iter=max_iterations, tol=tolerance)
     if len(decays) > 1:
@@ -133,22 +118,19 @@ def _parts(train: Features, labels: Tensor, validation: float | Features, seed: 
         fitted.append(indices[count:])
     chosen = torch.cat(held)
     if not len(chosen):
-        raise ValueError(
-            f"All {len(labels)} classes have one sample each, so none is left to choose the decay on: pass "
-            f"validation=Features of others, or one decay, such as decays=[{PAPER_DECAY}]."
-        )
+        problem = f"All {len(labels)} classes have one sample each, so none is left to choose the decay on"
+        raise ValueError(f"{problem}: pass validation=Features, or one decay, such as decays=[{PAPER_DECAY}].")
     return train.subset(torch.cat(fitted)), train.subset(chosen)
 
 
 def _fit(train: Features, decay: float, *, mean: Tensor | None, std: Tensor | None, **settings: Any) -> LinearProbe:
-    """Fit with one decay; `settings` are scikit-learn's."""
+    """Fit with one decay and scikit-learn's `settings`."""
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise ImportError(
-            "A linear probe is fitted by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
-        ) from error
+        message = "A linear probe is fitted by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
+        raise ImportError(message) from error
     labels = train.labels_for("A linear probe")
     features = (train.features if mean is None or std is None else (train.features - mean) / std).double()
     centre = features.mean(dim=0)  # the bias is free of decay: the same minimum, in far fewer steps
@@ -163,11 +145,9 @@ def _fit(train: Features, decay: float, *, mean: Tensor | None, std: Tensor | No
         if not issubclass(warning.category, ConvergenceWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
             continue
-        warnings.warn(
-            f"The linear probe with decay {decay:g} did not converge in {int(model.n_iter_.max())} iterations, so its "
-            "accuracy may be too low. Pass standardise=True, a larger decay, or a larger max_iterations.",
-            stacklevel=3,
-        )
+        problem = f"The linear probe with decay {decay:g} did not converge in {int(model.n_iter_.max())} iterations"
+        advice = "Pass standardise=True, a larger decay, or a larger max_iterations."
+        warnings.warn(f"{problem}, so its accuracy may be too low. {advice}", stacklevel=3)
     weight, bias = torch.as_tensor(model.coef_), torch.as_tensor(model.intercept_)
     bias = bias - weight @ centre.to(weight.dtype)
     if binary:

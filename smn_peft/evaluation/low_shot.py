@@ -23,10 +23,10 @@ FRACTIONS = (0.1, 0.04, 0.02, 0.01, 0.005, 0.0025)
 
 @dataclass(frozen=True)
 class LowShotRow:
-    """One run: the fraction of the labels that was asked for, how many that was, the seed, and the accuracy."""
+    """One run."""
 
-    fraction: float
-    images: int
+    fraction: float  # of the labels, as asked for
+    images: int  # how many that is
     seed: int
     accuracy: float
 
@@ -74,9 +74,8 @@ def low_shot_probe(
 ) -> list[LowShotRow]:
     """Low-shot accuracy of linear probes on fixed features: of the frozen base, or of a mask learned without labels.
 
-    A probe sees the features of its subset of `train` only. `fractions`, `seeds` and `balanced` are those of
-    [`low_shot`], `options` those of [`fit_linear_probe`]; with one image per class there is nothing to choose a decay
-    on: give one in `decays`.
+    A probe sees the features of its subset of `train` only. `options` are those of [`fit_linear_probe`]; with one
+    image per class there is nothing to choose a decay on: give one in `decays`.
     """
     labels, _ = check_pair(train, test, "Low-shot")
 
@@ -91,16 +90,10 @@ def low_shot_reports(rows: Iterable[LowShotRow], **fields: Any) -> list[EvalRepo
 
     `fields` are those of [`EvalReport`] beside values and seeds.
     """
-    by_fraction: dict[float, list[LowShotRow]] = {}
-    for row in rows:
-        by_fraction.setdefault(row.fraction, []).append(row)
-    settings = fields.pop("settings", {})
-    return [
-        EvalReport(
-            values=tuple(row.accuracy for row in found),
-            seeds=tuple(row.seed for row in found),
-            settings={**settings, "label_fraction": fraction, "labelled_images": found[0].images},
-            **fields,
-        )
-        for fraction, found in by_fraction.items()
-    ]
+    rows, settings, reports = list(rows), fields.pop("settings", {}), []
+    for fraction in dict.fromkeys(row.fraction for row in rows):
+        found = [row for row in rows if row.fraction == fraction]
+        values, seeds = (tuple(getattr(row, name) for row in found) for name in ("accuracy", "seed"))
+        more = {"label_fraction": fraction, "labelled_images": found[0].images}
+        reports.append(EvalReport(values=values, seeds=seeds, settings={**settings, **more}, **fields))
+    return reports

@@ -8,22 +8,15 @@ import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from typing import Any
 
 import torch
 
-__all__ = [
-    "EvalReport",
-    "format_fraction",
-    "library_versions",
-    "markdown_table",
-    "merge_reports",
-    "report_table",
-]
+__all__ = ["EvalReport", "format_fraction", "library_versions", "markdown_table", "merge_reports", "report_table"]
 
-_LIBRARIES = ("smn_peft", "peft", "timm", "transformers", "scikit-learn")
 _FORMAT = 1
 _DERIVED = ("value", "spread")
 
@@ -52,45 +45,30 @@ def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on, as far as these are installed."""
     # torch itself names its build too, such as +cu130.
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for name in _LIBRARIES:
-        try:
+    for name in ("smn_peft", "peft", "timm", "transformers", "scikit-learn"):
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """A metric of one method on one part of a dataset, over its seeds.
+    """A metric of one method on one part of a dataset, over its seeds."""
 
-    Attributes:
-        label: What was evaluated: the row of a table.
-        dataset: Name or Hub id.
-        split: Part of the dataset that was tested on.
-        metric: What `values` are, such as "knn_accuracy".
-        values: Fractions from 0 to 1, one per seed.
-        seeds: The seed of each value; empty where nothing is drawn, and then there is one value.
-        revision: Git revision of the dataset; None if it has none.
-        settings: All that was chosen, such as k and temperature; JSON's types.
-        versions: Versions of the libraries.
-    """
-
-    label: str
-    dataset: str
-    split: str
-    metric: str
-    values: tuple[float, ...]
-    seeds: tuple[int, ...] = ()
-    revision: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=library_versions)
+    label: str  # what was evaluated: the row of a table
+    dataset: str  # name or Hub id
+    split: str  # part of the dataset that was tested on
+    metric: str  # what `values` are, such as "knn_accuracy"
+    values: tuple[float, ...]  # fractions from 0 to 1, one per seed
+    seeds: tuple[int, ...] = ()  # empty where nothing is drawn, and then there is one value
+    revision: str | None = None  # Git revision of the dataset, if it has one
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all that was chosen, in JSON's types
+    versions: Mapping[str, str] = field(default_factory=library_versions)  # of the libraries
 
     def __post_init__(self) -> None:
         """Check every field."""
         for name in ("label", "dataset", "split", "metric"):
-            text = getattr(self, name)
-            if not isinstance(text, str) or not text:
+            if not isinstance(text := getattr(self, name), str) or not text:
                 raise ValueError(f"{name} must be a text, got {text!r}: a table has to name what it shows.")
         if self.revision is not None and not isinstance(self.revision, str):
             raise ValueError(f"revision must be a text or None, got {self.revision!r}.")
@@ -101,26 +79,20 @@ class EvalReport:
             object.__setattr__(self, name, tuple(given))
         for value in self.values:
             if not _is_number(value) or not 0 <= value <= 1:
-                raise ValueError(
-                    f"values must be fractions from 0 to 1, got {value!r}: 92 % is 0.92, and a NaN no result."
-                )
+                raise ValueError(f"values must be fractions from 0 to 1, got {value!r}: 92 % is 0.92, NaN no result.")
         object.__setattr__(self, "values", tuple(map(float, self.values)))
         if not all(type(seed) is int for seed in self.seeds) or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be integers, each once; got {list(self.seeds)}.")
         if len(self.values) != (len(self.seeds) or 1):
-            raise ValueError(
-                f"values has {len(self.values)} entries for {len(self.seeds)} seeds: give one per seed, or one value "
-                "and no seeds where nothing is drawn."
-            )
+            counts = f"{len(self.values)} entries for {len(self.seeds)} seeds"
+            raise ValueError(f"values has {counts}: give one per seed, or one value and no seeds if nothing is drawn.")
         for name in ("settings", "versions"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r}.")
             try:  # as it comes back from a file, so that a report equals the one that was saved
                 object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name), allow_nan=False)))
             except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{name} must hold what JSON can: texts, finite numbers, booleans, lists; {error}."
-                ) from error
+                raise ValueError(f"{name} must hold what JSON can: texts, finite numbers, lists; {error}.") from error
         if not all(isinstance(version, str) for version in self.versions.values()):
             raise ValueError(f"versions must map names to texts, got {dict(self.versions)}.")
 
@@ -146,11 +118,11 @@ class EvalReport:
         return f"{self.label}: {self.metric} on {self.dataset} ({self.split}) {shown} %{seeds}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON's types, with `value` and `spread` for other readers."""
+        """The report in JSON's types, with `value` and `spread` for other readers."""
         return {"format": _FORMAT, **asdict(self), **{name: getattr(self, name) for name in _DERIVED}}
 
     def to_json(self) -> str:
-        """The report as JSON; [`from_json`] reads it."""
+        """The report as JSON, for [`from_json`]."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -162,13 +134,10 @@ class EvalReport:
             raise ValueError(f"This is no JSON, so no evaluation report: {error}.") from error
         if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
             raise ValueError(f"This is no evaluation report of format {_FORMAT}; smn_peft's newest version reads all.")
-        known = {item.name for item in fields(cls)}
-        wrong = {"lacks": known.union(_DERIVED) - set(found), "has the unknown": set(found) - known.union(_DERIVED)}
-        for what, names in wrong.items():
+        known = {item.name for item in fields(cls)}.union(_DERIVED)
+        for what, names in (("lacks", known - set(found)), ("has the unknown", set(found) - known)):
             if names:
-                raise ValueError(
-                    f"The evaluation report {what} {', '.join(sorted(names))}: write it anew by to_json()."
-                )
+                raise ValueError(f"The evaluation report {what} {', '.join(sorted(names))}: write it anew by to_json.")
         derived = {name: found.pop(name) for name in _DERIVED}
         report = cls(**found)
         for name, stated in derived.items():
@@ -184,22 +153,19 @@ def merge_reports(reports: Sequence[EvalReport]) -> EvalReport:
     if not reports:
         raise ValueError("There are no reports to merge.")
     first = reports[0]
+    names = [item.name for item in fields(first) if item.name not in ("values", "seeds")]
     for other in reports[1:]:
-        names = [item.name for item in fields(first) if item.name not in ("values", "seeds")]
         pairs = {name: (getattr(first, name), getattr(other, name)) for name in names}
-        different = [f"{name} {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b]
-        if different:
-            raise ValueError(
-                f"Only reports of the same runs with other seeds merge; these differ: {'; '.join(different)}."
-            )
-    found = [pair for report in reports for pair in zip(report.seeds, report.values, strict=False)]
-    if len(reports) > 1 and not all(report.seeds for report in reports):
-        raise ValueError("A report without seeds does not merge: its number does not vary.")
-    if len({seed for seed, _ in found}) != len(found):
-        raise ValueError(f"A seed occurs twice among {sorted(seed for seed, _ in found)}: leave one report out.")
-    if not found:
+        if differing := "; ".join(f"{name} {a!r} and {b!r}" for name, (a, b) in pairs.items() if a != b):
+            raise ValueError(f"Only reports of the same runs with other seeds merge; these differ: {differing}.")
+    if len(reports) == 1:
         return first
+    if not all(report.seeds for report in reports):
+        raise ValueError("A report without seeds does not merge: its number does not vary.")
+    found = [pair for report in reports for pair in zip(report.seeds, report.values, strict=True)]
     seeds, values = zip(*sorted(found), strict=True)
+    if len({*seeds}) != len(seeds):
+        raise ValueError(f"A seed occurs twice among {[*seeds]}: leave one report out.")
     return replace(first, seeds=seeds, values=values)
 
 

@@ -7,10 +7,9 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -20,31 +19,13 @@ from ..training.images import share
 from .runs import RunSpec, RunStore, missing_files
 from .scales import Scale
 
-__all__ = [
-    "Artefact",
-    "Cell",
-    "Numbers",
-    "Record",
-    "Reproduction",
-    "artefact",
-    "by_section",
-    "make_record",
-    "needed_runs",
-    "render",
-    "reproduce",
-]
+__all__ = ["ARTEFACTS", "Artefact", "Cell", "Record", "artefact", "by_section", "needed_runs", "render", "reproduce"]
 
-#: Numbers of the paper by section, row and column: fractions, unless the section says otherwise.
-Numbers = Mapping[str, Mapping[str, Mapping[str, float]]]
 #: What `make_record` returns, or the JSON of it.
 Record = Mapping[str, Any]
 # Unit, factor and digits of metrics that are not percentages with one digit.
-_FORMATS = {
-    "bytes": ("kB", 1e-3, 1),
-    "cascade_bytes": ("kB", 1e-3, 1),
-    "loss": ("nats", 1.0, 4),
-    "density": ("", 100, 2),
-}
+_KILOBYTES = ("kB", 1e-3, 1)
+_FORMATS = {"bytes": _KILOBYTES, "cascade_bytes": _KILOBYTES, "loss": ("nats", 1.0, 4), "density": ("", 100, 2)}
 
 
 @dataclass(frozen=True)
@@ -65,13 +46,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Artefact:
-    """A table or figure."""
+    """A table or figure; title, note and the paper's numbers are those of ``artefacts.yaml``."""
 
     name: str  # "table2", "figure8"
-    title: str
     cells: Callable[[Scale], list[Cell]]  # its numbers at a scale; every run that it needs is the run of a cell
-    paper: Numbers  # the paper's numbers, where it prints some
-    note: str = ""  # how it differs from the paper's, and what to know when reading it
+    title: str
+    note: str  # how it differs from the paper's, and what to know when reading it
+    paper: Mapping[str, Mapping[str, Mapping[str, float]]]  # the paper's numbers by section, row and column
     # (store, cells, seeds) -> further data as JSON; its "markdown", if any, is shown below the table.
     details: Callable[[RunStore, Sequence[Cell], Sequence[int]], Any] | None = None
     # (record, stem of the files' names) -> the pictures that it wrote.
@@ -80,22 +61,22 @@ class Artefact:
     each_seed: bool = False  # show every seed's value beside their mean
 
 
-def artefact(name: str, title: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell]]], Artefact]:
-    """Decorate the function that lists the cells of an artefact; `options` are the other attributes of `Artefact`."""
-    return lambda cells: Artefact(name, title, cells, _papers_numbers().get(name, {}), **options)
+ARTEFACTS: dict[str, Artefact] = {}
+_TEXTS: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("artefacts.yaml").read_text("utf-8"))
 
 
-@cache
-def _papers_numbers() -> Mapping[str, Numbers]:
-    """The paper's numbers by artefact, from ``numbers.yaml``, which names the columns of a table once."""
-    content = yaml.safe_load(resources.files(__package__).joinpath("numbers.yaml").read_text("utf-8"))
-    return {
-        name: {
-            section: {row: dict(zip(table["columns"], values, strict=True)) for row, values in rows.items()}
-            for section, rows in table["sections"].items()
-        }
-        for name, table in content.items()
+def artefact(name: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell]]], None]:
+    """Register an artefact by the function that lists its cells; `options` are other attributes of `Artefact`."""
+    texts = _TEXTS[name]
+    paper = {
+        section: {row: dict(zip(texts["columns"], values, strict=True)) for row, values in rows.items()}
+        for section, rows in texts.get("sections", {}).items()
     }
+
+    def register(cells: Callable[[Scale], list[Cell]]) -> None:
+        ARTEFACTS[name] = Artefact(name, cells, texts["title"], texts.get("note", ""), paper, **options)
+
+    return register
 
 
 def needed_runs(artefact: Artefact, scale: Scale, seeds: Sequence[int]) -> list[RunSpec]:
@@ -123,15 +104,11 @@ def make_record(artefact: Artefact, scale: Scale, store: RunStore, seeds: Sequen
         rows.append({**place, "values": values, "runs": [spec.id for spec in specs]})
     return {
         "format": 1,
-        "name": artefact.name,
-        "title": artefact.title,
-        "note": artefact.note,
+        **{name: getattr(artefact, name) for name in ("name", "title", "note", "each_seed", "paper")},
         "scale": scale.name,
         "seeds": list(seeds),
-        "each_seed": artefact.each_seed,
         "cells": rows,
         "failures": failures,
-        "paper": artefact.paper,
         "details": None if artefact.details is None else artefact.details(store, cells, seeds),
         "versions": library_versions(),
     }
@@ -139,14 +116,12 @@ def make_record(artefact: Artefact, scale: Scale, store: RunStore, seeds: Sequen
 
 def by_section(record: Record) -> dict[str, list[Mapping[str, Any]]]:
     """Cells of a record by section."""
-    sections: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in record["cells"]:
-        sections.setdefault(cell["section"], []).append(cell)
-    return sections
+    sections = dict.fromkeys(cell["section"] for cell in record["cells"])
+    return {section: [cell for cell in record["cells"] if cell["section"] == section] for section in sections}
 
 
 def render(record: Record) -> str:
-    """Render a record as Markdown: what was measured, then the paper's numbers."""
+    """A record as Markdown: what was measured, then the paper's numbers."""
     seeds = len(record["seeds"])
     over = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     parts = [f"## {record['title']}", f"Scale `{record['scale']}`, {over}; accuracies and densities in percent."]
@@ -199,13 +174,12 @@ def _each_seed(cells: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(rows)
 
 
-@dataclass(frozen=True)
-class Reproduction:
-    """Result of `reproduce`: the record, its Markdown, and the files written (record, Markdown, pictures)."""
+class Reproduction(NamedTuple):
+    """Result of `reproduce`."""
 
     record: dict[str, Any]
-    text: str
-    files: tuple[Path, ...]
+    text: str  # the record as Markdown
+    files: list[Path]  # record, Markdown, pictures
 
 
 def reproduce(
@@ -231,7 +205,7 @@ def reproduce(
     """
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}.")
-    chosen, store = range(seeds or artefact.seeds), RunStore(output)
+    chosen, store = range(seeds or artefact.seeds), RunStore(Path(output))
     specs = needed_runs(artefact, scale, chosen)
     todo = [spec for spec in specs if not store.is_done(spec)]
     if problem := missing_files(todo):
@@ -251,4 +225,4 @@ def reproduce(
             file.write(written.encode())
     if artefact.draw is not None:
         files += artefact.draw(record, stem)
-    return Reproduction(record, text, tuple(files))
+    return Reproduction(record, text, files)

@@ -44,24 +44,20 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        widths = [16, 16, 32, 64]
-        for stage in (1, 2, 3):
-            first = _Block(widths[stage - 1], widths[stage])
-            rest = [_Block(widths[stage], widths[stage]) for _ in range(blocks - 1)]
-            self.add_module(f"layer{stage}", nn.Sequential(first, *rest))
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(_Block(inputs, width), *(_Block(width, width) for _ in range(blocks - 1)))
+            for inputs, width in ((16, 16), (16, 32), (32, 64))
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(batch, 3, side, side) -> features (batch, 64)."""
         x = F.relu(self.bn1(self.conv1(pixel_values)))
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))  # type: ignore[operator]
+        found: Tensor = self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return found
 
 
 def build() -> nn.Module:
-    """The backbone, (batch, 3, 32, 32) -> features (batch, 64), and how it wants its images.
-
-    Raises:
-        FileNotFoundError: If the folder that `SMN_ASSETS` names does not hold the weights.
-    """
+    """The backbone, (batch, 3, 32, 32) -> features (batch, 64), and how it wants its images."""
     path = Path(os.environ.get("SMN_ASSETS", ".")) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: SMN_ASSETS has to name the folder that holds {WEIGHTS}.")

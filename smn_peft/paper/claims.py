@@ -11,7 +11,7 @@ from functools import partial
 from ..evaluation import markdown_table
 from .artefact import Record
 
-__all__ = ["CLAIMS", "Claim", "Verdict", "claims_table", "judge"]
+__all__ = ["CLAIMS", "Claim", "claims_table", "judge"]
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,10 @@ class Verdict:
 
 
 def judge(claim: Claim, record: Record) -> list[Verdict]:
-    """Compare the rows of a claim in every section that has both, seed by seed.
+    """Compare the rows of a claim in every section that has both, seed by seed, by the record of its artefact.
 
     It holds if every seed says so and the mean is two standard errors away from the margin, and does not hold if
     every seed says the opposite as clearly; else, and under fewer than three seeds, it cannot be told.
-
-    Args:
-        claim: The claim.
-        record: Record of its artefact, from `smn reproduce`.
     """
     cells: dict[tuple[str, str], dict[str, Sequence[float | None]]] = {}
     for cell in record["cells"]:
@@ -102,24 +98,14 @@ def _says(margins: Sequence[float]) -> str:
 
 
 def claims_table(records: Mapping[str, Record]) -> str:
-    """Markdown of all claims whose artefact has a record.
-
-    Args:
-        records: Records by the artefact's name.
-    """
+    """Markdown of all claims whose artefact has a record, of `records` by the artefact's name."""
     rows = []
     for claim in CLAIMS:
         for verdict in judge(claim, records[claim.artefact]) if claim.artefact in records else []:
             points = [100 * difference for difference in verdict.differences]
             mean = f"{statistics.mean(points):+.1f}" if points else "–"
             spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
-            rows.append(
-                {
-                    "claim": claim.text if claim.of_paper else f"{claim.text} (not in the paper)",
-                    "where": verdict.where or records[claim.artefact]["title"],
-                    "points": mean + spread,
-                    "seeds": str(len(points)),
-                    "at this scale it": verdict.says,
-                }
-            )
+            row = {"claim": claim.text if claim.of_paper else f"{claim.text} (not in the paper)"}
+            row |= {"where": verdict.where or records[claim.artefact]["title"], "points": mean + spread}
+            rows.append({**row, "seeds": str(len(points)), "at this scale it": verdict.says})
     return markdown_table(rows)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's figures, and accuracy over the length of training by the small recipe and by the paper's."""
+"""The paper's figures; ablations, and the small recipe against the paper's, which it lacks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from ..training.images import build_images
 from ..training.metrics import METRICS_NAME, read_metrics
 from .artefact import Cell, Record, artefact, by_section
 from .runs import RunStore
-from .scales import Scale
+from .scales import Scale, Setting
 from .tables import frozen_cells
-
-__all__ = ["FIGURES", "RECIPES"]
 
 
 def _picture(stem: Path, plot: Callable[..., Any], data: Any, **options: Any) -> list[Path]:
@@ -42,7 +40,7 @@ def _lines(cells: Sequence[Mapping[str, Any]]) -> list[plots.Series]:
             rows.setdefault(cell["row"], {})[float(cell["column"].split()[0])] = cell["values"]
     lines = []
     for row, points in rows.items():
-        seeds = range(min(len(values) for values in points.values()))
+        seeds = range(min(map(len, points.values())))
         lines.append(plots.mean_curve(row, [{x: 100 * y[seed] for x, y in points.items()} for seed in seeds]))
     return lines
 
@@ -55,23 +53,14 @@ def _draw_low_shot(record: Record, stem: Path) -> list[Path]:
     return files
 
 
-@artefact(
-    "figure3",
-    "Figure 3: few labels",
-    note=(
-        "Linear probes are the mean over three draws of the labels. The paper's text does not name the three datasets "
-        "of its figure, nor prints its numbers."
-    ),
-    draw=_draw_low_shot,
-)
+@artefact("figure3", draw=_draw_low_shot)
 def _figure3(scale: Scale) -> list[Cell]:
-    supervised, options = scale.supervised[scale.resnet], scale.choices["figure3_options"]
-    cells = []
+    options, cells = scale.choices["figure3_options"], []
     for dataset in scale.choices["figure3"]:
-        mask = scale.self_supervised("mask", dataset)
+        mask = scale.run(scale.main, "mask", dataset)
         for fraction in scale.choices["figure3_fractions"]:
             few = {**options, "fraction": fraction, "eval_probe": False}
-            full, own = (scale.run(supervised, method, dataset, **few) for method in ("full", "mask"))
+            full, own = (scale.run(scale.resnet, method, dataset, **few) for method in ("full", "mask"))
             for row, run, metric in (
                 ("linear probe, frozen base", mask, f"frozen_low_shot@{fraction:g}"),
                 ("full fine-tuning", full, "accuracy"),
@@ -104,20 +93,10 @@ def _draw_losses(record: Record, stem: Path) -> list[Path]:
     return _picture(stem, plots.plot_curves, panels)
 
 
-@artefact(
-    "figure5",
-    "Figure 5: equivalent hyper-parameters",
-    note=(
-        "The first two rows are equivalent by Theorems 1 and 2, and so are the third and the last. On one machine "
-        "without randomness they are the same runs up to rounding."
-    ),
-    details=_losses,
-    draw=_draw_losses,
-    seeds=1,
-)
+@artefact("figure5", details=_losses, draw=_draw_losses, seeds=1)
 def _figure5(scale: Scale) -> list[Cell]:
     dataset, method = scale.choices["figure5"]
-    run, cells = scale.run(scale.supervised[scale.resnet], method, dataset), []
+    run, cells = scale.run(scale.resnet, method, dataset), []
     for factor, score, threshold in _HYPERPARAMETERS:
         lr = factor * run.arguments["lr"]
         varied = run.at(lr=lr, mask={"init_score": score, "threshold": threshold})
@@ -145,24 +124,26 @@ def _draw_densities(record: Record, stem: Path) -> list[Path]:
     return _picture(stem, plots.plot_densities, groups, title=title)
 
 
-@artefact("figure6", "Figure 6: density per layer of a transformer", details=_averaged_densities, draw=_draw_densities)
+@artefact("figure6", details=_averaged_densities, draw=_draw_densities)
 def _figure6(scale: Scale) -> list[Cell]:
-    setting, datasets = scale.supervised[scale.vit], scale.choices["figure6"]
-    return [Cell("", setting.label, name, scale.run(setting, "mask", name), "density") for name in datasets]
+    return _density_cells(scale, {scale.vit.label: scale.vit})
 
 
-@artefact("figure7", "Figure 7: density per layer of a ResNet", details=_averaged_densities, draw=_draw_densities)
+@artefact("figure7", details=_averaged_densities, draw=_draw_densities)
 def _figure7(scale: Scale) -> list[Cell]:
-    settings = {"without labels": scale.unsupervised[scale.main], "with labels": scale.supervised[scale.resnet]}
+    return _density_cells(scale, {"without labels": scale.main, "with labels": scale.resnet})
+
+
+def _density_cells(scale: Scale, settings: Mapping[str, Setting]) -> list[Cell]:
     return [
         Cell("", row, dataset, scale.run(setting, "mask", dataset), "density")
         for row, setting in settings.items()
-        for dataset in scale.choices["figure7"]
+        for dataset in scale.choices["densities"]
     ]
 
 
 def _selective_cells(scale: Scale, dataset: str, varied: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
-    whole, where = scale.variation("mask", dataset), scale.unsupervised[scale.varied].label
+    whole, where = scale.run(scale.varied, "mask", dataset), scale.varied.label
     cells = [Cell(where, "frozen base", "k-NN", whole, "frozen_knn"), Cell(where, "all weights", "k-NN", whole, "knn")]
     return cells + [Cell(where, row, "k-NN", whole.at(**changes), "knn") for row, changes in varied.items()]
 
@@ -180,7 +161,7 @@ def _stage_shares(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) 
 
 
 def _draw_selective(record: Record, stem: Path) -> list[Path]:
-    """Draw the rows "label: share %", and those whose share is in the details; each line ends in all weights."""
+    """Draw rows "label: share %" and those whose share is in the details; each line ends in all weights."""
     values = {cell["row"]: [value for value in cell["values"] if value is not None] for cell in record["cells"]}
     rows = []
     for row, accuracies in values.items():
@@ -193,24 +174,14 @@ def _draw_selective(record: Record, stem: Path) -> list[Path]:
     return _picture(stem, plots.plot_selective, plots.selective_series(rows), frozen=frozen)
 
 
-@artefact(
-    "figure8",
-    "Figure 8: the first stages, or a random share of the weights",
-    details=_stage_shares,
-    draw=_draw_selective,
-)
+@artefact("figure8", details=_stage_shares, draw=_draw_selective)
 def _figure8(scale: Scale) -> list[Cell]:
     stages = {f"first stages: {count}": {"mask_stages": count} for count in scale.choices["figure8_stages"]}
     shares = _shares(scale.choices["figure8_shares"], "random")
     return _selective_cells(scale, scale.choices["figure8"], {**stages, **shares})
 
 
-@artefact(
-    "figure9",
-    "Figure 9: a random share of the weights, or the largest",
-    note="The paper prints no numbers beside the figure.",
-    draw=_draw_selective,
-)
+@artefact("figure9", draw=_draw_selective)
 def _figure9(scale: Scale) -> list[Cell]:
     random, largest = (_shares(scale.choices["figure9_shares"], select) for select in ("random", "magnitude"))
     return _selective_cells(scale, scale.choices["figure9"], {**random, **largest})
@@ -252,26 +223,18 @@ def _maps(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[
 
 
 def _draw_maps(record: Record, stem: Path) -> list[Path]:
-    if not record["details"]:
-        return []
-    details = record["details"]
-    maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in details]
-    return _picture(stem, plots.plot_embedding_maps, maps, names=details[0]["names"])
+    found = record["details"]
+    maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in found]
+    return _picture(stem, plots.plot_embedding_maps, maps, names=found[0]["names"] if found else None)
 
 
-@artefact(
-    "figure10",
-    "Figure 10: embeddings",
-    note=f"At most {_IMAGES:,} test images of the first classes, first seed; the numbers are k-NN of all.",
-    details=_maps,
-    draw=_draw_maps,
-    seeds=1,
-)
+@artefact("figure10", details=_maps, draw=_draw_maps, seeds=1)
 def _figure10(scale: Scale) -> list[Cell]:
-    return _cascade_cells(scale, scale.choices["figure10"], "dispatcher", "cascade, unconditional")
+    return _cascade_cells(scale, "dispatcher", "cascade, unconditional")
 
 
-def _cascade_cells(scale: Scale, dataset: str, *rows: str) -> list[Cell]:
+def _cascade_cells(scale: Scale, *rows: str) -> list[Cell]:
+    dataset = scale.choices["table3"][0]
     return [Cell("", row, dataset, scale.cascade(dataset), f"cascade_knn@{row}") for row in rows]
 
 
@@ -292,16 +255,34 @@ def _draw_clusters(record: Record, stem: Path) -> list[Path]:
     return _picture(stem, plots.plot_clusters, rows, title="Clusters of the training images")
 
 
-@artefact(
-    "figure11",
-    "Figure 11: what clusters are made of",
-    note="Clusters of the first seed's router.",
-    details=_clusters,
-    draw=_draw_clusters,
-    seeds=1,
-)
+@artefact("figure11", details=_clusters, draw=_draw_clusters, seeds=1)
 def _figure11(scale: Scale) -> list[Cell]:
-    return _cascade_cells(scale, scale.choices["figure11"], "cascade, conditional")
+    return _cascade_cells(scale, "cascade, conditional")
+
+
+@artefact("ablations")
+def _ablations(scale: Scale) -> list[Cell]:
+    settings = {"with labels": (scale.resnet, "accuracy"), "without labels": (scale.varied, "knn")}
+    cells = []
+    for kind in scale.choices["ablations_kinds"]:
+        setting, metric = settings[kind]
+        run = scale.run(setting, "mask", scale.choices["ablations"])
+        variants = {
+            "as it is": run,
+            "no σ": run.at(mask={"scale": False}),
+            "σ without gradient": run.at(mask={"scale_gradient": False}),
+            "scores and momentum in bf16": run.at(score_dtype="bfloat16"),
+        }
+        if "statistics" in setting.methods:
+            adapting = run.arguments.get("mask", {}).get("batch_norm") == "adapt"
+            name, policy = ("held", "frozen") if adapting else ("adapting", "adapt")
+            variants[f"BatchNorm statistics {name}"] = run.at(mask={"batch_norm": policy})
+        for rate in scale.choices["ablations_rates"]:
+            variants[f"learning rate × {rate:g}"] = run.at(lr=rate * run.arguments["lr"])
+        for row, variant in variants.items():
+            for name in (metric, "density"):
+                cells.append(Cell(f"{setting.label}, {kind}", row, name, variant, name))
+    return cells
 
 
 def _draw_recipes(record: Record, stem: Path) -> list[Path]:
@@ -310,23 +291,14 @@ def _draw_recipes(record: Record, stem: Path) -> list[Path]:
     return _picture(stem, plots.plot_curves, panels, xlabel="epochs", ylabel="accuracy (%)", markers=True)
 
 
-@artefact(
-    "recipes",
-    "The small recipe against the paper's",
-    note=(
-        "Not in the paper. The paper's recipe as far as it fits: SGD on the scores, a random head, statistics that "
-        "adapt. The small one: AdamW, a head that starts from a linear probe, a warm-up, frozen statistics. Both were "
-        "tuned on CIFAR-10; nothing was tuned on the other images, nor on ResNet-56."
-    ),
-    draw=_draw_recipes,
-)
+@artefact("recipes", draw=_draw_recipes)
 def _recipes(scale: Scale) -> list[Cell]:
-    cells = []
+    cells, rows = [], ("full fine-tuning", "mask, the paper's recipe", "mask, the small recipe")
     for setting, dataset, lengths in scale.choices["recipes"]:
         section = f"{setting.label}, {dataset}"
         for epochs in lengths:
             column, runs = f"{epochs} {'epoch' if epochs == 1 else 'epochs'}", {}
-            for row, method in scale.choices["recipes_methods"].items():
+            for row, method in zip(rows, scale.choices["recipes_methods"], strict=True):
                 recipe = scale.run(setting, method, dataset)
                 runs[row] = recipe.at(epochs=epochs)
                 if rising := recipe.arguments.get("warmup_epochs"):  # the same share of the run
@@ -334,7 +306,3 @@ def _recipes(scale: Scale) -> list[Cell]:
             cells += frozen_cells(section, column, next(iter(runs.values())))
             cells += [Cell(section, row, column, run, "accuracy") for row, run in runs.items()]
     return cells
-
-
-FIGURES = (_figure3, _figure5, _figure6, _figure7, _figure8, _figure9, _figure10, _figure11)
-RECIPES = _recipes

@@ -46,19 +46,14 @@ def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
 class RunSpec:
     """One run, or one cascade.
 
-    Attributes:
-        arguments: Arguments of `TrainArguments` by name, nested as in a recipe. "{assets}" and "{weights}" stand for
-            the folders that SMN_ASSETS and SMN_WEIGHTS name, "{package}" for the folder of this file, so that the
-            hash does not depend on where they are.
-        found: A run whose density becomes this one's `mask.density`; None: the arguments say everything.
-        cascade: Options of the cascade whose dispatcher the arguments describe; None for a single run.
-        minutes: Rough duration on the scale's machine; not part of the hash.
+    In arguments "{assets}" and "{weights}" stand for the folders that SMN_ASSETS and SMN_WEIGHTS name, "{package}" for
+    the folder of this file, so that the hash does not depend on where they are.
     """
 
-    arguments: Mapping[str, Any]
-    found: RunSpec | None = None
-    cascade: Mapping[str, Any] | None = None
-    minutes: float = 0.0
+    arguments: Mapping[str, Any]  # of `TrainArguments` by name, nested as in a recipe
+    found: RunSpec | None = None  # a run whose density becomes this one's `mask.density`
+    cascade: Mapping[str, Any] | None = None  # options of the cascade whose dispatcher the arguments describe
+    minutes: float = 0.0  # rough duration on the scale's machine; not part of the hash
 
     def at(self, **changes: Any) -> RunSpec:
         """Copy with some arguments changed."""
@@ -82,8 +77,8 @@ class RunSpec:
         Raises:
             ValueError: The arguments are wrong.
         """
-        density = {} if self.found is None else {"mask": {"density": 0.5}}
-        facts: dict[str, Any] = _differing(TrainArguments(**merged(self.arguments, density)))
+        arguments = merged(self.arguments, {} if self.found is None else {"mask": {"density": 0.5}})
+        facts = dict(_not_defaults(json.dumps(arguments)))
         if self.found is not None:
             facts["found"] = self.found.id
         if self.cascade is not None:
@@ -91,11 +86,7 @@ class RunSpec:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()[:12]
 
     def to_arguments(self, folder: Path, density: float | None = None) -> TrainArguments:
-        """Arguments to call `run` with.
-
-        Args:
-            folder: The run's `output_dir`.
-            density: Density of `found`.
+        """Arguments to call `run` with, for an `output_dir` and the density of `found`.
 
         Raises:
             ValueError: A folder that is needed is named by no environment variable, or lacks a file.
@@ -106,20 +97,19 @@ class RunSpec:
         return TrainArguments(**{**_expanded(values), "output_dir": str(folder), "resume": True})
 
 
-def _differing(given: Any) -> dict[str, Any]:
-    """Fields of a dataclass that a user sets and that are not their defaults."""
-    kind: Any = type(given)
-    defaults, found = _defaults(kind), {}
+@cache
+def _not_defaults(arguments: str) -> dict[str, Any]:
+    """Values that are not the defaults, of `TrainArguments` as JSON."""
+    return _differing(TrainArguments(**json.loads(arguments)), TrainArguments(backbone="-", dataset="-"))
+
+
+def _differing(given: Any, defaults: Any) -> dict[str, Any]:
+    found = {}
     for field in fields(given):
         value, default = getattr(given, field.name), getattr(defaults, field.name)
         if "help" in field.metadata and field.name not in _IGNORED and value != default:
-            found[field.name] = _differing(value) if is_dataclass(value) else value
+            found[field.name] = _differing(value, default) if is_dataclass(value) else value
     return found
-
-
-@cache
-def _defaults(kind: Any) -> Any:
-    return kind(**({"backbone": "-", "dataset": "-"} if kind is TrainArguments else {}))
 
 
 def _plain(value: Any) -> Any:
@@ -127,7 +117,7 @@ def _plain(value: Any) -> Any:
 
 
 def _expanded(value: Any) -> Any:
-    """Replace "{assets}", "{weights}" and "{package}" in all strings of nested containers."""
+    """Fill in "{assets}", "{weights}" and "{package}" in all strings of nested containers."""
     if isinstance(value, Mapping):
         return {key: _expanded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -153,16 +143,11 @@ def missing_files(specs: list[RunSpec]) -> str:
     return ""
 
 
+@dataclass(frozen=True)
 class RunStore:
-    """Finished runs in a folder.
+    """Finished runs in a folder, which is made with the first: ``runs/<hash>/``, without their checkpoints."""
 
-    Attributes:
-        folder: Holds ``runs/<hash>/``, each the `output_dir` of a run without its checkpoints.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        """Name the folder; it is made with the first run."""
-        self.folder = Path(folder)
+    folder: Path
 
     def path(self, spec: RunSpec) -> Path:
         """The folder of a run."""
@@ -211,41 +196,23 @@ class RunStore:
         return RunSummary.load(self.path(spec))
 
     def low_shot(self, spec: RunSpec, fraction: float, *, base: bool = False) -> float:
-        """Accuracy of linear probes on a fraction of the labels, the mean over three draws; measured once.
-
-        Args:
-            spec: A finished run.
-            fraction: Fraction of the labels.
-            base: Probe the frozen base instead.
-        """
+        """Accuracy of linear probes on a fraction of the labels, the mean over three draws; measured once."""
         path = self.path(spec) / f"low_shot{'_base' if base else ''}.json"
         known: dict[float, float] = dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
         if fraction not in known:
-            options: dict[str, Any] = {"backbone": spec.backbone, "low_shot": [fraction], "seeds": 3}
-            (report,) = evaluate_run(self.path(spec), base=base, **options)
+            (report,) = evaluate_run(self.path(spec), base=base, backbone=spec.backbone, low_shot=[fraction], seeds=3)
             known[fraction] = report.value
             _write_json(path, sorted(known.items()))
         return known[fraction]
 
-    def size(self, spec: RunSpec) -> int:
-        """Bytes of the file that a run saved: the adapter, or all weights."""
-        return max(file.stat().st_size for file in self.path(spec).glob("*.safetensors"))
-
-    def cascade(self, spec: RunSpec) -> dict[str, Any]:
+    def cascade(self, spec: RunSpec) -> Any:
         """Result of a finished cascade: "values" by metric and label, "sizes" in bytes."""
-        result: dict[str, Any] = json.loads((self.path(spec) / _CASCADE_NAME).read_text("utf-8"))
-        return result
+        return json.loads((self.path(spec) / _CASCADE_NAME).read_text("utf-8"))
 
     def measure(self, spec: RunSpec, metric: str) -> float | None:
-        """Read a metric of a finished run.
+        """Read a metric of a finished run; None if the run failed.
 
-        Args:
-            spec: The run.
-            metric: A key of [`METRICS`], with "@part" where it has parts: "knn", "frozen_low_shot@0.01",
-                "cascade_knn@dispatcher".
-
-        Returns:
-            The value; None if the run failed.
+        A metric is a key of [`METRICS`], with "@part" where it has parts: "knn", "cascade_knn@dispatcher".
 
         Raises:
             ValueError: The metric is unknown, or such a run does not have it.
@@ -272,7 +239,7 @@ METRICS: dict[str, Callable[[RunStore, RunSpec, str], float | None]] = {
     "frozen_low_shot": lambda store, spec, part: store.low_shot(spec, float(part), base=True),
     "density": lambda store, spec, _: store.summary(spec).density,
     "loss": lambda store, spec, _: store.summary(spec).loss,
-    "bytes": lambda store, spec, _: store.size(spec),
+    "bytes": lambda store, spec, _: max(file.stat().st_size for file in store.path(spec).glob("*.safetensors")),
     "cascade_knn": lambda store, spec, part: store.cascade(spec)["values"]["knn"][part],
     "cascade_linear_probe": lambda store, spec, part: store.cascade(spec)["values"]["linear_probe"][part],
     "cascade_bytes": lambda store, spec, part: store.cascade(spec)["sizes"][part],

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,12 +34,12 @@ class Scale:
     name: str  # value of `--scale`
     machine: str  # the machine that durations are for
     datasets: Mapping[str, Mapping[str, Any]]  # arguments of every dataset
-    supervised: Mapping[str, Setting]  # settings that train with labels, by key
+    supervised: Sequence[Setting]  # settings that train with labels
     unsupervised: Mapping[str, Setting]  # settings that train without, by key
-    main: str  # key of the unsupervised setting of Tables 3 and 10 and of the figures
-    varied: str  # key of the one in which single options are varied: Tables 5 and 9, Figures 8 and 9, the ablations
-    vit: str  # key of the supervised transformer of Figure 6
-    resnet: str  # key of the supervised network of Figure 7, the same as `main` uses
+    main: Setting  # without labels: of Tables 3 and 10 and of the figures
+    varied: Setting  # without labels: where single options are varied, as in Tables 5 and 9 and the ablations
+    vit: Setting  # with labels: the transformer of Figure 6
+    resnet: Setting  # with labels: the network of Figure 7, the same as `main` uses
     choices: Mapping[str, Any]  # what a table or figure varies or shows, by its name
 
     def run(self, setting: Setting, method: str, dataset: str, **changes: Any) -> RunSpec:
@@ -47,17 +47,9 @@ class Scale:
         arguments = merged(setting.methods[method], setting.base, self.datasets[dataset], changes)
         return RunSpec(arguments, minutes=setting.minutes)
 
-    def self_supervised(self, method: str, dataset: str, **changes: Any) -> RunSpec:
-        """A run of the main unsupervised setting."""
-        return self.run(self.unsupervised[self.main], method, dataset, **changes)
-
-    def variation(self, method: str, dataset: str, **changes: Any) -> RunSpec:
-        """A run of the unsupervised setting in which single options are varied."""
-        return self.run(self.unsupervised[self.varied], method, dataset, **changes)
-
     def cascade(self, dataset: str) -> RunSpec:
         """The cascade of a dataset: dispatcher, experts, and at some scales an ensemble over seeds as a control."""
-        dispatcher = self.self_supervised("mask", dataset, **self.choices["table3_options"].get(dataset, {}))
+        dispatcher = self.run(self.main, "mask", dataset, **self.choices["table3_options"].get(dataset, {}))
         options = self.choices["cascade"]
         masks = 1 + options["experts"] * (2 if options["ensemble"] else 1)
         return replace(dispatcher, cascade=options, minutes=dispatcher.minutes * masks)
@@ -96,28 +88,23 @@ def _paper() -> Scale:
         "full": merged(swav, {"adapt": "full", "lr": 0.15, "weight_decay": 1e-6}),
         "statistics": merged(swav, {"adapt": "statistics"}),
     }
-
-    def unsupervised(name: str, base: dict[str, str]) -> Setting:
-        return Setting(f"ResNet-50, {name}", base, unsupervised_methods, table2, 1440)
-
+    resnet50 = Setting("ResNet-50, SwAV", swav_base, resnet50_methods, table1, 720)
+    clip = Setting("ViT-B/32, CLIP", {"backbone": "openai/clip-vit-base-patch32"}, clip_methods, table1, 720)
+    bases = {"DINO": dino_base, "SwAV": swav_base, "TIMM": {"backbone": "timm/resnet50.a1_in1k"}}
+    without_labels = {
+        name.lower(): Setting(f"ResNet-50, {name}", base, unsupervised_methods, table2, 1440)
+        for name, base in bases.items()
+    }
     return Scale(
         name="paper",
         machine="one A100, upper bounds from appendix J",
         datasets={name: {"dataset": name} for name in list_datasets()},
-        supervised={
-            "resnet18": resnet18,
-            "resnet50": Setting("ResNet-50, SwAV", swav_base, resnet50_methods, table1, 720),
-            "clip": Setting("ViT-B/32, CLIP", {"backbone": "openai/clip-vit-base-patch32"}, clip_methods, table1, 720),
-        },
-        unsupervised={
-            "swav": unsupervised("SwAV", swav_base),
-            "dino": unsupervised("DINO", dino_base),
-            "timm": unsupervised("TIMM", {"backbone": "timm/resnet50.a1_in1k"}),
-        },
-        main="swav",
-        varied="swav",
-        vit="clip",
-        resnet="resnet50",
+        supervised=(resnet18, resnet50, clip),
+        unsupervised=without_labels,
+        main=without_labels["swav"],
+        varied=without_labels["swav"],
+        vit=clip,
+        resnet=resnet50,
         choices={
             "table2": {"swav": ("score", "absolute")},
             "table3": ("cifar100", "inatloc500"),
@@ -125,7 +112,6 @@ def _paper() -> Scale:
             "cascade": {"experts": 5, "ensemble": False},
             "table5": ("cifar10", "dtd", "sun397"),
             "table5_prototypes": (50, 500, 5000),
-            "table5_initialisations": ("dino", "swav", "timm"),
             "table6": ("swav", "cifar100"),
             "table7": ("swav", "sun397"),
             "table9": ("dtd", "eurosat", "flowers102", "ucf101"),
@@ -134,24 +120,17 @@ def _paper() -> Scale:
             "figure3_fractions": FRACTIONS,
             "figure3_options": {"batch_size": 32},
             "figure5": ("cifar10", "mask"),
-            "figure6": ("cifar10", "cifar100", "sun397", "dtd"),
-            "figure7": ("cifar10", "cifar100", "sun397", "dtd"),
+            "densities": ("cifar10", "cifar100", "sun397", "dtd"),
             "figure8": "cifar10",
             "figure8_stages": (1, 2, 3),
             "figure8_shares": (0.009, 0.061, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
             "figure9": "cifar100",
             "figure9_shares": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-            "figure10": "cifar100",
-            "figure11": "cifar100",
             "ablations": "cifar10",
             "ablations_kinds": ("with labels", "without labels"),
             "ablations_rates": (0.25, 0.5, 2.0, 4.0),
             "recipes": ((resnet18, "cifar10", (15, 50, 150)),),
-            "recipes_methods": {
-                "full fine-tuning": "full",
-                "mask, the paper's recipe": "mask",
-                "mask, the small recipe": "mask_small",
-            },
+            "recipes_methods": ("full", "mask", "mask_small"),
         },
     )
 
@@ -169,11 +148,8 @@ def _small() -> Scale:
         "image_size": 64,
     }
     resnet = {"backbone": "{package}/small_resnet.py:build", "image_size": 48}
-    resnet56 = {
-        "backbone": "{package}/cifar_resnet.py:build",
-        "image_size": 32,
-        "mask": {"target_modules": "all-conv"},
-    }
+    convolutions = {"target_modules": "all-conv"}
+    resnet56 = {"backbone": "{package}/cifar_resnet.py:build", "image_size": 32, "mask": convolutions}
 
     def with_labels(label: str, base: dict[str, Any], lr: float, head_lr: float) -> Setting:
         # The paper's recipe as far as six epochs allow: SGD, a random head, statistics that adapt. Features have size
@@ -183,7 +159,7 @@ def _small() -> Scale:
             "full": merged(supervised, {"adapt": "full", "lr": 3e-4}),
             "lora": merged(supervised, {"adapt": "lora", "lr": 2e-3}),
             "mask_sgd": merged(supervised, sgd, {"mask": {"batch_norm": "adapt"}}),
-            "mask": dict(supervised),
+            "mask": supervised,
         }
         statistics = {} if base is vit else {"statistics": merged(supervised, {"adapt": "statistics"})}
         return Setting(label, base, methods | statistics, ("cifar10",), 1.5)
@@ -191,18 +167,14 @@ def _small() -> Scale:
     def without_labels(label: str, base: dict[str, Any]) -> Setting:
         # Scores that are ranked start at about 1/sqrt(fan-in), not at 1: they want smaller steps.
         topk = {"lr": 0.005, "mask": {"mask_type": "topk", "init_score": "kaiming_uniform"}}
-        methods = {
-            "mask": dict(swav),
-            "topk": merged(swav, topk),
-            "full": merged(swav, {"adapt": "full", "lr": 1e-4}),
-        }
+        full = {"adapt": "full", "lr": 1e-4}
+        methods = {"mask": swav, "topk": merged(swav, topk), "full": merged(swav, full)}
         statistics = {} if base is vit else {"statistics": merged(swav, {"adapt": "statistics"})}
         return Setting(label, base, methods | statistics, ("cifar10",), 2.0)
 
-    labelled = {
-        "vit": with_labels("ViT-Tiny, 64 px", vit, 10.0, 0.01),
-        "resnet": with_labels("ResNetV2-50, 48 px", resnet, 30.0, 3.0),
-    }
+    names = "ViT-Tiny, 64 px", "ResNetV2-50, 48 px"
+    labelled = with_labels(names[0], vit, 10.0, 0.01), with_labels(names[1], resnet, 30.0, 3.0)
+    unlabelled = {"vit": without_labels(names[0], vit), "resnet": without_labels(names[1], resnet)}
     untuned = with_labels("ResNet-56, 32 px", resnet56, 30.0, 0.1)
     limits = {"limit": 2000, "eval_limit": 2000, "eval_probe": True}
     tiny_imagenet = {"dataset": "{assets}/tiny_imagenet_200x84.npz", "class_limit": 30, "eval_probe": True}
@@ -214,51 +186,33 @@ def _small() -> Scale:
             "tiny-imagenet, 30 classes": tiny_imagenet,
         },
         supervised=labelled,
-        unsupervised={
-            "vit": without_labels("ViT-Tiny, 64 px", vit),
-            "resnet": without_labels("ResNetV2-50, 48 px", resnet),
-        },
-        main="resnet",
-        varied="vit",
-        vit="vit",
-        resnet="resnet",
+        unsupervised=unlabelled,
+        main=unlabelled["resnet"],
+        varied=unlabelled["vit"],
+        vit=labelled[0],
+        resnet=labelled[1],
         choices={
+            **dict.fromkeys(("table3", "table5", "table9", "table10", "figure3", "densities"), ("cifar10",)),
+            **dict.fromkeys(("figure8", "figure9", "ablations"), "cifar10"),
             "table2": {"vit": ("score", "absolute"), "resnet": ("score",)},
-            "table3": ("cifar10",),
             "table3_options": {},
             "cascade": {"experts": 3, "ensemble": True},
-            "table5": ("cifar10",),
             "table5_prototypes": (10, 50, 120),
-            "table5_initialisations": ("vit", "resnet"),
             "table6": ("resnet", "cifar10"),
             "table7": ("vit", "cifar10"),
-            "table9": ("cifar10",),
-            "table10": ("cifar10",),
-            "figure3": ("cifar10",),
             "figure3_fractions": (0.1, 0.04, 0.02),
             "figure3_options": {"batch_size": 32, "max_steps": 60, "epochs": 1000, "warmup_epochs": 15},
             "figure5": ("cifar10", "mask_sgd"),
-            "figure6": ("cifar10",),
-            "figure7": ("cifar10",),
-            "figure8": "cifar10",
             "figure8_stages": (4, 8),
             "figure8_shares": (0.1, 0.5),
-            "figure9": "cifar10",
             "figure9_shares": (0.1, 0.5),
-            "figure10": "cifar10",
-            "figure11": "cifar10",
-            "ablations": "cifar10",
             "ablations_kinds": ("with labels",),
             "ablations_rates": (0.25, 4.0),
             "recipes": (
-                (labelled["resnet"], "cifar10", (1, 3, 6)),
-                *((setting, "tiny-imagenet, 30 classes", (6,)) for setting in (*labelled.values(), untuned)),
+                (labelled[1], "cifar10", (1, 3, 6)),
+                *((setting, "tiny-imagenet, 30 classes", (6,)) for setting in (*labelled, untuned)),
             ),
-            "recipes_methods": {
-                "full fine-tuning": "full",
-                "mask, the paper's recipe": "mask_sgd",
-                "mask, the small recipe": "mask",
-            },
+            "recipes_methods": ("full", "mask_sgd", "mask"),
         },
     )
 
@@ -267,11 +221,7 @@ SCALES: dict[str, Scale] = {scale.name: scale for scale in (_small(), _paper())}
 
 
 def scale_named(name: str) -> Scale:
-    """Look up a scale.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
+    """Look up a scale; ValueError if there is none of this name."""
     if name not in SCALES:
         raise ValueError(f"There is no scale {name!r}; there are {', '.join(SCALES)}.{did_you_mean(name, SCALES)}")
     return SCALES[name]

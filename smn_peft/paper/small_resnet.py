@@ -22,11 +22,7 @@ WEIGHTS = "resnetv2_50_stages123.onnxzoo.fp16.safetensors"
 
 
 def build() -> nn.Module:
-    """The backbone, (batch, 3, 48, 48) -> features (batch, 1024), and how it wants its images.
-
-    Raises:
-        FileNotFoundError: If the folder that `SMN_ASSETS` names does not hold the weights.
-    """
+    """The backbone, (batch, 3, 48, 48) -> features (batch, 1024), and how it wants its images."""
     path = Path(os.environ.get("SMN_ASSETS", ".")) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: SMN_ASSETS has to name the folder that holds {WEIGHTS}.")

@@ -14,7 +14,6 @@ import torch
 from accelerate.state import AcceleratorState
 
 from smn_peft.cascade import Cascade, prepare, train_experts
-from smn_peft.cascade.fit import expert_epochs
 from smn_peft.cascade.router import Router
 from smn_peft.objectives.swav import SwAV
 from smn_peft.training import RunSummary, run
@@ -44,11 +43,6 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def test_epochs_make_about_as_many_steps():
-    assert [expert_epochs(50_000, cluster, 150) for cluster in (10_000, 50_000, 12_345, 7)] == [750, 150, 608, 1071429]
-    assert expert_epochs(100, 99, 1) == 1
 
 
 def test_every_expert_starts_from_the_dispatcher_on_its_own_cluster(fitted, arguments):

@@ -53,8 +53,8 @@ def test_it_assigns_as_scikit_learn_predicts(router):
 def test_the_mixtures_scores_are_scikit_learns_up_to_a_constant():
     router = fit_router(blobs(400), K, dim=DIM)
     model = GaussianMixture(K)
-    model.weights_, model.means_ = router.weights.numpy(), router.means.numpy()
-    model.precisions_cholesky_ = router.precisions_cholesky.numpy()
+    model.weights_, model.means_ = (router.clusters[name].numpy() for name in ("weights", "means"))
+    model.precisions_cholesky_ = router.clusters["precisions_cholesky"].numpy()
     points = router.whitening(torch.nn.functional.normalize(blobs(50, 3).double(), dim=1), unit_variance=True)
     expected = torch.as_tensor(model._estimate_weighted_log_prob(points.double().numpy()))
     constant = -0.5 * DIM * np.log(2 * np.pi)

@@ -27,7 +27,7 @@ def test_k_above_the_number_of_samples_takes_all(blobs):
 
 def test_a_sample_is_its_own_nearest(blobs):
     train, _ = blobs(noise=5.0)
-    assert evaluate_knn(train, train, k=1, chunk=7) == 1.0
+    assert evaluate_knn(train, train, k=1) == 1.0
 
 
 def test_a_test_class_that_was_never_seen_counts_as_wrong(blobs):

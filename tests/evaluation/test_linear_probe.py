@@ -11,7 +11,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from smn_peft.evaluation import DECAYS, PAPER_DECAY, Features, fit_linear_probe, linear_probe
+from smn_peft.evaluation import PAPER_DECAY, Features, fit_linear_probe, linear_probe
+from smn_peft.evaluation.linear_probe import DECAYS
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from smn_peft.paper import RunStore, Scale, Setting
-from smn_peft.paper.runs import merged
+from smn_peft.paper.runs import RunStore, merged
+from smn_peft.paper.scales import Scale, Setting
 from tests.training.tiny import SWAV, write_model, write_npz
 
 
@@ -52,47 +52,36 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         "full": merged(swav, {"adapt": "full", "lr": 0.01}),
         "statistics": merged(swav, {"adapt": "statistics"}),
     }
-    net = Setting("Net", base, supervised, ("colours",), 0.1)
+    labelled, unlabelled = (Setting("Net", base, methods, ("colours",), 0.1) for methods in (supervised, unsupervised))
     return Scale(
         name="tiny",
         machine="any",
         datasets={"colours": {"dataset": str(tiny_folder / "set.npz")}},
-        supervised={"net": net},
-        unsupervised={"net": Setting("Net", base, unsupervised, ("colours",), 0.1)},
-        main="net",
-        varied="net",
-        vit="net",
-        resnet="net",
+        supervised=(labelled,),
+        unsupervised={"net": unlabelled},
+        main=unlabelled,
+        varied=unlabelled,
+        vit=labelled,
+        resnet=labelled,
         choices={
+            **dict.fromkeys(("table3", "table5", "table9", "table10", "figure3", "densities"), ("colours",)),
+            **dict.fromkeys(("figure8", "figure9", "ablations"), "colours"),
             "table2": {"net": ("score",)},
-            "table3": ("colours",),
             "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
             "table3_options": {"colours": {"batch_size": 8, "eval_probe": False}},
-            "figure10": "colours",
-            "figure11": "colours",
-            "table5": ("colours",),
             "table5_prototypes": (4, 6, 200),
-            "table5_initialisations": ("net",),
             "table6": ("net", "colours"),
             "table7": ("net", "colours"),
-            "table9": ("colours",),
-            "table10": ("colours",),
-            "figure3": ("colours",),
             "figure3_fractions": (0.5,),
             "figure3_options": {},
             "figure5": ("colours", "mask"),
-            "figure6": ("colours",),
-            "figure7": ("colours",),
-            "figure8": "colours",
             "figure8_stages": (1,),
             "figure8_shares": (),
-            "figure9": "colours",
             "figure9_shares": (0.1,),
-            "ablations": "colours",
             "ablations_kinds": ("with labels", "without labels"),
             "ablations_rates": (0.5, 2.0),
-            "recipes": ((net, "colours", (1, 2)),),
-            "recipes_methods": {"fine-tuning": "full", "one": "mask"},
+            "recipes": ((labelled, "colours", (1, 2)),),
+            "recipes_methods": ("full", "mask", "mask"),
         },
     )
 

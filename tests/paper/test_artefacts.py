@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from smn_peft.analysis.compression import adapter_compression, format_compression
-from smn_peft.paper import ARTEFACTS, SCALES, artefact_named, listing, needed_runs, render, reproduce, scale_named
+from smn_peft.paper import ARTEFACTS, SCALES, artefact_named, listing, render, reproduce, scale_named
+from smn_peft.paper.artefact import needed_runs
 from smn_peft.paper.runs import METRICS
 from smn_peft.training import RunSummary
 from tests.training.tiny import ROOT
@@ -74,8 +75,8 @@ def test_the_papers_numbers():
     assert ARTEFACTS["ablations"].paper == {}
 
 
-def test_names():
-    text = listing([SCALES["small"]])
+def test_names(tiny_scale):
+    text = listing([tiny_scale])
     assert all(f"| {name} " in text for name in ARTEFACTS)
     with pytest.raises(ValueError, match=r"There is no table or figure 'tabel2'; .* Did you mean table2\?"):
         artefact_named("tabel2")
@@ -171,9 +172,9 @@ def test_pictures_of_the_committed_records(tmp_path):
 
 
 def test_what_fails_is_shown_as_failed(tiny_scale, tmp_path):
-    setting = tiny_scale.unsupervised["net"]
+    setting = tiny_scale.main
     methods = {**setting.methods, "mask": {**setting.methods["mask"], "head_lr": 1e38, "max_steps": 4}}
-    broken = replace(tiny_scale, name="broken", unsupervised={"net": replace(setting, methods=methods)})
+    broken = replace(tiny_scale, name="broken", main=replace(setting, methods=methods))
     result = reproduce(ARTEFACTS["table10"], broken, seeds=1, output=tmp_path)
     assert "| failed |" in " ".join(result.text.split())
     assert f"Run {result.record['cells'][0]['runs'][0]} failed: " in result.text

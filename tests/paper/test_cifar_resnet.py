@@ -26,12 +26,12 @@ def test_its_own_head_classifies_cifar10(monkeypatch):
     monkeypatch.setenv("SMN_ASSETS", str(ASSETS))
     model = cifar_resnet.build()
     head = {key: value.float() for key, value in load_file(ASSETS / cifar_resnet.WEIGHTS).items() if "linear" in key}
-    images = load_images(ASSETS / "cifar10_jpeg.npz", "test").subset(range(0, 10000, 50))
+    images = load_images(ASSETS / "cifar10_jpeg.npz", "test").subset(range(0, 10000, 100))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.mean, model.std))
     found = extract_features(model, images, lambda image: (image / 255 - mean) / std)
     logits = found.features @ head["linear.weight"].t() + head["linear.bias"]
     accuracy = (logits.argmax(1) == found.labels).float().mean()
-    assert 0.8 < accuracy < 0.93  # 83.2 % of all 10,000 lossy images, 87.5 % of these
+    assert 0.8 < accuracy < 0.93  # 83.2 % of all 10,000 lossy images
 
 
 def test_a_missing_file_is_named(monkeypatch, tmp_path):

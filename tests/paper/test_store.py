@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
 
 import pytest
 from safetensors.torch import load_file
 
-from smn_peft.paper import RunStore
+from smn_peft.objectives.swav import SwAV
+from smn_peft.paper.runs import RunStore
 from smn_peft.training import Interrupted
 from smn_peft.training.checkpoint import list_checkpoints
 
@@ -21,25 +19,24 @@ def files(path) -> set[str]:
 
 
 def test_an_interrupted_run_goes_on_to_the_same_mask(tiny_scale, tmp_path):
-    spec = tiny_scale.self_supervised("mask", "colours", max_steps=12, checkpoint_every=1, eval_split=None)
+    spec = tiny_scale.run(tiny_scale.main, "mask", "colours", max_steps=5, eval_split=None)
     store, whole = RunStore(tmp_path / "a"), RunStore(tmp_path / "b")
+    original = SwAV.after_backward
 
-    def press():
-        deadline = time.monotonic() + 60
-        while not list_checkpoints(store.path(spec)) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGINT)
+    def press(self, step):
+        original(self, step)
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
 
-    user = threading.Thread(target=press)
-    user.start()
-    with pytest.raises(Interrupted):
-        store.ensure(spec)
-    user.join()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SwAV, "after_backward", press)
+        with pytest.raises(Interrupted):
+            store.ensure(spec)
     assert not store.is_done(spec)
     assert list_checkpoints(store.path(spec))
     store.ensure(spec)
     whole.ensure(spec)
-    assert store.summary(spec).steps == whole.summary(spec).steps == 12
+    assert store.summary(spec).steps == whole.summary(spec).steps == 5
     name = "adapter_model.safetensors"
     one, two = load_file(store.path(spec) / name), load_file(whole.path(spec) / name)
     assert all((one[key] == two[key]).all() for key in one)
@@ -50,7 +47,7 @@ def test_an_interrupted_run_goes_on_to_the_same_mask(tiny_scale, tmp_path):
 
 
 def test_unknown_metrics(tiny_scale, store):
-    spec = tiny_scale.self_supervised("mask", "colours")
+    spec = tiny_scale.run(tiny_scale.main, "mask", "colours")
     with pytest.raises(ValueError, match="Unknown metric 'knm'; there are knn, "):
         store.measure(spec, "knm")
     store.ensure(spec)
@@ -60,8 +57,8 @@ def test_unknown_metrics(tiny_scale, store):
 
 def test_a_run_that_cannot_go_on_is_not_tried_again(tiny_scale, tmp_path):
     store = RunStore(tmp_path)
-    spec = tiny_scale.self_supervised("mask", "colours", head_lr=1e38, max_steps=4)
-    follower = tiny_scale.self_supervised("topk", "colours")
+    spec = tiny_scale.run(tiny_scale.main, "mask", "colours", head_lr=1e38, max_steps=4)
+    follower = tiny_scale.run(tiny_scale.main, "topk", "colours")
     follower = type(follower)(follower.arguments, found=spec)
     store.ensure(follower)
     assert store.is_done(spec)
