@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,18 +46,6 @@ from .checkpoint import latest_checkpoint, start_from
 from .images import Images, base_features
 from .task import TrainingTask
 
-__all__ = [
-    "build_objective",
-    "build_task",
-    "build_train_loader",
-    "evaluation_of",
-    "evaluator_of",
-    "load_base",
-    "lora_config",
-    "lora_sizes",
-    "matched_lora_rank",
-]
-
 
 def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
     """Load the frozen base that the arguments name, with a head for `num_classes` or without one."""
@@ -83,12 +71,7 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
 def build_task(
     arguments: TrainArguments, images: Images, device: torch.device | str = "cpu"
 ) -> tuple[TrainingTask, Backbone]:
-    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`.
-
-    Raises:
-        ValueError: If a part does not fit another; the message says which argument to change.
-        FileNotFoundError: If `init_from` holds no checkpoint.
-    """
+    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`."""
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
@@ -167,8 +150,8 @@ def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, clas
     if arguments.mask_stages is not None:
         config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
     if arguments.adapt == "lora":
-        options: dict[str, Any] = {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha}
-        lora = lora_config(model, config, modules_to_save=["head"] if has_head else None, **options)
+        in_full, rank, alpha = ["head"] if has_head else None, arguments.lora_rank, arguments.lora_alpha
+        lora = lora_config(model, config, rank=rank, alpha=alpha, modules_to_save=in_full)
         torch.manual_seed(arguments.seed)  # PEFT draws the factors from the global stream
         return get_peft_model(model, lora)
     if has_head and arguments.head == "masked":
@@ -236,9 +219,8 @@ def evaluator_of(
 ) -> Callable[[TrainingTask], dict[str, Any]] | None:
     """Build the function that evaluates a task on the run's images; None if there is nothing to test on.
 
-    It measures k-NN, a linear probe if asked for, and the accuracy of a classifier; ``evaluation`` names images and k,
-    so that only comparable values are compared. The first call of a run that does not resume is of the frozen base: a
-    mask that does not start with all ones is switched off for it, and the base's features are shared inside [`share`].
+    ``evaluation`` names images and k, so that only comparable values are compared. The first call of a run that does
+    not resume is of the frozen base: a mask that does not start with all ones is switched off for it.
     """
     bank, test = images.bank, images.test
     if test is None or bank is None:
@@ -284,17 +266,9 @@ def lora_config(
     *,
     rank: int | None = None,
     alpha: float | None = None,
-    modules_to_save: Sequence[str] | None = None,
+    modules_to_save: list[str] | None = None,
 ) -> LoraConfig:
-    """Configure LoRA on the layers that a mask would take.
-
-    Args:
-        model: The base model.
-        mask: Says which layers.
-        rank: Rank of the factors; None: [`matched_lora_rank`].
-        alpha: The update is scaled by alpha / rank; None: 2 · rank.
-        modules_to_save: Modules trained in full, such as the head.
-    """
+    """Configure LoRA on the layers that a mask would take; None: the rank that matches it, alpha = 2 · rank."""
     rank = matched_lora_rank(model, mask) if rank is None else rank
     where: dict[str, Any] = {name: getattr(mask, name) for name in ("layers_to_transform", "layers_pattern")}
     targets = resolve_targets(model, mask.target_modules, **where)
@@ -305,17 +279,13 @@ def lora_config(
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=mask.exclude_modules,
-        modules_to_save=None if modules_to_save is None else list(modules_to_save),
+        modules_to_save=modules_to_save,
         **where,
     )
 
 
 def matched_lora_rank(model: nn.Module, mask: MaskConfig) -> int:
-    """The largest rank whose fp32 factors take no more bytes than the packed mask of the same layers.
-
-    Raises:
-        ValueError: If even rank 1 takes more, as on layers of few channels; names both sizes.
-    """
+    """The largest rank whose fp32 factors take no more bytes than the packed mask; ValueError if rank 1 takes more."""
     available = explain_targets(model, mask, verbose=False).packed_bytes
     empty = copy.deepcopy(model).to("meta")
     adapted = get_peft_model(empty, lora_config(empty, mask, rank=1), low_cpu_mem_usage=True)

@@ -20,8 +20,6 @@ from ..evaluation import Features
 from ..storage import check_regular
 from .arguments import TrainArguments, objective_kind
 
-__all__ = ["Images", "base_features", "build_images", "images_of_run", "read_indices", "share"]
-
 
 @dataclass(frozen=True)
 class Images:
@@ -51,12 +49,7 @@ def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
 
 
 def build_images(arguments: TrainArguments) -> Images:
-    """Open the dataset and choose the subsets that the arguments ask for.
-
-    Raises:
-        ValueError: If a subset is empty, the training images are of one class, or `indices_file` does not fit.
-        NoLabelsError: If labels are needed and missing.
-    """
+    """Open the dataset and choose the subsets that the arguments ask for; NoLabelsError if labels are missing."""
     needs_labels, seed = objective_kind(arguments).needs_labels, arguments.subset_seed
     labelled = needs_labels or arguments.eval_split is not None
     key = (
@@ -139,12 +132,7 @@ def _limited(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset
 
 
 def read_indices(path: str | Path, count: int) -> Tensor:
-    """Read image numbers, int64 (n,), from a ``.npy`` file of distinct integers from 0 to `count` − 1.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds anything else.
-    """
+    """Read image numbers, int64 (n,), from a ``.npy`` file of distinct integers from 0 to `count` − 1."""
     try:
         check_regular(path)
         found = np.load(path, allow_pickle=False)

@@ -18,8 +18,6 @@ from ..functional.distributed import joined_batch_norm, process_count
 from .arguments import LoopArguments
 from .checkpoint import checkpoint_name
 
-__all__ = ["SynchronisedBatchNorm", "agree_on_start", "build_accelerator", "synchronise_batch_norm", "together"]
-
 T = TypeVar("T")
 
 
@@ -47,9 +45,7 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
 def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
     """Call `act`, which waits for no other process, on every process, and raise on all of them if it fails on one.
 
-    Raises:
-        Exception: What `act` raises here.
-        RuntimeError: If it failed on another process only; the message is that process's.
+    RuntimeError, with that process's message, if it failed on another process only.
     """
     if accelerator.num_processes == 1:
         return act()
@@ -68,12 +64,7 @@ def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 
 def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
-    """Check that every process, on its own disk, starts from the main process's checkpoint, base and images.
-
-    Raises:
-        ValueError: If this process differs.
-        RuntimeError: If another one does.
-    """
+    """Check that every process, on its own disk, starts from the main process's checkpoint, base and images."""
     mine: dict[str, Any] = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), "facts": dict(facts)}
     decided = [mine]
     if accelerator.num_processes > 1:
@@ -90,9 +81,7 @@ def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Map
             )
         for name, what in (("base", "weights of the base"), ("data", "training images")):
             if mine["facts"].get(name) != main["facts"].get(name):
-                raise ValueError(
-                    f"{mine['who']} reads other {what} than {main['who']}: copy the same to every machine."
-                )
+                raise ValueError(f"{mine['who']} reads other {what} than {main['who']}: copy them to every machine.")
 
     together(accelerator, compare)
 
@@ -135,10 +124,8 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     """Make every BatchNorm of a module normalise by the joined batch in train mode, in place.
 
     Only the class of each BatchNorm changes: to [`SynchronisedBatchNorm`] on the CPU, on a GPU to timm's subclass of
-    torch's own, which is faster there. State dict, hooks and references stay valid.
-
-    Raises:
-        TypeError: If a BatchNorm has a class with a forward of its own.
+    torch's own, which is faster there. State dict, hooks and references stay valid. TypeError for a BatchNorm whose
+    class has a forward of its own.
     """
     from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 

@@ -36,20 +36,6 @@ from .processes import build_accelerator, together
 from .task import TrainingTask
 from .trainer import Trainer
 
-__all__ = [
-    "EXPECTED",
-    "MODEL_NAME",
-    "RUN_NAME",
-    "RunSummary",
-    "check_tasks",
-    "finished_run",
-    "indices_digest",
-    "plan",
-    "run",
-    "run_lock",
-    "run_many",
-]
-
 MODEL_NAME = "model.safetensors"
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 """Errors whose message says what to do; others are bugs, and end everything."""
@@ -98,12 +84,7 @@ class RunSummary:
 
     @classmethod
     def load(cls, folder: str | Path) -> RunSummary:
-        """Read ``run.json``.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is damaged or of another version of the package.
-        """
+        """Read ``run.json``; ValueError if it is damaged or of another version of the package."""
         path = Path(folder) / RUN_NAME
         try:
             return cls(**read_json(path))
@@ -167,18 +148,13 @@ def _check_folder(arguments: TrainArguments) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(
-            error.errno, f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
-        ) from error
+        text = f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
+        raise OSError(error.errno, text) from error
 
 
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of an output folder; the system releases it however the process ends.
-
-    Raises:
-        RuntimeError: If another run holds it; the message names its process and host.
-    """
+    """Hold the lock of an output folder; RuntimeError if another run does. The system releases it however it ends."""
     path, owner = Path(folder) / ".run.lock", Path(folder) / ".run.owner"
     lock = FileLock(path)
     try:
@@ -276,8 +252,9 @@ def plan(arguments: TrainArguments) -> str:
     task.before_step(0, 0.0)
     with torch.no_grad():
         outputs = task.train()(next(iter(loader)))
-    scores = sum(parameter.numel() for _, parameter, adapted in task.trainable() if adapted)
-    others = sum(parameter.numel() for _, parameter, adapted in task.trainable() if not adapted)
+    counts = {True: 0, False: 0}
+    for _, parameter, adapted in task.trainable():
+        counts[adapted] += parameter.numel()
     tested = "none" if images.test is None else f"{len(images.test)} of {images.test.name} ({images.test.split})"
     return "\n".join(
         [
@@ -285,7 +262,7 @@ def plan(arguments: TrainArguments) -> str:
             f"training    {len(images.train)} images of {images.train.name} ({images.train.split})",
             f"evaluation  {tested}",
             f"objective   {task.objective.name}, loss of the first batch {float(outputs['loss']):.3f}",
-            f"trainable   {scores:,} {'scores' if task.mask_config else 'weights'}, {others:,} others",
+            f"trainable   {counts[True]:,} {'scores' if task.mask_config else 'weights'}, {counts[False]:,} others",
             f"schedule    {steps} steps of {arguments.batch_size} images, learning rates {arguments.lr:g} and "
             f"{arguments.head_lr:g}",
             f"output      {arguments.output_dir}",
@@ -311,10 +288,8 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
             arguments = replace(arguments, resume=True)
             try:
                 yield name, finished_run(arguments) or run(arguments)
-            except TrainingFailure as failure:
-                yield name, failure
             except EXPECTED as error:
-                if PartialState().num_processes > 1:
+                if PartialState().num_processes > 1 and not isinstance(error, TrainingFailure):
                     raise RuntimeError(f"{name}: {error}") from error
                 yield name, error
 

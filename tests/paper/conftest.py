@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from smn_peft._options import merged
 from smn_peft.paper import RunStore, Scale, Setting
-from smn_peft.paper.runs import merged
 from tests.training.tiny import SWAV, write_model, write_npz
 
 
