@@ -17,8 +17,6 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-__all__ = ["check_options", "did_you_mean", "from_mapping", "merged", "option", "read_values"]
-
 T = TypeVar("T")
 
 _COMPARISONS = {

@@ -16,7 +16,7 @@ from ..cascade.evaluate import METRICS
 from ..data import load_images
 from ..evaluation import report_table
 from ..storage import atomic_write
-from ..training import TrainArguments, load_recipe
+from ..training import TrainArguments
 from .options import (
     PATH,
     Group,
@@ -28,7 +28,7 @@ from .options import (
     loading_options,
     write_json,
 )
-from .train import SHOWN, Launchable, launch_option, launch_processes, recipe_option
+from .train import SHOWN, Launchable, launch_option, launch_processes, recipe_option, recipe_values
 
 _folder = click.argument("folder", type=PATH)
 
@@ -57,7 +57,7 @@ def _train(
 
     An expert per job: once with --prepare, then a job each with --expert 0, --expert 1 …, then without either.
     """
-    arguments = TrainArguments(**merged(load_recipe(recipe) if recipe else {}, given(context, TrainArguments)))
+    arguments = TrainArguments(**merged(recipe_values(recipe), given(context, TrainArguments)))
     options = CascadeArguments(**given(context, CascadeArguments))
     if launch:
         context.exit(launch_processes(["cascade", "train"], context.args, cpu=arguments.cpu))

@@ -123,6 +123,11 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
 recipe_option = click.option("--recipe", help="Name of a recipe (`smn recipes` lists them), or a YAML file.")
 
 
+def recipe_values(recipe: str | None) -> dict[str, Any]:
+    """The training arguments that a recipe gives, converted."""
+    return {} if recipe is None else read_values(TrainArguments, load_recipe(recipe), recipe)
+
+
 @click.command("train", cls=Launchable)
 @recipe_option
 @field_options(TrainArguments, shown=SHOWN)
@@ -145,7 +150,7 @@ def train(
     """
     if part is not None and tasks is None:
         raise click.BadParameter("it is a share of --tasks, which is not given.", param_hint="--part")
-    values = merged(load_recipe(recipe) if recipe else {}, given(context, TrainArguments))
+    values = merged(recipe_values(recipe), given(context, TrainArguments))
     arguments = TrainArguments(**values)
     if launch:
         context.exit(launch_processes(["train"], context.args, cpu=arguments.cpu))

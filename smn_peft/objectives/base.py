@@ -110,9 +110,8 @@ def register_objective(name: str) -> Callable[[AnyObjective], AnyObjective]:
         other = _OBJECTIVES.get(name)
         # A notebook cell that is run again defines the same class anew.
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"The objective name {name!r} belongs to {other.__module__}.{other.__qualname__}: take another name."
-            )
+            owner = f"{other.__module__}.{other.__qualname__}"
+            raise ValueError(f"The objective name {name!r} belongs to {owner}: take another name.")
         cls.name = name
         _OBJECTIVES[name] = cls
         return cls
@@ -128,11 +127,8 @@ def list_objectives() -> list[str]:
 def objective_class(name: str) -> type[Objective]:
     """The class registered under a name; ValueError if there is none."""
     if name not in _OBJECTIVES:
-        known = list_objectives()
-        raise ValueError(
-            f"Unknown objective {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. Your own: decorate "
-            "its class with @register_objective."
-        )
+        known = f"{did_you_mean(name, _OBJECTIVES)} Known: {', '.join(list_objectives())}"
+        raise ValueError(f"Unknown objective {name!r}.{known}. Your own: decorate it with @register_objective.")
     return _OBJECTIVES[name]
 
 
@@ -191,17 +187,13 @@ def crops_of(batch: Batch, name: str, global_crops: int) -> list[Tensor]:
     crops = list(entry(batch, "crops", name))
     needed = max(global_crops, 2)
     if len(crops) < needed:
-        raise ValueError(
-            f"{name} needs {global_crops} global crops and {needed} crops in all, the batch has {len(crops)}: let the "
-            "transform make more crops, or lower global_crops."
-        )
+        found = f"the batch has {len(crops)}: make more crops, or lower global_crops"
+        raise ValueError(f"{name} needs {global_crops} global crops and {needed} crops in all, {found}.")
     if len({len(crop) for crop in crops}) > 1:
         raise ValueError(f"Every crop must hold the same images, got batch sizes {[len(crop) for crop in crops]}.")
     sizes = [tuple(crop.shape[-2:]) for crop in crops]
     if len(set(sizes[:global_crops])) > 1:
-        raise ValueError(
-            f"The first {global_crops} crops of a batch must be the global ones, of one size; got sizes {sizes}."
-        )
+        raise ValueError(f"The first {global_crops} crops must be the global ones, of one size; got sizes {sizes}.")
     return crops
 
 

@@ -114,17 +114,13 @@ def _accept_crops(crops: MultiCropOptions, backbone: Backbone) -> None:
     """Refuse sizes of crops that do not fit, and let the backbone take local crops beside its own size."""
     size = backbone.image_size
     if crops.global_size not in (size, MultiCropOptions().global_size):
-        raise ValueError(
-            f"multi_crop.global_size={crops.global_size} is not the image size, {size}, which global crops have: set "
-            f"image_size={crops.global_size}, or leave global_size out."
-        )
+        fix = f"set image_size={crops.global_size}, or leave it out"
+        raise ValueError(f"multi_crop.global_size={crops.global_size} is not the image size, {size}: {fix}.")
     if not crops.local_crops:
         return
     if crops.local_size >= size:
-        raise ValueError(
-            f"multi_crop.local_size={crops.local_size} must be below the size of a global crop, "
-            f"which is the image size, {size}: the paper has 96 to 224. Or set multi_crop.local_crops=0."
-        )
+        fix = "the paper has 96 to 224. Or set multi_crop.local_crops=0."
+        raise ValueError(f"multi_crop.local_size={crops.local_size} must be below the image size, {size}: {fix}")
     try:
         accept_size(backbone, crops.local_size)
     except ValueError as error:
@@ -170,10 +166,8 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
     assert images.train.labels is not None
     counts = torch.bincount(images.train.labels, minlength=model.num_classes)
     if (present := int((counts > 0).sum())) < model.num_classes:
-        raise ValueError(
-            f"head='probe' needs an image of every class; the training images have {present} of "
-            f"{model.num_classes}: take more of them, or head='trained'."
-        )
+        found = f"the training images have {present} of {model.num_classes} classes"
+        raise ValueError(f"head='probe' needs all: {found}. Take more of them, or head='trained'.")
     options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none left to choose on
     size, transform = arguments.batch_size, evaluation_of(backbone)
     extract = partial(extract_features, model, images.train, transform, batch_size=size)
@@ -193,10 +187,8 @@ def build_train_loader(
     """Build the loader of augmented batches, of which each process gets its share."""
     parts = num_processes * arguments.accumulate
     if arguments.batch_size % parts:
-        raise ValueError(
-            f"batch_size={arguments.batch_size} does not divide into {num_processes} processes × "
-            f"{arguments.accumulate} accumulated parts: take a multiple of {parts}."
-        )
+        split = f"{num_processes} processes × {arguments.accumulate} accumulated parts: take a multiple of {parts}"
+        raise ValueError(f"batch_size={arguments.batch_size} does not divide into {split}.")
     size, mean, std = backbone.image_size, backbone.mean, backbone.std
     if objective_kind(arguments).views == "one":
         transform = supervised_transform(size, mean, std, arguments.supervised)
@@ -291,10 +283,7 @@ def matched_lora_rank(model: nn.Module, mask: MaskConfig) -> int:
     adapted = get_peft_model(empty, lora_config(empty, mask, rank=1), low_cpu_mem_usage=True)
     per_rank = 4 * sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
     if per_rank > available:
-        raise ValueError(
-            f"LoRA of rank 1 takes {per_rank:,} bytes, the mask of the same layers {available:,}: no rank matches it. "
-            "Give one, as in lora_rank=1."
-        )
+        raise ValueError(f"LoRA of rank 1 takes {per_rank:,} bytes, the mask {available:,}: give a rank, lora_rank=1.")
     return available // per_rank
 
 

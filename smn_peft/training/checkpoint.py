@@ -148,10 +148,8 @@ def start_digest(folder: str | Path) -> str:
 def _checkpoint(folder: str | Path) -> Path:
     path = latest_checkpoint(folder)
     if path is None:
-        raise FileNotFoundError(
-            f"init_from={folder} holds no checkpoint, and an adapter alone has no scores to start from: name the "
-            "output_dir of a run with keep_checkpoints of 1 or more."
-        )
+        fix = "name the output_dir of a run with keep_checkpoints of 1 or more"
+        raise FileNotFoundError(f"init_from={folder} holds no checkpoint, and an adapter alone has no scores: {fix}.")
     return path
 
 
@@ -161,15 +159,12 @@ def _load_tensors(
     """Copy a checkpoint's tensors into the live ones; it may have those named in `ignore` besides."""
     loaded = _read(path, "model", state)
     if missing := sorted(set(tensors) ^ (set(loaded) - set(ignore))):
-        raise ValueError(
-            f"{path} belongs to another model or objective: {len(missing)} tensors are on one side only, such as "
-            f"{missing[0]}. {fix}"
-        )
+        found = f"{len(missing)} tensors are on one side only, such as {missing[0]}"
+        raise ValueError(f"{path} belongs to another model or objective: {found}. {fix}")
     for name, tensor in tensors.items():
         if tensor.shape != loaded[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(loaded[name].shape)}, the model's has {tuple(tensor.shape)}. {fix}"
-            )
+            here, there = tuple(tensor.shape), tuple(loaded[name].shape)
+            raise ValueError(f"{path}: {name} has shape {there}, the model's has {here}. {fix}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(loaded[name])

@@ -75,10 +75,8 @@ def build_images(arguments: TrainArguments) -> Images:
     if arguments.indices_file is not None:
         train = train.subset(read_indices(arguments.indices_file, len(train)))
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
-        raise ValueError(
-            f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images are all of one class, "
-            "from which nothing can be learned. Take another split, or more images."
-        )
+        what = f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images"
+        raise ValueError(f"{what} are all of one class: take another split, or more images.")
     if arguments.eval_split is None:
         return Images(train, None, None, full.num_classes)
     test, split = (held, arguments.eval_split) if held is not None else _to_test_on(arguments, arguments.eval_split)
@@ -102,10 +100,8 @@ def _to_test_on(arguments: TrainArguments, split: str) -> tuple[ImageDataset, st
     except NoLabelsError:
         raise
     except ValueError as error:
-        raise ValueError(
-            f"{error} It was opened to evaluate on: name another split; or hold images of the training split out for "
-            "it, by --eval-fraction 0.2; training can do without, by --eval-split none."
-        ) from error
+        fix = "name another, hold some of the training images out by --eval-fraction 0.2, or pass --eval-split none"
+        raise ValueError(f"{error} It was opened to evaluate on: {fix}.") from error
 
 
 def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset:
@@ -144,10 +140,8 @@ def read_indices(path: str | Path, count: int) -> Tensor:
         shown = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "several arrays"
         raise ValueError(f"indices_file={path} must hold one row of integers, one at least; it holds {shown}.")
     if found.min() < 0 or found.max() >= count or len(np.unique(found)) < len(found):
-        raise ValueError(
-            f"indices_file={path} must hold each number once at most, from 0 to {count - 1}, the images that limit "
-            f"and fraction leave; it holds {len(found)} from {found.min()} to {found.max()}."
-        )
+        held = f"it holds {len(found)} from {found.min()} to {found.max()}"
+        raise ValueError(f"indices_file={path} must hold each number once, from 0 to {count - 1}; {held}.")
     return torch.from_numpy(found.astype(np.int64))
 
 

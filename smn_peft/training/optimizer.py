@@ -28,10 +28,8 @@ def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim
     ]
     groups = [{**group, "peak_lr": group["lr"]} for group in groups if group["params"]]
     if not groups:
-        raise ValueError(
-            "Nothing to train: every parameter is frozen. Wrap the model with get_peft_model(model, MaskConfig(…)), "
-            "or call model.requires_grad_(True) for full fine-tuning."
-        )
+        fix = "Wrap the model with get_peft_model(model, MaskConfig(…)), or call model.requires_grad_(True)."
+        raise ValueError(f"Nothing to train: every parameter is frozen. {fix}")
     if arguments.score_dtype == "bfloat16":
         groups[0]["rounding_seed"] = arguments.seed
         if arguments.optimizer == "adamw":

@@ -36,8 +36,7 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
     if started != str(accelerator.num_processes):
         raise ValueError(
             f"{started} processes were started (WORLD_SIZE), but accelerate has {accelerator.num_processes} on "
-            f"{accelerator.device}, so each would train alone into {arguments.output_dir}. Pass --cpu (cpu=True) "
-            "where there is no GPU for each; unset WORLD_SIZE if this is the only process."
+            f"{accelerator.device}: pass --cpu (cpu=True), or unset WORLD_SIZE if this is the only process."
         )
     return accelerator
 
@@ -135,9 +134,8 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     for name, norm in norms.items():
         if type(norm).forward not in known or nn.parameter.is_lazy(norm.weight):
             raise TypeError(
-                f"{name or 'The module'} is a {type(norm).__name__}, which cannot be synchronised over processes: "
-                "use nn.BatchNorm (a lazy one after its first forward), or keep the statistics fixed with "
-                "batch_norm='frozen' and switch the synchronisation off."
+                f"{name or 'The module'} is a {type(norm).__name__}, which cannot be synchronised over processes: use "
+                "nn.BatchNorm (a lazy one after its first forward), or sync_batch_norm=False with frozen statistics."
             )
     for norm in norms.values():
         tensors = [tensor for tensor in (norm.weight, norm.running_mean) if tensor is not None]

@@ -50,7 +50,7 @@ def _refuse_programs(content: Any, where: str | Path) -> None:
 
 
 def load_recipe(name: str | Path) -> dict[str, Any]:
-    """Read a recipe of the package by name, or a YAML file, as training arguments, each value checked.
+    """Read a recipe of the package by name, or a YAML file, as training arguments: as they are written, but checked.
 
     Raises:
         OSError: The file cannot be read.
@@ -58,4 +58,5 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
             mapping, or names a program.
     """
     content = {key: value for key, value in read_recipe(name).items() if key not in _NOTES}
-    return read_values(TrainArguments, content, f"Recipe {name}")
+    read_values(TrainArguments, content, f"Recipe {name}")
+    return content  # unconverted: hashes of runs are of what is written

@@ -136,10 +136,8 @@ def _check_folder(arguments: TrainArguments) -> None:
     """Refuse an `output_dir` that cannot be written to or holds something finished, before anything is loaded."""
     folder = Path(arguments.output_dir)
     if (folder / RUN_NAME).is_file() and not (arguments.resume and latest_checkpoint(folder)):
-        raise ValueError(
-            f"{folder} holds {RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}: choose another "
-            "output_dir, or delete it."
-        )
+        what = f"{RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}"
+        raise ValueError(f"{folder} holds {what}: choose another output_dir, or delete it.")
     ours = any((folder / name).is_file() for name in (RUN_NAME, METRICS_NAME)) or latest_checkpoint(folder)
     if (folder / CONFIG_NAME).is_file() and not ours:
         raise ValueError(f"{folder} holds an adapter ({CONFIG_NAME}) that no run wrote: choose another output_dir.")
@@ -164,10 +162,8 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             lock.acquire(timeout=0)
     except Timeout:
         held_by = owner.read_text("utf-8") if owner.is_file() else "another run"
-        raise RuntimeError(
-            f"{folder} is in use by {held_by}: wait for it, stop it, or choose another output_dir. Two runs in one "
-            "folder would delete each other's checkpoints."
-        ) from None
+        fix = "wait for it, stop it, or choose another output_dir"
+        raise RuntimeError(f"{folder} is in use by {held_by}: {fix}.") from None
     except (OSError, NotImplementedError) as error:
         warnings.warn(f"{folder} cannot be locked ({error}): start no other run in it.", stacklevel=3)
         yield
@@ -303,7 +299,4 @@ def check_tasks(tasks: Mapping[str, TrainArguments]) -> None:
             raise ValueError(f"Tasks {other!r} and {name!r} have the same output_dir: {arguments.output_dir}.")
         for key in ("mixed_precision", "cpu"):
             if getattr(arguments, key) != getattr(first, key):
-                raise ValueError(
-                    f"Task {name!r} has another {key} than the first task: accelerate keeps one for the whole "
-                    "process. Put such tasks into a file of their own."
-                )
+                raise ValueError(f"Task {name!r} has another {key} than the first: put it into a file of its own.")

@@ -172,10 +172,8 @@ def _base_of_adapter(folder: Path, base: bool, backbone: str | None, image_size:
     if not any(key.startswith("base_model.model.backbone.") for key in shapes):
         return loaded
     if "base_model.model.head.weight" not in shapes:
-        raise ValueError(
-            f"{folder} adapts a classifier whose head it does not hold, and has no {RUN_NAME} that says how the head "
-            "was made: keep the run's folder together, or load the base yourself and use PeftModel.from_pretrained."
-        )
+        fix = "keep the run's folder together, or load the base yourself and use PeftModel.from_pretrained"
+        raise ValueError(f"{folder} holds no head of its classifier, and no {RUN_NAME} says how it was made: {fix}.")
     return load_classifier(loaded, shapes["base_model.model.head.weight"][0])
 
 

@@ -141,7 +141,4 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
         if getattr(module, "supports_gradient_checkpointing", False):  # transformers
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             return
-    raise ValueError(
-        f"{type(model).__name__} has no gradient checkpointing that timm or transformers know: leave "
-        "gradient_checkpointing off, or split the batch with accumulate."
-    )
+    raise ValueError(f"{type(model).__name__} has no gradient checkpointing: leave it off, or split by accumulate.")

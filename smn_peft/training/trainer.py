@@ -78,9 +78,7 @@ class Trainer:
         self.optimizer = build_optimizer(task, arguments)
         self.steps_per_epoch = len(loader) // arguments.accumulate
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"An epoch has {len(loader)} batches, fewer than accumulate={arguments.accumulate}: lower it."
-            )
+            raise ValueError(f"An epoch has only {len(loader)} batches: lower accumulate={arguments.accumulate}.")
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
         warmup, epochs = arguments.warmup_epochs, self.total_steps / self.steps_per_epoch
         if self.accelerator.is_main_process and warmup >= epochs:
@@ -95,10 +93,8 @@ class Trainer:
         found = latest_checkpoint(arguments.output_dir)
         agree_on_start(self.accelerator, found, self.facts)
         if found is not None and not arguments.resume:
-            raise ValueError(
-                f"{arguments.output_dir} holds {found.name} of an earlier run: pass resume to go on from it, choose "
-                "another output_dir, or delete it."
-            )
+            fix = "pass resume to go on from it, choose another output_dir, or delete it"
+            raise ValueError(f"{arguments.output_dir} holds {found.name} of an earlier run: {fix}.")
         if arguments.compile:
             task.compile()
         self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)

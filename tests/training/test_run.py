@@ -248,7 +248,7 @@ def test_bad_data_is_found_before_training(tmp_path):
         ({"batch_size": 12, "accumulate": 5}, r"batch_size=12 does not divide into 1 processes × 5 accumulated parts"),
         (
             {"head": "probe", "limit": 2},
-            r"head='probe' needs an image of every class; the training images have 2 of 3: take more",
+            r"head='probe' needs all: the training images have 2 of 3 classes\. Take more",
         ),
         ({"train_split": "val"}, r"has no split 'val': an npz has 'train' and 'test'"),
         ({"objective": "cross_entropi"}, r"Unknown objective 'cross_entropi'\. Did you mean cross_entropy\?"),
