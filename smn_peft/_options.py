@@ -145,8 +145,9 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     adapter = _adapter(hint)
     with suppress(ValueError):
         return adapter.validate_python(value, strict=True)
-    with suppress(ValueError):
-        return adapter.validate_json(json.dumps(value, default=str), strict=True)
+    with suppress(ValueError, TypeError):  # TypeError: a key that JSON does not have
+        text = json.dumps(value, default=lambda other: sorted(other) if isinstance(other, set) else str(other))
+        return adapter.validate_json(text, strict=True)
     if isinstance(value, str):  # such as 1e-3, which YAML does not take for a number
         with suppress(ValueError, yaml.YAMLError):
             return from_words([value], hint)

@@ -97,6 +97,8 @@ def test_every_type_on_the_command_line(words, value):
         ({"output": "a/b"}, {"output": Path("a/b")}),
         ({"targets": ["a"]}, {"targets": ["a"]}),
         ({"targets": "a"}, {"targets": "a"}),
+        ({"targets": {"b", "a"}}, {"targets": ["a", "b"]}),
+        ({"targets": ("a",)}, {"targets": ["a"]}),
         ({"steps": [1, 2]}, {"steps": (1, 2)}),
         ({"start": "uniform"}, {"start": "uniform"}),
         ({"extra": {"a": {"b": 1}}}, {"extra": {"a": {"b": 1}}}),
