@@ -283,7 +283,8 @@ def matched_lora_rank(model: nn.Module, mask: MaskConfig) -> int:
     adapted = get_peft_model(empty, lora_config(empty, mask, rank=1), low_cpu_mem_usage=True)
     per_rank = 4 * sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
     if per_rank > available:
-        raise ValueError(f"LoRA of rank 1 takes {per_rank:,} bytes, the mask {available:,}: give a rank, lora_rank=1.")
+        sizes = f"LoRA of rank 1 takes {per_rank:,} bytes, the mask of the same layers {available:,}"
+        raise ValueError(f"{sizes}: no rank matches it. Give one, as in lora_rank=1.")
     return available // per_rank
 
 

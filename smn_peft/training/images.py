@@ -100,7 +100,7 @@ def _to_test_on(arguments: TrainArguments, split: str) -> tuple[ImageDataset, st
     except NoLabelsError:
         raise
     except ValueError as error:
-        fix = "name another, hold some of the training images out by --eval-fraction 0.2, or pass --eval-split none"
+        fix = "name another; hold images of the training split out, by --eval-fraction 0.2; or pass --eval-split none"
         raise ValueError(f"{error} It was opened to evaluate on: {fix}.") from error
 
 
