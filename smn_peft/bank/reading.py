@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..functional.masking import seeded_generator, select_trainable
 from ..functional.packing import packed_size
-from ..storage import AdapterFileError, fingerprint, is_settings, tensor_digest
+from ..storage import BASE_PREFIX, coded_masks, fingerprint, is_settings, tensor_digest
 from ..storage.codec import BLOB_NAME, MaskBlob, accelerate, decode_masks
 from ..tuner.batch_norm import has_statistics
 from ..tuner.checks import base_name, unmasked_tensors
@@ -29,7 +28,6 @@ from .task import SPARSE_BELOW, Task, TaskCache, TaskMask
 
 __all__ = ["TaskReader", "task_from_tensors"]
 
-_PREFIX = "base_model.model."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -117,8 +115,8 @@ def task_from_tensors(
         ValueError: If there is no mask, a layer is not found in the base, or a size does not fit.
     """
     config, base = config or {}, live.model
-    bare = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    coded = _blob_in(bare)
+    bare = {key.removeprefix(BASE_PREFIX): tensor for key, tensor in tensors.items()}
+    coded = coded_masks(bare)
     prefix, names = ("", []) if coded is None else (coded[0], [entry.name for entry in coded[1].entries])
     layers = {path for path, leaf in map(_split, [*bare, *(prefix + name for name in names)]) if _is_mask(leaf)}
     if not layers:
@@ -280,21 +278,8 @@ def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> No
 # --- Coded masks -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _accelerate_once() -> None:
-    """Read by compiled code where numba is installed: a bank reads many masks."""
-    with contextlib.suppress(ImportError):
-        accelerate()
-
-
-def _blob_in(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
-    """Find the coded masks among an adapter's tensors, with the prefix of their names; None if they are bit-packed."""
-    key = next((key for key in tensors if key.rpartition(".")[2] == BLOB_NAME), None)
-    if key is None:
-        return None
-    if tensors[key].dtype != torch.uint8:
-        raise AdapterFileError(f"{key} is {tensors[key].dtype}, coded masks are uint8: the adapter is damaged.")
-    return key.removesuffix(BLOB_NAME), MaskBlob.parse(tensors[key].numpy().data)
+_accelerate_once = functools.cache(accelerate)
+"""Read by compiled code where numba is installed: a bank reads many masks."""
 
 
 def _decode_blob(

@@ -12,13 +12,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from ..storage import (
+    BASE_PREFIX,
     CONFIG_NAME,
+    MAX_UNPACKED,
     SETTINGS_NAME,
     WEIGHTS_NAME,
     AdapterFileError,
@@ -26,13 +26,15 @@ from ..storage import (
     atomic_write,
     check_adapter_file,
     check_config,
+    coded_masks,
+    pack_tensors,
+    parse_adapter_file,
     purpose_of,
+    read_config,
     settings_tensor,
+    unpack_tensors,
+    write_adapter_file,
 )
-from ..storage.adapter_config import read_config
-from ..storage.adapter_file import parse_adapter_file, write_adapter_file
-from ..storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
-from ..storage.repack import MAX_UNPACKED, shared_prefix, unpack_tensors
 from .source import StoredAdapter, check_name, read_adapter
 
 __all__ = [
@@ -167,7 +169,7 @@ class TaskRow:
             tensors = unpack_tensors(tensors, MAX_UNPACKED)
         if adapter.config.get("unmasked_fingerprint") is not None:  # as PEFT's `save_pretrained` writes it
             rest = [tensor for name, tensor in tensors.items() if purpose_of(name) != "mask"]
-            tensors[f"base_model.model.{SETTINGS_NAME}"] = settings_tensor(adapter.config, rest)
+            tensors[f"{BASE_PREFIX}{SETTINGS_NAME}"] = settings_tensor(adapter.config, rest)
         path.mkdir(parents=True, exist_ok=True)
         with atomic_write(begun) as file:
             file.write(self.config)
@@ -180,9 +182,7 @@ class TaskRow:
         the base.
         """
         facts, adapter = TaskInfo.parse("", self.facts), self.adapter()
-        for key, tensor in adapter.tensors.items():
-            if _is_coded(key):
-                _check_masks(tensor)
+        _check_masks(adapter.tensors)
         if facts != _info(adapter.config, adapter.tensors, self.config, self.blob, facts.added):
             raise AdapterFileError("its facts are not those of its config and tensors")
 
@@ -248,10 +248,9 @@ def _info(config: Mapping[str, Any], tensors: Mapping[str, Tensor], text: bytes,
     weights = inactive = 0
     for key, tensor in tensors.items():
         sizes[purpose_of(key)] += tensor.nbytes
-        if _is_coded(key):
-            masks = MaskBlob.parse(tensor.numpy().data)
-            weights += 8 * masks.size
-            inactive += sum(layer.inactive for layer in masks.entries)
+    if (coded := coded_masks(tensors)) is not None:
+        weights = 8 * coded[1].size
+        inactive = sum(layer.inactive for layer in coded[1].entries)
     return TaskInfo(
         name="",
         base=config.get("base_model_name_or_path"),
@@ -270,26 +269,15 @@ def _coded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     masks = {key: tensor for key, tensor in tensors.items() if purpose_of(key) == "mask"}
     if not masks:
         raise ValueError("it holds no mask: a bank takes adapters of MaskConfig.")
-    for key, tensor in masks.items():
-        if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-            raise AdapterFileError(f"{key} is {tensor.dtype} {tuple(tensor.shape)} and no mask: fetch the file again.")
-    coded = [tensor for key, tensor in masks.items() if _is_coded(key)]
-    if coded:
-        for tensor in coded:
-            _check_masks(tensor)
+    if _check_masks(tensors):
         return dict(tensors)
-    shared = shared_prefix(masks)
-    data = encode_masks({key.removeprefix(shared): tensor.numpy() for key, tensor in masks.items()})
     rest = {key: tensor for key, tensor in tensors.items() if key not in masks}
-    return {**rest, f"{shared}{BLOB_NAME}": torch.from_numpy(np.frombuffer(data, np.uint8).copy())}
+    return {**rest, **pack_tensors(masks)}
 
 
-def _is_coded(key: str) -> bool:
-    return key.rpartition(".")[2] == BLOB_NAME
-
-
-def _check_masks(tensor: Tensor) -> None:
-    """Decode coded masks and compare them with their own checksum, where that does not take the base."""
-    blob = MaskBlob.parse(tensor.numpy().data)
-    if not blob.needs_base:
-        decode_masks(blob, MAX_UNPACKED)
+def _check_masks(tensors: Mapping[str, Tensor]) -> bool:
+    """Check masks, coded ones against their checksum where that does not take the base; returns if they are coded."""
+    coded = coded_masks(tensors)
+    if coded is None or not coded[1].needs_base:
+        unpack_tensors(tensors, MAX_UNPACKED)
+    return coded is not None

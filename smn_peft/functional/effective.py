@@ -122,7 +122,10 @@ class _MaskedLinear(torch.autograd.Function):
         effective, ctx.found = ctx.kernels.build(weight, scores, spec, trainable, x.dtype)
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec = spec
-        return F.linear(x, effective, bias)
+        out = F.linear(x, effective, bias)
+        if out._is_view():  # nobody could write to it in place
+            out = torch.ops.aten._unsafe_view.default(out, out.shape)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -229,14 +232,11 @@ def masked_conv(
     Args:
         x: Input (batch, channels, …), already padded if the padding is not zeros.
         weight: Frozen weight, as `torch.nn.functional.conv*d` or `conv_transpose*d` take it.
-        scores: As in [`masked_linear`].
+        scores: This and the rest as in [`masked_linear`].
         bias: Bias (out_channels,) or None.
         geometry: Stride, padding, dilation, groups and so on.
         spec: Mask type, threshold and scaling.
         trainable: As in [`compute_mask`].
-
-    Returns:
-        Output (batch, out_channels, …).
     """
     result: Tensor = _MaskedConv.apply(x, weight, scores, bias, spec, trainable, geometry)
     return result

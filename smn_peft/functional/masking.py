@@ -63,18 +63,12 @@ def topk_mask(scores: Tensor, density: float, absolute: bool = False) -> Tensor:
     """Return the mask of the highest scores of one tensor (Ramanujan et al. 2020; the paper's topk baseline).
 
     Exactly ``round(density · N)`` entries are on; among equal scores at the border, the first in C order win, so that
-    the answer does not depend on the device.
+    the answer does not depend on the device. ValueError if `density` is not in [0, 1].
 
     Args:
         scores: Scores of any shape and float dtype.
-        density: Fraction of entries that are on, from 0 to 1.
+        density: Fraction of entries that are on.
         absolute: Rank by ``|S|`` (Ramanujan et al.) and not by ``S`` (the authors' code).
-
-    Returns:
-        A bool tensor of the scores' shape.
-
-    Raises:
-        ValueError: If `density` is not in [0, 1].
     """
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density must lie in [0, 1], got {density}.")
@@ -130,15 +124,9 @@ def density(mask: Tensor) -> float:
 def scale_of(active: Tensor, total: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Compute ``1/σ = sqrt(N / active)``; an empty mask counts as one active weight, so that nothing is NaN.
 
-    Computed in fp64 where the device has it: torch's fp32 square root is not always the nearest number.
-
-    Args:
-        active: Number of active weights, a 0-dim tensor of any dtype.
-        total: Number of weights N.
-        dtype: Dtype of the weights.
-
-    Returns:
-        A 0-dim tensor, fp64 if `active` or `dtype` is, else fp32.
+    Computed in fp64 where the device has it: torch's fp32 square root is not always the nearest number. `active` is a
+    0-dim tensor of any dtype, `total` is N; the result is 0-dim, fp64 if `active` or `dtype` (the weights') is, else
+    fp32.
     """
     count = active.clamp(min=1).to(torch.float32 if active.device.type == "mps" else torch.float64)
     # Not `total / count`: torch computes that as a reciprocal times the total, which is not 1 for all equal numbers.
@@ -194,13 +182,9 @@ def straight_through(scores: Tensor, spec: MaskSpec, dtype: torch.dtype, trainab
 def masked_weight(weight: Tensor, mask: Tensor, spec: MaskSpec) -> Tensor:
     """Compute the effective weight for autograd, with σ in the graph: Eq. 1 written out.
 
-    With ``g = dL/dθ̂`` and ``s = 1/σ`` autograd gives ``dL/dM_i = s·θ_i·g_i − (s²/2N)·Σ_j g_j·θ̂_j``; with
-    ``spec.scale_gradient=False`` the second term is dropped.
-
-    Args:
-        weight: Frozen weight θ.
-        mask: Float mask of zeros and ones from [`straight_through`], or a product of several.
-        spec: Whether to scale, and whether the scale has a gradient.
+    `mask` is a float mask of zeros and ones from [`straight_through`], or a product of several. With ``g = dL/dθ̂`` and
+    ``s = 1/σ`` autograd gives ``dL/dM_i = s·θ_i·g_i − (s²/2N)·Σ_j g_j·θ̂_j``; with ``spec.scale_gradient=False`` the
+    second term is dropped.
     """
     kept = weight * mask
     if not spec.scale:
@@ -220,14 +204,8 @@ def seeded_generator(seed: int, name: str) -> torch.Generator:
 def select_trainable(weight: Tensor, fraction: float, select: str, generator: torch.Generator) -> Tensor:
     """Select the ``round(fraction · N)`` weights of a tensor that take part in masking (the paper's Figs 8 and 9).
 
-    Args:
-        weight: Frozen weight θ.
-        fraction: Fraction to select, in (0, 1].
-        select: ``"random"`` or ``"magnitude"`` (the largest |θ|).
-        generator: CPU generator, used by ``"random"``.
-
-    Returns:
-        A bool tensor of the weight's shape and device, True where selected.
+    `select` is ``"random"``, drawn from the CPU generator, or ``"magnitude"`` (the largest |θ|). Returns a bool tensor
+    of the weight's shape and device, True where selected.
     """
     if select == "magnitude":
         return topk_mask(weight, fraction, absolute=True)

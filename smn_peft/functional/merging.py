@@ -40,16 +40,7 @@ def _divided(merged: Tensor, scale: Tensor) -> Tensor:
 
 
 def check_finite(weight: Tensor, path: str, scores: Mapping[str, Tensor]) -> None:
-    """Refuse to merge what is not finite.
-
-    Args:
-        weight: The frozen weight, any shape.
-        path: Its path, for the message.
-        scores: Scores by adapter name, of the weight's shape.
-
-    Raises:
-        ValueError: If there is NaN or infinity.
-    """
+    """Raise ValueError if a frozen weight, at `path`, or scores, by adapter name, hold NaN or infinity."""
     for name, own in scores.items():
         if not torch.isfinite(own).all():
             raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, load_from_file, name_read_from
 from ..data import check_preprocessing
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_regular, read_config
+from ..storage import BASE_PREFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_regular, read_config
 from ..tuner import MaskConfig
 from ..tuner.checks import base_fingerprint
 from .arguments import TrainArguments
@@ -169,12 +169,12 @@ def _base_of_adapter(folder: Path, base: bool, backbone: str | None, image_size:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
-    if not any(key.startswith("base_model.model.backbone.") for key in shapes):
+    if not any(key.startswith(f"{BASE_PREFIX}backbone.") for key in shapes):
         return loaded
-    if "base_model.model.head.weight" not in shapes:
+    if (head := f"{BASE_PREFIX}head.weight") not in shapes:
         fix = "keep the run's folder together, or load the base yourself and use PeftModel.from_pretrained"
         raise ValueError(f"{folder} holds no head of its classifier, and no {RUN_NAME} says how it was made: {fix}.")
-    return load_classifier(loaded, shapes["base_model.model.head.weight"][0])
+    return load_classifier(loaded, shapes[head][0])
 
 
 def _unfinished(folder: Path) -> str:

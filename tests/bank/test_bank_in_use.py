@@ -11,14 +11,14 @@ import warnings
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
 from smn_peft.bank.source import StoredAdapter, read_adapter
 from smn_peft.bank.store import DiskStore
 from smn_peft.storage import WEIGHTS_NAME, AdapterFileError
-from tests.bank.tiny import IMAGES, adapter, build, state_of
+from tests.bank.tiny import IMAGES, adapter, build, save_sealed, state_of
 
 DENSITIES = {"a": 0.999, "b": 0.7, "c": 0.99}
 
@@ -302,7 +302,7 @@ def test_adapters_that_could_not_run_are_not_taken(saved, tmp_path):
             folder = shutil.copytree(saved / "a", tmp_path / str(index))
             tensors = {key: tensor.clone() for key, tensor in load_file(folder / WEIGHTS_NAME).items()}
             tensors |= {f"base_model.model.{key}": torch.zeros(shape) for key, shape in change.items()}
-            save_file(tensors, folder / WEIGHTS_NAME)
+            save_sealed(folder, tensors)
             with pytest.raises(ValueError, match=message):
                 bank.add("x", folder)
         bank.add("a", saved / "a")

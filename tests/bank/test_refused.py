@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
@@ -20,7 +20,7 @@ from smn_peft.backbones import Classifier
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.serving.bank import ServedModel
 from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
-from tests.bank.tiny import IMAGES, adapter, build, state_of
+from tests.bank.tiny import IMAGES, adapter, build, save_sealed, state_of
 
 PREFIX = "base_model.model."
 
@@ -40,7 +40,7 @@ def changed(saved, folder, name, change):
     shutil.copytree(saved / name, folder)
     tensors = {key.removeprefix(PREFIX): tensor.clone() for key, tensor in load_file(folder / WEIGHTS_NAME).items()}
     tensors = change(tensors)
-    save_file({f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}, folder / WEIGHTS_NAME)
+    save_sealed(folder, {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()})
     return folder
 
 

@@ -414,7 +414,7 @@ def test_dense_write_is_the_product(compiled, monkeypatch):
     if compiled:
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(torch_kernels, "_compiled_write", lambda: None)
+        monkeypatch.setattr(torch_kernels, "compiled", lambda _: None)
         monkeypatch.setattr(torch_kernels, "_CHUNK", 1000)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for numel in (1, 13, 64, 70_001):
@@ -429,4 +429,4 @@ def test_dense_write_is_the_product(compiled, monkeypatch):
 
 def test_a_folder_called_numba_is_no_numba(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", types.ModuleType("numba"))
-    assert torch_kernels._compiled_write.__wrapped__() is None
+    assert torch_kernels.compiled.__wrapped__(torch_kernels._write) is None

@@ -47,7 +47,7 @@ def make(name: str, **attributes):
 
 
 def test_the_built_in_objectives_are_listed():
-    assert list_objectives() == ["cross_entropy", "swav", "zero_shot"]
+    assert {"cross_entropy", "swav", "zero_shot"} <= set(list_objectives())
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "swav", "zero_shot"])
