@@ -25,21 +25,14 @@ from ..training.saved import save_run_as, verify_run
 from ..tuner import MaskConfig, explain_targets
 from .options import PATH, backbone_option, field_options, given, place_options, read_reports
 
-__all__ = ["inspect", "pack", "push", "targets", "unpack", "verify"]
-
+_TARGETS = "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save mask_bias".split()
 _out = click.option("--out", "-o", type=PATH, required=True, help="Folder to write.")
 _backbone = click.option("--backbone", help="With --base: where it is, if not where the folder says.")
 
 
 @click.command("targets")
 @click.argument("name")
-@field_options(
-    MaskConfig,
-    only=(
-        *("target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "modules_to_save", "mask_bias"),
-    ),
-)
+@field_options(MaskConfig, only=_TARGETS)
 @click.option("--revision", help="Git revision on the Hub.")
 @click.option("--image-size", type=int, help="Side of the images in pixels.")
 @click.option("--projection", is_flag=True, help="CLIP's vision tower with its projection.")
@@ -57,9 +50,8 @@ def targets(
             raise ValueError(f"--revision, --image-size and --projection are for libraries' models, not for {name}.")
         model = load_from_file(name).model
     else:
-        model = load_backbone(
-            name, pretrained=False, revision=revision, image_size=image_size, projection=projection
-        ).model
+        options: dict[str, Any] = {"revision": revision, "image_size": image_size, "projection": projection}
+        model = load_backbone(name, pretrained=False, **options).model
     report = explain_targets(model, MaskConfig(**given(context, MaskConfig)), verbose=False)
     click.echo(str(report))
     if not report.masked_weights:
@@ -121,12 +113,7 @@ def pack(folder: Path, out: Path, base: bool, backbone: str | None) -> None:
 @_out
 @click.option("--base", is_flag=True, help="Load the base: needed if only the weights that train are coded.")
 @_backbone
-@click.option(
-    "--max-bytes",
-    type=int,
-    default=MAX_UNPACKED,
-    help="Refuse masks that unpack to more bytes.",
-)
+@click.option("--max-bytes", type=int, default=MAX_UNPACKED, help="Refuse masks that unpack to more bytes.")
 def unpack(folder: Path, out: Path, base: bool, backbone: str | None, max_bytes: int) -> None:
     """Write an adapter with one bit per weight, as transformers' own loader wants it."""
     before = adapter_sizes(folder)
@@ -143,9 +130,7 @@ def unpack(folder: Path, out: Path, base: bool, backbone: str | None, max_bytes:
 @click.option("--create-pr", is_flag=True, help="Open a pull request.")
 @click.option("--message", "commit_message", help="First line of the commit.")
 @click.option("--license", help="The adapter's licence, such as apache-2.0.")
-@click.option(
-    "--seed-run", "seeds", type=PATH, multiple=True, help="Folder of the run with another seed; may be repeated."
-)
+@click.option("--seed-run", "seeds", type=PATH, multiple=True, help="Folder of a run with another seed; repeatable.")
 @click.option("--reports", type=PATH, help="Evaluations to show in the place of the run's, from `smn eval --json`.")
 @click.option("--dry-run", is_flag=True, help="Show the files and the card, send nothing.")
 def push(folder: Path, repo_id: str, reports: Path | None, dry_run: bool, **options: Any) -> None:

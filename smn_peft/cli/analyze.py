@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from accelerate import Accelerator
+from torch import Tensor
 
 from .. import analysis
 from ..analysis.compression import adapter_compression, format_compression
@@ -31,8 +32,6 @@ from .options import (
     write_json,
 )
 
-__all__ = ["analyze", "evaluate"]
-
 _runs = click.argument("runs", nargs=-1, required=True, type=PATH)
 
 
@@ -46,9 +45,7 @@ def _plot(**options: Any) -> Any:
 @click.option("--base", is_flag=True, help="Evaluate the frozen base too, to compare.")
 @evaluation_options(METRICS, "knn, and accuracy of a classifier,")
 @click.option("--eval-fraction", type=float, help="Test on this part of the training images, held out.")
-@click.option(
-    "--low-shot", type=float, multiple=True, help="Linear probe on this part of the labels; may be repeated."
-)
+@click.option("--low-shot", type=float, multiple=True, help="Linear probe on this part of the labels; repeatable.")
 @click.option("--seeds", type=int, default=3, help="Seeds of each low-shot fraction.")
 @click.option("--image-size", type=int, help="Another side of the images in pixels than they had in training.")
 def evaluate(folder: Path, base: bool, cpu: bool, json_file: Path | None, **options: Any) -> None:
@@ -82,6 +79,10 @@ def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
     return {str(folder) if alike else name: folder for name, folder in zip(names, folders, strict=True)}
 
 
+def _masks(folders: Sequence[Path], backbone: str | None) -> dict[str, dict[str, Tensor]]:
+    return {label: load_masks(folder, backbone=backbone) for label, folder in _labelled(folders).items()}
+
+
 @analyze.command("density")
 @_runs
 @click.option("--average", is_flag=True, help="Mean and standard deviation over the runs, not a line each.")
@@ -92,8 +93,7 @@ def _density(
     runs: tuple[Path, ...], average: bool, backbone: str | None, plot: Path | None, json_file: Path | None
 ) -> None:
     """Fraction of active weights per layer (the paper's Figures 6 and 7, which call it sparsity)."""
-    masks = {label: load_masks(folder, backbone=backbone) for label, folder in _labelled(runs).items()}
-    groups = {label: analysis.layer_densities(found) for label, found in masks.items()}
+    groups = {label: analysis.layer_densities(masks) for label, masks in _masks(runs, backbone).items()}
     if average:
         groups = {f"mean of {len(groups)}": analysis.average_densities(list(groups.values()))}
     rows = []
@@ -117,8 +117,7 @@ def _density(
 @json_file
 def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None, json_file: Path | None) -> None:
     """Which weights masks agree to switch off, against what masks of the same densities would by chance."""
-    masks = {label: load_masks(folder, backbone=backbone) for label, folder in _labelled(runs).items()}
-    found = analysis.similarity_matrix(masks)
+    found = analysis.similarity_matrix(_masks(runs, backbone))
     cells = [
         {
             "pair": f"{row.first}, {row.second}",
@@ -142,16 +141,16 @@ def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None,
 @json_file
 def _loss(runs: tuple[Path, ...], window: int, plot: Path | None, json_file: Path | None) -> None:
     """Training losses of runs, finished or not (the paper's Figure 5)."""
-    curves = []
+    curves, cells = [], []
     for label, folder in _labelled(runs).items():
         lines = [line for line in read_metrics(folder / METRICS_NAME) if line.get("loss") is not None]
         if not lines:
             raise ValueError(f"{folder} has no losses in {METRICS_NAME}: name output folders of `smn train`.")
         values = analysis.smooth([line["loss"] for line in lines], window)
-        curves.append(analysis.Series(label, tuple(line["step"] for line in lines), tuple(values)))
-    cells = [
-        {"run": c.label, "first": f"{c.y[0]:.4f}", "last": f"{c.y[-1]:.4f}", "at step": f"{c.x[-1]:g}"} for c in curves
-    ]
+        steps = tuple(line["step"] for line in lines)
+        curves.append(analysis.Series(label, steps, tuple(values)))
+        ends = {"first": f"{values[0]:.4f}", "last": f"{values[-1]:.4f}", "at step": f"{steps[-1]:g}"}
+        cells.append({"run": label, **ends})
     click.echo(markdown_table(cells))
     write_json(json_file, curves)
     if plot is not None:
@@ -191,9 +190,7 @@ def _embedding(
     for label, folder, frozen in [("frozen base", runs[0], True), *shown] if base else shown:
         arguments, loaded = load_run(folder, base=frozen, backbone=backbone)
         if arguments is None:
-            raise ValueError(
-                f"{folder} does not say which images it was trained on: name an output folder of `smn train`."
-            )
+            raise ValueError(f"{folder} names no training images: name an output folder of `smn train`.")
         if arguments.eval_split is None:
             raise ValueError(f"{folder} was trained without test images (eval_split): there is nothing to show.")
         images = build_images(evaluation_arguments(arguments, loaded, folder, None, None, None)).test

@@ -18,8 +18,6 @@ from ..bank.store import DiskStore
 from ..evaluation import format_fraction, markdown_table
 from .options import PATH, Group
 
-__all__ = ["bank", "serve"]
-
 _bank = click.argument("bank", type=PATH)
 _adapters = click.argument("adapters", nargs=-1, required=True)
 _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -211,9 +209,7 @@ def _number(name: str, default: float, help: str, least: Any = 1, most: Any = No
 @_number("--timeout", 30.0, "Seconds that a request may take.", 0.001, 86_400)
 @_number("--grace", 10.0, "Seconds to finish what is under way at the end.", 0.001, 86_400)
 @_number("--ram-budget", 1024, "MiB that decoded tasks may take.", 0)
-@click.option(
-    "--allowed-hosts", multiple=True, help="Name that clients call the server by; may be repeated, '*': any."
-)
+@click.option("--allowed-hosts", multiple=True, help="Name that clients call the server by; repeatable, '*': any.")
 def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None, **options: Any) -> None:
     """Serve predictions and embeddings of a bank's tasks over HTTP, with a page to try them at /.
 
@@ -229,11 +225,9 @@ def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
     limits = Limits(**{name: options[name] for name in ("queue", "timeout", "grace")})
     key = key_from(api_key_env)
-    model = {name: options[name] for name in ("weights", "head_name", "device")}
+    model = {"image_size": image_size, **{name: options[name] for name in ("weights", "head_name", "device")}}
     budget = options["ram_budget"] << 20
-    opened, backbone, left_out = open_bank(
-        bank, base, image_size=image_size, ram_budget=budget, read_only=key is None, **model
-    )
+    opened, backbone, left_out = open_bank(bank, base, ram_budget=budget, read_only=key is None, **model)
     for name, why in left_out.items():
         click.echo(f"left out {name}: {why}", err=True)
     click.echo(f"{len(opened)} tasks over {backbone.name}", err=True)

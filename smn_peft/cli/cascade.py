@@ -10,6 +10,7 @@ import click
 from accelerate import Accelerator, PartialState
 from safetensors.torch import save
 
+from .._options import merged
 from ..cascade import MODES, Cascade, CascadeArguments, cascade_sizes, evaluate_cascade, prepare, train_experts
 from ..cascade.evaluate import METRICS
 from ..data import load_images
@@ -24,12 +25,10 @@ from .options import (
     field_options,
     given,
     help_all,
-    merge,
+    loading_options,
     write_json,
 )
 from .train import SHOWN, Launchable, launch_option, launch_processes, recipe_option, recipe_values
-
-__all__ = ["cascade"]
 
 _folder = click.argument("folder", type=PATH)
 
@@ -58,7 +57,7 @@ def _train(
 
     An expert per job: once with --prepare, then a job each with --expert 0, --expert 1 …, then without either.
     """
-    arguments = TrainArguments(**merge(recipe_values(recipe), given(context, TrainArguments)))
+    arguments = TrainArguments(**merged(recipe_values(recipe), given(context, TrainArguments)))
     options = CascadeArguments(**given(context, CascadeArguments))
     if launch:
         context.exit(launch_processes(["cascade", "train"], context.args, cpu=arguments.cpu))
@@ -69,18 +68,14 @@ def _train(
         text = f"done: {', '.join(f'expert {number}' for number in expert)}"
     elif prepare_only:
         router, images = prepare(arguments, options)
-        text = f"{len(images)} images in clusters of {_words(router.sizes)}"
+        text = f"{len(images)} images in clusters of {', '.join(map(str, router.sizes))}"
     else:
         fitted = Cascade.fit(arguments, options)
         assert fitted.router is not None
-        sizes = cascade_sizes(arguments.output_dir).text()
-        text = f"clusters of {_words(fitted.router.sizes)}\n{arguments.output_dir}: {sizes}"
+        clusters, sizes = ", ".join(map(str, fitted.router.sizes)), cascade_sizes(arguments.output_dir).text()
+        text = f"clusters of {clusters}\n{arguments.output_dir}: {sizes}"
     if PartialState().is_main_process:
         click.echo(text)
-
-
-def _words(sizes: tuple[int, ...]) -> str:
-    return ", ".join(map(str, sizes))
 
 
 @cascade.command("embed")
@@ -88,16 +83,12 @@ def _words(sizes: tuple[int, ...]) -> str:
 @click.option("--dataset", required=True, help="Dataset to embed, as `smn train` takes it.")
 @click.option("--output", type=PATH, required=True, help="The safetensors file to write.")
 @click.option("--split", default="test", help="Split of the dataset.")
-@click.option("--mode", default="conditional", help=f"{', '.join(MODES)}.")
+@click.option("--mode", type=click.Choice(MODES), default="conditional", help="Which embedding.")
 @click.option("--labelled/--no-labelled", default=True, help="Write the labels too.")
 @backbone_option
-@click.option("--batch-size", type=int, help="Images per forward; the dispatcher's if not given.")
-@click.option("--num-workers", type=int, help="Processes that load images; the dispatcher's if not given.")
-@click.option("--cpu", is_flag=True, help="Stay on the CPU even where there is a GPU.")
+@loading_options
 def _embed(folder: Path, dataset: str, output: Path, mode: Any, cpu: bool, **options: Any) -> None:
     """Write the embeddings of a dataset, in its order, as `embeddings` (n, dim) and `labels` (n,)."""
-    if mode not in MODES:
-        raise ValueError(f"There is no mode {mode!r}; there are {', '.join(MODES)}.")
     loaded = Cascade.load(folder, backbone=options["backbone"])
     images = load_images(dataset, options["split"], labelled=options["labelled"])
     accelerator = Accelerator(cpu=cpu)

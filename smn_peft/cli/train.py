@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +18,22 @@ import click
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.commands.launch import launch_command_parser
 
+from .._options import merged, read_values
 from ..data.loading import STOP_SIGNALS
 from ..paper import ARTEFACTS, SCALES, artefact_named, listing, scale_named
 from ..paper import reproduce as reproduce_artefact
-from ..training import (
-    Interrupted,
-    RunSummary,
-    TrainArguments,
-    list_recipes,
-    load_recipe,
-    plan,
-    run,
-    run_many,
-)
+from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
 from ..training.checkpoint import latest_checkpoint
 from ..training.recipes import read_recipe
 from ..training.run import EXPECTED, check_tasks
-from .options import PATH, field_options, given, help_all, merge, one_line, read_values
+from .options import PATH, field_options, given, help_all, one_line
 
-__all__ = ["SHOWN", "Launchable", "launch_option", "launch_processes", "recipe_option", "recipe_values"]
-__all__ += ["recipes", "reproduce", "train"]
-
-#: The options of TrainArguments that `--help` shows.
+# The options of TrainArguments that `--help` shows.
 SHOWN = (
-    *(
-        "backbone",
-        "dataset",
-        "output_dir",
-        "adapt",
-        "objective",
-        "image_size",
-        "epochs",
-        "batch_size",
-        "lr",
-        "head_lr",
-    ),
-    *("eval_split", "seed", "cpu", "resume"),
-)
+    "backbone dataset output_dir adapt objective image_size epochs batch_size lr head_lr eval_split seed cpu resume"
+).split()
 _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -103,15 +81,18 @@ class Launchable(click.Command):
 
 
 def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
-    """Hand what is left of the command line to `accelerate launch`; returns its exit code.
-
-    Args:
-        command: The words that name the command, such as ["train"].
-        extra: Words of the line that are none of the command's: options of `accelerate launch`.
-        cpu: Whether the processes stay on the CPU though there is a GPU.
-    """
+    """Run the words that name a command through `accelerate launch`, whose options are `extra`; its exit code."""
     cpu = cpu or not torch.accelerator.is_available()
-    line = _launch_line(command, sys.argv[sys.argv.index(command[-1]) + 1 :], extra, cpu)
+    rest, own = list(extra), []
+    for word in sys.argv[sys.argv.index(command[-1]) + 1 :]:
+        if rest and word == rest[0]:
+            rest.pop(0)
+        elif word != "--launch":
+            own.append(word)
+    # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
+    processes = launch_command_parser().parse_known_args([*extra, "-m", "smn_peft.cli"])[0].num_processes or 1
+    several = ["--multi_gpu"] if cpu and processes > 1 and "--multi_gpu" not in extra else []
+    line = [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
     interrupted: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
 
@@ -137,29 +118,14 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
     return 130 if interrupted else code
 
 
-def _launch_line(command: list[str], words: list[str], extra: list[str], cpu: bool) -> list[str]:
-    rest, own = list(extra), []
-    for word in words:
-        if rest and word == rest[0]:
-            rest.pop(0)
-        elif word != "--launch":
-            own.append(word)
-    # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
-    processes = parser.parse_known_args(extra)[0].num_processes
-    several = ["--multi_gpu"] if cpu and processes > 1 and "--multi_gpu" not in extra else []
-    return [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
-
-
 # --- smn train -------------------------------------------------------------------------------------------------------
 
 recipe_option = click.option("--recipe", help="Name of a recipe (`smn recipes` lists them), or a YAML file.")
 
 
 def recipe_values(recipe: str | None) -> dict[str, Any]:
-    """The training arguments that a recipe gives, checked."""
-    return {} if recipe is None else read_values(load_recipe(recipe), TrainArguments, recipe)
+    """The training arguments that a recipe gives, converted."""
+    return {} if recipe is None else read_values(TrainArguments, load_recipe(recipe), recipe)
 
 
 @click.command("train", cls=Launchable)
@@ -172,13 +138,7 @@ def recipe_values(recipe: str | None) -> dict[str, Any]:
 @help_all
 @click.pass_context
 def train(
-    context: click.Context,
-    recipe: str | None,
-    tasks: Path | None,
-    part: str | None,
-    dry_run: bool,
-    launch: bool,
-    **_: Any,
+    context: click.Context, recipe: str | None, tasks: Path | None, part: str | None, launch: bool, **options: Any
 ) -> None:
     """Adapt a backbone to a dataset, with labels or without, and save the adapter.
 
@@ -190,12 +150,12 @@ def train(
     """
     if part is not None and tasks is None:
         raise click.BadParameter("it is a share of --tasks, which is not given.", param_hint="--part")
-    values = merge(recipe_values(recipe), given(context, TrainArguments))
+    values = merged(recipe_values(recipe), given(context, TrainArguments))
     arguments = TrainArguments(**values)
     if launch:
         context.exit(launch_processes(["train"], context.args, cpu=arguments.cpu))
     chosen = {"": arguments} if tasks is None else _read_tasks(tasks, part, values)
-    if dry_run:
+    if options["dry_run"]:
         if sum([_show_plan(name, task) for name, task in chosen.items()]):
             context.exit(1)
         return
@@ -208,13 +168,7 @@ def train(
 
 
 def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict[str, TrainArguments]:
-    """The tasks of a YAML file, ``name: {dataset: …, seed: …}``; what a task does not say is as on the line.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not YAML, has no tasks, or a task has a name that is no folder's, an unknown key, a value of
-            another type, or an `output_dir`.
-    """
+    """The tasks of a YAML file, ``name: {dataset: …, seed: …}``; what a task does not say is as on the line."""
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"--tasks takes a YAML file, such as tasks.yaml; got {path}.")
     folder = Path(shared.get("output_dir", TrainArguments.output_dir))
@@ -227,22 +181,18 @@ def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict
             raise ValueError(f"{where} must hold a mapping, such as {{seed: 1}}; it holds {changes!r}.")
         if "output_dir" in (changes or {}):
             raise ValueError(f"{where}: output_dir is the name's folder in --output-dir; leave it out.")
-        values = merge(shared, read_values(changes or {}, TrainArguments, where))
+        values = merged(shared, read_values(TrainArguments, changes or {}, where))
         tasks[str(name)] = TrainArguments(**{**values, "output_dir": str(folder / str(name))})
     if not tasks:
         raise ValueError(f"{path} holds no task.")
-    chosen = tasks if part is None else _share(tasks, part)
-    check_tasks(chosen)
-    return chosen
-
-
-def _share(tasks: Mapping[str, TrainArguments], part: str) -> dict[str, TrainArguments]:
-    """Every N-th task from the I-th on, for "I/N": the jobs 1/N to N/N share the tasks."""
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    index, count = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= index <= count:
-        raise ValueError(f"--part is I/N with I from 1 to N, such as 1/4; got {part!r}.")
-    return dict(list(tasks.items())[index - 1 :: count])
+    if part is not None:  # the jobs 1/N to N/N share the tasks
+        found = re.fullmatch(r"(\d+)/(\d+)", part)
+        index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= index <= count:
+            raise ValueError(f"--part is I/N with I from 1 to N, such as 1/4; got {part!r}.")
+        tasks = dict(list(tasks.items())[index - 1 :: count])
+    check_tasks(tasks)
+    return tasks
 
 
 def _show_plan(name: str, arguments: TrainArguments) -> bool:
@@ -274,22 +224,16 @@ def recipes(name: str | None) -> None:
     """List the recipes for `smn train --recipe`, or show the one that is named in full."""
     if name is None:
         for known in list_recipes():
-            click.echo(f"{known:20} {load_recipe(known).notes.get('description', '')}")
+            click.echo(f"{known:20} {read_recipe(known).get('description', '')}")
         return
-    recipe = load_recipe(name)
-    click.echo(yaml.safe_dump({**recipe.notes, **recipe}, sort_keys=False, allow_unicode=True).rstrip())
+    click.echo(yaml.safe_dump(read_recipe(name), sort_keys=False, allow_unicode=True).rstrip())
 
 
 @click.command("reproduce")
 @click.argument("names", nargs=-1)
 @click.option("--scale", default="small", help=f"{' or '.join(SCALES)}: see --list.")
 @click.option("--seeds", type=int, help="Number of seeds; the table's own if not given.")
-@click.option(
-    "--output",
-    type=PATH,
-    default=Path("runs/paper"),
-    help="Folder of the runs, shared by all tables, and of what is made.",
-)
+@click.option("--output", type=PATH, default=Path("runs/paper"), help="Folder of all runs and of what is made.")
 @click.option("--list", "show", is_flag=True, help="List all tables and figures with what they take.")
 def reproduce(names: tuple[str, ...], scale: str, seeds: int | None, output: Path, show: bool) -> None:
     """Make tables and figures of the paper, such as table2 figure8; `--list` names them.
@@ -304,13 +248,10 @@ def reproduce(names: tuple[str, ...], scale: str, seeds: int | None, output: Pat
         return
     if not names:
         raise click.UsageError(f"name a table or figure, such as {next(iter(ARTEFACTS))}, or pass --list.")
-    chosen = [artefact_named(name) for name in names]
-    size = scale_named(scale)
+    chosen, size, say = [artefact_named(name) for name in names], scale_named(scale), partial(click.echo, err=True)
     for artefact in chosen:
         try:
-            made = reproduce_artefact(
-                artefact, size, seeds=seeds, output=output, say=lambda text: click.echo(text, err=True)
-            )
+            made = reproduce_artefact(artefact, size, seeds=seeds, output=output, say=say)
         except Interrupted as stop:
             raise Interrupted(f"{stop} The same command goes on.") from stop
         click.echo(made.text)

@@ -3,24 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .._options import did_you_mean, from_mapping
-
-__all__ = [
-    "Batch",
-    "Model",
-    "NoOptions",
-    "Objective",
-    "create_objective",
-    "list_objectives",
-    "objective_class",
-    "register_objective",
-]
 
 Batch = Mapping[str, Any]
 """``pixel_values`` (batch, 3, H, W) or ``crops``, a list of such tensors with the global ones first; ``labels``."""
@@ -103,10 +93,7 @@ _OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def register_objective(name: str) -> Callable[[AnyObjective], AnyObjective]:
-    """Class decorator: make an [`Objective`] available by name.
-
-    Args:
-        name: Name for [`create_objective`], recipes and the command line.
+    """Class decorator: make an [`Objective`] available by name to [`create_objective`], recipes and the command line.
 
     Raises:
         TypeError: If the class is no [`Objective`], or lacks one of the class attributes.
@@ -123,9 +110,8 @@ def register_objective(name: str) -> Callable[[AnyObjective], AnyObjective]:
         other = _OBJECTIVES.get(name)
         # A notebook cell that is run again defines the same class anew.
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(
-                f"The objective name {name!r} belongs to {other.__module__}.{other.__qualname__}: take another name."
-            )
+            owner = f"{other.__module__}.{other.__qualname__}"
+            raise ValueError(f"The objective name {name!r} belongs to {owner}: take another name.")
         cls.name = name
         _OBJECTIVES[name] = cls
         return cls
@@ -141,11 +127,8 @@ def list_objectives() -> list[str]:
 def objective_class(name: str) -> type[Objective]:
     """The class registered under a name; ValueError if there is none."""
     if name not in _OBJECTIVES:
-        known = list_objectives()
-        raise ValueError(
-            f"Unknown objective {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}. Your own: decorate "
-            "its class with @register_objective."
-        )
+        known = f"{did_you_mean(name, _OBJECTIVES)} Known: {', '.join(list_objectives())}"
+        raise ValueError(f"Unknown objective {name!r}.{known}. Your own: decorate it with @register_objective.")
     return _OBJECTIVES[name]
 
 
@@ -181,3 +164,56 @@ def create_objective(
     if cls.needs_labels and num_classes is None:
         raise ValueError(f"The objective {name!r} learns from labels: pass num_classes.")
     return cls(feature_dim, num_classes, options, **arguments)
+
+
+# --- What objectives read of a batch, checked ------------------------------------------------------------------------
+
+_FIXES = {
+    "pixel_values": "use a transform that gives one view, such as supervised_transform.",
+    "labels": "use a data set with labels (label_column), or an objective without.",
+    "crops": "use a transform with several views, such as multi_crop_transform.",
+}
+
+
+def entry(batch: Batch, key: str, name: str) -> Any:
+    """``batch[key]``; a ValueError names objective `name` if it is missing."""
+    if key not in batch:
+        raise ValueError(f"{name} needs batch[{key!r}], and the batch has {sorted(batch)}: {_FIXES[key]}")
+    return batch[key]
+
+
+def crops_of(batch: Batch, name: str, global_crops: int) -> list[Tensor]:
+    """``batch["crops"]``: at least two tensors (batch, 3, h, w), the global crops first, all of one size."""
+    crops = list(entry(batch, "crops", name))
+    needed = max(global_crops, 2)
+    if len(crops) < needed:
+        found = f"the batch has {len(crops)}: make more crops, or lower global_crops"
+        raise ValueError(f"{name} needs {global_crops} global crops and {needed} crops in all, {found}.")
+    if len({len(crop) for crop in crops}) > 1:
+        raise ValueError(f"Every crop must hold the same images, got batch sizes {[len(crop) for crop in crops]}.")
+    sizes = [tuple(crop.shape[-2:]) for crop in crops]
+    if len(set(sizes[:global_crops])) > 1:
+        raise ValueError(f"The first {global_crops} crops must be the global ones, of one size; got sizes {sizes}.")
+    return crops
+
+
+def check_features(features: Tensor, dim: int, name: str) -> Tensor:
+    """Return the features; a ValueError names objective `name` if their shape is not (batch, `dim`)."""
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(
+            f"{name} was made for features of shape (batch, {dim}), and the model returned {tuple(features.shape)}: "
+            "pass the model's pooled features, or its feature_dim when the objective is created."
+        )
+    return features
+
+
+def features_of_crops(model: Model, crops: Sequence[Tensor], dim: int, name: str) -> Tensor:
+    """Features of all crops, (crops · batch, dim), crop by crop; crops of one size share a forward."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, crop in enumerate(crops):
+        groups.setdefault(crop.shape, []).append(i)
+    found: dict[int, Tensor] = {}
+    for members in groups.values():
+        features = check_features(model(torch.cat([crops[i] for i in members])), dim, name)
+        found.update(zip(members, features.chunk(len(members)), strict=True))
+    return torch.cat([found[i] for i in range(len(crops))])

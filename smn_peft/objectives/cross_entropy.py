@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._options import check_options, option
-from .base import Batch, Model, Objective, register_objective
-from .batch import entry
-
-__all__ = ["CrossEntropy", "CrossEntropyOptions", "classification_loss"]
+from .base import Batch, Model, Objective, entry, register_objective
 
 
 @dataclass(frozen=True)

@@ -13,30 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._options import check_options, option
-from ..functional.distributed import (
-    all_reduce,
-    gather_rows,
-    process_count,
-    process_index,
-    sinkhorn,
-)
-from .base import Batch, Model, Objective, register_objective
-from .batch import crops_of, features_of_crops
-from .heads import ProjectionHead, Prototypes
-
-__all__ = ["SwAV", "SwAVOptions", "swapped_prediction_loss"]
+from ..functional.distributed import all_reduce, gather_rows, process_count, process_index, sinkhorn
+from .base import Batch, Model, Objective, crops_of, features_of_crops, register_objective
 
 
 @dataclass(frozen=True)
 class SwAVOptions:
-    """Options of [`SwAV`].
-
-    The defaults are the paper's except for the projection: the paper's is linear, which stays at loss ln K in short
-    runs.
-    """
+    """Options of [`SwAV`]: the paper's, except that its linear projection stays at loss ln K in short runs."""
 
     projection: Literal["linear", "mlp"] = option(
         "mlp", "Projection head: 'linear' (the paper's authors) or 'mlp' (SwAV's own: Linear-BN-ReLU-Linear)."
@@ -50,12 +37,8 @@ class SwAVOptions:
     queue_length: int = option(
         512, "Rows of earlier batches that join the Sinkhorn, over all processes; 0 for none.", least=0
     )
-    queue_from: float = option(
-        0.2, "Fraction of the run from which the queue fills; it counts once it is full.", least=0, most=1
-    )
-    queue_from_step: int | None = option(
-        None, "Step from which the queue fills, in the place of `queue_from`.", least=0
-    )
+    queue_from: float = option(0.2, "Part of the run before the queue fills; it counts when full.", least=0, most=1)
+    queue_from_step: int | None = option(None, "Step from which the queue fills, in place of `queue_from`.", least=0)
     freeze_prototypes_steps: int = option(5005, "Number of first steps in which the prototypes do not move.", least=0)
     global_crops: int = option(2, "Number of first crops of a batch that codes are computed from.", least=1)
     allow_few_rows: bool = option(False, "Train although batch and queue have fewer rows than there are prototypes.")
@@ -78,6 +61,44 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
     log_predictions = (scores / temperature).log_softmax(2)
     others = log_predictions.sum(0) - log_predictions[: len(codes)]
     return -(codes * others).sum(2).mean() / (len(scores) - 1)
+
+
+class ProjectionHead(nn.Module):
+    """Project features (batch, feature_dim) to embeddings (batch, output_dim) of length 1, fp32.
+
+    `kind` is ``"linear"``, the paper's, or ``"mlp"``, SwAV's own, with a hidden layer of `hidden_dim`.
+    """
+
+    def __init__(self, kind: str, feature_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        if kind == "linear":
+            self.projection: nn.Module = nn.Linear(feature_dim, output_dim)
+        else:
+            hidden = nn.Linear(feature_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()
+            self.projection = nn.Sequential(*hidden, nn.Linear(hidden_dim, output_dim))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project and normalise."""
+        projected: Tensor = self.projection(features.float())
+        return F.normalize(projected.float(), dim=1)  # fp32: bf16 lengths are off by 1 %
+
+
+class Prototypes(nn.Module):
+    """`count` unit vectors of dimension `dim` that embeddings are compared with; a linear layer without bias."""
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(F.normalize(torch.randn(count, dim), dim=1))
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Scale every prototype back to length 1, in place."""
+        self.weight.copy_(F.normalize(self.weight, dim=1))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(batch, dim) -> cosine similarities (batch, K), fp32 also under autocast."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return F.linear(embeddings.float(), self.weight)
 
 
 @register_objective("swav")
@@ -143,7 +164,14 @@ class SwAV(Objective):
         """
         options: SwAVOptions = self.options
         crops = crops_of(batch, self.name, options.global_crops)
-        self._check_rows(len(crops[0]) * process_count())
+        images = len(crops[0]) * process_count()
+        rows = images + options.queue_length
+        if rows < options.prototypes and not options.allow_few_rows:
+            raise ValueError(
+                f"{options.prototypes} prototypes cannot each get an image: the batch has {images} images over all "
+                f"processes and the queue {options.queue_length} rows. Set prototypes to {rows} or less, enlarge the "
+                "batch or queue_length, or set allow_few_rows=True."
+            )
         embeddings = self.head(features_of_crops(model, crops, self.feature_dim, self.name))
         with torch.autocast(embeddings.device.type, enabled=False):
             scores: Tensor = self.prototypes(embeddings).unflatten(0, (len(crops), -1))
@@ -156,8 +184,7 @@ class SwAV(Objective):
     @property
     def grace_steps(self) -> int:
         """Steps until the prototypes move, at most half of the run; see [`Objective.grace_steps`]."""
-        frozen: int = self.options.freeze_prototypes_steps
-        return min(frozen, self._half)
+        return min(int(self.options.freeze_prototypes_steps), self._half)
 
     def collapsed(self, logs: Mapping[str, float]) -> str | None:
         """Describe a collapse to uniform codes, with the loss at ln K; see [`Objective.collapsed`]."""
@@ -170,16 +197,6 @@ class SwAV(Objective):
             "Try projection='mlp', fewer prototypes (at most batch + queue), a smaller epsilon, or another learning "
             "rate of the scores or the head."
         )
-
-    def _check_rows(self, images: int) -> None:
-        options: SwAVOptions = self.options
-        rows = images + options.queue_length
-        if rows < options.prototypes and not options.allow_few_rows:
-            raise ValueError(
-                f"{options.prototypes} prototypes cannot each get an image: the batch has {images} images over all "
-                f"processes and the queue {options.queue_length} rows. Set prototypes to {rows} or less, enlarge the "
-                "batch or queue_length, or set allow_few_rows=True."
-            )
 
     @torch.no_grad()
     def _codes(self, scores: Tensor) -> Tensor:

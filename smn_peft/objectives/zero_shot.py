@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Batch, Model, Objective, register_objective
-from .batch import check_features, entry
+from .base import Batch, Model, Objective, check_features, entry, register_objective
 from .cross_entropy import CrossEntropyOptions, classification_loss
-
-__all__ = ["ZeroShot"]
 
 
 @register_objective("zero_shot")

@@ -13,13 +13,14 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from .._options import merged
 from ..cascade import Cascade, CascadeArguments, cascade_sizes, evaluate_cascade
 from ..storage import atomic_write
 from ..training import RunSummary, TrainArguments, TrainingFailure, evaluate_run, run
 from ..training.checkpoint import list_checkpoints
 from ..training.run import RUN_NAME
 
-__all__ = ["METRICS", "RunSpec", "RunStore", "merged", "missing_files"]
+__all__ = ["METRICS", "RunSpec", "RunStore", "missing_files"]
 
 # Folders that arguments name as "{assets}/…": the environment variable of each, and what it should hold.
 _PLACES = {
@@ -30,16 +31,6 @@ _PLACES = {
 _IGNORED = frozenset("output_dir resume log_every log_with checkpoint_every keep_checkpoints num_workers".split())
 _CASCADE_NAME = "cascade_result.json"
 _FAILED_NAME = "failed.json"
-
-
-def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings; the later ones win."""
-    result: dict[str, Any] = {}
-    for mapping in mappings:
-        for key, value in mapping.items():
-            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-            result[key] = merged(result[key], value) if both else value
-    return result
 
 
 @dataclass(frozen=True)

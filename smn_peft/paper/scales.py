@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .._options import did_you_mean
+from .._options import did_you_mean, merged
 from ..data import list_datasets
 from ..evaluation import FRACTIONS
 from ..training import load_recipe
-from .runs import RunSpec, merged
+from .runs import RunSpec
 
 __all__ = ["SCALES", "Scale", "Setting", "scale_named"]
 

@@ -16,15 +16,6 @@ from ..data import MultiCropOptions, SupervisedOptions
 from ..objectives import Objective, list_objectives, objective_class
 from ..tuner import MaskConfig
 
-__all__ = [
-    "LoopArguments",
-    "TrainArguments",
-    "absolute",
-    "as_facts",
-    "check_same",
-    "objective_kind",
-]
-
 
 @dataclass
 class LoopArguments:
@@ -38,9 +29,7 @@ class LoopArguments:
     max_steps: int | None = option(None, "Optimizer steps to stop after; the schedule is made for them.", least=1)
     batch_size: int = option(64, "Images per optimizer step, over all processes and accumulated parts.", least=1)
     accumulate: int = option(1, "Parts that each process computes its share of a batch in, to save memory.", least=1)
-    lr: float = option(
-        50.0, "Learning rate of the scores (adapt='full': of all weights); sweep it by decades.", least=0
-    )
+    lr: float = option(50.0, "Learning rate of the scores (full: of all weights); sweep it by decades.", least=0)
     head_lr: float = option(0.15, "Learning rate of all else that trains: head, projection, prototypes.", least=0)
     optimizer: Literal["sgd", "adamw"] = option("sgd", "Optimizer; 'adamw' wants lr 0.03 to 0.1 for scores.")
     momentum: float = option(0.9, "Momentum of SGD.", least=0, below=1)
@@ -86,11 +75,7 @@ class TrainArguments(LoopArguments):
     )
     mask: MaskConfig = option(MaskConfig, "The mask adapter.")
     mask_stages: int | None = option(None, "Number of first stages, or blocks without stages, to mask.", least=1)
-    lora_rank: int | None = option(
-        None,
-        "Rank of adapt='lora'; None: the largest whose fp32 factors take at most the bytes of the packed mask.",
-        least=1,
-    )
+    lora_rank: int | None = option(None, "Rank of adapt='lora'; None: the largest within a mask's bytes.", least=1)
     lora_alpha: float | None = option(None, "α of adapt='lora', whose update is scaled by α / rank; None: 2 · rank.")
 
     dataset: str = option("", "Name of a known dataset, Hub id, image folder, parquet or npz file.")
@@ -101,7 +86,7 @@ class TrainArguments(LoopArguments):
     eval_split: str | None = option("test", "Split to evaluate on; None: do not evaluate.")
     eval_fraction: float | None = option(
         None,
-        "Evaluate on this part of the images of train_split instead, evenly of every class, and train on the rest.",
+        "Evaluate on this part of train_split, evenly of every class, and train on the rest.",
         above=0,
         below=1,
     )
@@ -153,10 +138,7 @@ class TrainArguments(LoopArguments):
 
 
 def absolute(name: str) -> str:
-    """Resolve the path of an existing file or folder, parquet pattern or "file.py:function"; return other names as is.
-
-    What exists on this disk comes before a name on the Hub.
-    """
+    """Resolve the path of an existing file or folder, parquet pattern or "file.py:function"; leave other names."""
     path, function = name, ""
     if is_file_spec(name) and not name.endswith(".py"):
         path, _, function = name.rpartition(":")

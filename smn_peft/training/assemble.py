@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,18 +46,6 @@ from .checkpoint import latest_checkpoint, start_from
 from .images import Images, base_features
 from .task import TrainingTask
 
-__all__ = [
-    "build_objective",
-    "build_task",
-    "build_train_loader",
-    "evaluation_of",
-    "evaluator_of",
-    "load_base",
-    "lora_config",
-    "lora_sizes",
-    "matched_lora_rank",
-]
-
 
 def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
     """Load the frozen base that the arguments name, with a head for `num_classes` or without one."""
@@ -83,12 +71,7 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
 def build_task(
     arguments: TrainArguments, images: Images, device: torch.device | str = "cpu"
 ) -> tuple[TrainingTask, Backbone]:
-    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`.
-
-    Raises:
-        ValueError: If a part does not fit another; the message says which argument to change.
-        FileNotFoundError: If `init_from` holds no checkpoint.
-    """
+    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`."""
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
@@ -131,17 +114,13 @@ def _accept_crops(crops: MultiCropOptions, backbone: Backbone) -> None:
     """Refuse sizes of crops that do not fit, and let the backbone take local crops beside its own size."""
     size = backbone.image_size
     if crops.global_size not in (size, MultiCropOptions().global_size):
-        raise ValueError(
-            f"multi_crop.global_size={crops.global_size} is not the image size, {size}, which global crops have: set "
-            f"image_size={crops.global_size}, or leave global_size out."
-        )
+        fix = f"set image_size={crops.global_size}, or leave it out"
+        raise ValueError(f"multi_crop.global_size={crops.global_size} is not the image size, {size}: {fix}.")
     if not crops.local_crops:
         return
     if crops.local_size >= size:
-        raise ValueError(
-            f"multi_crop.local_size={crops.local_size} must be below the size of a global crop, "
-            f"which is the image size, {size}: the paper has 96 to 224. Or set multi_crop.local_crops=0."
-        )
+        fix = "the paper has 96 to 224. Or set multi_crop.local_crops=0."
+        raise ValueError(f"multi_crop.local_size={crops.local_size} must be below the image size, {size}: {fix}")
     try:
         accept_size(backbone, crops.local_size)
     except ValueError as error:
@@ -167,8 +146,8 @@ def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, clas
     if arguments.mask_stages is not None:
         config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
     if arguments.adapt == "lora":
-        options: dict[str, Any] = {"rank": arguments.lora_rank, "alpha": arguments.lora_alpha}
-        lora = lora_config(model, config, modules_to_save=["head"] if has_head else None, **options)
+        in_full, rank, alpha = ["head"] if has_head else None, arguments.lora_rank, arguments.lora_alpha
+        lora = lora_config(model, config, rank=rank, alpha=alpha, modules_to_save=in_full)
         torch.manual_seed(arguments.seed)  # PEFT draws the factors from the global stream
         return get_peft_model(model, lora)
     if has_head and arguments.head == "masked":
@@ -187,10 +166,8 @@ def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArgume
     assert images.train.labels is not None
     counts = torch.bincount(images.train.labels, minlength=model.num_classes)
     if (present := int((counts > 0).sum())) < model.num_classes:
-        raise ValueError(
-            f"head='probe' needs an image of every class; the training images have {present} of "
-            f"{model.num_classes}: take more of them, or head='trained'."
-        )
+        found = f"the training images have {present} of {model.num_classes} classes"
+        raise ValueError(f"head='probe' needs all: {found}. Take more of them, or head='trained'.")
     options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none left to choose on
     size, transform = arguments.batch_size, evaluation_of(backbone)
     extract = partial(extract_features, model, images.train, transform, batch_size=size)
@@ -210,10 +187,8 @@ def build_train_loader(
     """Build the loader of augmented batches, of which each process gets its share."""
     parts = num_processes * arguments.accumulate
     if arguments.batch_size % parts:
-        raise ValueError(
-            f"batch_size={arguments.batch_size} does not divide into {num_processes} processes × "
-            f"{arguments.accumulate} accumulated parts: take a multiple of {parts}."
-        )
+        split = f"{num_processes} processes × {arguments.accumulate} accumulated parts: take a multiple of {parts}"
+        raise ValueError(f"batch_size={arguments.batch_size} does not divide into {split}.")
     size, mean, std = backbone.image_size, backbone.mean, backbone.std
     if objective_kind(arguments).views == "one":
         transform = supervised_transform(size, mean, std, arguments.supervised)
@@ -236,9 +211,8 @@ def evaluator_of(
 ) -> Callable[[TrainingTask], dict[str, Any]] | None:
     """Build the function that evaluates a task on the run's images; None if there is nothing to test on.
 
-    It measures k-NN, a linear probe if asked for, and the accuracy of a classifier; ``evaluation`` names images and k,
-    so that only comparable values are compared. The first call of a run that does not resume is of the frozen base: a
-    mask that does not start with all ones is switched off for it, and the base's features are shared inside [`share`].
+    ``evaluation`` names images and k, so that only comparable values are compared. The first call of a run that does
+    not resume is of the frozen base: a mask that does not start with all ones is switched off for it.
     """
     bank, test = images.bank, images.test
     if test is None or bank is None:
@@ -284,17 +258,9 @@ def lora_config(
     *,
     rank: int | None = None,
     alpha: float | None = None,
-    modules_to_save: Sequence[str] | None = None,
+    modules_to_save: list[str] | None = None,
 ) -> LoraConfig:
-    """Configure LoRA on the layers that a mask would take.
-
-    Args:
-        model: The base model.
-        mask: Says which layers.
-        rank: Rank of the factors; None: [`matched_lora_rank`].
-        alpha: The update is scaled by alpha / rank; None: 2 · rank.
-        modules_to_save: Modules trained in full, such as the head.
-    """
+    """Configure LoRA on the layers that a mask would take; None: the rank that matches it, alpha = 2 · rank."""
     rank = matched_lora_rank(model, mask) if rank is None else rank
     where: dict[str, Any] = {name: getattr(mask, name) for name in ("layers_to_transform", "layers_pattern")}
     targets = resolve_targets(model, mask.target_modules, **where)
@@ -305,26 +271,20 @@ def lora_config(
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=mask.exclude_modules,
-        modules_to_save=None if modules_to_save is None else list(modules_to_save),
+        modules_to_save=modules_to_save,
         **where,
     )
 
 
 def matched_lora_rank(model: nn.Module, mask: MaskConfig) -> int:
-    """The largest rank whose fp32 factors take no more bytes than the packed mask of the same layers.
-
-    Raises:
-        ValueError: If even rank 1 takes more, as on layers of few channels; names both sizes.
-    """
+    """The largest rank whose fp32 factors take no more bytes than the packed mask; ValueError if rank 1 takes more."""
     available = explain_targets(model, mask, verbose=False).packed_bytes
     empty = copy.deepcopy(model).to("meta")
     adapted = get_peft_model(empty, lora_config(empty, mask, rank=1), low_cpu_mem_usage=True)
     per_rank = 4 * sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
     if per_rank > available:
-        raise ValueError(
-            f"LoRA of rank 1 takes {per_rank:,} bytes, the mask of the same layers {available:,}: no rank matches it. "
-            "Give one, as in lora_rank=1."
-        )
+        sizes = f"LoRA of rank 1 takes {per_rank:,} bytes, the mask of the same layers {available:,}"
+        raise ValueError(f"{sizes}: no rank matches it. Give one, as in lora_rank=1.")
     return available // per_rank
 
 

@@ -21,17 +21,6 @@ from torch import Tensor
 from ..storage import to_disk
 from .task import TrainingTask
 
-__all__ = [
-    "checkpoint_name",
-    "latest_checkpoint",
-    "list_checkpoints",
-    "load_checkpoint",
-    "read_state",
-    "save_checkpoint",
-    "start_digest",
-    "start_from",
-]
-
 _NAME = re.compile(r"checkpoint-(\d+)$")
 _UNFINISHED = ".checkpoint-"
 STATE_NAME = "trainer_state.json"
@@ -64,26 +53,13 @@ def save_checkpoint(
 ) -> Path:
     """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove all but the `keep` newest.
 
-    Args:
-        folder: The run's folder.
-        step: Optimizer steps done.
-        tensors: All that training changes, by name.
-        optimizer: Its state and groups are saved.
-        state: JSON-compatible facts, such as the run's arguments.
-        keep: Number of checkpoints to keep.
-
-    Raises:
-        OSError: If the disk refuses; older checkpoints are untouched.
+    `state` is JSON-compatible. OSError if the disk refuses; older checkpoints are untouched.
     """
     folder = Path(folder)
     final, temporary = folder / f"checkpoint-{step}", folder / f"{_UNFINISHED}{step}"
     inside = optimizer.state_dict()
-    momentum = {
-        f"{index}.{name}": value
-        for index, entries in inside["state"].items()
-        for name, value in entries.items()
-        if value is not None  # SGD before its first step
-    }
+    entries = ((f"{i}.{name}", value) for i, entry in inside["state"].items() for name, value in entry.items())
+    momentum = {name: value for name, value in entries if value is not None}  # None: SGD before its first step
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed while it wrote
@@ -130,32 +106,25 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer | None = None,
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """Copy a checkpoint's tensors into the live ones, restore the optimizer, and return the facts.
 
-    Nothing is written before everything is compared.
-
-    Raises:
-        ValueError: If names or shapes differ, or a file is damaged.
+    Nothing is written before everything is compared: ValueError if names or shapes differ, or a file is damaged.
     """
     path = Path(path)
     state = read_state(path)
-    momentum = _read(path, "optimizer", state) if optimizer is not None else {}
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in _read(path, "optimizer", state).items():
+        index, _, name = key.partition(".")
+        entries.setdefault(int(index), {})[name] = value
     _load_tensors(path, state, tensors, "Resume with the arguments that the run was started with.")
-    if optimizer is not None:
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, value in momentum.items():
-            index, _, name = key.partition(".")
-            entries.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
-        # A file has C order only; fused steps want momentum in its parameter's memory format.
-        for parameter, own in optimizer.state.items():
-            for name, value in own.items():
-                if value.shape == parameter.shape and value.stride() != parameter.stride():
-                    own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+    # A file has C order only; fused steps want momentum in its parameter's memory format.
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return state
 
 
@@ -163,10 +132,6 @@ def start_from(task: TrainingTask, folder: str | Path) -> None:
     """Give a task the scores, head, prototypes and statistics of the newest checkpoint in another run's folder.
 
     Optimizer, step and `Objective.run_state` (SwAV's queue) start anew.
-
-    Raises:
-        FileNotFoundError: If it holds no checkpoint.
-        ValueError: If the checkpoint is of another model, mask or objective.
     """
     path = _checkpoint(folder)
     own = {f"objective.{name}" for name in task.objective.run_state}
@@ -183,10 +148,8 @@ def start_digest(folder: str | Path) -> str:
 def _checkpoint(folder: str | Path) -> Path:
     path = latest_checkpoint(folder)
     if path is None:
-        raise FileNotFoundError(
-            f"init_from={folder} holds no checkpoint, and an adapter alone has no scores to start from: name the "
-            "output_dir of a run with keep_checkpoints of 1 or more."
-        )
+        fix = "name the output_dir of a run with keep_checkpoints of 1 or more"
+        raise FileNotFoundError(f"init_from={folder} holds no checkpoint, and an adapter alone has no scores: {fix}.")
     return path
 
 
@@ -196,15 +159,12 @@ def _load_tensors(
     """Copy a checkpoint's tensors into the live ones; it may have those named in `ignore` besides."""
     loaded = _read(path, "model", state)
     if missing := sorted(set(tensors) ^ (set(loaded) - set(ignore))):
-        raise ValueError(
-            f"{path} belongs to another model or objective: {len(missing)} tensors are on one side only, such as "
-            f"{missing[0]}. {fix}"
-        )
+        found = f"{len(missing)} tensors are on one side only, such as {missing[0]}"
+        raise ValueError(f"{path} belongs to another model or objective: {found}. {fix}")
     for name, tensor in tensors.items():
         if tensor.shape != loaded[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(loaded[name].shape)}, the model's has {tuple(tensor.shape)}. {fix}"
-            )
+            here, there = tuple(tensor.shape), tuple(loaded[name].shape)
+            raise ValueError(f"{path}: {name} has shape {there}, the model's has {here}. {fix}")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(loaded[name])
@@ -235,9 +195,7 @@ def _check_digest(name: str, state: Mapping[str, Any], found: str) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    number = _NAME.match(path.name)
-    older = [old.name for old in list_checkpoints(path.parent) if number and int(old.name[11:]) < int(number[1])]
-    then = (
-        f"{older[-1]}, the one before, is then taken" if older else "there is none before it, and the run starts anew"
-    )
+    found = list_checkpoints(path.parent)
+    older = [old.name for old in found[: found.index(path) if path in found else 0]]
+    then = f"{older[-1]}, the one before, is then taken" if older else "there is none before it: the run starts anew"
     return ValueError(f"{path} is damaged: {error}. Delete it; {then}.")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from .._options import did_you_mean
-from ..backbones import Backbone, pooled_features
+from ..backbones import Backbone
 from ..evaluation import (
     PAPER_DECAY,
     EvalReport,
+    Features,
     evaluate_accuracy,
     evaluate_knn,
     extract_features,
@@ -30,8 +30,7 @@ from .assemble import build_objective, evaluation_of
 from .images import build_images
 from .run import RUN_NAME, RunSummary
 from .saved import load_run
-
-__all__ = ["METRICS", "check_metrics", "evaluate_run", "evaluation_arguments"]
+from .task import TrainingTask
 
 METRICS = ("knn", "linear_probe", "accuracy")
 
@@ -53,27 +52,23 @@ def evaluate_run(
     image_size: int | None = None,
     accelerator: Accelerator | None = None,
 ) -> list[EvalReport]:
-    """Evaluate what a run saved, on its own dataset as at the end of training unless told otherwise.
+    """Evaluate what a run saved, on its own dataset as at the end of training; what is None is as in the run.
 
     Args:
         folder: The run's `output_dir`, or a folder with an adapter, whose `dataset` must then be named.
         base: Evaluate the frozen base instead; it has accuracy under zero-shot only.
         backbone: Where the base is now, if not where the folder says.
-        dataset: Another dataset, as `load_images` takes it; None: the run's.
-        split: Split to test on; None: the run's.
+        dataset: Another dataset, as `load_images` takes it.
+        split: Split to test on.
         metrics: Of `METRICS`. None given: k-NN, and accuracy where there is a classifier.
         low_shot: Fractions of the labels to fit linear probes on, over `seeds` seeds each.
         seeds: Number of seeds.
-        batch_size: Images per forward; None: the run's.
-        num_workers: Processes that read images; None: the run's.
+        batch_size: Images per forward.
+        num_workers: Processes that read images.
         limit: Use a seeded choice of at most this many images on either side.
-        eval_fraction: Test on this part of the training split's images, held out as in training; None: as the run did.
+        eval_fraction: Test on this part of the training split's images, held out as in training.
         image_size: Another side of the images than in training; a warning says so.
         accelerator: Names the device and shares the work; None: a new one.
-
-    Raises:
-        ValueError: For an unknown metric, a dataset that is not known, or one that the classifier was not made for.
-        FileNotFoundError: If nothing is saved in the folder.
     """
     check_metrics(metrics)
     if wrong := [fraction for fraction in low_shot if not 0 < fraction <= 1]:
@@ -117,22 +112,16 @@ def evaluate_run(
         "test_images": len(images.test),
     }
     label = f"{loaded.name} (frozen)" if base else Path(folder).resolve().name
-    if "accuracy" in chosen and zero_shot:
-        objective: Any = build_objective(arguments, loaded, images.num_classes, images.train.classes)
-        objective.to(accelerator.device)
-    elif "accuracy" in chosen and facts.get("classes") != images.train.classes:
-        raise ValueError(
-            f"The head of {folder} was trained for other classes than those of {arguments.dataset}: take knn or "
-            "linear_probe."
-        )
-
-    def logits_of(pixel_values: Tensor) -> Tensor:
-        model: Any = loaded.model
-        found: Tensor = objective.logits(pooled_features(model, pixel_values)) if zero_shot else model(pixel_values)
-        return found
-
-    if low_shot or {"knn", "linear_probe"} & set(chosen):
-        bank, test = extract(dataset=images.bank), extract(dataset=images.test)
+    if "accuracy" in chosen:
+        if not zero_shot and facts.get("classes") != images.train.classes:
+            other = f"for other classes than those of {arguments.dataset}"
+            raise ValueError(f"The head of {folder} was trained {other}: take knn or linear_probe.")
+        kind = replace(arguments, objective="zero_shot" if zero_shot else "cross_entropy", objective_options={})
+        objective = build_objective(kind, loaded, images.num_classes, images.train.classes)
+        task = TrainingTask(loaded.model, objective.to(accelerator.device))
+    test = extract(dataset=images.test)
+    if low_shot or chosen != ["accuracy"]:
+        bank = extract(dataset=images.bank)
     reports = []
     for metric in chosen:
         more: dict[str, Any] = {}
@@ -141,23 +130,15 @@ def evaluate_run(
         elif metric == "linear_probe":
             value = linear_probe(bank, test, seed=arguments.subset_seed)
         else:
-            value = evaluate_accuracy(extract(dataset=images.test, function=logits_of)).top1
-        reports.append(
-            EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings={**settings, **more})
-        )
+            value = evaluate_accuracy(Features(task.logits_of(test.features), test.labels)).top1
+        facts = {**settings, **more}
+        reports.append(EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings=facts))
     for fraction in dict.fromkeys(low_shot):
         per_class = fraction * len(bank) / (images.num_classes or 1)
         options: dict[str, Any] = {"decays": [PAPER_DECAY]} if per_class < 1.5 else {}  # none left to choose on
         rows = low_shot_probe(bank, test, fractions=[fraction], seeds=list(range(seeds)), **options)
-        reports += low_shot_reports(
-            rows,
-            metric=f"linear_probe@{fraction:g}",
-            label=label,
-            dataset=images.test.name,
-            split=images.test.split,
-            revision=images.test.revision,
-            settings=settings,
-        )
+        where = {name: getattr(images.test, name) for name in ("split", "revision")} | {"dataset": images.test.name}
+        reports += low_shot_reports(rows, metric=f"linear_probe@{fraction:g}", label=label, settings=settings, **where)
     return reports
 
 
@@ -177,11 +158,7 @@ def evaluation_arguments(
     limit: int | None,
     eval_fraction: float | None = None,
 ) -> TrainArguments:
-    """Arguments that name the images to evaluate a run on: its own, or another dataset as a fresh run would read it.
-
-    Raises:
-        ValueError: If nothing says which.
-    """
+    """Arguments that name the images to evaluate a run on: its own, or another dataset read as a fresh run would."""
     if run is None:
         if dataset is None:
             raise ValueError(f"{folder} has no {RUN_NAME} that says what it was trained on: name a dataset.")
@@ -190,11 +167,9 @@ def evaluation_arguments(
         arguments = run
     else:
         fresh = TrainArguments(backbone=run.backbone, dataset=dataset)
-        names = (
-            "dataset_revision image_column label_column train_split eval_split eval_fraction templates limit "
-            "class_limit"
-        )
-        arguments = replace(run, dataset=dataset, **{name: getattr(fresh, name) for name in names.split()})
+        own = "dataset_revision image_column label_column train_split eval_split eval_fraction templates".split()
+        own += ["limit", "class_limit"]
+        arguments = replace(run, dataset=dataset, **{name: getattr(fresh, name) for name in own})
     changes: dict[str, Any] = {"fraction": 1.0, "indices_file": None}
     changes["eval_split"] = split or arguments.eval_split or "test"
     if split is not None or eval_fraction is not None:

@@ -17,8 +17,6 @@ from ..data.loading import STOP_SIGNALS
 from ..functional.distributed import read_flags
 from .task import TrainingTask
 
-__all__ = ["CollapseWatch", "StopRequest", "TrainingFailure", "check_loss", "check_masks"]
-
 _COLLAPSED_LINES = 5  # lines of the log in a row
 _SAME_REQUEST = 1.0  # seconds
 _ADVICE = (
@@ -43,7 +41,9 @@ def check_masks(task: TrainingTask, step: int) -> None:
     """Raise TrainingFailure if a whole layer is masked, or scores are not finite, which count as off."""
     if broken := _not_finite(task):
         raise TrainingFailure(f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity at step {step}. {_ADVICE}")
-    if empty := task.empty_masks():
+    masks = {} if task.mask_config is None else task.model.masks()
+    some_left = read_flags([mask.any() for mask in masks.values()])
+    if empty := [name for name, some in zip(masks, some_left, strict=True) if not some]:
         raise TrainingFailure(
             f"The mask of {empty[0]} is empty at step {step} ({len(empty)} such layers): the layer gives zeros, and "
             "nothing after it can learn. Lower lr, warm up longer, or leave the layer out with exclude_modules."
@@ -60,9 +60,7 @@ def _not_finite(task: TrainingTask) -> list[str]:
 class CollapseWatch:
     """Warn when the objective reports a collapse, and stop the run once it has lasted: many runs leave it again.
 
-    Args:
-        steps_per_epoch: Least number of steps that a collapse lasts before the run is stopped.
-        verbose: False on all processes but one.
+    It has lasted after five lines of the log in a row and an epoch, once step `grace_steps` is reached.
     """
 
     def __init__(self, steps_per_epoch: int, verbose: bool = True) -> None:
@@ -70,12 +68,7 @@ class CollapseWatch:
         self._since, self._lines = 0, 0
 
     def record(self, step: int, problem: str | None, grace_steps: int) -> None:
-        """Record one collapse check, `problem` being None if there is no collapse.
-
-        Raises:
-            TrainingFailure: If the problem has lasted for five lines in a row and an epoch, and step `grace_steps` is
-                reached.
-        """
+        """Record one collapse check, with None for no collapse; TrainingFailure if it has lasted."""
         if problem is None:
             self._lines = 0
             return

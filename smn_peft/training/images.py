@@ -20,8 +20,6 @@ from ..evaluation import Features
 from ..storage import check_regular
 from .arguments import TrainArguments, objective_kind
 
-__all__ = ["Images", "base_features", "build_images", "images_of_run", "read_indices", "share"]
-
 
 @dataclass(frozen=True)
 class Images:
@@ -51,12 +49,7 @@ def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
 
 
 def build_images(arguments: TrainArguments) -> Images:
-    """Open the dataset and choose the subsets that the arguments ask for.
-
-    Raises:
-        ValueError: If a subset is empty, the training images are of one class, or `indices_file` does not fit.
-        NoLabelsError: If labels are needed and missing.
-    """
+    """Open the dataset and choose the subsets that the arguments ask for; NoLabelsError if labels are missing."""
     needs_labels, seed = objective_kind(arguments).needs_labels, arguments.subset_seed
     labelled = needs_labels or arguments.eval_split is not None
     key = (
@@ -82,10 +75,8 @@ def build_images(arguments: TrainArguments) -> Images:
     if arguments.indices_file is not None:
         train = train.subset(read_indices(arguments.indices_file, len(train)))
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
-        raise ValueError(
-            f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images are all of one class, "
-            "from which nothing can be learned. Take another split, or more images."
-        )
+        what = f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images"
+        raise ValueError(f"{what} are all of one class: take another split, or more images.")
     if arguments.eval_split is None:
         return Images(train, None, None, full.num_classes)
     test, split = (held, arguments.eval_split) if held is not None else _to_test_on(arguments, arguments.eval_split)
@@ -109,10 +100,8 @@ def _to_test_on(arguments: TrainArguments, split: str) -> tuple[ImageDataset, st
     except NoLabelsError:
         raise
     except ValueError as error:
-        raise ValueError(
-            f"{error} It was opened to evaluate on: name another split; or hold images of the training split out for "
-            "it, by --eval-fraction 0.2; training can do without, by --eval-split none."
-        ) from error
+        fix = "name another; hold images of the training split out, by --eval-fraction 0.2; or pass --eval-split none"
+        raise ValueError(f"{error} It was opened to evaluate on: {fix}.") from error
 
 
 def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset:
@@ -139,12 +128,7 @@ def _limited(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset
 
 
 def read_indices(path: str | Path, count: int) -> Tensor:
-    """Read image numbers, int64 (n,), from a ``.npy`` file of distinct integers from 0 to `count` − 1.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds anything else.
-    """
+    """Read image numbers, int64 (n,), from a ``.npy`` file of distinct integers from 0 to `count` − 1."""
     try:
         check_regular(path)
         found = np.load(path, allow_pickle=False)
@@ -156,10 +140,8 @@ def read_indices(path: str | Path, count: int) -> Tensor:
         shown = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "several arrays"
         raise ValueError(f"indices_file={path} must hold one row of integers, one at least; it holds {shown}.")
     if found.min() < 0 or found.max() >= count or len(np.unique(found)) < len(found):
-        raise ValueError(
-            f"indices_file={path} must hold each number once at most, from 0 to {count - 1}, the images that limit "
-            f"and fraction leave; it holds {len(found)} from {found.min()} to {found.max()}."
-        )
+        held = f"it holds {len(found)} from {found.min()} to {found.max()}"
+        raise ValueError(f"indices_file={path} must hold each number once, from 0 to {count - 1}; {held}.")
     return torch.from_numpy(found.astype(np.int64))
 
 

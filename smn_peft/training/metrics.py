@@ -25,8 +25,6 @@ from torch import Tensor
 
 from ..storage import atomic_write
 
-__all__ = ["METRICS_NAME", "MetricsLog", "Window", "postfix", "read_metrics"]
-
 METRICS_NAME = "metrics.jsonl"
 
 

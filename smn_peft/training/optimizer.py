@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +14,6 @@ from torch import Tensor, nn
 from ..functional import round_stochastically
 from .arguments import LoopArguments
 from .task import TrainingTask
-
-__all__ = [
-    "NarrowAdamW",
-    "NarrowSGD",
-    "build_optimizer",
-    "check_warmup",
-    "narrow_scores",
-    "warmup_cosine",
-    "widen_scores",
-]
 
 
 def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim.Optimizer:
@@ -39,10 +28,8 @@ def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim
     ]
     groups = [{**group, "peak_lr": group["lr"]} for group in groups if group["params"]]
     if not groups:
-        raise ValueError(
-            "Nothing to train: every parameter is frozen. Wrap the model with get_peft_model(model, MaskConfig(…)), "
-            "or call model.requires_grad_(True) for full fine-tuning."
-        )
+        fix = "Wrap the model with get_peft_model(model, MaskConfig(…)), or call model.requires_grad_(True)."
+        raise ValueError(f"Nothing to train: every parameter is frozen. {fix}")
     if arguments.score_dtype == "bfloat16":
         groups[0]["rounding_seed"] = arguments.seed
         if arguments.optimizer == "adamw":
@@ -73,40 +60,21 @@ def warmup_cosine(position: float, total: float, warmup: float = 0.0) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (position - warmup) / (total - warmup))))
 
 
-def check_warmup(warmup: float, epochs: float) -> None:
-    """Warn of a warm-up that takes the whole run, whose learning rate then never falls."""
-    if warmup >= epochs:
-        warnings.warn(
-            f"warmup_epochs={warmup:g} is the whole run of {epochs:g} epochs: its learning rate only rises. Shorten "
-            "the warm-up, or train longer.",
-            stacklevel=3,
-        )
-
-
 # --- Scores and their optimizer state in bf16: steps in fp32, rounded stochastically ---------------------------------
 
 
-def narrow_scores(task: TrainingTask) -> None:
-    """Convert the scores that train to bf16; ValueError if no mask trains."""
-    if task.mask_config is None:
-        raise ValueError("score_dtype='bfloat16' is of a mask's scores: use it with adapt='mask'.")
+def cast_scores(task: TrainingTask, dtype: torch.dtype) -> None:
+    """Convert the scores that train, in place."""
     for _, parameter, is_scores in task.trainable():
         if is_scores:
-            parameter.data = parameter.data.bfloat16()
-
-
-def widen_scores(task: TrainingTask) -> None:
-    """Convert bf16 scores back to fp32; no mask changes."""
-    for _, parameter, is_scores in task.trainable():
-        if is_scores:
-            parameter.data, parameter.grad = parameter.data.float(), None
+            parameter.data, parameter.grad = parameter.data.to(dtype), None
 
 
 class _Narrow(torch.optim.Optimizer):
     """Step bf16 parameters in fp32, one after the other so that only one fp32 copy exists, and round stochastically.
 
     The noise depends on the first group's `rounding_seed` and `rounding_step`, which checkpoints keep, and not on the
-    process, so replicas stay equal. Other parameters are stepped as by torch.
+    process, so replicas stay equal.
     """
 
     param_groups: list[dict[str, Any]]

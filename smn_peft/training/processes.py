@@ -18,8 +18,6 @@ from ..functional.distributed import joined_batch_norm, process_count
 from .arguments import LoopArguments
 from .checkpoint import checkpoint_name
 
-__all__ = ["SynchronisedBatchNorm", "agree_on_start", "build_accelerator", "synchronise_batch_norm", "together"]
-
 T = TypeVar("T")
 
 
@@ -38,8 +36,7 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
     if started != str(accelerator.num_processes):
         raise ValueError(
             f"{started} processes were started (WORLD_SIZE), but accelerate has {accelerator.num_processes} on "
-            f"{accelerator.device}, so each would train alone into {arguments.output_dir}. Pass --cpu (cpu=True) "
-            "where there is no GPU for each; unset WORLD_SIZE if this is the only process."
+            f"{accelerator.device}: pass --cpu (cpu=True), or unset WORLD_SIZE if this is the only process."
         )
     return accelerator
 
@@ -47,9 +44,7 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
 def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
     """Call `act`, which waits for no other process, on every process, and raise on all of them if it fails on one.
 
-    Raises:
-        Exception: What `act` raises here.
-        RuntimeError: If it failed on another process only; the message is that process's.
+    RuntimeError, with that process's message, if it failed on another process only.
     """
     if accelerator.num_processes == 1:
         return act()
@@ -68,12 +63,7 @@ def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 
 def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
-    """Check that every process, on its own disk, starts from the main process's checkpoint, base and images.
-
-    Raises:
-        ValueError: If this process differs.
-        RuntimeError: If another one does.
-    """
+    """Check that every process, on its own disk, starts from the main process's checkpoint, base and images."""
     mine: dict[str, Any] = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), "facts": dict(facts)}
     decided = [mine]
     if accelerator.num_processes > 1:
@@ -90,9 +80,7 @@ def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Map
             )
         for name, what in (("base", "weights of the base"), ("data", "training images")):
             if mine["facts"].get(name) != main["facts"].get(name):
-                raise ValueError(
-                    f"{mine['who']} reads other {what} than {main['who']}: copy the same to every machine."
-                )
+                raise ValueError(f"{mine['who']} reads other {what} than {main['who']}: copy them to every machine.")
 
     together(accelerator, compare)
 
@@ -135,10 +123,8 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     """Make every BatchNorm of a module normalise by the joined batch in train mode, in place.
 
     Only the class of each BatchNorm changes: to [`SynchronisedBatchNorm`] on the CPU, on a GPU to timm's subclass of
-    torch's own, which is faster there. State dict, hooks and references stay valid.
-
-    Raises:
-        TypeError: If a BatchNorm has a class with a forward of its own.
+    torch's own, which is faster there. State dict, hooks and references stay valid. TypeError for a BatchNorm whose
+    class has a forward of its own.
     """
     from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 
@@ -148,9 +134,8 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     for name, norm in norms.items():
         if type(norm).forward not in known or nn.parameter.is_lazy(norm.weight):
             raise TypeError(
-                f"{name or 'The module'} is a {type(norm).__name__}, which cannot be synchronised over processes: "
-                "use nn.BatchNorm (a lazy one after its first forward), or keep the statistics fixed with "
-                "batch_norm='frozen' and switch the synchronisation off."
+                f"{name or 'The module'} is a {type(norm).__name__}, which cannot be synchronised over processes: use "
+                "nn.BatchNorm (a lazy one after its first forward), or sync_batch_norm=False with frozen statistics."
             )
     for norm in norms.values():
         tensors = [tensor for tensor in (norm.weight, norm.running_mean) if tensor is not None]

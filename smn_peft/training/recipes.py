@@ -9,24 +9,11 @@ from typing import Any
 
 import yaml
 
-from .._options import check_keys, did_you_mean
+from .._options import did_you_mean, read_values
 from ..backbones import name_read_from
 from .arguments import TrainArguments
 
-__all__ = ["Recipe", "list_recipes", "load_recipe", "read_recipe"]
-
-
-_NOTES = ("description", "source", "expected")
-
-
-class Recipe(dict[str, Any]):
-    """The arguments of a recipe.
-
-    Attributes:
-        notes: `description`, `source` and `expected` of the file.
-    """
-
-    notes: dict[str, Any]
+_NOTES = ("description", "source", "expected")  # what a recipe holds beside arguments
 
 
 def list_recipes() -> list[str]:
@@ -36,7 +23,7 @@ def list_recipes() -> list[str]:
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """Read the mapping of a recipe of the package, or of a YAML file; raises as [`load_recipe`]."""
+    """Read the mapping of a recipe, notes included, or of another YAML file; raises as [`load_recipe`]."""
     path: Any = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         known = list_recipes()
@@ -62,16 +49,14 @@ def _refuse_programs(content: Any, where: str | Path) -> None:
         _refuse_programs(value, where)
 
 
-def load_recipe(name: str | Path) -> Recipe:
-    """Read a recipe of the package by name, or a YAML file, as training arguments.
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Read a recipe of the package by name, or a YAML file, as training arguments: as they are written, but checked.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: For an unknown name or argument, or a file that is not YAML, not a mapping, or names a program.
+        ValueError: For an unknown name or argument, a value of another type, or a file that is not YAML, not a
+            mapping, or names a program.
     """
-    content = read_recipe(name)
-    notes: dict[str, Any] = {key: content.pop(key) for key in _NOTES if key in content}
-    check_keys(TrainArguments, content, f"Recipe {name}")
-    recipe = Recipe(content)
-    recipe.notes = notes
-    return recipe
+    content = {key: value for key, value in read_recipe(name).items() if key not in _NOTES}
+    read_values(TrainArguments, content, f"Recipe {name}")
+    return content  # unconverted: hashes of runs are of what is written

@@ -36,20 +36,6 @@ from .processes import build_accelerator, together
 from .task import TrainingTask
 from .trainer import Trainer
 
-__all__ = [
-    "EXPECTED",
-    "MODEL_NAME",
-    "RUN_NAME",
-    "RunSummary",
-    "check_tasks",
-    "finished_run",
-    "indices_digest",
-    "plan",
-    "run",
-    "run_lock",
-    "run_many",
-]
-
 MODEL_NAME = "model.safetensors"
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 """Errors whose message says what to do; others are bugs, and end everything."""
@@ -98,12 +84,7 @@ class RunSummary:
 
     @classmethod
     def load(cls, folder: str | Path) -> RunSummary:
-        """Read ``run.json``.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is damaged or of another version of the package.
-        """
+        """Read ``run.json``; ValueError if it is damaged or of another version of the package."""
         path = Path(folder) / RUN_NAME
         try:
             return cls(**read_json(path))
@@ -155,10 +136,8 @@ def _check_folder(arguments: TrainArguments) -> None:
     """Refuse an `output_dir` that cannot be written to or holds something finished, before anything is loaded."""
     folder = Path(arguments.output_dir)
     if (folder / RUN_NAME).is_file() and not (arguments.resume and latest_checkpoint(folder)):
-        raise ValueError(
-            f"{folder} holds {RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}: choose another "
-            "output_dir, or delete it."
-        )
+        what = f"{RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}"
+        raise ValueError(f"{folder} holds {what}: choose another output_dir, or delete it.")
     ours = any((folder / name).is_file() for name in (RUN_NAME, METRICS_NAME)) or latest_checkpoint(folder)
     if (folder / CONFIG_NAME).is_file() and not ours:
         raise ValueError(f"{folder} holds an adapter ({CONFIG_NAME}) that no run wrote: choose another output_dir.")
@@ -167,18 +146,13 @@ def _check_folder(arguments: TrainArguments) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OSError(
-            error.errno, f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
-        ) from error
+        text = f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
+        raise OSError(error.errno, text) from error
 
 
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of an output folder; the system releases it however the process ends.
-
-    Raises:
-        RuntimeError: If another run holds it; the message names its process and host.
-    """
+    """Hold the lock of an output folder; RuntimeError if another run does. The system releases it however it ends."""
     path, owner = Path(folder) / ".run.lock", Path(folder) / ".run.owner"
     lock = FileLock(path)
     try:
@@ -188,10 +162,8 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             lock.acquire(timeout=0)
     except Timeout:
         held_by = owner.read_text("utf-8") if owner.is_file() else "another run"
-        raise RuntimeError(
-            f"{folder} is in use by {held_by}: wait for it, stop it, or choose another output_dir. Two runs in one "
-            "folder would delete each other's checkpoints."
-        ) from None
+        fix = "wait for it, stop it, or choose another output_dir"
+        raise RuntimeError(f"{folder} is in use by {held_by}: {fix}.") from None
     except (OSError, NotImplementedError) as error:
         warnings.warn(f"{folder} cannot be locked ({error}): start no other run in it.", stacklevel=3)
         yield
@@ -276,8 +248,9 @@ def plan(arguments: TrainArguments) -> str:
     task.before_step(0, 0.0)
     with torch.no_grad():
         outputs = task.train()(next(iter(loader)))
-    scores = sum(parameter.numel() for _, parameter, adapted in task.trainable() if adapted)
-    others = sum(parameter.numel() for _, parameter, adapted in task.trainable() if not adapted)
+    counts = {True: 0, False: 0}
+    for _, parameter, adapted in task.trainable():
+        counts[adapted] += parameter.numel()
     tested = "none" if images.test is None else f"{len(images.test)} of {images.test.name} ({images.test.split})"
     return "\n".join(
         [
@@ -285,7 +258,7 @@ def plan(arguments: TrainArguments) -> str:
             f"training    {len(images.train)} images of {images.train.name} ({images.train.split})",
             f"evaluation  {tested}",
             f"objective   {task.objective.name}, loss of the first batch {float(outputs['loss']):.3f}",
-            f"trainable   {scores:,} {'scores' if task.mask_config else 'weights'}, {others:,} others",
+            f"trainable   {counts[True]:,} {'scores' if task.mask_config else 'weights'}, {counts[False]:,} others",
             f"schedule    {steps} steps of {arguments.batch_size} images, learning rates {arguments.lr:g} and "
             f"{arguments.head_lr:g}",
             f"output      {arguments.output_dir}",
@@ -311,10 +284,8 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
             arguments = replace(arguments, resume=True)
             try:
                 yield name, finished_run(arguments) or run(arguments)
-            except TrainingFailure as failure:
-                yield name, failure
             except EXPECTED as error:
-                if PartialState().num_processes > 1:
+                if PartialState().num_processes > 1 and not isinstance(error, TrainingFailure):
                     raise RuntimeError(f"{name}: {error}") from error
                 yield name, error
 
@@ -328,7 +299,4 @@ def check_tasks(tasks: Mapping[str, TrainArguments]) -> None:
             raise ValueError(f"Tasks {other!r} and {name!r} have the same output_dir: {arguments.output_dir}.")
         for key in ("mixed_precision", "cpu"):
             if getattr(arguments, key) != getattr(first, key):
-                raise ValueError(
-                    f"Task {name!r} has another {key} than the first task: accelerate keeps one for the whole "
-                    "process. Put such tasks into a file of their own."
-                )
+                raise ValueError(f"Task {name!r} has another {key} than the first: put it into a file of its own.")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, load_from_file, name_read_from
 from ..data import check_preprocessing
@@ -24,17 +23,12 @@ from .assemble import load_base
 from .checkpoint import latest_checkpoint
 from .run import MODEL_NAME, RUN_NAME, RunSummary
 
-__all__ = ["arguments_of", "load_masks", "load_run", "save_run_as", "verify_run"]
-
 
 def arguments_of(summary: RunSummary, backbone: str | None = None) -> TrainArguments:
     """Arguments that a run was started with, its base at `backbone` if given.
 
     Nothing in a ``run.json``, which anybody may have written, names a program: of an objective in a user's file only
-    the name is kept.
-
-    Raises:
-        ValueError: If they are those of another version of the package, or the base is a program and not given.
+    the name is kept, and a base in one must be given.
     """
     names = [field.name for field in fields(TrainArguments)]
     found = {name: summary.arguments[name] for name in names if name in summary.arguments}
@@ -89,16 +83,19 @@ def load_run(
         read_config(folder)  # before PEFT reads it, which waits for a FIFO
         model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
     else:
-        model = _with_weights(loaded.model, folder / MODEL_NAME)
+        model, path = loaded.model, folder / MODEL_NAME
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist{_unfinished(folder)}.")
+        check_regular(path)
+        try:
+            model.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} does not fit the model that {folder / RUN_NAME} names: {error}") from error
     return arguments, replace(loaded, model=model.eval())
 
 
 def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, Tensor]:
-    """Load the bool masks, by weight name, of a run's folder or an adapter's; see [`load_run`].
-
-    Raises:
-        ValueError: If what is saved is no mask, or the base cannot be known.
-    """
+    """Load the bool masks, by weight name, of a run's folder or an adapter's; see [`load_run`]."""
     arguments, loaded = load_run(folder, backbone=backbone)
     if arguments is not None and arguments.adapt != "mask":
         raise ValueError(f"{folder} holds no mask: it was trained with adapt={arguments.adapt!r}.")
@@ -108,11 +105,7 @@ def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, 
 
 
 def save_run_as(folder: str | Path, out: str | Path, codec: str, backbone: str | None = None) -> AdapterSizes:
-    """Load an adapter over its base and save it in folder `out` with another codec; see [`load_run`].
-
-    Raises:
-        ValueError: If base and adapter do not belong together, or the file is damaged.
-    """
+    """Load an adapter over its base and save it in folder `out` with another codec; see [`load_run`]."""
     model, config = _load_adapter(folder, backbone)
     config.codec = codec
     model.save_pretrained(str(out), save_embedding_layers=False)
@@ -120,14 +113,7 @@ def save_run_as(folder: str | Path, out: str | Path, codec: str, backbone: str |
 
 
 def verify_run(folder: str | Path, backbone: str | None = None) -> str:
-    """Check that an adapter's base is the one that its mask was trained on, even if its `check_base` is off.
-
-    Returns:
-        The fingerprint of both.
-
-    Raises:
-        ValueError: If they do not belong together, cannot be compared, or the file is damaged.
-    """
+    """Check that an adapter's base is its mask's, even if `check_base` is off, and return the fingerprint of both."""
     model, config = _load_adapter(folder, backbone)
     expected = config.base_fingerprint
     if expected is None:
@@ -148,14 +134,10 @@ def _load_adapter(folder: str | Path, backbone: str | None) -> tuple[PeftModel, 
 
 def _saved_preprocessing(folder: Path, summary: RunSummary | None) -> dict[str, Any] | None:
     """How images were prepared in training: by the adapter's config, else by ``run.json``, else None."""
-    found: Mapping[str, Any] | None = None
-    if (folder / CONFIG_NAME).is_file():
-        found = read_config(folder).get("preprocessing")
+    found = read_config(folder).get("preprocessing") if (folder / CONFIG_NAME).is_file() else None
     found = found or (summary.arguments.get("preprocessing") if summary is not None else None)
-    if found is None:
-        return None
     try:
-        return check_preprocessing(found)
+        return None if found is None else check_preprocessing(found)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -167,9 +149,7 @@ def _base_of_adapter(folder: Path, base: bool, backbone: str | None, image_size:
     config = read_config(folder)
     name = backbone or name_read_from(folder / CONFIG_NAME, config.get("base_model_name_or_path") or "")
     if not name:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} names no base model: name it, as in --backbone timm/resnet18.a1_in1k."
-        )
+        raise ValueError(f"{folder / CONFIG_NAME} names no base: name it, as in --backbone timm/resnet18.a1_in1k.")
     if is_file_spec(name):  # the caller's own
         loaded = load_from_file(name)
     else:
@@ -180,26 +160,21 @@ def _base_of_adapter(folder: Path, base: bool, backbone: str | None, image_size:
             loaded = load_backbone(name, image_size=image_size, **options)
     if base:
         return loaded
-    shapes = _shapes(folder / WEIGHTS_NAME)
-    if not any(key.startswith(f"{BASE_PREFIX}backbone.") for key in shapes):
-        return loaded
-    if (head := f"{BASE_PREFIX}head.weight") not in shapes:
-        raise ValueError(
-            f"{folder} adapts a classifier whose head it does not hold, and has no {RUN_NAME} that says how the head "
-            "was made: keep the run's folder together, or load the base yourself and use PeftModel.from_pretrained."
-        )
-    return load_classifier(loaded, shapes[head][0])
-
-
-def _shapes(path: Path) -> dict[str, list[int]]:
+    path = folder / WEIGHTS_NAME
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: the copy of the adapter is incomplete.")
     check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
+    if not any(key.startswith(f"{BASE_PREFIX}backbone.") for key in shapes):
+        return loaded
+    if (head := f"{BASE_PREFIX}head.weight") not in shapes:
+        fix = "keep the run's folder together, or load the base yourself and use PeftModel.from_pretrained"
+        raise ValueError(f"{folder} holds no head of its classifier, and no {RUN_NAME} says how it was made: {fix}.")
+    return load_classifier(loaded, shapes[head][0])
 
 
 def _unfinished(folder: Path) -> str:
@@ -207,15 +182,3 @@ def _unfinished(folder: Path) -> str:
     if newest is None:
         return ": name the output_dir of a finished run, or the folder of an adapter"
     return f", only {newest.name} of a run that is not finished: go on with it by smn train … --resume"
-
-
-def _with_weights(model: nn.Module, path: Path) -> nn.Module:
-    """Load all weights of a file into the model."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist{_unfinished(path.parent)}.")
-    check_regular(path)
-    try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the model that {path.parent / RUN_NAME} names: {error}") from error
-    return model

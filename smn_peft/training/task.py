@@ -11,12 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..backbones import pooled_features
-from ..functional.distributed import read_flags
 from ..objectives import Objective
-from ..tuner import MaskConfig, round_extras
+from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
-
-__all__ = ["TrainingTask", "channels_last", "enable_gradient_checkpointing"]
 
 
 class TrainingTask(nn.Module):
@@ -104,14 +101,6 @@ class TrainingTask(nn.Module):
         """Fraction of the masked weights that are active; None without a mask."""
         return None if self.mask_config is None else self.model.density()
 
-    def empty_masks(self) -> list[str]:
-        """Names of the weights that are masked completely."""
-        if self.mask_config is None:
-            return []
-        masks = self.model.masks()
-        some_left = read_flags([mask.any() for mask in masks.values()])
-        return [name for name, some in zip(masks, some_left, strict=True) if not some]
-
     def trainable(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """(name, parameter, whether it is a score or adapted weight rather than head or objective)."""
         masked, adapter = self.mask_config is not None, isinstance(self.model, PeftModel)
@@ -124,11 +113,6 @@ class TrainingTask(nn.Module):
                 adapted = name.startswith("model.") and not name.startswith("model.head.")
                 adapted = adapted and not (adapter and ".modules_to_save." in name)
             yield name, parameter, adapted
-
-    def round_extras(self) -> None:
-        """Round head and statistics as saving will, so that what is evaluated is what is saved."""
-        if self.mask_config is not None:
-            round_extras(self.model)
 
     def training_state(self) -> dict[str, Tensor]:
         """All that training changes, by name: scores, head, objective, statistics; never the frozen base."""
@@ -157,17 +141,4 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
         if getattr(module, "supports_gradient_checkpointing", False):  # transformers
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             return
-    raise ValueError(
-        f"{type(model).__name__} has no gradient checkpointing that timm or transformers know: leave "
-        "gradient_checkpointing off, or split the batch with accumulate."
-    )
-
-
-def channels_last(value: Any) -> Any:
-    """Convert the images of a batch, in dicts and lists at any depth, to channels-last memory format."""
-    if isinstance(value, Mapping):
-        return {key: channels_last(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [channels_last(item) for item in value]
-    four = isinstance(value, Tensor) and value.ndim == 4
-    return value.to(memory_format=torch.channels_last) if four else value
+    raise ValueError(f"{type(model).__name__} has no gradient checkpointing: leave it off, or split by accumulate.")

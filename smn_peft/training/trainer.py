@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import recursively_apply, send_to_device, set_seed
 from tqdm import tqdm
 
+from ..tuner import round_extras
 from .arguments import LoopArguments, as_facts, check_same
 from .checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
 from .guards import CollapseWatch, StopRequest, check_loss, check_masks
 from .metrics import MetricsLog, Window, postfix
-from .optimizer import build_optimizer, check_warmup, narrow_scores, warmup_cosine, widen_scores
+from .optimizer import build_optimizer, cast_scores, warmup_cosine
 from .processes import agree_on_start, build_accelerator, synchronise_batch_norm, together
-from .task import TrainingTask, channels_last, enable_gradient_checkpointing
-
-__all__ = ["Interrupted", "Trainer"]
+from .task import TrainingTask, enable_gradient_checkpointing
 
 _ASK_EVERY = 10  # steps between two checks on a GPU whether any process was told to stop, since each one waits for it
 Evaluate = Callable[[TrainingTask], Mapping[str, Any]]
@@ -72,16 +72,18 @@ class Trainer:
         if self.accelerator.num_processes > 1 and arguments.sync_batch_norm:
             synchronise_batch_norm(task)
         if arguments.score_dtype == "bfloat16":
-            narrow_scores(task)
+            if task.mask_config is None:
+                raise ValueError("score_dtype='bfloat16' is of a mask's scores: use it with adapt='mask'.")
+            cast_scores(task, torch.bfloat16)
         self.optimizer = build_optimizer(task, arguments)
         self.steps_per_epoch = len(loader) // arguments.accumulate
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"An epoch has {len(loader)} batches, fewer than accumulate={arguments.accumulate}: lower it."
-            )
+            raise ValueError(f"An epoch has only {len(loader)} batches: lower accumulate={arguments.accumulate}.")
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
-        if self.accelerator.is_main_process:
-            check_warmup(arguments.warmup_epochs, self.total_steps / self.steps_per_epoch)
+        warmup, epochs = arguments.warmup_epochs, self.total_steps / self.steps_per_epoch
+        if self.accelerator.is_main_process and warmup >= epochs:
+            text = f"warmup_epochs={warmup:g} is the whole run of {epochs:g} epochs: its learning rate only rises."
+            warnings.warn(f"{text} Shorten the warm-up, or train longer.", stacklevel=2)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._earlier, self._started = 0.0, time.perf_counter()
@@ -91,10 +93,8 @@ class Trainer:
         found = latest_checkpoint(arguments.output_dir)
         agree_on_start(self.accelerator, found, self.facts)
         if found is not None and not arguments.resume:
-            raise ValueError(
-                f"{arguments.output_dir} holds {found.name} of an earlier run: pass resume to go on from it, choose "
-                "another output_dir, or delete it."
-            )
+            fix = "pass resume to go on from it, choose another output_dir, or delete it"
+            raise ValueError(f"{arguments.output_dir} holds {found.name} of an earlier run: {fix}.")
         if arguments.compile:
             task.compile()
         self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)
@@ -129,9 +129,10 @@ class Trainer:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
         self.task.set_progress(1.0)  # for a run that is resumed at its end
-        self.task.round_extras()
+        if self.task.mask_config is not None:
+            round_extras(self.task.model)  # as saving will, so that what is evaluated is what is saved
         if self.arguments.score_dtype == "bfloat16":
-            widen_scores(self.task)
+            cast_scores(self.task, torch.float32)  # no mask changes
         self._evaluate()
         if self.arguments.log_with is not None:
             self.accelerator.end_training()
@@ -194,7 +195,10 @@ class Trainer:
 
     def _on_device(self, batch: Any) -> Any:
         batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
-        return channels_last(batch) if self.arguments.channels_last else batch
+        if not self.arguments.channels_last:
+            return batch
+        last = torch.channels_last
+        return recursively_apply(lambda tensor: tensor.to(memory_format=last) if tensor.ndim == 4 else tensor, batch)
 
     def _stop(self, stop: StopRequest) -> bool:
         if self.accelerator.num_processes == 1:

@@ -10,8 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..tuner import MaskConfig
 
-__all__ = ["ExactResumeCallback"]
-
 
 class ExactResumeCallback(TrainerCallback):
     """Keep the scores in the checkpoints of transformers' `Trainer`, and out of what is saved after training.

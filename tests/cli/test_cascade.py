@@ -91,4 +91,4 @@ def test_mistakes(line, tmp_path):
     assert "objective='cross_entropy' needs them" in smn("train", *line, "--objective", "cross_entropy", code=1).stderr
     assert "holds no finished cascade" in smn("eval", tmp_path, code=1).stderr
     words = ["embed", tmp_path, "--dataset", "x.npz", "--output", "y"]
-    assert "There is no mode 'both'; there are dispatcher" in smn(*words, "--mode", "both", code=1).stderr
+    assert "'both' is not one of 'dispatcher'" in smn(*words, "--mode", "both", code=2).stderr

@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from smn_peft import MaskConfig
-from smn_peft.cli.options import field_options, given, merge, read_values
+from smn_peft._options import merged, read_values
+from smn_peft.cli.options import field_options, given
 from smn_peft.training import TrainArguments
 
 
@@ -96,6 +97,8 @@ def test_every_type_on_the_command_line(words, value):
         ({"output": "a/b"}, {"output": Path("a/b")}),
         ({"targets": ["a"]}, {"targets": ["a"]}),
         ({"targets": "a"}, {"targets": "a"}),
+        ({"targets": {"b", "a"}}, {"targets": ["a", "b"]}),
+        ({"targets": ("a",)}, {"targets": ["a"]}),
         ({"steps": [1, 2]}, {"steps": (1, 2)}),
         ({"start": "uniform"}, {"start": "uniform"}),
         ({"extra": {"a": {"b": 1}}}, {"extra": {"a": {"b": 1}}}),
@@ -103,7 +106,7 @@ def test_every_type_on_the_command_line(words, value):
     ],
 )
 def test_every_type_in_a_recipe(content, value):
-    got = read_values(content, Arguments, "recipe.yaml")
+    got = read_values(Arguments, content, "recipe.yaml")
     assert got == value
     assert [type(one) for one in got.values()] == [type(one) for one in value.values()]
 
@@ -111,18 +114,18 @@ def test_every_type_in_a_recipe(content, value):
 def test_the_line_wins_over_the_recipe_inside_nested_values_too():
     recipe = {"lr": 0.1, "extra": {"a": 1, "b": 2}, "crops": {"size": 64, "flip": False}}
     line = {"lr": 0.2, "extra": {"b": 3}, "crops": {"flip": True}}
-    assert merge(recipe, line) == {"lr": 0.2, "extra": {"a": 1, "b": 3}, "crops": {"size": 64, "flip": True}}
+    assert merged(recipe, line) == {"lr": 0.2, "extra": {"a": 1, "b": 3}, "crops": {"size": 64, "flip": True}}
     assert recipe["crops"] == {"size": 64, "flip": False}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epohcs": 3}, "recipe.yaml: unknown key 'epohcs'. Did you mean epochs?"),
-        ({"size": 3}, "unknown key 'size'."),
-        ({"crops": {"sise": 3}}, "unknown key 'crops.sise'. Did you mean crops.size?"),
-        ({"internal": 3}, "unknown key 'internal'"),
-        ({3: 4}, "unknown key '3'."),
+        ({"epohcs": 3}, "recipe.yaml: unknown option 'epohcs'. Did you mean epochs?"),
+        ({"size": 3}, "unknown option 'size'."),
+        ({"crops": {"sise": 3}}, "unknown option 'crops.sise'. Did you mean crops.size?"),
+        ({"internal": 3}, "unknown option 'internal'"),
+        ({3: 4}, "unknown option '3'."),
         ({"crops": 3}, "crops has values of its own, such as crops: {…}; got 3."),
         ({"lr": "fast"}, "recipe.yaml: lr must be float; got 'fast'."),
         ({"epochs": 1.5}, "epochs must be int; got 1.5."),
@@ -136,7 +139,7 @@ def test_the_line_wins_over_the_recipe_inside_nested_values_too():
 )
 def test_mistakes_in_a_recipe(content, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        read_values(content, Arguments, "recipe.yaml")
+        read_values(Arguments, content, "recipe.yaml")
 
 
 @pytest.mark.parametrize(

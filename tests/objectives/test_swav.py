@@ -350,7 +350,7 @@ def test_too_few_rows_for_the_prototypes_are_refused():
             {"pixel_values": torch.zeros(1)},
             r"swav needs batch\['crops'\], and the batch has \['pixel_values'\]",
         ),
-        ({"crops": crops_of()["crops"][:1]}, "needs 2 global crops and 2 crops in all, the batch has 1: let the"),
+        ({"crops": crops_of()["crops"][:1]}, "needs 2 global crops and 2 crops in all, the batch has 1: make more"),
         ({"crops": [*crops_of()["crops"][:2], torch.zeros(3, 3, 8, 8)]}, r"same images, got batch sizes \[8, 8, 3\]"),
         ({"crops": crops_of(local=2)["crops"][1:]}, r"global ones, of one size; got sizes \[\(16, 16\), \(8, 8\), "),
     ],

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from smn_peft.paper.runs import RunStore, merged
+from smn_peft._options import merged
+from smn_peft.paper.runs import RunStore
 from smn_peft.paper.scales import Scale, Setting
 from tests.training.tiny import SWAV, write_model, write_npz
 

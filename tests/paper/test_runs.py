@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from smn_peft.paper.runs import RunSpec, merged, missing_files
+from smn_peft._options import merged
+from smn_peft.paper.runs import RunSpec, missing_files
 
 SPEC = RunSpec({"backbone": "resnet18", "dataset": "cifar10", "lr": 5.0, "mask": {"target_modules": ["b", "a"]}})
 TOPK = RunSpec({"backbone": "resnet18", "dataset": "cifar10", "mask": {"mask_type": "topk"}}, found=SPEC)

@@ -212,11 +212,15 @@ def test_a_file_without_the_objective_is_refused(tmp_path):
         objective_kind(tiny_arguments(tmp_path, objective="nowhere.py:mine"))
 
 
-def test_only_the_images_that_are_used_are_held_in_memory(tmp_path):
+def test_only_the_images_that_are_used_are_held_in_memory(tmp_path, monkeypatch):
     arguments = tiny_arguments(tmp_path, cache_images=True, limit=10, fraction=0.5, eval_limit=7)
-    found = build_images(arguments)
-    assert [len(part._cache) for part in (found.train, found.bank, found.test)] == [len(found.train), 10, 7]
     plain = build_images(replace(arguments, cache_images=False))
-    assert not plain.train._cache
-    for held, read in zip((found.train, found.bank, found.test), (plain.train, plain.bank, plain.test), strict=True):
-        assert all(torch.equal(held[i]["image"], read[i]["image"]) for i in range(len(read)))
+    expected = [[item["image"] for item in part] for part in (plain.train, plain.bank, plain.test)]
+    rows, source = [], type(plain.train.source)
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda self, row: rows.append(row) or read(self, row))
+    found = build_images(arguments)
+    assert len(rows) == 10 + 7
+    for part, images in zip((found.train, found.bank, found.test), expected, strict=True):
+        assert all(torch.equal(item["image"], image) for item, image in zip(part, images, strict=True))
+    assert len(rows) == 10 + 7  # all from memory

@@ -101,11 +101,11 @@ def test_a_base_that_cannot_be_known(tmp_path):
     run(arguments)
     out = tmp_path / "out"
     (out / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"adapts a classifier whose head it does not hold, and has no run\.json"):
+    with pytest.raises(ValueError, match=r"holds no head of its classifier, and no run\.json says how it was made"):
         load_run(out, backbone=arguments.backbone)
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match=r"names no base model: name it, as in --backbone timm/"):
+    with pytest.raises(ValueError, match=r"names no base: name it, as in --backbone timm/"):
         load_run(out)
     _, base = load_run(out, base=True, backbone=arguments.backbone)
     assert base.feature_dim == 16

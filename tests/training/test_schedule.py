@@ -8,7 +8,10 @@ import math
 import pytest
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from smn_peft.training.optimizer import check_warmup, warmup_cosine
+from smn_peft.training import Trainer
+from smn_peft.training.optimizer import warmup_cosine
+
+from .helpers import Batches, loop, supervised_task
 
 
 def test_warmup_starts_at_one_part_and_not_at_zero():
@@ -18,11 +21,10 @@ def test_warmup_starts_at_one_part_and_not_at_zero():
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_warmup_of_the_whole_run_is_warned_of():
-    check_warmup(0.0, 0.1)
-    check_warmup(5.0, 5.5)
+def test_a_warmup_of_the_whole_run_is_warned_of(tmp_path):
+    Trainer(supervised_task(), Batches(), loop(tmp_path, warmup_epochs=2, max_steps=10))
     with pytest.warns(UserWarning, match=r"warmup_epochs=10 is the whole run of 2\.5 epochs: its learning rate only"):
-        check_warmup(10.0, 2.5)
+        Trainer(supervised_task(), Batches(), loop(tmp_path, warmup_epochs=10, max_steps=10))
 
 
 def test_cosine_is_torchs_after_the_warmup():

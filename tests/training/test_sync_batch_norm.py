@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from smn_peft import MaskConfig
 from smn_peft.functional.distributed import process_count, process_index
-from smn_peft.objectives.heads import ProjectionHead
+from smn_peft.objectives.swav import ProjectionHead
 from smn_peft.training.processes import SynchronisedBatchNorm, synchronise_batch_norm
 from tests.gloo import run_processes
 
