@@ -33,7 +33,7 @@ class NoSplitError(ValueError):
 
 
 class ImageSource(Protocol):
-    """Where image files are read; safe to hand to workers."""
+    """Where image files are read; it travels to workers."""
 
     def read(self, row: int) -> tuple[Tensor | bytes, str]:
         """The bytes of one image file, and its name for messages."""
@@ -108,11 +108,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
 
     def digest(self, images: int = 64) -> str:
-        """SHA-256, as hex, of number, labels and the files of some images, the same for a folder and for its npz.
-
-        Args:
-            images: How many are read, evenly over the dataset.
-        """
+        """SHA-256, as hex, of number, labels and the files of some images; the same for a folder and for its npz."""
         digest = hashlib.sha256(str(len(self)).encode())
         if self.labels is not None:
             digest.update(self.labels.to(torch.int64).contiguous().numpy().tobytes())
@@ -123,28 +119,19 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int] | Tensor) -> ImageDataset:
-        """The images at these indices, in this order, counted from 0 anew.
-
-        Raises:
-            ValueError: An index is outside, or there are none.
-        """
+        """The images at these indices, in this order, counted from 0 anew; ValueError for one outside."""
         given = indices if isinstance(indices, Tensor) else list(indices)
         chosen = whole_numbers(given, f"A subset of {self.name}", "index")
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
             raise ValueError(
                 f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."
             )
-        labels = None if self.labels is None else self.labels[chosen]
-        rows = self.rows[chosen]
+        labels, rows = None if self.labels is None else self.labels[chosen], self.rows[chosen]
         cache = {row: self._cache[row] for row in rows.tolist() if row in self._cache}
         return replace(self, labels=labels, rows=rows, _cache=cache)
 
     def first_classes(self, count: int) -> ImageDataset:
-        """The images of the first `count` classes alone.
-
-        Raises:
-            ValueError: If there are no labels, no such number of classes, or none of their images.
-        """
+        """The images of the first `count` classes alone; ValueError if there are not so many, or no images."""
         found = self.num_classes
         if self.labels is None or found is None or not 1 <= count <= found:
             raise ValueError(f"{self.name} has {found or 'no'} classes; got class_limit={count}.")
@@ -159,9 +146,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The same images, decoded once and held in memory, which workers share.
 
         Images are taken in order until the next would exceed `max_bytes`; the rest is read as before.
-
-        Args:
-            max_bytes: Bound of the memory, 2 GiB by default: three bytes per pixel.
         """
         held, pixels = 0, []
         for index in range(len(self)):

@@ -17,15 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .transforms import ImageTransform
 
-__all__ = [
-    "STOP_SIGNALS",
-    "AugmentedDataset",
-    "PatientLoader",
-    "ShardedBatches",
-    "TrainingLoader",
-    "build_loader",
-    "check_map_style",
-]
+__all__ = ["STOP_SIGNALS", "AugmentedDataset", "PatientLoader", "ShardedBatches", "build_loader", "check_map_style"]
 
 
 def _seed_of(*parts: int | str) -> int:
@@ -101,18 +93,13 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @property
-    def epoch(self) -> int:
-        """Epoch that samples are drawn for."""
-        return int(self._epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Draw the samples of this epoch, in running workers too."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
-        generator = torch.Generator().manual_seed(_seed_of("sample", self.seed, self.epoch, int(index)))
+        generator = torch.Generator().manual_seed(_seed_of("sample", self.seed, int(self._epoch), int(index)))
         views = self.transform(item["image"], generator)
         labels = {"labels": item["label"]} if "label" in item else {}
         return {"pixel_values" if isinstance(views, Tensor) else "crops": views, **labels, "index": item["index"]}
@@ -122,7 +109,8 @@ class ShardedBatches(Sampler[list[int]]):
     """Indices of one process's part of every batch.
 
     The batches depend on `n`, `batch_size`, `seed` and the epoch only; process r of p takes the r-th of p contiguous
-    parts of each, so that the joined batch is the same for any number of processes.
+    parts of each, so that the joined batch is the same for any number of processes. A last batch that is not full is
+    left out.
 
     Args:
         n: Number of samples.
@@ -130,24 +118,13 @@ class ShardedBatches(Sampler[list[int]]):
         seed: Of the order.
         num_processes: Number of processes; must divide `batch_size`.
         process_index: Number of this process, from 0.
-        shuffle: A new order every epoch, else the dataset's.
-        drop_last: Leave out the last batch if it is not full. Kept, it is split as evenly as it goes, and a process
-            whose part is empty has one batch less: for evaluation only.
 
     Raises:
         ValueError: Sizes that do not fit.
     """
 
     def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = True,
+        self, n: int, batch_size: int, *, seed: int = 0, num_processes: int = 1, process_index: int = 0
     ) -> None:
         if batch_size < 1 or n < 1:
             raise ValueError(f"The batch size and the number of samples must be at least 1; got {batch_size} and {n}.")
@@ -158,52 +135,36 @@ class ShardedBatches(Sampler[list[int]]):
                 f"The joined batch of {batch_size} cannot be divided among {num_processes} processes: take a "
                 f"multiple, such as {-(-batch_size // num_processes) * num_processes}."
             )
-        if drop_last and n < batch_size:
+        if n < batch_size:
             raise ValueError(
                 f"{n} images are fewer than one batch of {batch_size}, and the last incomplete batch is dropped: set "
                 f"the batch size to {n - n % num_processes or num_processes} or less, or use more images."
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.num_processes, self.process_index = num_processes, process_index
-        self.shuffle, self.drop_last = shuffle, drop_last
         self.epoch, self.start_batch = 0, 0
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Joined batches of a whole epoch."""
-        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Continue with this epoch at this batch; those before it are not read."""
-        last = self.batches_per_epoch
+        last = self.n // self.batch_size
         if not 0 <= start_batch <= last:
             raise ValueError(f"start_batch must lie in [0, {last}], the batches of an epoch; got {start_batch}.")
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._bounds())
+        return self.n // self.batch_size - self.start_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(_seed_of("order", self.seed, self.epoch))
-            order = torch.randperm(self.n, generator=generator)
-        else:
-            order = torch.arange(self.n)
-        for start, end in self._bounds():
-            yield order[start:end].tolist()
-
-    def _bounds(self) -> Iterator[tuple[int, int]]:
-        for batch in range(self.start_batch, self.batches_per_epoch):
-            first = batch * self.batch_size
-            size = min(self.batch_size, self.n - first)
-            start = first + size * self.process_index // self.num_processes
-            end = first + size * (self.process_index + 1) // self.num_processes
-            if start < end:
-                yield start, end
+        generator = torch.Generator().manual_seed(_seed_of("order", self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator)
+        part = self.batch_size // self.num_processes
+        for batch in range(self.start_batch, self.n // self.batch_size):
+            start = batch * self.batch_size + self.process_index * part
+            yield order[start : start + part].tolist()
 
 
 class TrainingLoader(PatientLoader):
-    """A [`PatientLoader`] over `AugmentedDataset` and `ShardedBatches` that knows epochs; made by `build_loader`."""
+    """A [`PatientLoader`] that knows epochs; made by `build_loader`."""
 
     dataset: AugmentedDataset
     batch_sampler: ShardedBatches
@@ -223,8 +184,6 @@ def build_loader(
     num_workers: int = 0,
     num_processes: int = 1,
     process_index: int = 0,
-    drop_last: bool = True,
-    shuffle: bool = True,
     pin_memory: bool = False,
 ) -> TrainingLoader:
     """Load the batches of one process; call `set_epoch` before every epoch.
@@ -240,23 +199,14 @@ def build_loader(
         num_workers: Worker processes that read and transform; 0 does it in this one.
         num_processes: See [`ShardedBatches`], which raises for sizes that do not fit.
         process_index: See [`ShardedBatches`].
-        drop_last: See [`ShardedBatches`].
-        shuffle: A new order every epoch.
         pin_memory: Put batches into page-locked memory, for a GPU.
     """
     check_map_style(dataset)
-    batches = ShardedBatches(
-        len(dataset),
-        batch_size,
-        seed=seed,
-        num_processes=num_processes,
-        process_index=process_index,
-        shuffle=shuffle,
-        drop_last=drop_last,
-    )
     return TrainingLoader(
         AugmentedDataset(dataset, transform, seed),
-        batch_sampler=batches,
+        batch_sampler=ShardedBatches(
+            len(dataset), batch_size, seed=seed, num_processes=num_processes, process_index=process_index
+        ),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
