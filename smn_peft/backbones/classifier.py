@@ -69,7 +69,12 @@ class Classifier(nn.Module):
             return features
         head: Any = self.head
         if isinstance(head, BaseTunerLayer):  # a masked layer computes without its base layer's hook
-            _check_plain(head.get_base_layer())
+            plain: Any = head.get_base_layer()
+            if plain.feature_mean.any() or (plain.feature_std != 1).any():
+                raise ValueError(
+                    "The head is masked and its input standardised, which cannot be combined: train the head with "
+                    "modules_to_save=['head'], or call set_head without mean and std."
+                )
         return head(features.to(head.weight.dtype))
 
     @torch.no_grad()
@@ -108,11 +113,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(
-    name: str | os.PathLike[str] | Backbone,
-    num_classes: int,
-    *,
-    head_seed: int = 0,
-    **kwargs: Any,
+    name: str | os.PathLike[str] | Backbone, num_classes: int, *, head_seed: int = 0, **kwargs: Any
 ) -> Backbone:
     """Load a pretrained vision model and put a random linear head on it.
 
@@ -153,11 +154,3 @@ def _seeded_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
 def _standardise(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     features, *rest = args
     return ((features - head.feature_mean) / head.feature_std, *rest)
-
-
-def _check_plain(head: Any) -> None:
-    if head.feature_mean.any() or (head.feature_std != 1).any():
-        raise ValueError(
-            "The head is masked and its input standardised, which cannot be combined: train the head with "
-            "modules_to_save=['head'], or call set_head without mean and std."
-        )

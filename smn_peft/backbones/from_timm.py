@@ -55,10 +55,7 @@ def create(
     pretrained_cfg: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Backbone:
-    """Make an architecture (timm name, with or without tag) with the given weights, or with random ones.
-
-    `pretrained_cfg` is what is known of the weights beyond timm's registry; `kwargs` are those of `timm.create_model`.
-    """
+    """Make a timm architecture with the given weights or random ones; `kwargs` are those of `timm.create_model`."""
     import timm
     from timm.models import filter_pretrained_cfg
     from transformers import TimmWrapperConfig, TimmWrapperModel
@@ -134,7 +131,7 @@ def _has_fixed_size(architecture: str, model_args: Mapping[str, Any], pretrained
 
 
 def _backbone(model: nn.Module, inner: Any, pretrained_cfg: Mapping[str, Any], image_size: int | None) -> Backbone:
-    """The model, with the image settings of timm's `inner`; its name and features are filled in later."""
+    """The model with the image settings of timm's `inner`."""
     from timm.data import create_transform, resolve_data_config
 
     known = {**inner.pretrained_cfg, **pretrained_cfg}
