@@ -47,11 +47,7 @@ class ServedModel(nn.Module):
     Args:
         backbone: A vision model whose `pooled_features` are (batch, feature_dim).
         feature_dim: Size of the features.
-        head_name: "head" in adapters made on a `Classifier`; on a plain timm model as timm names it, such as "fc" or
-            "head.fc".
-
-    Raises:
-        ValueError: If the name is not one of a module, or taken.
+        head_name: "head" in adapters made on a `Classifier`; on a plain timm model as timm names it, such as "fc".
     """
 
     #: Where the vision model is, in transformers' words.
@@ -98,7 +94,7 @@ def open_bank(
         where: A bank; or the folder of an adapter, or of several adapters' folders, which are then held in memory.
         base: Base of the tasks: Hub id, timm name, folder, or "file.py:function", which is run.
         weights: safetensors file for the timm architecture `base`.
-        image_size: Input size; None for what the first task was trained on if its adapter says it, else the base's.
+        image_size: Input size; None for what the first task was trained on if its adapter says so, else the base's.
         head_name: See [`ServedModel`].
         device: Device of the model.
         ram_budget: Bytes that decoded tasks may take.
@@ -108,7 +104,6 @@ def open_bank(
         The bank, the backbone with the bank's [`ServedModel`], and why some adapters were left out, by name.
 
     Raises:
-        FileNotFoundError: If there is no bank.
         ValueError: If the base cannot be loaded, or no adapter belongs to it.
     """
     where, base = Path(where), os.fspath(base)

@@ -140,7 +140,17 @@ def make_server(
     allowed_hosts: Sequence[str] = (),
     log_level: str | None = None,
 ) -> uvicorn.Server:
-    """Make a uvicorn server within a service's limits; for the arguments see [`serve`]."""
+    """Make a uvicorn server within a service's limits.
+
+    Args:
+        service: What answers; it is closed at the end.
+        host: Address to listen at.
+        port: 0 takes a free port, which the log names.
+        api_key: Key that changes need; None: nothing can be changed.
+        allowed_hosts: Names of this server beside its address, and of sites whose pages may post to it;
+            "*.example.com" for all below, "*" for everything.
+        log_level: uvicorn's.
+    """
     limits = service.limits
     connections, backlog = _bounds(limits)
     config = uvicorn.Config(
@@ -162,14 +172,5 @@ def make_server(
 
 
 def serve(service: Service, **options: Any) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        service: What answers; it is closed at the end.
-        options: `host` and `port` to listen at (0 takes a free port, which the log names); `api_key`, which changes
-            need; `allowed_hosts`, names of this server beside its address, see [`check_origin`].
-
-    Raises:
-        SystemExit: If the address is taken.
-    """
+    """Serve until SIGTERM or Ctrl-C, with the options of [`make_server`]; SystemExit if the address is taken."""
     make_server(service, **options).run()

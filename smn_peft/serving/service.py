@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import difflib
 import functools
 import json
 import math
@@ -22,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from torch import Tensor
 
+from .._options import did_you_mean
 from ..backbones import Backbone
 from ..bank.bank import BASE, MaskBank
 from ..data import check_preprocessing, preprocessing_transform
@@ -89,6 +89,8 @@ class Service:
     def place(self, question: Question) -> Iterator[None]:
         """Hold a place for each of a question's samples; 429 if there are not so many."""
         count, taken = len(question.tasks), self.places.held
+        if count > self.limits.tasks:
+            raise ServingError(422, f"{count} tasks are named.", f"Ask {self.limits.tasks} at a time at most.")
         wait = max(1, math.ceil(taken * self.batcher.seconds_each))
         what = f"The queue is full: {taken} of {self.places.limit} places are taken."
         fix = f"Try again in {wait} s, or with fewer tasks at a time."
@@ -272,12 +274,11 @@ class Service:
     def _unknown(self, name: str) -> ServingError:
         names = self.bank.names
         place = max(0, bisect.bisect(names, name) - _COMPARED // 2)  # those that begin alike stand side by side
-        close = difflib.get_close_matches(name, names[place : place + _COMPARED], n=3)
-        fix = f"Did you mean {', '.join(close)}?" if close else "GET /v1/tasks lists the tasks."
-        return ServingError(404, f"There is no task {name!r}.", fix)
+        close = did_you_mean(name, names[place : place + _COMPARED])
+        return ServingError(404, f"There is no task {name!r}.", f"GET /v1/tasks lists the tasks.{close}")
 
     def close(self) -> None:
-        """Finish what was submitted and close the bank; what hangs is left behind after a while."""
+        """Finish what was submitted and close the bank; what hangs is left behind."""
         for workers in (self._decoders, self._large, self._lookups, self._writer):
             workers.close()
         if self.batcher.close(self.limits.grace):
@@ -352,18 +353,13 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read the figures that the service and its bank count themselves."""
         service, stats = self._service, self._service.bank.stats
-        for name, help, value in (
-            ("smn_queue_depth", "Samples that wait for a batch", service.batcher.depth),
-            ("smn_places_taken", "Samples that are waiting or worked on", service.places.held),
-            ("smn_bank_tasks", "Tasks in the bank", len(service.bank)),
-            ("smn_bank_resident_bytes", "Bytes of decoded tasks", stats.resident_bytes),
-            ("smn_bank_resident_tasks", "Decoded tasks", stats.resident),
-        ):
-            yield GaugeMetricFamily(name, help, value=value)
-        for name, help, value in (
-            ("smn_bank_hits", "Lookups of decoded tasks", stats.hits),
-            ("smn_bank_misses", "Lookups that had to decode", stats.misses),
-            ("smn_bank_evictions", "Decoded tasks that made room", stats.evictions),
-            ("smn_bank_switches", "Rewrites of the model's weights", stats.switches),
-        ):
-            yield CounterMetricFamily(name, help, value=value)
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        yield gauge("smn_queue_depth", "Samples that wait for a batch", service.batcher.depth)
+        yield gauge("smn_places_taken", "Samples that are waiting or worked on", service.places.held)
+        yield gauge("smn_bank_tasks", "Tasks in the bank", len(service.bank))
+        yield gauge("smn_bank_resident_bytes", "Bytes of decoded tasks", stats.resident_bytes)
+        yield gauge("smn_bank_resident_tasks", "Decoded tasks", stats.resident)
+        yield counter("smn_bank_hits", "Lookups of decoded tasks", stats.hits)
+        yield counter("smn_bank_misses", "Lookups that had to decode", stats.misses)
+        yield counter("smn_bank_evictions", "Decoded tasks that made room", stats.evictions)
+        yield counter("smn_bank_switches", "Rewrites of the model's weights", stats.switches)
