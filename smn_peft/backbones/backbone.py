@@ -149,13 +149,9 @@ def probe_features(model: nn.Module, size: int, what: str) -> Tensor:
 
 
 def accept_size(backbone: Backbone, size: int) -> None:
-    """Let a model take images of `size` too; weights, names and features at its own size do not change.
+    """Let a model take images of `size` pixels a side too; weights and features at its own size do not change.
 
     ViTs of timm and transformers resample their position embeddings; convolutional networks take any size.
-
-    Args:
-        backbone: Its model is changed in place.
-        size: Pixels of a side.
 
     Raises:
         ValueError: If the model takes its own size only.

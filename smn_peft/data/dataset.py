@@ -46,27 +46,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
     `dataset[i]` is ``{"image": (3, height, width) uint8 RGB, "label": int (if labelled), "index": i}``. An image that
     cannot be read raises `ImageError` with its file or row when it is asked for.
 
-    Args:
-        source: Where the images are read.
-        labels: (n,) whole numbers, or None.
-        classes: Names by label, or None if there are none.
-        name: What was loaded.
-        split: Its split.
-        rows: (n,) int64 rows of the source that this dataset has, in order.
-        revision: Commit on the Hub, None for local files.
-
-    Raises:
-        ValueError: No images, or labels that are no whole numbers or do not fit the images or the classes.
     """
 
     source: ImageSource
     _: KW_ONLY
-    labels: Tensor | None
-    classes: list[str] | None
+    labels: Tensor | None  # (n,) whole numbers
+    classes: list[str] | None  # names by label
     name: str
     split: str
-    rows: Tensor
-    revision: str | None = None
+    rows: Tensor  # (n,) int64 rows of the source that this dataset has, in order
+    revision: str | None = None  # commit on the Hub
     _cache: dict[int, Tensor] = field(default_factory=dict)  # (height, width, 3) by row
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ __all__ = ["STOP_SIGNALS", "AugmentedDataset", "PatientLoader", "ShardedBatches"
 
 
 def _seed_of(*parts: int | str) -> int:
-    """Hash all parts to a seed; sums of seeds would repeat: (1, 2) and (2, 1)."""
+    """Hash all parts to a seed."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -108,19 +108,16 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
 class ShardedBatches(Sampler[list[int]]):
     """Indices of one process's part of every batch.
 
-    The batches depend on `n`, `batch_size`, `seed` and the epoch only; process r of p takes the r-th of p contiguous
-    parts of each, so that the joined batch is the same for any number of processes. A last batch that is not full is
-    left out.
+    The batches of the `n` samples depend on `batch_size`, `seed` and the epoch only; process r of p takes the r-th of
+    p contiguous parts of each, so that the joined batch is the same for any number of processes. A last batch that is
+    not full is left out.
 
     Args:
         n: Number of samples.
         batch_size: Size of the joined batch, over all processes.
-        seed: Of the order.
-        num_processes: Number of processes; must divide `batch_size`.
-        process_index: Number of this process, from 0.
-
-    Raises:
-        ValueError: Sizes that do not fit.
+        seed: Seed of the order.
+        num_processes: Must divide `batch_size`.
+        process_index: From 0.
     """
 
     def __init__(
@@ -189,17 +186,8 @@ def build_loader(
     """Load the batches of one process; call `set_epoch` before every epoch.
 
     Neither the samples nor their order depend on workers or processes, and the caller's random state is untouched. Do
-    not pass the result to `Accelerator.prepare`: it is sharded already.
-
-    Args:
-        dataset: `ImageDataset`, or any map-style dataset of such items.
-        transform: See `smn_peft.data.transforms`.
-        batch_size: Size of the joined batch, over all processes.
-        seed: Of the order and of the transforms.
-        num_workers: Worker processes that read and transform; 0 does it in this one.
-        num_processes: See [`ShardedBatches`], which raises for sizes that do not fit.
-        process_index: See [`ShardedBatches`].
-        pin_memory: Put batches into page-locked memory, for a GPU.
+    not pass the result to `Accelerator.prepare`: it is sharded already. The arguments are those of
+    [`AugmentedDataset`], [`ShardedBatches`] and torch's `DataLoader`.
     """
     check_map_style(dataset)
     return TrainingLoader(

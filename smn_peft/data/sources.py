@@ -207,10 +207,9 @@ def _standard_split(split: str) -> str:
 
 
 def _parquet_files(root: Path) -> dict[str, list[str]]:
-    """Files of a folder of parquet by split: "train", "validation", "test"; empty where it holds an image.
+    """Files of a folder of parquet by split, told by a word in their paths; empty where it holds an image.
 
-    The split is told by a word in the name of a file or of a folder above it ("data/train-00000-of-00002.parquet", as
-    on the Hub); where none tells any, all are "train".
+    Where no path tells a split, all are "train".
     """
     splits: dict[str, list[str]] = {}
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -233,10 +232,9 @@ def _parquet_files(root: Path) -> dict[str, list[str]]:
 
 
 def _load_npz(name: str, split: str, labelled: bool) -> ImageDataset:
-    """Images of an npz with `jpeg`, `offsets` and, as far as there are any, `label`, `split` and `classes`.
+    """Images of an npz: image file i is ``jpeg[offsets[i]:offsets[i + 1]]``, uint8.
 
-    `jpeg` is uint8, all image files one after another; image i is ``jpeg[offsets[i]:offsets[i + 1]]``. `split` is 0
-    for training and 1 for test; without it everything is training.
+    Optional are `label`, `classes`, and `split`: 0 for training, which is the default, and 1 for test.
     """
     if not os.path.exists(name):
         raise FileNotFoundError(f"{name} does not exist.")

@@ -63,8 +63,8 @@ def supervised_transform(
 
     Args:
         image_size: Pixels of a side of the result.
-        mean: The base model's mean per channel.
-        std: The base model's standard deviation per channel.
+        mean: The base model's, per channel.
+        std: The base model's, per channel.
         options: Strengths; the paper's by default.
         changes: Fields of the options that differ.
     """
@@ -115,11 +115,8 @@ def evaluation_transform(
         image_size: Pixels of a side of the result.
         mean: Per channel.
         std: Per channel.
-        crop_fraction: Part of the resized shorter side that is kept (timm's `crop_pct`).
+        crop_fraction: Part of the resized shorter side that is kept (timm's `crop_pct`), in (0, 1].
         interpolation: How to resize, always antialiased.
-
-    Raises:
-        ValueError: A fraction outside (0, 1].
     """
     if not 0 < crop_fraction <= 1:
         raise ValueError(f"crop_fraction must lie in (0, 1]; got {crop_fraction}.")
