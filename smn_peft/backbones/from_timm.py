@@ -98,9 +98,8 @@ def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[st
     except (RuntimeError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = "\n".join(f"  {line[:300]}{'…' if len(line) > 300 else ''}" for line in lines[:8])
-        raise ValueError(
-            f"The weights do not fit {architecture}: name the architecture they were saved from.\n{reason}"
-        ) from error
+        fix = "name the architecture they were saved from"
+        raise ValueError(f"The weights do not fit {architecture}: {fix}.\n{reason}") from error
     model.pretrained_cfg.pop("state_dict", None)
     if num_classes:
         model.reset_classifier(0)

@@ -64,10 +64,8 @@ def load_backbone(
         _check_weights_file(Path(state_dict))
     source, is_timm = _source(name, pretrained=pretrained and state_dict is None)
     if state_dict is not None and not is_timm:
-        raise ValueError(
-            f"state_dict needs the name of a timm architecture, not {name!r}. For a transformers model put the "
-            "weights into a folder with its config.json and load that."
-        )
+        what = f"state_dict needs the name of a timm architecture, not {name!r}"
+        raise ValueError(f"{what}: load the weights of a transformers model from a folder with its config.json.")
     config: Any = None
     if not is_timm:
         config = read_config(source, revision)
@@ -113,9 +111,8 @@ def _source(name: str, *, pretrained: bool) -> tuple[str, bool]:
         _check_folder(Path(name))
         return name, False
     if name.endswith((*_PICKLES, ".safetensors")):
-        raise ValueError(
-            f"{name} holds weights but no architecture: name that, load_backbone('<timm architecture>', state_dict=…)."
-        )
+        fix = "name that, as in load_backbone('<timm architecture>', state_dict=…)"
+        raise ValueError(f"{name} holds weights but no architecture: {fix}.")
     architecture = name.removeprefix("timm/")
     if "/" in architecture:
         return name, False

@@ -43,10 +43,7 @@ class AugmentationOptions:
     def __post_init__(self) -> None:
         check_options(self)
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ValueError(
-                "jitter takes four strengths >= 0 (brightness, contrast, saturation, hue), the last at most 0.5; "
-                f"got {self.jitter}."
-            )
+            raise ValueError(f"jitter takes four strengths >= 0, the last at most 0.5; got {self.jitter}.")
         self._check_bounds("aspect_ratio", math.inf)
         self._check_bounds("blur_sigma", math.inf)
 

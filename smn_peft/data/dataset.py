@@ -68,10 +68,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             labels = whole_numbers(labels, f"{name}, split {split!r}")
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
-                raise NoLabelsError(
-                    f"{name}, split {split!r}, has the label {low}, which stands for an unknown class: take another "
-                    f"split, or {WITHOUT_LABELS}."
-                )
+                what = f"{name}, split {split!r}, has the label {low}, which stands for an unknown class"
+                raise NoLabelsError(f"{what}: take another split, or {WITHOUT_LABELS}.")
             if self.classes is not None and high >= len(self.classes):
                 raise ValueError(f"{name} has the label {high} but only {len(self.classes)} class names.")
             self.labels = labels
@@ -112,9 +110,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         given = indices if isinstance(indices, Tensor) else list(indices)
         chosen = whole_numbers(given, f"A subset of {self.name}", "index")
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
-            raise ValueError(
-                f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."
-            )
+            got = chosen.tolist()[:5]
+            raise ValueError(f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {got}.")
         labels, rows = None if self.labels is None else self.labels[chosen], self.rows[chosen]
         cache = {row: self._cache[row] for row in rows.tolist() if row in self._cache}
         return replace(self, labels=labels, rows=rows, _cache=cache)

@@ -66,10 +66,8 @@ class PatientLoader(DataLoader[dict[str, Any]]):
 def check_map_style(dataset: Any) -> None:
     """Refuse a dataset (`ValueError`) that cannot be read by index, as a seeded order needs it."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise ValueError(
-            f"A {type(dataset).__name__} can only be read in order, and images are read by index here: load it "
-            "without streaming=True, or give list(dataset) if it fits into memory."
-        )
+        what = f"A {type(dataset).__name__} can only be read in order"
+        raise ValueError(f"{what}: load it without streaming=True, or give list(dataset) if it fits into memory.")
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):
@@ -128,14 +126,12 @@ class ShardedBatches(Sampler[list[int]]):
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index must lie in [0, {num_processes}); got {process_index}.")
         if batch_size % num_processes:
-            raise ValueError(
-                f"The joined batch of {batch_size} cannot be divided among {num_processes} processes: take a "
-                f"multiple, such as {-(-batch_size // num_processes) * num_processes}."
-            )
+            what = f"The joined batch of {batch_size} cannot be divided among {num_processes} processes"
+            raise ValueError(f"{what}: take a multiple, such as {-(-batch_size // num_processes) * num_processes}.")
         if n < batch_size:
+            most = n - n % num_processes or num_processes
             raise ValueError(
-                f"{n} images are fewer than one batch of {batch_size}, and the last incomplete batch is dropped: set "
-                f"the batch size to {n - n % num_processes or num_processes} or less, or use more images."
+                f"{n} images are fewer than one batch of {batch_size}: set the batch size to {most} or less."
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.num_processes, self.process_index = num_processes, process_index

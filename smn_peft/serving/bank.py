@@ -41,8 +41,7 @@ _ASKED_FOR_SIZE = 10  # adapters that are read for the size they were trained on
 class ServedModel(nn.Module):
     """A backbone with a place for the tasks' heads that gives logits and features in one forward.
 
-    The head is a plain `nn.Linear`, so that mixed batches may share one product: a bank folds what standardises a
-    `Classifier`'s features into the head's weights when it reads the task.
+    The head is a plain `nn.Linear`, since a bank folds what standardises a `Classifier`'s features into the weights.
 
     Args:
         backbone: A vision model whose `pooled_features` are (batch, feature_dim).
@@ -68,12 +67,10 @@ class ServedModel(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        """(batch, 3, height, width) -> "logits" (batch, classes) and "features" (batch, 1, feature_dim).
-
-        The second dimension tells features from logits where a bank joins the rows of a mixed batch.
-        """
+        """(batch, 3, height, width) -> "logits" (batch, classes) and "features" (batch, 1, feature_dim)."""
         features = pooled_features(self.backbone, pixel_values, **kwargs)
         head = self.get_submodule(self.head_name)
+        # A dimension more than logits, to tell them apart where a bank joins the rows of a mixed batch.
         return {"logits": head(features.to(next(head.parameters()).dtype)), "features": features[:, None]}
 
 

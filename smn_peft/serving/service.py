@@ -52,15 +52,15 @@ class Service:
         bank: Its model is the `ServedModel` of `backbone`.
         backbone: How images are prepared for tasks that do not say it.
         limits: Bounds on requests.
-        max_batch: Samples in one forward.
-        max_wait: Seconds that a sample waits for others.
+        max_batch: See [`Batcher`].
+        max_wait: See [`Batcher`].
         image_size: Pixels of a side for every task, whatever it was trained on.
 
     Attributes:
         metrics: Figures for Prometheus.
         places: Samples that are waiting or worked on.
         bodies: Bytes of the questions that are being read or answered.
-        draining: Whether the server is about to stop, finishes what it has and takes nothing more.
+        draining: Whether the server finishes what it has and takes nothing more.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class Service:
 
     async def predict(self, question: Question) -> bytes:
         """The likeliest classes under each task; `Predictions` as JSON."""
-        return await self._answer(question, functools.partial(self._prediction, question))
+        return await self._answer(question, self._prediction)
 
     async def embed(self, question: Question) -> bytes:
         """The features under each task, before its head; `Embeddings` as JSON."""
         return await self._answer(question, self._embedding)
 
-    async def _answer(self, question: Question, result: Callable[[Output], dict[str, Any]]) -> bytes:
+    async def _answer(self, question: Question, result: Callable[[Question, Output], dict[str, Any]]) -> bytes:
         started = time.perf_counter()
         pool = self._large if len(question.image) > _LARGE_BYTES else self._decoders
         image, ways = await pool.run(self._opened, question)
@@ -126,7 +126,7 @@ class Service:
                 try:
                     if isinstance(output, BaseException):
                         raise explained(output, task)
-                    results.append({"task": task, **result(output), **self._circumstances(output, way)})
+                    results.append({"task": task, **result(question, output), **self._circumstances(output, way)})
                 except ServingError as error:
                     errors.append(error)
                     results.append({"task": task, **error.body, "status": error.status})
@@ -202,7 +202,7 @@ class Service:
         return {"top": found, **({"logits": output.logits.tolist()} if question.logits else {})}
 
     @staticmethod
-    def _embedding(output: Output) -> dict[str, Any]:
+    def _embedding(_: Question, output: Output) -> dict[str, Any]:
         _check_finite(output.features, output)
         return {"embedding": output.features.tolist()}
 
@@ -324,15 +324,12 @@ class Metrics(Collector):
     def __init__(self, service: Service) -> None:
         self._service = service
         registry = self._registry = CollectorRegistry()
+        histogram = functools.partial(Histogram, registry=registry)
         self._requests = Counter("smn_requests", "Requests answered", ["method", "route", "status"], registry=registry)
-        self._seconds = Histogram(
-            "smn_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=registry
-        )
-        self._batches = (
-            Histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES, registry=registry),
-            Histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES, registry=registry),
-            Histogram("smn_batch_seconds", "Time per forward", buckets=_SECONDS, registry=registry),
-        )
+        self._seconds = histogram("smn_request_seconds", "Time to answer", ["route"], buckets=_SECONDS)
+        self._samples = histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES)
+        self._tasks = histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES)
+        self._batch_seconds = histogram("smn_batch_seconds", "Time per forward", buckets=_SECONDS)
         registry.register(self)
         ProcessCollector(registry=registry)
 
@@ -343,8 +340,9 @@ class Metrics(Collector):
 
     def batch(self, samples: int, tasks: int, seconds: float) -> None:
         """Count a batch."""
-        for histogram, value in zip(self._batches, (samples, tasks, seconds), strict=True):
-            histogram.observe(value)
+        self._samples.observe(samples)
+        self._tasks.observe(tasks)
+        self._batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
