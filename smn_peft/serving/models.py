@@ -8,16 +8,8 @@ import binascii
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+import pydantic
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
@@ -94,7 +86,7 @@ class NewTask(_Sent):
     )
     replace: bool = Field(False, description="Whether to replace the task of this name.")
 
-    @model_validator(mode="after")
+    @pydantic.model_validator(mode="after")
     def _one_source(self) -> NewTask:
         uploaded = self.config is not None and self.weights is not None
         if sum([self.folder is not None, self.hub_id is not None, uploaded]) != 1:

@@ -81,12 +81,20 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service, self._end = service, math.inf
+        self._service, self._end, self._last_line = service, math.inf, -math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, with few words for a lack of descriptors."""
-        asyncio.get_running_loop().set_exception_handler(_quiet_on_no_descriptors())
+        asyncio.get_running_loop().set_exception_handler(self._log_failure)
         await super().startup(sockets)
+
+    def _log_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log one line a minute for failing accepts, of which asyncio logs thousands a second with traceback."""
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._last_line > 60:
+            self._last_line = time.monotonic()
+            logger.error("no connection is accepted: the process has no file descriptors left (ulimit -n)")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, end at the second."""
@@ -103,21 +111,6 @@ class _Server(uvicorn.Server):
             self.config.timeout_graceful_shutdown = max(1, math.ceil(min(left, self._service.limits.grace)))
             self.should_exit = True
         return await super().on_tick(counter)
-
-
-def _quiet_on_no_descriptors() -> Any:
-    """Log one line a minute for failing accepts, of which asyncio logs thousands a second with traceback."""
-    last = -math.inf
-
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal last
-        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
-            loop.default_exception_handler(context)
-        elif time.monotonic() - last > 60:
-            last = time.monotonic()
-            logger.error("no connection is accepted: the process has no file descriptors left (ulimit -n)")
-
-    return handle
 
 
 def _bounds(limits: Limits) -> tuple[int, int]:
