@@ -393,8 +393,8 @@ def test_the_documented_requests_work(saved):
     assert lines
     with TestClient(build_app(service(saved[0]), api_key="k"), URL) as client:
         for line in lines:
-            line = re.sub(r"folder=\S+", f"folder={saved[0] / 'birds'}", line)
-            words = shlex.split(line.replace("$SMN_KEY", "k"))
+            folder = f"folder={saved[0] / 'birds'}"
+            words = shlex.split(re.sub(r"folder=\S+", folder, line.replace("$SMN_KEY", "k")))
             fields = [word.partition("=") for flag, word in itertools.pairwise(words) if flag == "-F"]
             parts = [
                 (key, ("x.png", IMAGES[0]) if value.startswith("@") else (None, value)) for key, _, value in fields
