@@ -6,7 +6,7 @@ from __future__ import annotations
 from ..tuner.checks import base_name
 from .backbone import Backbone, accept_size, pooled_features
 from .classifier import Classifier, load_classifier
-from .clip import clip_key_mapping, templates_for, text_embeddings
+from .clip import clip_key_mapping, text_embeddings
 from .from_file import is_file_spec, load_from_file, name_read_from
 from .load import load_backbone
 
@@ -22,6 +22,5 @@ __all__ = [
     "load_from_file",
     "name_read_from",
     "pooled_features",
-    "templates_for",
     "text_embeddings",
 ]

@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "Backbone",
-    "EvalTransform",
-    "accept_size",
-    "check_loading",
-    "interpolate_positions",
-    "pooled_features",
-    "probe_features",
-]
+__all__ = ["Backbone", "EvalTransform", "accept_size", "check_loading", "interpolate_positions", "pooled_features"]
 
 _INTERPOLATE = "interpolate_pos_encoding"
 
@@ -66,19 +58,11 @@ class Backbone:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """How images are prepared, JSON-compatible: image_size, mean, std, interpolation, crop_pct."""
-        return {
-            "image_size": self.image_size,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "crop_pct": self.crop_pct,
-        }
+        found = {name: getattr(self, name) for name in ("image_size", "mean", "std", "interpolation", "crop_pct")}
+        return {**found, "mean": list(self.mean), "std": list(self.std)}
 
     def prepared_as(self, preprocessing: Mapping[str, Any]) -> Backbone:
-        """Copy with the image settings of an adapter's config, as far as it has some; `transform` stays the same.
-
-        A model that takes one size only has to be loaded at that size.
-        """
+        """Copy with the image settings of an adapter's config, as far as it has some; `transform` stays the same."""
         known = {name: preprocessing[name] for name in self.preprocessing if name in preprocessing}
         known |= {name: tuple(known[name]) for name in ("mean", "std") if name in known}
         return replace(self, **known)
@@ -144,16 +128,9 @@ def check_loading(info: Mapping[str, Any], source: str) -> None:
     """Refuse a checkpoint (`ValueError`) that leaves weights of the model random."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
     if missing or mismatched:
-        parts = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-            for what, keys in (("missing", missing), ("of another shape", mismatched))
-            if keys
-        ]
-        unexpected = sorted(info["unexpected_keys"])[:3]
-        raise ValueError(
-            f"The weights of {source} do not fit its config: {'; '.join(parts)}"
-            + (f"; not used: {', '.join(unexpected)}" if unexpected else "")
-        )
+        kinds = {"missing": missing, "of another shape": mismatched, "not used": sorted(info["unexpected_keys"])}
+        parts = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in kinds.items() if keys]
+        raise ValueError(f"The weights of {source} do not fit its config: {'; '.join(parts)}.")
 
 
 @torch.no_grad()
@@ -172,13 +149,9 @@ def probe_features(model: nn.Module, size: int, what: str) -> Tensor:
 
 
 def accept_size(backbone: Backbone, size: int) -> None:
-    """Let a model take images of `size` too; weights, names and features at its own size do not change.
+    """Let a model take images of `size` pixels a side too; weights and features at its own size do not change.
 
     ViTs of timm and transformers resample their position embeddings; convolutional networks take any size.
-
-    Args:
-        backbone: Its model is changed in place.
-        size: Pixels of a side.
 
     Raises:
         ValueError: If the model takes its own size only.
@@ -209,7 +182,7 @@ def _interpolate(
 
 
 def _make_dynamic(module: Any) -> None:
-    """Set what ``dynamic_img_size=True`` sets when timm makes a ViT; no weight depends on it."""
+    """Set what ``dynamic_img_size=True`` sets when timm makes a ViT."""
     patches: Any = getattr(module, "patch_embed", None)
     if getattr(module, "dynamic_img_size", None) is not False or not hasattr(module, "pos_embed"):
         return

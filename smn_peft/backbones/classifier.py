@@ -32,11 +32,8 @@ class Classifier(nn.Module):
     Args:
         backbone: A vision model whose `pooled_features` are (batch, feature_dim).
         feature_dim: Size of the features.
-        num_classes: Number of classes, at least 1.
-        head_seed: Seed of the head's weights: the same seed gives the same head in every process.
-
-    Raises:
-        ValueError: If a size is below 1.
+        num_classes: Number of classes.
+        head_seed: Seed of the head's weights, which are the same in every process.
     """
 
     #: Where the vision model is, in transformers' words; default targets are looked for there.
@@ -69,7 +66,12 @@ class Classifier(nn.Module):
             return features
         head: Any = self.head
         if isinstance(head, BaseTunerLayer):  # a masked layer computes without its base layer's hook
-            _check_plain(head.get_base_layer())
+            plain: Any = head.get_base_layer()
+            if plain.feature_mean.any() or (plain.feature_std != 1).any():
+                raise ValueError(
+                    "The head is masked and its input standardised, which cannot be combined: train the head with "
+                    "modules_to_save=['head'], or call set_head without mean and std."
+                )
         return head(features.to(head.weight.dtype))
 
     @torch.no_grad()
@@ -83,9 +85,6 @@ class Classifier(nn.Module):
             bias: (num_classes,), zeros if None.
             mean: (feature_dim,), subtracted from the features before the head; zeros if None.
             std: (feature_dim,), by which they are then divided; ones if None.
-
-        Raises:
-            ValueError: Values of the wrong shape or not finite, a `std` not above 0, or a head in an adapter.
         """
         if (wrapper := type(self.head)) is not nn.Linear:
             raise ValueError(f"An adapter wraps the head ({wrapper.__name__}): call set_head before get_peft_model.")
@@ -108,19 +107,15 @@ class Classifier(nn.Module):
 
 
 def load_classifier(
-    name: str | os.PathLike[str] | Backbone,
-    num_classes: int,
-    *,
-    head_seed: int = 0,
-    **kwargs: Any,
+    name: str | os.PathLike[str] | Backbone, num_classes: int, *, head_seed: int = 0, **kwargs: Any
 ) -> Backbone:
-    """Load a pretrained vision model and put a random linear head on it.
+    """Load a pretrained vision model, by the arguments of `load_backbone`, and put a random linear head on it.
 
     Args:
         name: What `load_backbone` takes, or a `Backbone` already loaded.
         num_classes: Number of classes.
         head_seed: See [`Classifier`].
-        kwargs: Arguments of `load_backbone`, which see for the errors.
+        kwargs: Arguments of `load_backbone`.
 
     Returns:
         The backbone with a `Classifier` as its `model`; `features` and `feature_dim` are those before the head.
@@ -153,11 +148,3 @@ def _seeded_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
 def _standardise(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     features, *rest = args
     return ((features - head.feature_mean) / head.feature_std, *rest)
-
-
-def _check_plain(head: Any) -> None:
-    if head.feature_mean.any() or (head.feature_std != 1).any():
-        raise ValueError(
-            "The head is masked and its input standardised, which cannot be combined: train the head with "
-            "modules_to_save=['head'], or call set_head without mean and std."
-        )

@@ -41,21 +41,15 @@ def templates_for(dataset: str) -> tuple[str, ...]:
 
 
 def check_templates(templates: Iterable[str]) -> list[str]:
-    """Check that every template has exactly one "{}" and no other brace."""
+    """Check that there are templates and that each has one "{}" and no other brace."""
     if isinstance(templates, str):
         raise ValueError(f"templates is one string: pass a list, [{templates!r}].")
-    checked = list(templates)
-    if not checked:
+    if not (checked := list(templates)):
         raise ValueError(f"There are no templates: pass at least one, such as {DEFAULT_TEMPLATES[0]!r}.")
     for template in checked:
         if "{}" not in template or set("{}") & set(template.replace("{}", "", 1)):
             raise ValueError(f"A template needs exactly one {{}}, where the class name goes; got {template!r}.")
     return checked
-
-
-def fill(template: str, class_name: str) -> str:
-    """The sentence of a class; underscores of dataset labels become spaces ("golden_retriever")."""
-    return template.replace("{}", class_name.replace("_", " "))
 
 
 @torch.no_grad()
@@ -72,7 +66,7 @@ def text_embeddings(
     Args:
         name: A CLIP of transformers with both towers ("openai/clip-vit-base-patch32"), or a folder with its files.
         class_names: Names of the classes, in the order of the labels.
-        templates: Sentences with one "{}" each; `prompts.templates_for(dataset)` gives a dataset's.
+        templates: Sentences with one "{}" each; `clip.templates_for(dataset)` gives a dataset's.
         revision: Git revision on the Hub.
         batch_size: Sentences per forward of the text tower.
 
@@ -86,11 +80,16 @@ def text_embeddings(
         OSError: The files are not in the cache and the Hub cannot be reached.
     """
     name, templates, class_names = os.fspath(name), check_templates(templates), list(class_names)
-    _check_names(class_names)
+    if not class_names:
+        raise ValueError("class_names is empty: a zero-shot head needs the name of every class.")
+    if repeated := sorted({name for name in class_names if class_names.count(name) > 1}):
+        raise ValueError(f"class_names repeats {', '.join(map(repr, repeated[:5]))}: two classes would be one.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     model, tokenizer = _load(name, revision)
-    sentences = [fill(template, class_name) for class_name in class_names for template in templates]
+    # Labels of datasets have underscores ("golden_retriever").
+    words = [class_name.replace("_", " ") for class_name in class_names]
+    sentences = [template.replace("{}", word) for word in words for template in templates]
     limit = model.config.text_config.max_position_embeddings
     parts = []
     for start in range(0, len(sentences), batch_size):
@@ -105,23 +104,14 @@ def text_embeddings(
     return F.normalize(each.mean(1), dim=1), float(model.logit_scale.exp())
 
 
-def _check_names(class_names: list[str]) -> None:
-    if not class_names:
-        raise ValueError("class_names is empty: a zero-shot head needs the name of every class.")
-    if repeated := sorted({name for name in class_names if class_names.count(name) > 1}):
-        raise ValueError(f"class_names repeats {', '.join(map(repr, repeated[:5]))}: two classes would be one.")
-
-
 def _load(name: str, revision: str | None) -> tuple[Any, Any]:
     """The model in fp32, whole since `logit_scale` belongs to neither tower, and its tokenizer."""
     import transformers
 
     config = read_config(name, revision)
     if config.model_type != "clip":
-        raise ValueError(
-            f"{name} ({config.model_type}) is not a CLIP with a text tower: name one such as "
-            "'openai/clip-vit-base-patch32'."
-        )
+        kind = config.model_type
+        raise ValueError(f"{name} ({kind}) is not a CLIP with a text tower, such as 'openai/clip-vit-base-patch32'.")
     clip: Any = transformers.CLIPModel
     try:
         model, info = clip.from_pretrained(

@@ -33,21 +33,9 @@ def is_file_spec(name: str) -> bool:
 
 
 def name_read_from(where: str | os.PathLike[str], name: str, option: str = "--backbone", first: str = "") -> str:
-    """Check a name of a backbone that was read from a file, which may be anybody's, before it is used.
+    """Return the name of a backbone that the file `where`, which may be anybody's, holds; refuse a Python file.
 
-    A function in a Python file is run only if the caller names it.
-
-    Args:
-        where: The file, for the message.
-        name: What it names.
-        option: Option by which the caller can name it.
-        first: What to do before, for the message.
-
-    Returns:
-        `name`.
-
-    Raises:
-        ValueError: If it names a Python file.
+    A function in a Python file is run only if the caller names it, by `option`, after doing what `first` says.
     """
     if is_file_spec(name):
         raise ValueError(
@@ -84,31 +72,22 @@ def load_from_file(spec: str) -> Backbone:
         raise ValueError(f"{path} has no function {function!r}{_functions_of(module)}.")
     with _first_on_path(Path(path)):
         made = _call(build, spec)
-    if isinstance(made, Backbone):
-        backbone = made
-    elif isinstance(made, nn.Module):
-        backbone = _as_backbone(made, spec)
-    else:
+    if not isinstance(made, (Backbone, nn.Module)):
         what = "None: does it lack a return?" if made is None else f"a {type(made).__name__}."
         raise ValueError(f"{spec} must return an nn.Module or a Backbone; it returned {what}")
-    backbone.model.eval()
-    model: Any = backbone.model
+    backbone = made if isinstance(made, Backbone) else _as_backbone(made, spec)
+    model: Any = backbone.model.eval()
     if not getattr(model, "name_or_path", None):
         model.name_or_path = spec
     size = backbone.image_size
-    features = probe_features(backbone.model, size, f"The model of {spec} does not take images of {size} pixels")
+    features = probe_features(model, size, f"The model of {spec} does not take images of {size} pixels")
     if features.ndim != 2:
         raise ValueError(f"The model of {spec} must give features (batch, dim); got {tuple(features.shape)}.")
     return replace(backbone, name=spec, feature_dim=features.shape[1])
 
 
 def import_file(path: str | os.PathLike[str]) -> ModuleType:
-    """Run a Python file of the user's, with what lies beside it on the import path.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file fails.
-    """
+    """Run a Python file of the user's, with what lies beside it on the import path; ValueError if it fails."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -146,11 +125,8 @@ def _call(function: Callable[[], Any], what: str) -> Any:
 
 
 def _functions_of(module: ModuleType) -> str:
-    own = [
-        name
-        for name, value in vars(module).items()
-        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
-    ]
+    called = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    own = [name for name in called if callable(getattr(module, name)) and not name.startswith("_")]
     return f" (it has {', '.join(own)})" if own else ""
 
 

@@ -55,10 +55,7 @@ def create(
     pretrained_cfg: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Backbone:
-    """Make an architecture (timm name, with or without tag) with the given weights, or with random ones.
-
-    `pretrained_cfg` is what is known of the weights beyond timm's registry; `kwargs` are those of `timm.create_model`.
-    """
+    """Make a timm architecture with the given weights or random ones; `kwargs` are those of `timm.create_model`."""
     import timm
     from timm.models import filter_pretrained_cfg
     from transformers import TimmWrapperConfig, TimmWrapperModel
@@ -101,9 +98,8 @@ def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[st
     except (RuntimeError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = "\n".join(f"  {line[:300]}{'…' if len(line) > 300 else ''}" for line in lines[:8])
-        raise ValueError(
-            f"The weights do not fit {architecture}: name the architecture they were saved from.\n{reason}"
-        ) from error
+        fix = "name the architecture they were saved from"
+        raise ValueError(f"The weights do not fit {architecture}: {fix}.\n{reason}") from error
     model.pretrained_cfg.pop("state_dict", None)
     if num_classes:
         model.reset_classifier(0)
@@ -134,7 +130,7 @@ def _has_fixed_size(architecture: str, model_args: Mapping[str, Any], pretrained
 
 
 def _backbone(model: nn.Module, inner: Any, pretrained_cfg: Mapping[str, Any], image_size: int | None) -> Backbone:
-    """The model, with the image settings of timm's `inner`; its name and features are filled in later."""
+    """The model with the image settings of timm's `inner`."""
     from timm.data import create_transform, resolve_data_config
 
     known = {**inner.pretrained_cfg, **pretrained_cfg}

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +27,7 @@ def load(
     dtype: torch.dtype,
     **kwargs: Any,
 ) -> Backbone:
-    """Load the model that extracts features; its name and feature_dim are filled in later.
-
-    `config` is the checkpoint's; `kwargs` are those of `from_pretrained`.
-    """
+    """Load the model that extracts features, `config` being the checkpoint's; `kwargs` are `from_pretrained`'s."""
     vision_config = getattr(config, "vision_config", None) or config
     if vision_config is not config and hasattr(config, "projection_dim"):
         vision_config.projection_dim = config.projection_dim
@@ -67,7 +64,7 @@ def load(
     image_size = image_size or own
     if image_size != getattr(vision_config, "image_size", image_size):
         interpolate_positions(model)
-    transform = EvalTransform(_Processed(processor, overrides))
+    transform = EvalTransform(functools.partial(_processed, processor, overrides))
     return Backbone(model, transform, 0, "", image_size, tuple(processor.image_mean), tuple(processor.image_std))
 
 
@@ -79,10 +76,8 @@ def _model_class(vision_config: Any, source: str, projection: bool) -> Any:
     if isinstance(model_class, (list, tuple)):
         model_class = model_class[0]
     if getattr(model_class, "main_input_name", None) != "pixel_values":
-        raise ValueError(
-            f"{source} ({vision_config.model_type}) is not a vision model: load_backbone needs one that takes "
-            "pixel_values."
-        )
+        kind = vision_config.model_type
+        raise ValueError(f"{source} ({kind}) is not a vision model: load_backbone needs one that takes pixel_values.")
     if not projection:
         return model_class
     projected = getattr(transformers, f"{model_class.__name__}WithProjection", None)
@@ -131,13 +126,6 @@ def _default_processor(config: Any, source: str) -> Any:
     )
 
 
-@dataclass(frozen=True)
-class _Processed:
-    """An image processor as a function of one image."""
-
-    processor: Any
-    overrides: dict[str, Any]
-
-    def __call__(self, image: Any) -> Tensor:
-        pixel_values: Tensor = self.processor(images=image, return_tensors="pt", **self.overrides)["pixel_values"]
-        return pixel_values[0]
+def _processed(processor: Any, overrides: dict[str, Any], image: Any) -> Tensor:
+    pixel_values: Tensor = processor(images=image, return_tensors="pt", **overrides)["pixel_values"]
+    return pixel_values[0]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._options import did_you_mean
 from ..storage import check_regular
 from .backbone import Backbone, probe_features
 
@@ -60,14 +60,12 @@ def load_backbone(
         raise ValueError("A backbone has no classifier: put a head of num_classes on its feature_dim features.")
     name = os.fspath(name)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-    if state_dict is not None:
-        _refuse_pickle(state_dict)
+    if state_dict is not None and not isinstance(state_dict, Mapping):
+        _check_weights_file(Path(state_dict))
     source, is_timm = _source(name, pretrained=pretrained and state_dict is None)
     if state_dict is not None and not is_timm:
-        raise ValueError(
-            f"state_dict needs the name of a timm architecture, not {name!r}{_close_to(name)}. For a transformers "
-            "model put the weights into a folder with its config.json and load that."
-        )
+        what = f"state_dict needs the name of a timm architecture, not {name!r}"
+        raise ValueError(f"{what}: load the weights of a transformers model from a folder with its config.json.")
     config: Any = None
     if not is_timm:
         config = read_config(source, revision)
@@ -75,6 +73,7 @@ def load_backbone(
     if projection and is_timm:
         raise ValueError(f"{name} is a timm model, which has no projection: projection=True is for CLIP.")
     options = {"image_size": image_size, "dtype": dtype, **kwargs}
+    published = pretrained and state_dict is None
     try:
         if not is_timm:
             from . import from_transformers
@@ -85,7 +84,7 @@ def load_backbone(
         else:
             from . import from_timm
 
-            if pretrained and state_dict is None:
+            if published:
                 backbone = from_timm.load(source, revision=revision, **options)
             elif config is None:
                 backbone = from_timm.create(source, state_dict=state_dict, **options)
@@ -96,8 +95,8 @@ def load_backbone(
     except OSError as error:
         raise explained(error, name) from error
     model: Any = backbone.model.eval()
-    identity = source if pretrained and state_dict is None else name
-    model.name_or_path = model.config._name_or_path = "" if not pretrained and state_dict is None else identity
+    identity = source if published else name
+    model.name_or_path = model.config._name_or_path = identity if published or state_dict is not None else ""
     size = backbone.image_size
     features = probe_features(model, size, f"{name} does not take images of {size} pixels")
     return replace(backbone, name=identity, feature_dim=features.shape[1])
@@ -107,22 +106,18 @@ def _source(name: str, *, pretrained: bool) -> tuple[str, bool]:
     """Where a name's files are (Hub id, folder, or timm name if none are needed), and whether it is surely timm's."""
     import timm
 
-    for prefix in ("hf-hub:", "hf_hub:"):
-        name = name.removeprefix(prefix)
+    name = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     if os.path.isdir(name):
         _check_folder(Path(name))
         return name, False
     if name.endswith((*_PICKLES, ".safetensors")):
-        raise ValueError(
-            f"{name} holds weights but no architecture: name that, load_backbone('<timm architecture>', state_dict=…)."
-        )
+        fix = "name that, as in load_backbone('<timm architecture>', state_dict=…)"
+        raise ValueError(f"{name} holds weights but no architecture: {fix}.")
     architecture = name.removeprefix("timm/")
     if "/" in architecture:
         return name, False
     if not timm.is_model(architecture):
-        raise ValueError(
-            f"Unknown backbone {name!r}{_close_to(architecture)}. A folder must exist, a Hub id has a '/'."
-        )
+        raise ValueError(f"Unknown backbone {name!r}.{_close_to(name)} A folder must exist, a Hub id has a '/'.")
     if pretrained and name != architecture:
         return name, True
     try:
@@ -151,10 +146,7 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds its weights as a pickle ({pickles[0]}). {_CONVERT}")
 
 
-def _refuse_pickle(state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> None:
-    if isinstance(state_dict, Mapping):
-        return
-    path = Path(state_dict)
+def _check_weights_file(path: Path) -> None:
     if path.suffix in _PICKLES:
         raise ValueError(f"{path} is a pickle. {_CONVERT}")
     if path.suffix != ".safetensors":
@@ -174,20 +166,15 @@ def read_config(source: str, revision: str | None) -> Any:
         raise explained(error, source) from error
     except ValueError as error:
         raise ValueError(f"transformers cannot read the config of {source!r}: {error}") from error
-    _refuse_kernel(config, source)
-    return config
-
-
-def _refuse_kernel(config: Any, source: str) -> None:
-    """An attention implementation "user/name" is code that transformers would fetch from the Hub and run."""
     parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
     for part in (config, *parts):
         kernel = getattr(part, "_attn_implementation", None)
-        if isinstance(kernel, str) and "/" in kernel:
+        if isinstance(kernel, str) and "/" in kernel:  # code that transformers would fetch from the Hub and run
             raise ValueError(
                 f"The config of {source!r} asks for the kernel {kernel!r}, code of the Hub, which is not run: load a "
                 "copy of the model without attn_implementation in its config.json."
             )
+    return config
 
 
 def explained(error: OSError, name: str) -> Exception:
@@ -207,11 +194,10 @@ def explained(error: OSError, name: str) -> Exception:
             f"{name} is not in the local cache and cannot be downloaded ({why}). Go online once, or load a folder, or "
             "pass state_dict=… with a timm architecture, or pretrained=False for random weights."
         )
-    return ValueError(f"Unknown backbone {name!r}{_close_to(name)}: {text.splitlines()[0] if text else error!r}")
+    return ValueError(f"Unknown backbone {name!r}: {text.splitlines()[0] if text else error!r}.{_close_to(name)}")
 
 
 def _close_to(name: str) -> str:
     import timm
 
-    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), timm.list_models(), n=3)
-    return f" (did you mean {', '.join(close)}?)" if close else ""
+    return did_you_mean(name.rpartition("/")[2].lower(), timm.list_models())

@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-from .augmentation import AugmentationOptions, MultiCropOptions, SupervisedOptions
+from .augmentation import MultiCropOptions, SupervisedOptions
 from .dataset import ImageDataset, NoLabelsError, NoSplitError
 from .decoding import ImageError
-from .loading import AugmentedDataset, ShardedBatches, TrainingLoader, build_loader
-from .registry import DatasetSpec, dataset_spec, list_datasets
+from .loading import build_loader
+from .registry import dataset_spec, list_datasets
 from .sources import load_images
 from .subsets import held_out, label_subset
 from .transforms import (
     ForeignTransform,
-    ImageTransform,
-    PilTransform,
     check_preprocessing,
     evaluation_transform,
     multi_crop_transform,
@@ -22,20 +20,13 @@ from .transforms import (
 )
 
 __all__ = [
-    "AugmentationOptions",
-    "AugmentedDataset",
-    "DatasetSpec",
     "ForeignTransform",
     "ImageDataset",
     "ImageError",
-    "ImageTransform",
     "MultiCropOptions",
     "NoLabelsError",
     "NoSplitError",
-    "PilTransform",
-    "ShardedBatches",
     "SupervisedOptions",
-    "TrainingLoader",
     "build_loader",
     "check_preprocessing",
     "dataset_spec",

@@ -9,62 +9,41 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-__all__ = [
-    "AugmentationOptions",
-    "Draws",
-    "MultiCropOptions",
-    "SupervisedOptions",
-    "augmented_crop",
-    "blur",
-    "crop_box",
-    "hue",
-    "to_float",
-]
+from .._options import check_options, option
 
+__all__ = ["AugmentationOptions", "Draws", "MultiCropOptions", "SupervisedOptions", "augmented_crop", "to_float"]
 
-_JITTER = "Strength of the jitter of brightness, contrast, saturation (factor 1 ± s) and hue (± s)."
+_JITTER = "Strength of the colour jitter: brightness, contrast, saturation (factor 1 ± s) and hue (± s)."
 _SOLARIZE = "Probability of solarizing: inverting what is brighter than a half."
 _BLUR = "Probability of a Gaussian blur."
-
-
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions:
     """Options of every random transform; an image goes through the steps in this order."""
 
-    aspect_ratio: tuple[float, float] = _option(
-        (3 / 4, 4 / 3), "Smallest and largest width / height of a random crop."
+    aspect_ratio: tuple[float, float] = option((3 / 4, 4 / 3), "Smallest and largest width / height of a random crop.")
+    flip: float = option(0.5, "Probability of a horizontal flip.", least=0, most=1)
+    jitter: tuple[float, float, float, float] = option((0.4, 0.4, 0.4, 0.4), _JITTER)
+    jitter_probability: float = option(
+        0.8, "Probability of the colour jitter, its parts in random order.", least=0, most=1
     )
-    flip: float = _option(0.5, "Probability of a horizontal flip.")
-    jitter: tuple[float, float, float, float] = _option((0.4, 0.4, 0.4, 0.4), _JITTER)
-    jitter_probability: float = _option(
-        0.8, "Probability of the colour jitter, whose four parts come in random order."
-    )
-    grayscale: float = _option(0.2, "Probability of a grey image.")
-    solarize: float = _option(0.2, _SOLARIZE)
-    blur: float = _option(0.0, _BLUR)
-    blur_sigma: tuple[float, float] = _option((0.1, 2.0), "Smallest and largest radius (σ) of the blur in pixels.")
+    grayscale: float = option(0.2, "Probability of a grey image.", least=0, most=1)
+    solarize: float = option(0.2, _SOLARIZE, least=0, most=1)
+    blur: float = option(0.0, _BLUR, least=0, most=1)
+    blur_sigma: tuple[float, float] = option((0.1, 2.0), "Smallest and largest radius (σ) of the blur in pixels.")
 
     def __post_init__(self) -> None:
-        for name in ("flip", "jitter_probability", "grayscale", "solarize", "blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability: it must lie in [0, 1]; got {getattr(self, name)}.")
+        check_options(self)
         if len(self.jitter) != 4 or min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ValueError(
-                "jitter takes four strengths >= 0 (brightness, contrast, saturation, hue), the last at most 0.5; "
-                f"got {self.jitter}."
-            )
+            raise ValueError(f"jitter takes four strengths >= 0, the last at most 0.5; got {self.jitter}.")
         self._check_bounds("aspect_ratio", math.inf)
         self._check_bounds("blur_sigma", math.inf)
 
@@ -79,7 +58,7 @@ class AugmentationOptions:
 class SupervisedOptions(AugmentationOptions):
     """One random crop."""
 
-    scale: tuple[float, float] = _option((1.0, 1.0), "Smallest and largest part of the image's area that is cropped.")
+    scale: tuple[float, float] = option((1.0, 1.0), "Smallest and largest part of the image's area that is cropped.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,23 +69,20 @@ class SupervisedOptions(AugmentationOptions):
 class MultiCropOptions(AugmentationOptions):
     """SwAV's multi-crop: two large crops and several small ones."""
 
-    jitter: tuple[float, float, float, float] = _option((0.8, 0.8, 0.8, 0.2), _JITTER)
-    solarize: float = _option(0.0, _SOLARIZE)
-    blur: float = _option(0.5, _BLUR)
-    global_size: int = _option(224, "Pixels of a side of a global crop; a run takes its image size.")
-    global_crops: int = _option(2, "Number of global crops.")
-    global_scale: tuple[float, float] = _option((0.14, 1.0), "Part of the image's area that a global crop takes.")
-    local_size: int = _option(96, "Pixels of a side of a local crop.")
-    local_crops: int = _option(6, "Number of local crops; 0 for none.")
-    local_scale: tuple[float, float] = _option((0.05, 0.14), "Part of the image's area that a local crop takes.")
+    jitter: tuple[float, float, float, float] = option((0.8, 0.8, 0.8, 0.2), _JITTER)
+    solarize: float = option(0.0, _SOLARIZE, least=0, most=1)
+    blur: float = option(0.5, _BLUR, least=0, most=1)
+    global_size: int = option(224, "Pixels of a side of a global crop; a run takes its image size.", least=2)
+    global_crops: int = option(2, "Number of global crops.", least=1)
+    global_scale: tuple[float, float] = option((0.14, 1.0), "Part of the image's area that a global crop takes.")
+    local_size: int = option(96, "Pixels of a side of a local crop.", least=2)
+    local_crops: int = option(6, "Number of local crops; 0 for none.", least=0)
+    local_scale: tuple[float, float] = option((0.05, 0.14), "Part of the image's area that a local crop takes.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_bounds("global_scale", 1)
         self._check_bounds("local_scale", 1)
-        for name, least in (("global_size", 2), ("local_size", 2), ("global_crops", 1), ("local_crops", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
 
 
 class Draws:
@@ -116,18 +92,18 @@ class Draws:
         self._generator = generator
         self._numbers: list[float] = []
 
-    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
-        """A number in [low, high)."""
+    def uniform(self, low: float, high: float) -> float:
+        """Draw a number in [low, high)."""
         if not self._numbers:
             self._numbers = torch.rand(32, generator=self._generator, dtype=torch.float64).tolist()
         return low + (high - low) * self._numbers.pop()
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
-        return self.uniform() < probability
+        """Draw True with this probability."""
+        return self.uniform(0, 1) < probability
 
     def below(self, number: int) -> int:
-        """An integer in [0, number)."""
+        """Draw an integer in [0, number)."""
         return int(self.uniform(0, number))
 
 
@@ -222,8 +198,7 @@ def hue(image: Tensor, shift: float) -> Tensor:
 def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Gaussian blur with reflected borders.
 
-    A convolution along one axis is a product with a banded matrix, and for kernels of a tenth of the image two dense
-    products beat any convolution of three channels.
+    For kernels of a tenth of the image two products with banded matrices beat any convolution of three channels.
 
     Args:
         image: (3, height, width).

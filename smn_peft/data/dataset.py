@@ -33,7 +33,7 @@ class NoSplitError(ValueError):
 
 
 class ImageSource(Protocol):
-    """Where image files are read; safe to hand to workers."""
+    """Where image files are read; it travels to workers."""
 
     def read(self, row: int) -> tuple[Tensor | bytes, str]:
         """The bytes of one image file, and its name for messages."""
@@ -46,27 +46,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
     `dataset[i]` is ``{"image": (3, height, width) uint8 RGB, "label": int (if labelled), "index": i}``. An image that
     cannot be read raises `ImageError` with its file or row when it is asked for.
 
-    Args:
-        source: Where the images are read.
-        labels: (n,) whole numbers, or None.
-        classes: Names by label, or None if there are none.
-        name: What was loaded.
-        split: Its split.
-        rows: (n,) int64 rows of the source that this dataset has, in order.
-        revision: Commit on the Hub, None for local files.
-
-    Raises:
-        ValueError: No images, or labels that are no whole numbers or do not fit the images or the classes.
     """
 
     source: ImageSource
     _: KW_ONLY
-    labels: Tensor | None
-    classes: list[str] | None
+    labels: Tensor | None  # (n,) whole numbers
+    classes: list[str] | None  # names by label
     name: str
     split: str
-    rows: Tensor
-    revision: str | None = None
+    rows: Tensor  # (n,) int64 rows of the source that this dataset has, in order
+    revision: str | None = None  # commit on the Hub
     _cache: dict[int, Tensor] = field(default_factory=dict)  # (height, width, 3) by row
 
     def __post_init__(self) -> None:
@@ -79,10 +68,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
             labels = whole_numbers(labels, f"{name}, split {split!r}")
             low, high = int(labels.min()), int(labels.max())
             if low < 0:
-                raise NoLabelsError(
-                    f"{name}, split {split!r}, has the label {low}, which stands for an unknown class: take another "
-                    f"split, or {WITHOUT_LABELS}."
-                )
+                what = f"{name}, split {split!r}, has the label {low}, which stands for an unknown class"
+                raise NoLabelsError(f"{what}: take another split, or {WITHOUT_LABELS}.")
             if self.classes is not None and high >= len(self.classes):
                 raise ValueError(f"{name} has the label {high} but only {len(self.classes)} class names.")
             self.labels = labels
@@ -108,11 +95,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return len(self.classes) if self.classes is not None else int(self.labels.max()) + 1
 
     def digest(self, images: int = 64) -> str:
-        """SHA-256, as hex, of number, labels and the files of some images, the same for a folder and for its npz.
-
-        Args:
-            images: How many are read, evenly over the dataset.
-        """
+        """SHA-256, as hex, of number, labels and the files of some images; the same for a folder and for its npz."""
         digest = hashlib.sha256(str(len(self)).encode())
         if self.labels is not None:
             digest.update(self.labels.to(torch.int64).contiguous().numpy().tobytes())
@@ -123,28 +106,18 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return digest.hexdigest()
 
     def subset(self, indices: Iterable[int] | Tensor) -> ImageDataset:
-        """The images at these indices, in this order, counted from 0 anew.
-
-        Raises:
-            ValueError: An index is outside, or there are none.
-        """
+        """The images at these indices, in this order, counted from 0 anew; ValueError for one outside."""
         given = indices if isinstance(indices, Tensor) else list(indices)
         chosen = whole_numbers(given, f"A subset of {self.name}", "index")
         if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
-            raise ValueError(
-                f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {chosen.tolist()[:5]}."
-            )
-        labels = None if self.labels is None else self.labels[chosen]
-        rows = self.rows[chosen]
+            got = chosen.tolist()[:5]
+            raise ValueError(f"Indices of a subset of {self.name} must lie in [0, {len(self)}); got {got}.")
+        labels, rows = None if self.labels is None else self.labels[chosen], self.rows[chosen]
         cache = {row: self._cache[row] for row in rows.tolist() if row in self._cache}
         return replace(self, labels=labels, rows=rows, _cache=cache)
 
     def first_classes(self, count: int) -> ImageDataset:
-        """The images of the first `count` classes alone.
-
-        Raises:
-            ValueError: If there are no labels, no such number of classes, or none of their images.
-        """
+        """The images of the first `count` classes alone; ValueError if there are not so many, or no images."""
         found = self.num_classes
         if self.labels is None or found is None or not 1 <= count <= found:
             raise ValueError(f"{self.name} has {found or 'no'} classes; got class_limit={count}.")
@@ -159,9 +132,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """The same images, decoded once and held in memory, which workers share.
 
         Images are taken in order until the next would exceed `max_bytes`; the rest is read as before.
-
-        Args:
-            max_bytes: Bound of the memory, 2 GiB by default: three bytes per pixel.
         """
         held, pixels = 0, []
         for index in range(len(self)):

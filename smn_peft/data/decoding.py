@@ -16,16 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = [
-    "FORMATS",
-    "MAX_PIXELS",
-    "ImageError",
-    "TooManyPixelsError",
-    "UnknownFormatError",
-    "decode_rgb",
-    "open_image",
-    "to_rgb",
-]
+__all__ = ["FORMATS", "ImageError", "TooManyPixelsError", "UnknownFormatError", "decode_rgb", "open_image", "to_rgb"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is read. Pillow's other readers are seldom used, and one of them starts a program (EPS: Ghostscript)."""
@@ -58,14 +49,8 @@ def decode_rgb(data: Tensor | bytes, where: str) -> Tensor:
     """Decode one image to (3, height, width) uint8 RGB; EXIF orientation is applied.
 
     Greyscale is repeated, palettes and CMYK are converted, 16 bit are cut to 8, transparency is dropped. The memory
-    order is channels last, in which torch resizes uint8 more than twice as fast.
-
-    Args:
-        data: The file's bytes, or (n,) uint8 of them.
-        where: The file's path or the row, for the message.
-
-    Raises:
-        ImageError: See [`open_image`] and [`to_rgb`].
+    order is channels last, in which torch resizes uint8 more than twice as fast. `where` names the file or row in the
+    `ImageError` of what cannot be read.
     """
     with open_image(data.numpy().tobytes() if isinstance(data, Tensor) else data, where) as image:
         return to_rgb(image, where)
@@ -75,12 +60,6 @@ def open_image(
     data: bytes, where: str, *, formats: Sequence[str] = FORMATS, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Read an image's header and check it; nothing is decoded before [`to_rgb`].
-
-    Args:
-        data: The file's bytes.
-        where: The file's path or the row, for the message.
-        formats: Allowed formats, some of `FORMATS`.
-        max_pixels: Allowed width times height.
 
     Raises:
         UnknownFormatError: The bytes are no image of `formats`.
@@ -95,10 +74,8 @@ def open_image(
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(f"{where}: {error} Shrink the image or leave it out.") from error
     except Image.UnidentifiedImageError as error:
-        raise UnknownFormatError(
-            f"{where}: cannot be read as an image of a known format ({', '.join(formats)}); replace the file or "
-            "leave it out."
-        ) from error
+        what = f"{where}: cannot be read as an image of a known format ({', '.join(formats)})"
+        raise UnknownFormatError(f"{what}; replace the file or leave it out.") from error
     except Exception as error:
         raise _damaged(where, error) from error
     # Only the header has been read here, so a bomb costs nothing.
@@ -132,10 +109,8 @@ def to_rgb(image: Image.Image, where: str) -> Tensor:
 
 def _damaged(where: str, error: Exception) -> ImageError:
     # Pillow raises many kinds on broken files: OSError, SyntaxError, struct.error, ValueError …
-    return ImageError(
-        f"{where}: cannot be read as an image ({type(error).__name__}: {str(error)[:200]}); replace the file or "
-        "leave it out."
-    )
+    what = f"{where}: cannot be read as an image ({type(error).__name__}: {str(error)[:200]})"
+    return ImageError(f"{what}; replace the file or leave it out.")
 
 
 def _jpeg_scans(data: bytes, where: str) -> int:

@@ -17,19 +17,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .transforms import ImageTransform
 
-__all__ = [
-    "STOP_SIGNALS",
-    "AugmentedDataset",
-    "PatientLoader",
-    "ShardedBatches",
-    "TrainingLoader",
-    "build_loader",
-    "check_map_style",
-]
+__all__ = ["STOP_SIGNALS", "AugmentedDataset", "PatientLoader", "ShardedBatches", "build_loader", "check_map_style"]
 
 
 def _seed_of(*parts: int | str) -> int:
-    """Hash all parts to a seed; sums of seeds would repeat: (1, 2) and (2, 1)."""
+    """Hash all parts to a seed."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -74,10 +66,8 @@ class PatientLoader(DataLoader[dict[str, Any]]):
 def check_map_style(dataset: Any) -> None:
     """Refuse a dataset (`ValueError`) that cannot be read by index, as a seeded order needs it."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        raise ValueError(
-            f"A {type(dataset).__name__} can only be read in order, and images are read by index here: load it "
-            "without streaming=True, or give list(dataset) if it fits into memory."
-        )
+        what = f"A {type(dataset).__name__} can only be read in order"
+        raise ValueError(f"{what}: load it without streaming=True, or give list(dataset) if it fits into memory.")
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):
@@ -101,18 +91,13 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    @property
-    def epoch(self) -> int:
-        """Epoch that samples are drawn for."""
-        return int(self._epoch)
-
     def set_epoch(self, epoch: int) -> None:
         """Draw the samples of this epoch, in running workers too."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.dataset[index]
-        generator = torch.Generator().manual_seed(_seed_of("sample", self.seed, self.epoch, int(index)))
+        generator = torch.Generator().manual_seed(_seed_of("sample", self.seed, int(self._epoch), int(index)))
         views = self.transform(item["image"], generator)
         labels = {"labels": item["label"]} if "label" in item else {}
         return {"pixel_values" if isinstance(views, Tensor) else "crops": views, **labels, "index": item["index"]}
@@ -121,89 +106,58 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
 class ShardedBatches(Sampler[list[int]]):
     """Indices of one process's part of every batch.
 
-    The batches depend on `n`, `batch_size`, `seed` and the epoch only; process r of p takes the r-th of p contiguous
-    parts of each, so that the joined batch is the same for any number of processes.
+    The batches of the `n` samples depend on `batch_size`, `seed` and the epoch only; process r of p takes the r-th of
+    p contiguous parts of each, so that the joined batch is the same for any number of processes. A last batch that is
+    not full is left out.
 
     Args:
         n: Number of samples.
         batch_size: Size of the joined batch, over all processes.
-        seed: Of the order.
-        num_processes: Number of processes; must divide `batch_size`.
-        process_index: Number of this process, from 0.
-        shuffle: A new order every epoch, else the dataset's.
-        drop_last: Leave out the last batch if it is not full. Kept, it is split as evenly as it goes, and a process
-            whose part is empty has one batch less: for evaluation only.
-
-    Raises:
-        ValueError: Sizes that do not fit.
+        seed: Seed of the order.
+        num_processes: Must divide `batch_size`.
+        process_index: From 0.
     """
 
     def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        num_processes: int = 1,
-        process_index: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = True,
+        self, n: int, batch_size: int, *, seed: int = 0, num_processes: int = 1, process_index: int = 0
     ) -> None:
         if batch_size < 1 or n < 1:
             raise ValueError(f"The batch size and the number of samples must be at least 1; got {batch_size} and {n}.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index must lie in [0, {num_processes}); got {process_index}.")
         if batch_size % num_processes:
+            what = f"The joined batch of {batch_size} cannot be divided among {num_processes} processes"
+            raise ValueError(f"{what}: take a multiple, such as {-(-batch_size // num_processes) * num_processes}.")
+        if n < batch_size:
+            most = n - n % num_processes or num_processes
             raise ValueError(
-                f"The joined batch of {batch_size} cannot be divided among {num_processes} processes: take a "
-                f"multiple, such as {-(-batch_size // num_processes) * num_processes}."
-            )
-        if drop_last and n < batch_size:
-            raise ValueError(
-                f"{n} images are fewer than one batch of {batch_size}, and the last incomplete batch is dropped: set "
-                f"the batch size to {n - n % num_processes or num_processes} or less, or use more images."
+                f"{n} images are fewer than one batch of {batch_size}: set the batch size to {most} or less."
             )
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.num_processes, self.process_index = num_processes, process_index
-        self.shuffle, self.drop_last = shuffle, drop_last
         self.epoch, self.start_batch = 0, 0
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Joined batches of a whole epoch."""
-        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Continue with this epoch at this batch; those before it are not read."""
-        last = self.batches_per_epoch
+        last = self.n // self.batch_size
         if not 0 <= start_batch <= last:
             raise ValueError(f"start_batch must lie in [0, {last}], the batches of an epoch; got {start_batch}.")
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._bounds())
+        return self.n // self.batch_size - self.start_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(_seed_of("order", self.seed, self.epoch))
-            order = torch.randperm(self.n, generator=generator)
-        else:
-            order = torch.arange(self.n)
-        for start, end in self._bounds():
-            yield order[start:end].tolist()
-
-    def _bounds(self) -> Iterator[tuple[int, int]]:
-        for batch in range(self.start_batch, self.batches_per_epoch):
-            first = batch * self.batch_size
-            size = min(self.batch_size, self.n - first)
-            start = first + size * self.process_index // self.num_processes
-            end = first + size * (self.process_index + 1) // self.num_processes
-            if start < end:
-                yield start, end
+        generator = torch.Generator().manual_seed(_seed_of("order", self.seed, self.epoch))
+        order = torch.randperm(self.n, generator=generator)
+        part = self.batch_size // self.num_processes
+        for batch in range(self.start_batch, self.n // self.batch_size):
+            start = batch * self.batch_size + self.process_index * part
+            yield order[start : start + part].tolist()
 
 
 class TrainingLoader(PatientLoader):
-    """A [`PatientLoader`] over `AugmentedDataset` and `ShardedBatches` that knows epochs; made by `build_loader`."""
+    """A [`PatientLoader`] that knows epochs; made by `build_loader`."""
 
     dataset: AugmentedDataset
     batch_sampler: ShardedBatches
@@ -223,40 +177,20 @@ def build_loader(
     num_workers: int = 0,
     num_processes: int = 1,
     process_index: int = 0,
-    drop_last: bool = True,
-    shuffle: bool = True,
     pin_memory: bool = False,
 ) -> TrainingLoader:
     """Load the batches of one process; call `set_epoch` before every epoch.
 
     Neither the samples nor their order depend on workers or processes, and the caller's random state is untouched. Do
-    not pass the result to `Accelerator.prepare`: it is sharded already.
-
-    Args:
-        dataset: `ImageDataset`, or any map-style dataset of such items.
-        transform: See `smn_peft.data.transforms`.
-        batch_size: Size of the joined batch, over all processes.
-        seed: Of the order and of the transforms.
-        num_workers: Worker processes that read and transform; 0 does it in this one.
-        num_processes: See [`ShardedBatches`], which raises for sizes that do not fit.
-        process_index: See [`ShardedBatches`].
-        drop_last: See [`ShardedBatches`].
-        shuffle: A new order every epoch.
-        pin_memory: Put batches into page-locked memory, for a GPU.
+    not pass the result to `Accelerator.prepare`: it is sharded already. The arguments are those of
+    [`AugmentedDataset`], [`ShardedBatches`] and torch's `DataLoader`.
     """
     check_map_style(dataset)
-    batches = ShardedBatches(
-        len(dataset),
-        batch_size,
-        seed=seed,
-        num_processes=num_processes,
-        process_index=process_index,
-        shuffle=shuffle,
-        drop_last=drop_last,
-    )
     return TrainingLoader(
         AugmentedDataset(dataset, transform, seed),
-        batch_sampler=batches,
+        batch_sampler=ShardedBatches(
+            len(dataset), batch_size, seed=seed, num_processes=num_processes, process_index=process_index
+        ),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

@@ -1,88 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's datasets by name: where the Hub has them, their columns and splits, and what differs from the paper.
 
-The paper uses the splits of CoOp (Zhou et al. 2022), training and validation joined, test as test. The Hub's copies
-mostly keep the splits of the datasets' own authors; each entry says where that differs.
+The paper uses the splits of CoOp (Zhou et al. 2022), training and validation joined; each entry says what differs.
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+
+from .._options import did_you_mean
 
 __all__ = ["DATASETS", "DatasetSpec", "dataset_spec", "list_datasets"]
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset of the paper."""
+    """One dataset of the paper; sizes are numbers of training and test images as cards and papers say, not counted."""
 
     name: str
     hub_id: str | None  # repository on the Hub; None where no copy is known, then it is loaded from a folder
-    image_column: str
-    label_column: str
-    train: str  # split expression of the training images, validation included where the paper's is
-    test: str  # split expression of the test images
     num_classes: int
-    num_train: int | None  # training images in the copy, None if unknown
-    num_test: int | None  # test images in the copy, None if unknown
-    config: str | None = None  # configuration on the Hub, None for the only one
-    paper: tuple[int, int] | None = None  # sizes of the paper's own training and test part, None where unknown
+    sizes: tuple[int, int] | None = None  # of the copy on the Hub
+    paper: tuple[int, int] | None = None  # of the paper's own parts
+    image_column: str = "image"
+    label_column: str = "label"
+    train: str = "train"  # split expression of the training images, validation included where the paper's is
+    test: str = "test"  # split expression of the test images
     notes: str = ""  # how the copy differs from what the paper used, or where to get the files
-    # What was not checked against the dataset's card or code that uses it; no copy was downloaded.
-    unverified: tuple[str, ...] = ()
 
 
 _SPECS = (
+    DatasetSpec("cifar10", "uoft-cs/cifar10", 10, (50_000, 10_000), (50_000, 10_000), image_column="img"),
     DatasetSpec(
-        "cifar10", "uoft-cs/cifar10", "img", "label", "train", "test", 10, 50_000, 10_000, paper=(50_000, 10_000),
+        "cifar100", "uoft-cs/cifar100", 100, (50_000, 10_000), (50_000, 10_000), "img", "fine_label",
+        notes="The column coarse_label holds the 20 superclasses.",
     ),
     DatasetSpec(
-        "cifar100", "uoft-cs/cifar100", "img", "fine_label", "train", "test", 100, 50_000, 10_000,
-        paper=(50_000, 10_000), notes="The column coarse_label holds the 20 superclasses.",
-    ),
-    DatasetSpec(
-        "dtd", "tanganke/dtd", "image", "label", "train", "test", 47, 3_760, 1_880, paper=(3_948, 1_692),
+        "dtd", "tanganke/dtd", 47, (3_760, 1_880), (3_948, 1_692),
         notes="The authors' first split with training and validation joined; CoOp drew its own.",
-        unverified=("paper", "split of the authors"),
     ),
     DatasetSpec(
-        "eurosat", "blanchon/EuroSAT_RGB", "image", "label", "train+validation", "test", 10, 21_600, 5_400,
-        paper=(18_900, 8_100), notes="Split 60/20/20; EuroSAT has no split of its own and CoOp drew another.",
-        unverified=("paper",),
+        "eurosat", "blanchon/EuroSAT_RGB", 10, (21_600, 5_400), (18_900, 8_100), train="train+validation",
+        notes="Split 60/20/20; EuroSAT has no split of its own and CoOp drew another.",
     ),
     DatasetSpec(
-        "flowers102", "dpdl-benchmark/oxford_flowers102", "image", "label", "train+validation", "test", 102,
-        2_040, 6_149, paper=(5_726, 2_463),
+        "flowers102", "dpdl-benchmark/oxford_flowers102", 102, (2_040, 6_149), (5_726, 2_463),
+        train="train+validation",
         notes="The authors' split, whose training part is the small one; CoOp drew its own with 2.8 times as many.",
-        unverified=("paper", "order of the classes"),
     ),
     DatasetSpec(
-        "pets", "timm/oxford-iiit-pet", "image", "label", "train", "test", 37, 3_680, 3_669, paper=(3_680, 3_669),
+        "pets", "timm/oxford-iiit-pet", 37, (3_680, 3_669), (3_680, 3_669),
         notes="The authors' trainval and test, which CoOp keeps.",
-        unverified=("paper", "num_train", "num_test"),
     ),
     DatasetSpec(
-        "sun397", "tanganke/sun397", "image", "label", "train", "test", 397, 19_850, 19_850, paper=(19_850, 19_850),
+        "sun397", "tanganke/sun397", 397, (19_850, 19_850), (19_850, 19_850),
         notes="50 training and 50 test images per class, as in CoOp; that both take the authors' first partition "
         "was not checked.",
-        unverified=("paper", "partition"),
     ),
     DatasetSpec(
-        "ucf101", None, "image", "label", "train", "test", 101, None, None, paper=(9_537, 3_783),
+        "ucf101", None, 101, paper=(9_537, 3_783),
         notes="The middle frame of every video (UCF-101-midframes of CoOp's list of datasets, split 1 of the "
         "authors). flwrlabs/ucf101 on the Hub holds all frames, not the middle ones. Put the frames into "
         "FOLDER/train/CLASS and FOLDER/test/CLASS and pass FOLDER.",
-        unverified=("paper",),
     ),
     DatasetSpec(
-        "food101", "ethz/food101", "image", "label", "train", "validation", 101, 75_750, 25_250,
-        paper=(70_700, 30_300),
+        "food101", "ethz/food101", 101, (75_750, 25_250), (70_700, 30_300), test="validation",
         notes="The authors' split, whose test part is called validation on the Hub; CoOp drew its own.",
-        unverified=("paper", "num_train", "num_test"),
     ),
     DatasetSpec(
-        "inatloc500", None, "image", "label", "train", "test", 500, None, None,
+        "inatloc500", None, 500,
         notes="Its lists of files (visipedia/inat_loc on GitHub) point into iNat21 (train-weaksup, the training "
         "images) and iNat17 (test). Put the images into FOLDER/train/CLASS and FOLDER/test/CLASS and pass FOLDER.",
     ),
@@ -97,9 +83,8 @@ def list_datasets() -> list[str]:
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """Look up one dataset; `ValueError` with close names if there is none."""
+    """Look up one dataset; `ValueError` with the closest name if there is none."""
     if name not in DATASETS:
-        close = difflib.get_close_matches(name.lower(), DATASETS, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(list_datasets())}."
-        raise ValueError(f"Unknown dataset {name!r}; {hint} A Hub id has a '/', and a local path has to exist.")
+        known = did_you_mean(name.lower(), DATASETS) or f" Known are {', '.join(list_datasets())}."
+        raise ValueError(f"Unknown dataset {name!r}.{known} A Hub id has a '/', and a local path has to exist.")
     return DATASETS[name]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import zipfile
@@ -56,7 +57,7 @@ class EncodedImages:
 
 
 class TableImages:
-    """Images in the rows of a table of `datasets`, which may name files below `folders` only: anybody wrote it."""
+    """Images in a table of `datasets`, whose rows may name files below `folders` only: anybody wrote it."""
 
     def __init__(self, table: Any, column: str, name: str, folders: list[Path]) -> None:
         self._table, self._column, self._name = table, column, name
@@ -116,7 +117,7 @@ def load_images(
         OSError: Not in the local cache and the Hub cannot be reached.
     """
     name = os.fspath(name_or_path)
-    dataset = _load(name, split, image_column, label_column, revision, labelled)
+    dataset = _load(name, split, revision, labelled, {"image_column": image_column, "label_column": label_column})
     if dataset.labels is not None and bool((dataset.labels == dataset.labels[0]).all()):
         label = int(dataset.labels[0])
         shown = dataset.classes[label] if dataset.classes else label
@@ -129,20 +130,12 @@ def load_images(
     return dataset.cached() if cache is True else dataset.cached(cache)
 
 
-def _load(
-    name: str,
-    split: str,
-    image_column: str | None,
-    label_column: str | None,
-    revision: str | None,
-    labelled: bool,
-) -> ImageDataset:
-    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
-    options: dict[str, Any] = {"labelled": labelled, "name": name}
+def _load(name: str, split: str, revision: str | None, labelled: bool, columns: dict[str, Any]) -> ImageDataset:
+    table: Any = functools.partial(load_table, name=name, labelled=labelled, **columns)
     if name.endswith(".parquet"):
-        return load_table("parquet", split, files=name, **columns, **options)
+        return table("parquet", split, files=name)
     if os.path.isdir(name) and revision is None and (tables := _parquet_files(Path(name))):
-        return load_table("parquet", _standard_split(split), files=tables, **columns, **options)
+        return table("parquet", _standard_split(split), files=tables)
     if os.path.isdir(name) or name.endswith(".npz"):
         given = [key for key, value in {**columns, "revision": revision}.items() if value is not None]
         if given:
@@ -152,23 +145,21 @@ def _load(
         raise ValueError(f"{name} is a file of an unknown kind: pass a folder, a .parquet or a .npz file.")
     if "/" in name:
         hub_id, _, config = name.partition(":")
-        options["name"] = hub_id
-        return load_table(hub_id, split, config=config or None, revision=revision, **columns, **options)
+        return table(hub_id, split, name=hub_id, config=config or None, revision=revision)
     spec = dataset_spec(name)
     if spec.hub_id is None:
         raise ValueError(f"{name} is not on the Hub in the paper's form. {spec.notes}")
     splits = {"train": spec.train, "test": spec.test}
     if split not in splits:
         raise ValueError(f"{name} has the splits 'train' and 'test', as in the paper; got {split!r}.")
-    columns = {"image_column": image_column or spec.image_column, "label_column": label_column or spec.label_column}
-    return load_table(spec.hub_id, splits[split], config=spec.config, revision=revision, **columns, **options)
+    columns = {key: column or getattr(spec, key) for key, column in columns.items()}
+    return table(spec.hub_id, splits[split], revision=revision, **columns)
 
 
 def _load_folder(root: Path, split: str, labelled: bool) -> ImageDataset:
     """Images of a folder: ``split/class/…``, ``class/…`` or, unlabelled, any files below it.
 
-    Classes are the names of the folders in alphabetical order, over all splits. Without folders of splits everything
-    is the split "train". Hidden files and files of other types are passed over.
+    Classes are the folders' names in order, over all splits; without folders of splits everything is "train".
     """
     splits = {folder.name: folder for folder in _folders(root) if folder.name.lower() in sum(_SPLITS.values(), ())}
     names = (split, *_SPLITS.get(_standard_split(split), ()))
@@ -183,10 +174,8 @@ def _load_folder(root: Path, split: str, labelled: bool) -> ImageDataset:
         parts = list(splits.values()) or [root]
         classes = sorted({folder.name for part in parts for folder in _folders(part) if _images(folder)})
         if not classes:
-            raise NoLabelsError(
-                f"{start} has no folders of classes, so no labels: put every class into its own folder, or pass "
-                f"{WITHOUT_LABELS}."
-            )
+            what = f"{start} has no folders of classes, so no labels"
+            raise NoLabelsError(f"{what}: put every class into its own folder, or pass {WITHOUT_LABELS}.")
         found = [(str(file), label) for label, name in enumerate(classes) for file in _images(start / name)]
     else:
         found = [(str(file), 0) for file in _images(start)]
@@ -218,10 +207,9 @@ def _standard_split(split: str) -> str:
 
 
 def _parquet_files(root: Path) -> dict[str, list[str]]:
-    """Files of a folder of parquet by split: "train", "validation", "test"; empty where it holds an image.
+    """Files of a folder of parquet by split, told by a word in their paths; empty where it holds an image.
 
-    The split is told by a word in the name of a file or of a folder above it ("data/train-00000-of-00002.parquet", as
-    on the Hub); where none tells any, all are "train".
+    Where no path tells a split, all are "train".
     """
     splits: dict[str, list[str]] = {}
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -244,10 +232,9 @@ def _parquet_files(root: Path) -> dict[str, list[str]]:
 
 
 def _load_npz(name: str, split: str, labelled: bool) -> ImageDataset:
-    """Images of an npz with `jpeg`, `offsets` and, as far as there are any, `label`, `split` and `classes`.
+    """Images of an npz: image file i is ``jpeg[offsets[i]:offsets[i + 1]]``, uint8.
 
-    `jpeg` is uint8, all image files one after another; image i is ``jpeg[offsets[i]:offsets[i + 1]]``. `split` is 0
-    for training and 1 for test; without it everything is training.
+    Optional are `label`, `classes`, and `split`: 0 for training, which is the default, and 1 for test.
     """
     if not os.path.exists(name):
         raise FileNotFoundError(f"{name} does not exist.")
@@ -298,30 +285,11 @@ def load_table(
     labelled: bool = True,
     files: str | Mapping[str, list[str]] | None = None,
 ) -> ImageDataset:
-    """Load a dataset on the Hub, downloaded once, or parquet files, through the library `datasets`.
-
-    Args:
-        source: Repository, such as "uoft-cs/cifar10", or "parquet" for `files`.
-        split: Split expression of `datasets`, such as "train+validation" or "train[:10%]".
-        name: Name of the result.
-        config: Configuration, None for the default.
-        image_column: Column of the images; None takes the only one that holds images.
-        label_column: Column of the class; None takes the only class column, or one with a usual name.
-        revision: Branch, tag or commit.
-        labelled: False leaves labels out.
-        files: A parquet file or pattern, of which all is the split "train"; or files by split.
-
-    Raises:
-        ImportError: `datasets` is not installed.
-        ValueError: Unknown split, configuration or column; those that exist are named.
-        OSError: Neither in the cache nor reachable.
-    """
+    """Load a repository of the Hub, or parquet files ("parquet" with a pattern or files by split), by `datasets`."""
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
-            "Reading datasets of the Hub and parquet files needs: pip install 'smn_peft[data]'"
-        ) from error
+        raise ImportError("Datasets of the Hub and parquet files need: pip install 'smn_peft[data]'") from error
     try:
         table: Any = datasets.load_dataset(
             source, config, split=split, revision=revision, trust_remote_code=False, data_files=files
@@ -331,22 +299,26 @@ def load_table(
             raise ValueError(f"{name}, split {split!r}: {error}") from error
         raise NoSplitError(f"{name}, split {split!r}: {error}", re.findall(r"'([^']*)'", found[1])) from error
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise OSError(
-            f"{name} does not exist on the Hub, or cannot be read without logging in (hf auth login): {error}"
-        ) from error
+        raise OSError(f"{name} is not on the Hub, or cannot be read without hf auth login: {error}") from error
     except ConnectionError as error:
         raise OSError(
             f"{name} is not in the local cache and the Hub cannot be reached ({error}). Go online once (unset "
             "HF_HUB_OFFLINE), or copy the cache of a machine that has it."
         ) from error
-    image_column = _image_column(table, image_column, name)
-    labels, classes = _labels(table, _label_column(table, label_column, name), name) if labelled else (None, None)
+    there = ", ".join(table.column_names)
+    for argument, column in (("image_column", image_column), ("label_column", label_column if labelled else None)):
+        if column is not None and column not in table.features:
+            raise ValueError(f"{name} has no column {column!r}; pass {argument}=, one of {there}.")
+    image_column = image_column or _image_column(table, name, there)
+    labels, classes = (
+        _labels(table, label_column or _label_column(table, name, there), name) if labelled else (None, None)
+    )
     checksums = table.info.download_checksums or {}
     commit = next((found[1] for key in checksums if (found := _COMMIT.search(key))), revision)
     # Bytes as they are stored: decoding is ours, so that an error can name the row.
-    column = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return ImageDataset(
-        TableImages(column, image_column, name, _own_folders(source, files)),
+        TableImages(images, image_column, name, _own_folders(source, files)),
         labels=labels,
         classes=classes,
         name=name,
@@ -365,46 +337,31 @@ def _own_folders(source: str, files: str | Mapping[str, list[str]] | None) -> li
         own = Path(HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"
         return [own, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
     named = [files] if isinstance(files, str) else [file for part in files.values() for file in part]
-    paths = [
-        Path(re.split(r"[*?\[]", file, maxsplit=1)[0]) for file in named
-    ]  # of a pattern what its wildcards follow
+    paths = [Path(re.split(r"[*?\[]", file, maxsplit=1)[0]) for file in named]  # what a pattern's wildcards follow
     return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
 
-def _image_column(table: Any, column: str | None, name: str) -> str:
+def _image_column(table: Any, name: str, there: str) -> str:
     import datasets
 
-    if column is not None:
-        return _known_column(table, column, "image_column", name)
     found = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
     # Parquet that was not written by `datasets` holds the same record without saying that it is an image.
     records = [key for key, f in table.features.items() if isinstance(f, Mapping) and {"bytes", "path"} <= set(f)]
     found = found or records
     if len(found) != 1:
-        there = ", ".join(table.column_names)
         raise ValueError(f"{name} has {len(found) or 'no'} columns of images; pass image_column=, one of {there}.")
     return found[0]
 
 
-def _label_column(table: Any, column: str | None, name: str) -> str:
+def _label_column(table: Any, name: str, there: str) -> str:
     import datasets
 
-    if column is not None:
-        return _known_column(table, column, "label_column", name, f", or {WITHOUT_LABELS}")
     found = [key for key, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(found) != 1:
         found = [key for key in _LABEL_NAMES if key in table.features]
     if not found:
-        there = ", ".join(table.column_names)
         raise NoLabelsError(f"{name} has no label column; it has {there}: pass label_column=, or {WITHOUT_LABELS}.")
     return found[0]
-
-
-def _known_column(table: Any, column: str, argument: str, name: str, otherwise: str = "") -> str:
-    if column not in table.features:
-        there = ", ".join(table.column_names)
-        raise ValueError(f"{name} has no column {column!r}; pass {argument}=, one of {there}{otherwise}.")
-    return column
 
 
 def _labels(table: Any, column: str, name: str) -> tuple[Tensor, list[str] | None]:
@@ -417,9 +374,8 @@ def _labels(table: Any, column: str, name: str) -> tuple[Tensor, list[str] | Non
         numbers = {label: number for number, label in enumerate(classes)}
         return torch.tensor([numbers[value] for value in values]), classes
     if values and not isinstance(values[0], int):
-        kind, there = type(values[0]).__name__, ", ".join(table.column_names)
-        raise ValueError(
-            f"The column {column!r} of {name} holds {kind}, no class; pass label_column=, one of {there}."
-        )
+        there = ", ".join(table.column_names)
+        what = f"The column {column!r} of {name} holds {type(values[0]).__name__}, no class"
+        raise ValueError(f"{what}; pass label_column=, one of {there}.")
     names = getattr(table.features[column], "names", None)
     return torch.tensor(values, dtype=torch.int64), None if names is None else list(names)

@@ -11,14 +11,7 @@ from ..functional.features import whole_numbers
 __all__ = ["held_out", "label_subset"]
 
 
-def label_subset(
-    labels: Tensor,
-    *,
-    fraction: float | None = None,
-    per_class: int | None = None,
-    balanced: bool = True,
-    seed: int = 0,
-) -> Tensor:
+def label_subset(labels: Tensor, fraction: float, *, balanced: bool = True, seed: int = 0) -> Tensor:
     """Choose the images whose labels may be used, for low-shot learning (the paper's 10 … 0.25 %).
 
     With the same seed a smaller subset lies in every larger one of the same kind.
@@ -26,7 +19,6 @@ def label_subset(
     Args:
         labels: (n,) whole numbers; a class is a value that occurs.
         fraction: Part of the images, in (0, 1]; at least one image, per class if balanced.
-        per_class: Number per class; give this or `fraction`.
         balanced: Take the same number from every class, all of a class that has fewer than the fraction asks for;
             else so many at random, so that a class may be missing.
         seed: Seed of the random order.
@@ -35,29 +27,18 @@ def label_subset(
         Sorted indices, (m,) int64.
 
     Raises:
-        ValueError: Both or neither of `fraction` and `per_class`, out of range, or more than a class has.
+        ValueError: No labels, or a fraction out of range.
     """
-    if (fraction is None) == (per_class is None):
-        raise ValueError("Pass either fraction= or per_class=.")
     if labels.ndim != 1 or len(labels) == 0:
         raise ValueError(f"labels must be a vector of at least one label; got the shape {tuple(labels.shape)}.")
-    labels, total = whole_numbers(labels, "labels"), len(labels)
-    classes, counts = labels.unique(return_counts=True)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    if fraction is not None and not 0 < fraction <= 1:
+    if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 1 % is 0.01.")
-    if per_class is not None:
-        least = int(counts.min())
-        if not 1 <= per_class <= (least if balanced else total // len(classes)):
-            raise ValueError(
-                f"per_class must lie between 1 and the images that a class has; got {per_class}, and class "
-                f"{int(classes[counts.argmin()])} has {least}."
-            )
+    labels, total = whole_numbers(labels, "labels"), len(labels)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     if not balanced:
-        number = max(1, round(fraction * total)) if fraction is not None else (per_class or 0) * len(classes)
-        return order[:number].sort().values
-    number = max(1, round(fraction * total / len(classes))) if fraction is not None else (per_class or 0)
-    shuffled = labels[order]
+        return order[: max(1, round(fraction * total))].sort().values
+    classes, shuffled = labels.unique(), labels[order]
+    number = max(1, round(fraction * total / len(classes)))
     return torch.cat([order[shuffled == label][:number] for label in classes]).sort().values
 
 

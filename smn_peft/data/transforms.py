@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image transforms: uint8 RGB in, normalised fp32 out; supervised, multi-crop and evaluation.
 
-Every transform is called as ``transform(image, generator)`` and draws only from that generator, so that a sample can
-be repeated exactly; without one it draws from torch's global generator.
+``transform(image, generator)`` draws only from that generator, so that a sample can be repeated exactly.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +24,6 @@ from .augmentation import AugmentationOptions, Draws, MultiCropOptions, Supervis
 __all__ = [
     "ForeignTransform",
     "ImageTransform",
-    "PilTransform",
     "check_preprocessing",
     "evaluation_transform",
     "multi_crop_transform",
@@ -36,15 +35,7 @@ Triple = tuple[float, ...]
 
 
 class Normalise:
-    """uint8 (3, height, width) in any memory order, or fp32 in [0, 1], to contiguous fp32 (pixel - mean) / std.
-
-    Args:
-        mean: Per channel, of pixels in [0, 1].
-        std: Per channel.
-
-    Raises:
-        ValueError: Not three numbers each, or a deviation that is not positive.
-    """
+    """uint8 (3, height, width) in any memory order, or fp32 in [0, 1], to contiguous fp32 (pixel - mean) / std."""
 
     def __init__(self, mean: Triple, std: Triple) -> None:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -59,7 +50,7 @@ class Normalise:
 
 
 class ImageTransform(Protocol):
-    """An image (3, height, width) uint8 to one tensor, or to a list of crops."""
+    """An image (3, height, width) uint8 to one tensor or a list of crops; no generator means torch's global one."""
 
     def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor | list[Tensor]:
         """Transform one image."""
@@ -72,13 +63,14 @@ def supervised_transform(
 
     Args:
         image_size: Pixels of a side of the result.
-        mean: The base model's mean per channel.
-        std: The base model's standard deviation per channel.
+        mean: The base model's, per channel.
+        std: The base model's, per channel.
         options: Strengths; the paper's by default.
         changes: Fields of the options that differ.
     """
     options = replace(options or SupervisedOptions(), **changes)
-    return _RandomCrops([(image_size, options.scale)], mean, std, options, single=True)
+    crops, normalise = [(image_size, options.scale)], Normalise(mean, std)
+    return functools.partial(_random_crops, crops=crops, normalise=normalise, options=options, single=True)
 
 
 def multi_crop_transform(
@@ -91,7 +83,22 @@ def multi_crop_transform(
     options = replace(options or MultiCropOptions(), **changes)
     crops = [(options.global_size, options.global_scale)] * options.global_crops
     crops += [(options.local_size, options.local_scale)] * options.local_crops
-    return _RandomCrops(crops, mean, std, options)
+    return functools.partial(_random_crops, crops=crops, normalise=Normalise(mean, std), options=options)
+
+
+def _random_crops(
+    image: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    crops: Sequence[tuple[int, tuple[float, float]]],
+    normalise: Normalise,
+    options: AugmentationOptions,
+    single: bool = False,
+) -> Tensor | list[Tensor]:
+    """Crops of (size, part of the area) each; one comes as a tensor if `single`."""
+    draws = Draws(generator)
+    made = [normalise(augmented_crop(image, size, scale, options, draws)) for size, scale in crops]
+    return made[0] if single else made
 
 
 def evaluation_transform(
@@ -108,23 +115,36 @@ def evaluation_transform(
         image_size: Pixels of a side of the result.
         mean: Per channel.
         std: Per channel.
-        crop_fraction: Part of the resized shorter side that is kept (timm's `crop_pct`).
+        crop_fraction: Part of the resized shorter side that is kept (timm's `crop_pct`), in (0, 1].
         interpolation: How to resize, always antialiased.
-
-    Raises:
-        ValueError: A fraction outside (0, 1].
     """
     if not 0 < crop_fraction <= 1:
         raise ValueError(f"crop_fraction must lie in (0, 1]; got {crop_fraction}.")
-    return _Evaluation(image_size, int(image_size / crop_fraction), interpolation, Normalise(mean, std))
+    return functools.partial(
+        _evaluation_crop,
+        size=image_size,
+        resized=int(image_size / crop_fraction),
+        interpolation=InterpolationMode(interpolation),
+        normalise=Normalise(mean, std),
+    )
+
+
+def _evaluation_crop(
+    image: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    size: int,
+    resized: int,
+    interpolation: InterpolationMode,
+    normalise: Normalise,
+) -> Tensor:
+    if min(image.shape[-2:]) != resized:
+        image = F.resize(image, [resized], interpolation=interpolation, antialias=True)
+    return normalise(F.center_crop(image, [size, size]))
 
 
 def preprocessing_transform(preprocessing: Mapping[str, Any]) -> ImageTransform:
-    """Make the evaluation transform that `Backbone.preprocessing`, or an adapter's config, describes.
-
-    Args:
-        preprocessing: See [`check_preprocessing`], which raises for it.
-    """
+    """Make the evaluation transform of `Backbone.preprocessing` or an adapter's; see [`check_preprocessing`]."""
     known = check_preprocessing(preprocessing)
     return evaluation_transform(
         known["image_size"],
@@ -135,21 +155,10 @@ def preprocessing_transform(preprocessing: Mapping[str, Any]) -> ImageTransform:
     )
 
 
-class PilTransform:
-    """A transform of PIL images, such as a backbone's own, for the tensors of an `ImageDataset`."""
-
-    def __init__(self, transform: Callable[[Any], Tensor]) -> None:
-        self._transform = transform
-
-    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Transform one image; nothing is drawn."""
-        return self._transform(F.to_pil_image(image))
-
-
 class ForeignTransform:
-    """Any random transform of tensors, such as one of torchvision's, that draws from the global generators.
+    """Any random transform of tensors, such as one of torchvision's (`v2.ToPILImage` first if it takes PIL images).
 
-    Those of torch, NumPy and Python are seeded from the sample's generator for the call and restored after it.
+    The global generators of torch, NumPy and Python are seeded from the sample's for the call and restored after it.
     """
 
     def __init__(self, transform: Callable[[Tensor], Tensor | list[Tensor]]) -> None:
@@ -170,35 +179,3 @@ class ForeignTransform:
             torch.default_generator.set_state(states[0])
             np.random.set_state(states[1])
             random.setstate(states[2])
-
-
-class _RandomCrops:
-    """Random crops of an image, each of (size, part of the area); one comes as a tensor if `single`."""
-
-    def __init__(
-        self,
-        crops: Sequence[tuple[int, tuple[float, float]]],
-        mean: Triple,
-        std: Triple,
-        options: AugmentationOptions,
-        *,
-        single: bool = False,
-    ) -> None:
-        self._crops, self._normalise = crops, Normalise(mean, std)
-        self._options, self._single = options, single
-
-    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor | list[Tensor]:
-        draws = Draws(generator)
-        made = [self._normalise(augmented_crop(image, *crop, self._options, draws)) for crop in self._crops]
-        return made[0] if self._single else made
-
-
-class _Evaluation:
-    def __init__(self, size: int, resized: int, interpolation: str, normalise: Normalise) -> None:
-        self._size, self._resized, self._normalise = size, resized, normalise
-        self._interpolation = InterpolationMode(interpolation)
-
-    def __call__(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if min(image.shape[-2:]) != self._resized:
-            image = F.resize(image, [self._resized], interpolation=self._interpolation, antialias=True)
-        return self._normalise(F.center_crop(image, [self._size, self._size]))

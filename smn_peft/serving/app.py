@@ -34,7 +34,7 @@ from .limits import ServingError, explained, limited
 from .models import NAME_LENGTH, NewTask, Question
 from .service import Service
 
-__all__ = ["build_app", "check_origin", "content_policy", "key_from"]
+__all__ = ["build_app", "content_policy", "key_from"]
 
 T = TypeVar("T")
 Name = Annotated[str, Path(max_length=NAME_LENGTH)]
@@ -45,13 +45,7 @@ _BEARER = HTTPBearer(auto_error=False)
 
 
 def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Sequence[str] = ()) -> FastAPI:
-    """Make the application.
-
-    Args:
-        service: What answers; it is closed when the application ends.
-        api_key: Key that changes need; None: nothing can be changed.
-        allowed_hosts: See [`check_origin`].
-    """
+    """Make the application, which closes the service at its end; for the arguments see `make_server`."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -96,7 +90,7 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
 
     async def answered(request: Request, answer: Callable[[Question], Awaitable[bytes]]) -> Response:
         with limited(request, limits.body_bytes, limits.pause, service.bodies) as bounded:
-            question = await in_time(models.read_question(bounded, limits))
+            question = await in_time(models.read(Question, bounded, limits.body_bytes))
             # Only now: whoever sends slowly takes nobody's place.
             with service.place(question):
                 return Response(await in_time(answer(question)), media_type="application/json")
@@ -156,7 +150,7 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
     async def add(request: Request) -> Response:
         """Add a task."""
         with limited(request, limits.adapter_bytes, limits.pause) as bounded:
-            new = await in_time(models.read_new_task(bounded, limits))
+            new = await in_time(models.read(NewTask, bounded, limits.adapter_bytes))
         return _json(await service.add(new), 201)
 
     @app.delete(
@@ -226,7 +220,7 @@ class _Watched:
 
         try:
             if scope["path"] != "/healthz":  # load balancers call a server anything
-                check_origin(scope["method"], Headers(scope=scope), self.allowed_hosts)
+                _check_origin(scope["method"], Headers(scope=scope), self.allowed_hosts)
             if self.service.draining and scope["path"] not in ("/metrics", "/healthz"):
                 raise _stopping()
             await self.app(scope, receive, observed)
@@ -248,21 +242,12 @@ def _stopping() -> ServingError:
     return ServingError(503, "The server is stopping.", fix, {"Connection": "close", "Retry-After": "5"})
 
 
-def check_origin(method: str, headers: Headers, allowed: Sequence[str]) -> None:
-    """Let a request pass that was sent to this server by name, and by no other site's page.
+def _check_origin(method: str, headers: Headers, allowed: Sequence[str]) -> None:
+    """Let a request pass that was sent to this server by name, and by no other site's page; 403 for others.
 
     A page of another site can send a POST to any server that the browser reaches (its Origin tells), and can take on
     a local server's address under its own name (DNS rebinding; the Host tells). "localhost" and IP addresses are
     always names of this server: nobody can make those point elsewhere.
-
-    Args:
-        method: Method of the request.
-        headers: Headers of the request.
-        allowed: Other names of this server, and of sites whose pages may post to it; "*.example.com" for all below,
-            "*" for everything.
-
-    Raises:
-        ServingError: 403.
     """
     host = headers.get("host", "").lower()
     name = _host_name(host)
@@ -298,11 +283,7 @@ def _among(name: str, allowed: Sequence[str]) -> bool:
 
 
 def key_from(variable: str | None) -> str | None:
-    """Read the key from an environment variable.
-
-    Raises:
-        ValueError: If it is named, and unset or empty.
-    """
+    """Read the key from an environment variable; ValueError if that is named, and unset or empty."""
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()

@@ -41,17 +41,12 @@ _ASKED_FOR_SIZE = 10  # adapters that are read for the size they were trained on
 class ServedModel(nn.Module):
     """A backbone with a place for the tasks' heads that gives logits and features in one forward.
 
-    The head is a plain `nn.Linear`, so that mixed batches may share one product: a bank folds what standardises a
-    `Classifier`'s features into the head's weights when it reads the task.
+    The head is a plain `nn.Linear`, since a bank folds what standardises a `Classifier`'s features into the weights.
 
     Args:
         backbone: A vision model whose `pooled_features` are (batch, feature_dim).
         feature_dim: Size of the features.
-        head_name: "head" in adapters made on a `Classifier`; on a plain timm model as timm names it, such as "fc" or
-            "head.fc".
-
-    Raises:
-        ValueError: If the name is not one of a module, or taken.
+        head_name: "head" in adapters made on a `Classifier`; on a plain timm model as timm names it, such as "fc".
     """
 
     #: Where the vision model is, in transformers' words.
@@ -72,12 +67,10 @@ class ServedModel(nn.Module):
         self.eval()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-        """(batch, 3, height, width) -> "logits" (batch, classes) and "features" (batch, 1, feature_dim).
-
-        The second dimension tells features from logits where a bank joins the rows of a mixed batch.
-        """
+        """(batch, 3, height, width) -> "logits" (batch, classes) and "features" (batch, 1, feature_dim)."""
         features = pooled_features(self.backbone, pixel_values, **kwargs)
         head = self.get_submodule(self.head_name)
+        # A dimension more than logits, to tell them apart where a bank joins the rows of a mixed batch.
         return {"logits": head(features.to(next(head.parameters()).dtype)), "features": features[:, None]}
 
 
@@ -98,7 +91,7 @@ def open_bank(
         where: A bank; or the folder of an adapter, or of several adapters' folders, which are then held in memory.
         base: Base of the tasks: Hub id, timm name, folder, or "file.py:function", which is run.
         weights: safetensors file for the timm architecture `base`.
-        image_size: Input size; None for what the first task was trained on if its adapter says it, else the base's.
+        image_size: Input size; None for what the first task was trained on if its adapter says so, else the base's.
         head_name: See [`ServedModel`].
         device: Device of the model.
         ram_budget: Bytes that decoded tasks may take.
@@ -108,7 +101,6 @@ def open_bank(
         The bank, the backbone with the bank's [`ServedModel`], and why some adapters were left out, by name.
 
     Raises:
-        FileNotFoundError: If there is no bank.
         ValueError: If the base cannot be loaded, or no adapter belongs to it.
     """
     where, base = Path(where), os.fspath(base)

@@ -31,8 +31,8 @@ class Workers:
     """Daemon threads: at exit Python joins those of a `ThreadPoolExecutor`, however long they work."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None]
-        self._queue, self._count = queue.SimpleQueue(), count
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (future, function, arguments), or None to end
+        self._count = count
         for _ in range(count):
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
@@ -86,9 +86,6 @@ class Batcher:
         max_batch: Samples in one forward.
         max_wait: Seconds that the first sample of a batch waits for others.
         watch: Called in the thread after every batch with its samples, tasks and seconds.
-
-    Raises:
-        ValueError: If a number is out of range.
     """
 
     def __init__(
@@ -100,10 +97,8 @@ class Batcher:
         watch: Callable[[int, int, float], None] = lambda *_: None,
     ) -> None:
         if max_batch < 1 or not 0 <= max_wait <= _LONGEST_WAIT:  # false for nan too
-            raise ValueError(
-                f"max_batch must be at least 1 and max_wait at least 0, at most {_LONGEST_WAIT:g} s; "
-                f"got {max_batch}, {max_wait}."
-            )
+            wanted = f"max_batch must be at least 1 and max_wait at least 0, at most {_LONGEST_WAIT:g} s"
+            raise ValueError(f"{wanted}; got {max_batch}, {max_wait}.")
         self._bank, self._max_batch, self._max_wait, self._watch = bank, max_batch, max_wait, watch
         self._device = next(bank.model.parameters()).device
         self._queue: queue.SimpleQueue[_Sample | None] = queue.SimpleQueue()

@@ -56,17 +56,8 @@ class ServingError(Exception):
         self.body = {"error": error, "fix": fix}
 
 
-_IMAGES = {
-    TooManyPixelsError: (413, "Shrink the image."),
-    UnknownFormatError: (415, "Send an image in one of these formats."),
-}
-
-
 def explained(error: BaseException, task: str | None = None) -> ServingError:
-    """Make a refusal of any error, which the use of `task` raised if one is given.
-
-    Of an unforeseen error the client learns the type, and the log has the traceback.
-    """
+    """Make a refusal of any error, which the use of `task` raised if one is given; an unknown one is logged."""
     if isinstance(error, ServingError):
         return error
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -75,16 +66,18 @@ def explained(error: BaseException, task: str | None = None) -> ServingError:
         logger.warning("the store is busy: %s", error)
         fix = "Nothing was changed: try again when it is done."
         return ServingError(503, "Another process is writing to the bank.", fix, {"Retry-After": "5"})
+    if isinstance(error, TooManyPixelsError):
+        return ServingError(413, str(error), "Shrink the image.")
+    if isinstance(error, UnknownFormatError):
+        return ServingError(415, str(error), "Send an image in one of these formats.")
     if isinstance(error, ImageError):
-        status, fix = _IMAGES.get(type(error), (422, "Send a whole image file."))
-        return ServingError(status, str(error), fix)
+        return ServingError(422, str(error), "Send a whole image file.")
     if task is not None and isinstance(error, KeyError):
         return ServingError(404, f"There is no task {task!r}.", "GET /v1/tasks lists the tasks.")
     if task is not None and isinstance(error, (ValueError, TypeError, OSError)):
-        damaged = isinstance(error, AdapterFileError)
-        what = f"Task {task!r} {'is damaged' if damaged else 'cannot be used'}: {error}"
-        fix = "Add one that was made for the server's base."
-        if damaged:
+        what, fix = f"Task {task!r} cannot be used: {error}", "Add one that was made for the server's base."
+        if isinstance(error, AdapterFileError):
+            what = f"Task {task!r} is damaged: {error}"
             fix = "Remove it and add it again; `smn bank verify` names all that are damaged."
         logger.error(what)
         return ServingError(500, what, f"Other tasks are served. {fix}")
@@ -108,13 +101,10 @@ class Budget:
 
 @contextmanager
 def limited(request: Request, limit: int, pause: float, bodies: Budget | None = None) -> Iterator[Request]:
-    """Bound a request's body while it is read, whether it declares its length or not.
+    """Bound a request's body while it is read from the request that is yielded.
 
-    Args:
-        request: The request; read its body from the one that is yielded.
-        limit: Bytes of its body; more raise 413.
-        pause: Seconds to wait for the next bytes; longer raises 408.
-        bodies: Budget in which its bytes count until the context ends; 503 if it is spent.
+    More than `limit` bytes raise 413, no byte for `pause` seconds 408; 503 if the budget `bodies`, in which the bytes
+    count until the context ends, is spent.
     """
     too_large = ServingError(413, f"The request is larger than {limit} bytes.", "Send a smaller one.")
     too_many = ServingError(503, "Too many requests are being read.", "Try again.", {"Retry-After": "1"})

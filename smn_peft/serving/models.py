@@ -6,8 +6,9 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+import pydantic
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 from python_multipart.multipart import parse_options_header
@@ -16,23 +17,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from .limits import Limits, ServingError
-
-__all__ = [
-    "NAME_LENGTH",
-    "Added",
-    "Embeddings",
-    "Error",
-    "Health",
-    "NewTask",
-    "Predictions",
-    "Question",
-    "Removed",
-    "TaskFacts",
-    "TaskNames",
-    "read_new_task",
-    "read_question",
-]
+from .limits import ServingError
 
 NAME_LENGTH = 1000
 """Characters of a task's name; a bank bounds its own further."""
@@ -62,10 +47,16 @@ Name = Annotated[str, Field(min_length=1, max_length=NAME_LENGTH)]
 Id = Annotated[str, Field(max_length=200)]
 
 
-class Question(BaseModel):
+class _Sent(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    # JSON with more of its separators is made to take long: base64 has none, and a question needs a few.
+    max_parts: ClassVar[int]
+
+
+class Question(_Sent):
     """One image and the tasks that are asked about it."""
 
-    model_config = ConfigDict(frozen=True)
+    max_parts = 10_000
     image: Annotated[bytes, BeforeValidator(_image)] = Field(description="Image file; in JSON as base64.")
     tasks: Annotated[
         list[Name],
@@ -80,10 +71,10 @@ class Question(BaseModel):
     logits: bool = Field(False, description="Whether to return all logits too.")
 
 
-class NewTask(BaseModel):
+class NewTask(_Sent):
     """A task to add: a folder of the server, a repository on the Hub, or two uploaded files."""
 
-    model_config = ConfigDict(frozen=True)
+    max_parts = 200_000
     name: Name
     folder: str | None = Field(None, max_length=4096, description="Folder of an adapter where the server runs.")
     hub_id: Id | None = Field(None, description="Repository on the Hub, user/name.")
@@ -94,6 +85,16 @@ class NewTask(BaseModel):
         None, description="Names of the classes; in a form as JSON."
     )
     replace: bool = Field(False, description="Whether to replace the task of this name.")
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> NewTask:
+        uploaded = self.config is not None and self.weights is not None
+        if sum([self.folder is not None, self.hub_id is not None, uploaded]) != 1:
+            what = (
+                "it is not said where the adapter is: one of 'folder', 'hub_id', and the files 'config' and 'weights'"
+            )
+            raise PydanticCustomError("source", what)
+        return self
 
 
 class _Answer(BaseModel):
@@ -224,34 +225,11 @@ class Health(_Answer):
     tasks: int
 
 
-M = TypeVar("M", Question, NewTask)
-# JSON with more of these characters is made to take long: base64 has none, and a question needs a few.
-_JSON_PARTS = {Question: 10_000, NewTask: 200_000}
+M = TypeVar("M", bound=_Sent)
 
 
-async def read_question(request: Request, limits: Limits) -> Question:
-    """Read the body of a `limited` request.
-
-    Raises:
-        ServingError: 400, 415 or 422 for a body that cannot be read.
-    """
-    question = await _read(Question, request, limits.body_bytes)
-    if len(question.tasks) > limits.tasks:
-        raise ServingError(422, f"{len(question.tasks)} tasks are named.", f"Ask {limits.tasks} at a time at most.")
-    return question
-
-
-async def read_new_task(request: Request, limits: Limits) -> NewTask:
-    """Read the body of a `limited` request; see [`read_question`]."""
-    new = await _read(NewTask, request, limits.adapter_bytes)
-    uploaded = new.config is not None and new.weights is not None
-    if sum([new.folder is not None, new.hub_id is not None, uploaded]) != 1:
-        fix = "Send one of 'folder', 'hub_id', and the files 'config' and 'weights'."
-        raise ServingError(422, "It is not said where the adapter is.", fix)
-    return new
-
-
-async def _read(model: type[M], request: Request, limit: int) -> M:
+async def read(model: type[M], request: Request, limit: int) -> M:
+    """Read the body of a `limited` request; `ServingError` 400, 415 or 422 for one that cannot be read."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     charset = options.get(b"charset", b"utf-8").lower()
     if charset not in (b"utf-8", b"utf8"):  # some of Python's codecs take quadratic time
@@ -270,9 +248,8 @@ async def _read(model: type[M], request: Request, limit: int) -> M:
 
 def _parsed(model: type[M], body: bytes) -> M:
     """Parse JSON, which keeps every other thread waiting: its parts are counted before."""
-    parts = _JSON_PARTS[model]
-    if sum(body.count(character) for character in (b",", b"[", b"{")) > parts:
-        raise ServingError(422, f"The body has more than {parts} parts.", "Send the fields alone.")
+    if sum(body.count(character) for character in (b",", b"[", b"{")) > model.max_parts:
+        raise ServingError(422, f"The body has more than {model.max_parts} parts.", "Send the fields alone.")
     return model.model_validate_json(body)
 
 
@@ -299,6 +276,5 @@ def _refusal(error: ValidationError, model: type[BaseModel]) -> ServingError:
         return ServingError(400, f"{what} is no JSON: {found['msg'][:200]}", "Send JSON.")
     wanted = model.model_fields.get("tasks" if field == "task" else field)
     fix = f"Send {what}. {wanted.description or ''}".strip() if wanted else "Send the fields of /openapi.json."
-    return ServingError(
-        422, f"{what} is missing." if found["type"] == "missing" else f"{what}: {found['msg'][:200]}.", fix
-    )
+    error_text = f"{what} is missing." if found["type"] == "missing" else f"{what}: {found['msg'][:200]}."
+    return ServingError(422, error_text, fix)

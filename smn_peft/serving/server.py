@@ -81,12 +81,20 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
-        self._service, self._end = service, math.inf
+        self._service, self._end, self._last_line = service, math.inf, -math.inf
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, with few words for a lack of descriptors."""
-        asyncio.get_running_loop().set_exception_handler(_quiet_on_no_descriptors())
+        asyncio.get_running_loop().set_exception_handler(self._log_failure)
         await super().startup(sockets)
+
+    def _log_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log one line a minute for failing accepts, of which asyncio logs thousands a second with traceback."""
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._last_line > 60:
+            self._last_line = time.monotonic()
+            logger.error("no connection is accepted: the process has no file descriptors left (ulimit -n)")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, end at the second."""
@@ -103,21 +111,6 @@ class _Server(uvicorn.Server):
             self.config.timeout_graceful_shutdown = max(1, math.ceil(min(left, self._service.limits.grace)))
             self.should_exit = True
         return await super().on_tick(counter)
-
-
-def _quiet_on_no_descriptors() -> Any:
-    """Log one line a minute for failing accepts, of which asyncio logs thousands a second with traceback."""
-    last = -math.inf
-
-    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        nonlocal last
-        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
-            loop.default_exception_handler(context)
-        elif time.monotonic() - last > 60:
-            last = time.monotonic()
-            logger.error("no connection is accepted: the process has no file descriptors left (ulimit -n)")
-
-    return handle
 
 
 def _bounds(limits: Limits) -> tuple[int, int]:
@@ -140,7 +133,17 @@ def make_server(
     allowed_hosts: Sequence[str] = (),
     log_level: str | None = None,
 ) -> uvicorn.Server:
-    """Make a uvicorn server within a service's limits; for the arguments see [`serve`]."""
+    """Make a uvicorn server within a service's limits.
+
+    Args:
+        service: What answers; it is closed at the end.
+        host: Address to listen at.
+        port: 0 takes a free port, which the log names.
+        api_key: Key that changes need; None: nothing can be changed.
+        allowed_hosts: Names of this server beside its address, and of sites whose pages may post to it;
+            "*.example.com" for all below, "*" for everything.
+        log_level: uvicorn's.
+    """
     limits = service.limits
     connections, backlog = _bounds(limits)
     config = uvicorn.Config(
@@ -162,14 +165,5 @@ def make_server(
 
 
 def serve(service: Service, **options: Any) -> None:
-    """Serve until SIGTERM or Ctrl-C.
-
-    Args:
-        service: What answers; it is closed at the end.
-        options: `host` and `port` to listen at (0 takes a free port, which the log names); `api_key`, which changes
-            need; `allowed_hosts`, names of this server beside its address, see [`check_origin`].
-
-    Raises:
-        SystemExit: If the address is taken.
-    """
+    """Serve until SIGTERM or Ctrl-C, with the options of [`make_server`]; SystemExit if the address is taken."""
     make_server(service, **options).run()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import difflib
 import functools
 import json
 import math
@@ -22,6 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from torch import Tensor
 
+from .._options import did_you_mean
 from ..backbones import Backbone
 from ..bank.bank import BASE, MaskBank
 from ..data import check_preprocessing, preprocessing_transform
@@ -52,15 +52,15 @@ class Service:
         bank: Its model is the `ServedModel` of `backbone`.
         backbone: How images are prepared for tasks that do not say it.
         limits: Bounds on requests.
-        max_batch: Samples in one forward.
-        max_wait: Seconds that a sample waits for others.
+        max_batch: See [`Batcher`].
+        max_wait: See [`Batcher`].
         image_size: Pixels of a side for every task, whatever it was trained on.
 
     Attributes:
         metrics: Figures for Prometheus.
         places: Samples that are waiting or worked on.
         bodies: Bytes of the questions that are being read or answered.
-        draining: Whether the server is about to stop, finishes what it has and takes nothing more.
+        draining: Whether the server finishes what it has and takes nothing more.
     """
 
     def __init__(
@@ -89,6 +89,8 @@ class Service:
     def place(self, question: Question) -> Iterator[None]:
         """Hold a place for each of a question's samples; 429 if there are not so many."""
         count, taken = len(question.tasks), self.places.held
+        if count > self.limits.tasks:
+            raise ServingError(422, f"{count} tasks are named.", f"Ask {self.limits.tasks} at a time at most.")
         wait = max(1, math.ceil(taken * self.batcher.seconds_each))
         what = f"The queue is full: {taken} of {self.places.limit} places are taken."
         fix = f"Try again in {wait} s, or with fewer tasks at a time."
@@ -100,13 +102,13 @@ class Service:
 
     async def predict(self, question: Question) -> bytes:
         """The likeliest classes under each task; `Predictions` as JSON."""
-        return await self._answer(question, functools.partial(self._prediction, question))
+        return await self._answer(question, self._prediction)
 
     async def embed(self, question: Question) -> bytes:
         """The features under each task, before its head; `Embeddings` as JSON."""
         return await self._answer(question, self._embedding)
 
-    async def _answer(self, question: Question, result: Callable[[Output], dict[str, Any]]) -> bytes:
+    async def _answer(self, question: Question, result: Callable[[Question, Output], dict[str, Any]]) -> bytes:
         started = time.perf_counter()
         pool = self._large if len(question.image) > _LARGE_BYTES else self._decoders
         image, ways = await pool.run(self._opened, question)
@@ -124,7 +126,7 @@ class Service:
                 try:
                     if isinstance(output, BaseException):
                         raise explained(output, task)
-                    results.append({"task": task, **result(output), **self._circumstances(output, way)})
+                    results.append({"task": task, **result(question, output), **self._circumstances(output, way)})
                 except ServingError as error:
                     errors.append(error)
                     results.append({"task": task, **error.body, "status": error.status})
@@ -200,7 +202,7 @@ class Service:
         return {"top": found, **({"logits": output.logits.tolist()} if question.logits else {})}
 
     @staticmethod
-    def _embedding(output: Output) -> dict[str, Any]:
+    def _embedding(_: Question, output: Output) -> dict[str, Any]:
         _check_finite(output.features, output)
         return {"embedding": output.features.tolist()}
 
@@ -272,12 +274,11 @@ class Service:
     def _unknown(self, name: str) -> ServingError:
         names = self.bank.names
         place = max(0, bisect.bisect(names, name) - _COMPARED // 2)  # those that begin alike stand side by side
-        close = difflib.get_close_matches(name, names[place : place + _COMPARED], n=3)
-        fix = f"Did you mean {', '.join(close)}?" if close else "GET /v1/tasks lists the tasks."
-        return ServingError(404, f"There is no task {name!r}.", fix)
+        close = did_you_mean(name, names[place : place + _COMPARED])
+        return ServingError(404, f"There is no task {name!r}.", f"GET /v1/tasks lists the tasks.{close}")
 
     def close(self) -> None:
-        """Finish what was submitted and close the bank; what hangs is left behind after a while."""
+        """Finish what was submitted and close the bank; what hangs is left behind."""
         for workers in (self._decoders, self._large, self._lookups, self._writer):
             workers.close()
         if self.batcher.close(self.limits.grace):
@@ -323,15 +324,12 @@ class Metrics(Collector):
     def __init__(self, service: Service) -> None:
         self._service = service
         registry = self._registry = CollectorRegistry()
+        histogram = functools.partial(Histogram, registry=registry)
         self._requests = Counter("smn_requests", "Requests answered", ["method", "route", "status"], registry=registry)
-        self._seconds = Histogram(
-            "smn_request_seconds", "Time to answer", ["route"], buckets=_SECONDS, registry=registry
-        )
-        self._batches = (
-            Histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES, registry=registry),
-            Histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES, registry=registry),
-            Histogram("smn_batch_seconds", "Time per forward", buckets=_SECONDS, registry=registry),
-        )
+        self._seconds = histogram("smn_request_seconds", "Time to answer", ["route"], buckets=_SECONDS)
+        self._samples = histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES)
+        self._tasks = histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES)
+        self._batch_seconds = histogram("smn_batch_seconds", "Time per forward", buckets=_SECONDS)
         registry.register(self)
         ProcessCollector(registry=registry)
 
@@ -342,8 +340,9 @@ class Metrics(Collector):
 
     def batch(self, samples: int, tasks: int, seconds: float) -> None:
         """Count a batch."""
-        for histogram, value in zip(self._batches, (samples, tasks, seconds), strict=True):
-            histogram.observe(value)
+        self._samples.observe(samples)
+        self._tasks.observe(tasks)
+        self._batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
         """All figures in Prometheus' text format."""
@@ -352,18 +351,13 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read the figures that the service and its bank count themselves."""
         service, stats = self._service, self._service.bank.stats
-        for name, help, value in (
-            ("smn_queue_depth", "Samples that wait for a batch", service.batcher.depth),
-            ("smn_places_taken", "Samples that are waiting or worked on", service.places.held),
-            ("smn_bank_tasks", "Tasks in the bank", len(service.bank)),
-            ("smn_bank_resident_bytes", "Bytes of decoded tasks", stats.resident_bytes),
-            ("smn_bank_resident_tasks", "Decoded tasks", stats.resident),
-        ):
-            yield GaugeMetricFamily(name, help, value=value)
-        for name, help, value in (
-            ("smn_bank_hits", "Lookups of decoded tasks", stats.hits),
-            ("smn_bank_misses", "Lookups that had to decode", stats.misses),
-            ("smn_bank_evictions", "Decoded tasks that made room", stats.evictions),
-            ("smn_bank_switches", "Rewrites of the model's weights", stats.switches),
-        ):
-            yield CounterMetricFamily(name, help, value=value)
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        yield gauge("smn_queue_depth", "Samples that wait for a batch", service.batcher.depth)
+        yield gauge("smn_places_taken", "Samples that are waiting or worked on", service.places.held)
+        yield gauge("smn_bank_tasks", "Tasks in the bank", len(service.bank))
+        yield gauge("smn_bank_resident_bytes", "Bytes of decoded tasks", stats.resident_bytes)
+        yield gauge("smn_bank_resident_tasks", "Decoded tasks", stats.resident)
+        yield counter("smn_bank_hits", "Lookups of decoded tasks", stats.hits)
+        yield counter("smn_bank_misses", "Lookups that had to decode", stats.misses)
+        yield counter("smn_bank_evictions", "Decoded tasks that made room", stats.evictions)
+        yield counter("smn_bank_switches", "Rewrites of the model's weights", stats.switches)

@@ -18,8 +18,8 @@ from .tiny import TINY
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet5O", {}, r"Unknown backbone 'resnet5O' \(did you mean resnet50.*a Hub id has a '/'"),
-        ("timm/vit_tinny_patch16_224", {}, r"did you mean vit_tiny_patch16_224"),
+        ("resnet5O", {}, r"Unknown backbone 'resnet5O'\. Did you mean resnet50.*a Hub id has a '/'"),
+        ("timm/vit_tinny_patch16_224", {}, r"Did you mean vit_tiny_patch16_224"),
         ("resnet50.nope", {}, r"timm knows no weights 'resnet50\.nope'; it knows resnet50\.a1_in1k"),
         ("resnet50.nope", {"pretrained": False}, r"timm knows no weights"),
         ("vit_base_patch16_18x2_224", {}, r"timm has no weights for .*pretrained=False, or your own with state_dict"),

@@ -5,13 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from smn_peft.backbones.clip import (
-    DEFAULT_TEMPLATES,
-    TEMPLATES,
-    check_templates,
-    fill,
-    templates_for,
-)
+from smn_peft.backbones.clip import DEFAULT_TEMPLATES, TEMPLATES, check_templates, templates_for
 
 
 @pytest.mark.parametrize("dataset", [*TEMPLATES, "anything else"])
@@ -25,10 +19,6 @@ def test_every_template_has_one_place(dataset):
 def test_an_unknown_dataset_has_the_default():
     assert templates_for("mine") == DEFAULT_TEMPLATES == ("a photo of a {}.",)
     assert templates_for("pets") == ("a photo of a {}, a type of pet.",)
-
-
-def test_underscores_become_spaces():
-    assert fill("a photo of a {}.", "golden_retriever") == "a photo of a golden retriever."
 
 
 @pytest.mark.parametrize("template", ["a photo.", "{} and {}.", "a {name}.", "a { {}", ""])

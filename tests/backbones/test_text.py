@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from smn_peft.backbones import load_backbone, text_embeddings
 from smn_peft.backbones.clip import _load
 
-CLASSES = ["cat", "big dog", "frog"]
+CLASSES = ["cat", "big_dog", "frog"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_logits_are_clips(clip_with_text):
     pixel_values = torch.randn(4, 3, 32, 32)
     whole = transformers.CLIPModel.from_pretrained(clip_with_text).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(clip_with_text)(
-        [f"a photo of a {name}." for name in CLASSES], padding=True, return_tensors="pt"
+        [f"a photo of a {name}." for name in ("cat", "big dog", "frog")], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
         expected = whole(pixel_values=pixel_values, **tokens).logits_per_image

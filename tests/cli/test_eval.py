@@ -88,7 +88,7 @@ def test_mistakes(finished, tmp_path):
     )
     assert "holds no run.json and no adapter_config.json" in smn_eval(tmp_path, code=1).stderr
     assert (
-        "Unknown dataset 'cifar1'; did you mean cifar1"
+        "Unknown dataset 'cifar1'. Did you mean cifar1"
         in smn_eval(finished, "--backbone", base_of(finished.parent), "--dataset", "cifar1", code=1).stderr
     )
     assert (

@@ -64,7 +64,7 @@ def test_a_users_file(tmp_path):
 
 
 def test_mistakes():
-    assert "did you mean resnet18" in run("resnet18x", code=1).stderr
+    assert "Did you mean resnet18" in run("resnet18x", code=1).stderr
     assert "There is no file absent.py" in run("absent.py:build", code=1).stderr
     assert "has no effect without layers_to_transform" in run("resnet18", "--layers-pattern", "x", code=1).stderr
     run("resnet18", "--mask-baiss", code=2)

@@ -142,7 +142,7 @@ def test_mistakes_on_the_line(recipe):
         (["--adapt", "half"], 2, "must be mask|full|head|lora|statistics; got 'half'"),
         (["--lr", "fast"], 2, "must be float; got 'fast'"),
         (["--part", "1/2"], 2, "it is a share of --tasks"),
-        (["--dataset", "cifar1000"], 1, "did you mean cifar100"),
+        (["--dataset", "cifar1000"], 1, "Did you mean cifar100"),
         (["--objective", "swaw"], 1, "Did you mean"),
     ):
         said = train(*recipe, *words, code=code).stderr

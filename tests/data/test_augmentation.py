@@ -122,7 +122,7 @@ def test_the_papers_strengths():
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [
-        (SupervisedOptions, {"flip": 1.5}, r"flip is a probability: it must lie in \[0, 1\]; got 1\.5"),
+        (SupervisedOptions, {"flip": 1.5}, r"flip must be at least 0 and at most 1; got 1\.5"),
         (SupervisedOptions, {"jitter": (0.4, 0.4, 0.4, 0.6)}, r"jitter takes four strengths.*the last at most 0\.5"),
         (SupervisedOptions, {"jitter": (0.4,)}, r"jitter takes four"),
         (SupervisedOptions, {"scale": (0.5, 1.5)}, r"scale takes two bounds, 0 < lower <= upper <= 1"),

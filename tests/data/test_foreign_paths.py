@@ -103,3 +103,18 @@ def test_what_the_hub_s_folder_of_a_dataset_holds(tmp_path):
     other = TableImages([{"i": row}], "i", "set", [tmp_path / "datasets--user--other"])
     with pytest.raises(ImageError, match="not below"):
         other.read(0)
+
+
+def test_a_folder_of_tables_keeps_to_itself(tmp_path, monkeypatch):
+    """The same for a dataset directory: files beside the tables are read, and no others."""
+    own = tmp_path / "set"
+    (own / "data").mkdir(parents=True)
+    (own / "data" / "inside.bin").write_bytes(picture("blue"))  # with an image's suffix it would be a folder of images
+    table(own / "data", ["inside.bin", "/etc/hostname", "/dev/zero", "../../private.png", "../inside.bin"])
+    (tmp_path / "private.png").write_bytes(picture("red"))
+    monkeypatch.chdir(own / "data")
+    dataset = load_images(own, labelled=False)
+    assert dataset[0]["image"][2, 0, 0] == 255
+    for row in range(1, 5):
+        with pytest.raises(ImageError, match=rf"row {row} .*not below .*data, the dataset's own folder"):
+            dataset[row]

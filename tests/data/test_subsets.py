@@ -30,11 +30,6 @@ def test_unbalanced_fractions(fraction, total):
     assert torch.equal(chosen, chosen.sort().values)
 
 
-def test_numbers_per_class():
-    assert counts(LABELS, label_subset(LABELS, per_class=7)) == [7] * 10
-    assert len(label_subset(LABELS, per_class=7, balanced=False)) == 70
-
-
 def test_a_small_class_gives_all_it_has():
     assert counts(UNEVEN, label_subset(UNEVEN, fraction=0.1)) == [3, 5]
     # Unbalanced subsets follow the frequencies.
@@ -43,7 +38,7 @@ def test_a_small_class_gives_all_it_has():
 
 def test_labels_may_have_gaps():
     labels = torch.tensor([5, 9, 9, 5])
-    assert sorted(labels[label_subset(labels, per_class=1)].tolist()) == [5, 9]
+    assert sorted(labels[label_subset(labels, fraction=0.5)].tolist()) == [5, 9]
 
 
 @pytest.mark.parametrize("balanced", [True, False])
@@ -64,16 +59,8 @@ def test_the_caller_s_random_state_is_untouched():
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        (LABELS, {}, r"Pass either fraction= or per_class="),
-        (LABELS, {"fraction": 0.1, "per_class": 1}, r"Pass either"),
         (LABELS, {"fraction": 0.0}, r"fraction must lie in \(0, 1\]; got 0\.0\. 1 % is 0\.01"),
         (LABELS, {"fraction": 10}, r"fraction must lie in"),
-        (
-            UNEVEN,
-            {"per_class": 4},
-            r"per_class must lie between 1 and the images that a class has; got 4, and class 0 ",
-        ),
-        (UNEVEN, {"per_class": 0, "balanced": False}, r"per_class must lie"),
         (torch.tensor([]), {"fraction": 0.5}, r"labels must be a vector of at least one label"),
     ],
 )

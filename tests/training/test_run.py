@@ -252,7 +252,7 @@ def test_bad_data_is_found_before_training(tmp_path):
         ),
         ({"train_split": "val"}, r"has no split 'val': an npz has 'train' and 'test'"),
         ({"objective": "cross_entropi"}, r"Unknown objective 'cross_entropi'\. Did you mean cross_entropy\?"),
-        ({"dataset": "cifar1000"}, r"Unknown dataset 'cifar1000'; did you mean cifar100"),
+        ({"dataset": "cifar1000"}, r"Unknown dataset 'cifar1000'\. Did you mean cifar100"),
         ({"objective_options": {"label_smooth": 0.1}}, r"label_smooth.*Did you mean label_smoothing"),
         ({**SWAV, "objective_options": {"prototypes": 40, "queue_length": 0}}, r"40 prototypes cannot each get"),
         ({**SWAV, "multi_crop": {"local_size": 16}}, r"multi_crop\.local_size=16 must be below the image size, 16"),
