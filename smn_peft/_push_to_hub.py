@@ -16,8 +16,6 @@ from peft import PeftModel
 
 from .tuner import MaskConfig
 
-__all__ = ["register"]
-
 
 def register() -> None:
     """Give `PeftModel` the method, once."""

@@ -28,9 +28,6 @@ from ..storage import MAX_UNPACKED, purpose_of, read_adapter_file, unpack_tensor
 from ..storage.codec import encode_masks
 from ..storage.inspection import binary_entropy
 
-__all__ = ["CompressionRow", "CompressionTable", "adapter_compression", "compression_table", "format_compression"]
-
-
 #: Compressors by name; the last three raise ImportError where cramjam is not installed.
 _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),

@@ -13,19 +13,6 @@ from torch import Tensor
 
 from ..evaluation import Features
 
-__all__ = [
-    "ClusterComposition",
-    "EmbeddingMap",
-    "LayerDensity",
-    "Similarity",
-    "average_densities",
-    "cluster_composition",
-    "embedding_map",
-    "layer_densities",
-    "mask_similarity",
-    "similarity_matrix",
-]
-
 _BLOCK = re.compile(
     r"(?:^|\.)(?P<block>(?:layers?|stages?|blocks?|resblocks)[._]?\d+(?:\.(?:blocks?\.)?\d+(?=\.))?)\.(?P<rest>.+)$"
 )

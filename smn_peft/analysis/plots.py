@@ -15,24 +15,6 @@ from ..evaluation import EvalReport, format_fraction, markdown_table
 from ..storage import atomic_write
 from .masks import ClusterComposition, EmbeddingMap, LayerDensity, Similarity
 
-__all__ = [
-    "SelectiveRow",
-    "Series",
-    "canvas",
-    "low_shot_series",
-    "low_shot_table",
-    "mean_curve",
-    "plot_clusters",
-    "plot_curves",
-    "plot_densities",
-    "plot_embedding_maps",
-    "plot_low_shot",
-    "plot_selective",
-    "plot_similarity",
-    "selective_series",
-    "smooth",
-]
-
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -15,19 +15,6 @@ from ..evaluation import EvalReport, format_fraction, markdown_table
 from ..storage import atomic_write
 from .facts import AdapterFacts, as_code, as_span, as_text, dataset_id, facts_of_folder, shown_name
 
-__all__ = [
-    "CARD_NAME",
-    "collection_card",
-    "eval_result_files",
-    "loading_code",
-    "merged_with",
-    "metric_name",
-    "model_index",
-    "own_words",
-    "render_card",
-    "write_card",
-]
-
 CARD_NAME = "README.md"
 EVAL_FOLDER = ".eval_results"
 _BEGIN = "<!-- smn:begin: rendered from the adapter's records; what stands outside of the two marks is kept -->"

@@ -17,8 +17,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging
 
-__all__ = ["HTTPError", "HubError", "patiently"]
-
 _BUSY = (429, 503)
 _TRIES = 4
 _LONGEST = 120.0  # seconds; a longer wait is the user's to decide

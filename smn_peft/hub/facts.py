@@ -20,19 +20,6 @@ from ..data.registry import DATASETS
 from ..evaluation import EvalReport, merge_reports
 from ..storage import BASE_PREFIX, WEIGHTS_NAME, AdapterSizes, adapter_sizes, read_config, read_json
 
-__all__ = [
-    "RUN_NAME",
-    "AdapterFacts",
-    "as_code",
-    "as_span",
-    "as_text",
-    "base_code",
-    "dataset_id",
-    "facts_of_folder",
-    "hub_id",
-    "shown_name",
-]
-
 RUN_NAME = "run.json"  # `smn train` writes it beside the adapter
 _SHOWN = (
     "epochs max_steps batch_size optimizer lr head_lr momentum weight_decay warmup_epochs mixed_precision score_dtype "

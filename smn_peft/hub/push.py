@@ -25,8 +25,6 @@ from .card import CARD_NAME, collection_card, eval_result_files, merged_with, ow
 from .errors import HTTPError, HubError, patiently
 from .facts import AdapterFacts, facts_of_folder, hub_id
 
-__all__ = ["PushPlan", "full_bytes", "plan_push", "push_model", "push_run"]
-
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 logger = logging.get_logger(__name__)
 

@@ -15,19 +15,6 @@ from torch import Tensor
 
 from .files import AdapterFileError, read_json
 
-__all__ = [
-    "CONFIG_NAME",
-    "FORMAT_VERSION",
-    "SETTINGS_NAME",
-    "check_config",
-    "check_format_version",
-    "check_settings",
-    "is_settings",
-    "read_config",
-    "read_settings",
-    "settings_tensor",
-]
-
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
 """Version of the adapter format that this release writes; it reads every version up to this one."""

@@ -20,22 +20,6 @@ from .adapter_config import check_settings, is_settings
 from .codec import BLOB_NAME, MaskBlob
 from .files import AdapterFileError, atomic_write, open_regular, read_bytes
 
-__all__ = [
-    "BASE_PREFIX",
-    "SAVE_DTYPES",
-    "WEIGHTS_NAME",
-    "AdapterSizes",
-    "adapter_sizes",
-    "check_adapter_file",
-    "check_packed",
-    "coded_masks",
-    "parse_adapter_file",
-    "purpose_of",
-    "read_adapter_file",
-    "rounded",
-    "write_adapter_file",
-]
-
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names in the keys of an adapter's file."""

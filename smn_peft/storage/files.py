@@ -13,17 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-__all__ = [
-    "MAX_JSON",
-    "AdapterFileError",
-    "atomic_write",
-    "check_regular",
-    "open_regular",
-    "read_bytes",
-    "read_json",
-    "to_disk",
-]
-
 MAX_JSON = 16 << 20
 """Bytes of the largest JSON file that is read: the class names of ImageNet-21k take one million."""
 

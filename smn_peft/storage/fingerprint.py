@@ -9,8 +9,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "tensor_digest"]
-
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes in C order, as hex; the same on every device.

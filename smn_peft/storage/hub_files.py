@@ -13,8 +13,6 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from .adapter_config import CONFIG_NAME
 from .adapter_file import WEIGHTS_NAME, check_adapter_file
 
-__all__ = ["PICKLE_NAME", "check_folder_weights", "check_hub_weights", "locate_adapter"]
-
 PICKLE_NAME = "adapter_model.bin"
 
 

@@ -24,8 +24,6 @@ from .adapter_file import (
 from .codec import LayerCode, LayerEntry
 from .repack import MAX_UNPACKED, unpack_tensors
 
-__all__ = ["AdapterReport", "LayerReport", "binary_entropy", "inspect_adapter", "verify_adapter_file"]
-
 _PROVENANCE = (
     "base_model_name_or_path",
     "revision",

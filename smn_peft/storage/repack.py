@@ -28,16 +28,6 @@ from .adapter_file import (
 from .codec import BLOB_NAME, Base, decode_masks, encode_masks
 from .files import AdapterFileError, atomic_write
 
-__all__ = [
-    "MAX_UNPACKED",
-    "pack_adapter",
-    "pack_tensors",
-    "shared_prefix",
-    "size_change",
-    "unpack_adapter",
-    "unpack_tensors",
-]
-
 MAX_UNPACKED = 1 << 28
 """Bytes of masks that [`unpack_adapter`] makes without being told otherwise: two thousand million weights."""
 _CARD = "README.md"

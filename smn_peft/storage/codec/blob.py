@@ -27,8 +27,6 @@ from ...functional.packing import packed_size
 from ..files import AdapterFileError
 from .layer import damaged, decode_layer, encode_layer
 
-__all__ = ["BLOB_NAME", "CODECS", "Base", "LayerEntry", "MaskBlob", "decode_masks", "encode_masks"]
-
 BLOB_NAME = "smn_masks"
 """Last part of the key under which an adapter's file holds a blob."""
 CODECS: dict[str, int] = {"bits": 0, "entropy": 1}

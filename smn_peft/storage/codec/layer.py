@@ -20,8 +20,6 @@ from ...functional.packing import packed_size
 from ...functional.torch_kernels import compiled
 from ..files import AdapterFileError
 
-__all__ = ["LayerCode", "accelerate", "decode_layer", "encode_layer"]
-
 _SPARSE = 0.32  # above this share of the minority packed bytes are always the smaller code
 _DENSE = 0.125  # and below this the gaps
 _FEW = 1 << 15  # up to so many gaps other numbers of low bits are tried
