@@ -32,10 +32,7 @@ _SHOWN_OF_MASK = (
 _MAY_DIFFER = frozenset(
     "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()
 )
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict),
-    "density": (int, float),
-}
+_KINDS = {**dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict), "density": (int, float)}
 _KINDS_OF_ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("backbone", "backbone_revision", "weights", "dataset", "dataset_revision", "eval_split"), str),
     **dict.fromkeys(("head_classes", "seed", "image_size", "eval_limit", "knn_k"), int),
@@ -50,18 +47,12 @@ _UNKNOWN_BASE = "\nbase = ...  # the model that the mask was learned on, loaded 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """Everything that a card says about an adapter.
+    """Everything that a card says about an adapter; "" or None is what is not known.
 
-    Attributes:
-        base: Name of the base model as a card may show it; "" if unknown.
-        base_id: Its repository on the Hub, None if it has none.
-        full_bytes: A checkpoint of all weights, as full fine-tuning would save it; None if unknown.
-        dataset: Name as `load_images` takes it, "" if unknown.
-        objective: What was learned, such as "cross_entropy"; "" if unknown.
-        recipe: Option -> value, as a table shows them.
-        baselines: What the frozen base is worth, and full fine-tuning where it was measured.
-        code: Python lines that end with the base model in `base`.
-        notes: Limits of this adapter beside those of every mask.
+    `base` is the base model's name and `base_id` its repository on the Hub, `full_bytes` the size of a checkpoint of
+    all weights, `dataset` a name as `load_images` takes it, `recipe` the options as a table shows them. `baselines`
+    are of the frozen base, and of full fine-tuning where it was measured; the Python lines of `code` end with the
+    base model in `base`; `notes` are limits beside those of every mask.
     """
 
     title: str
@@ -85,16 +76,12 @@ class AdapterFacts:
 def facts_of_folder(
     folder: str | Path, *, reports: Sequence[EvalReport] = (), seeds: Sequence[str | Path] = ()
 ) -> AdapterFacts:
-    """Read what the files of a folder say about the adapter in it.
+    """Read what the files of a folder say about the adapter in it; ValueError if one is damaged.
 
     Args:
         folder: The output folder of `smn train`, or any folder with an adapter.
         reports: Evaluations to show instead of those at the end of training, such as `smn eval --json` writes.
-        seeds: Folders of the same run with other seeds: results are shown over all of them.
-
-    Raises:
-        FileNotFoundError: There is no adapter.
-        ValueError: A file is damaged, or a folder of `seeds` is another run or repeats a seed.
+        seeds: Folders of the same run with other seeds: results are shown over all. ValueError if they are not.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -140,9 +127,7 @@ def _read_run(path: Path) -> dict[str, Any]:
         for name, kind in kinds.items():
             value = part.get(name)
             if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-                raise ValueError(
-                    f"{path}: {name} is {repr(value)[:80]}, of another kind than a run writes: delete it."
-                )
+                raise ValueError(f"{path}: {name} is {repr(value)[:80]}, which no run writes: delete it.")
     return run
 
 
@@ -155,18 +140,19 @@ def _reports(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport]:
     for metric, value in run.get("before" if frozen else "after", {}).items():
         if frozen and metric == "accuracy" and arguments.get("objective") != "zero_shot":
             continue  # of a head that nothing has trained
-        report = EvalReport(
-            label="frozen base" if frozen else "this adapter",
-            dataset=arguments["dataset"],
-            split=arguments["eval_split"],
-            metric=metric,
-            values=(value,),
-            seeds=() if frozen else (arguments.get("seed", 0),),
-            revision=arguments.get("dataset_revision"),
-            settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
-            versions=run.get("versions", {}),
+        found.append(
+            EvalReport(
+                label="frozen base" if frozen else "this adapter",
+                dataset=arguments["dataset"],
+                split=arguments["eval_split"],
+                metric=metric,
+                values=(value,),
+                seeds=() if frozen else (arguments.get("seed", 0),),
+                revision=arguments.get("dataset_revision"),
+                settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
+                versions=run.get("versions", {}),
+            )
         )
-        found.append(report)
     return found
 
 
@@ -229,7 +215,7 @@ def base_code(folder: Path, config: Mapping[str, Any], arguments: Mapping[str, A
     `arguments` are the run's, empty if there was none: then the adapter's file tells how many classes a head has.
     """
     mapping = config.get("auto_mapping") or {}
-    kind, library = mapping.get("base_model_class") or "", mapping.get("parent_library") or ""
+    kind, library = (mapping.get(key) or "" for key in ("base_model_class", "parent_library"))
     name = arguments.get("backbone") or config.get("base_model_name_or_path")
     repository, shown = hub_id(name), shown_name(name)
     if not repository and not _OWN_NAME.fullmatch(shown):
@@ -251,17 +237,16 @@ def _backbone_code(
 ) -> str:
     """Load the base by this package's own loaders, as `smn train` does."""
     own_file = bool(name) and is_file_spec(str(name))
-    loader = "load_from_file" if own_file else "load_backbone"
+    loader, weights = "load_from_file" if own_file else "load_backbone", arguments.get("weights")
     options: dict[str, Any] = {}
     if not own_file:
-        if not arguments.get("pretrained", True) and not arguments.get("weights"):
-            options["pretrained"] = False
-        if arguments.get("weights"):
-            options["state_dict"] = shown_name(arguments["weights"])
-        options["image_size"] = arguments.get("image_size")
-        options["revision"] = arguments.get("backbone_revision") or config.get("revision")
-        if arguments.get("objective") == "zero_shot" or "WithProjection" in kind:
-            options["projection"] = True
+        options = {
+            "pretrained": None if weights or arguments.get("pretrained", True) else False,
+            "state_dict": shown_name(weights) or None,
+            "image_size": arguments.get("image_size"),
+            "revision": arguments.get("backbone_revision") or config.get("revision"),
+            "projection": True if arguments.get("objective") == "zero_shot" or "WithProjection" in kind else None,
+        }
     shown = "".join(f", {key}={as_code(value)}" for key, value in options.items() if value is not None)
     classes = arguments.get("head_classes")
     if not arguments:

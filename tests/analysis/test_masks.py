@@ -9,12 +9,11 @@ from sklearn.metrics import hamming_loss, jaccard_score
 
 from smn_peft.analysis import (
     average_densities,
-    cluster_composition,
     embedding_map,
     layer_densities,
-    mask_similarity,
     similarity_matrix,
 )
+from smn_peft.analysis.masks import cluster_composition, mask_similarity
 from smn_peft.evaluation import Features
 
 SHAPES = {"a.weight": (40, 50), "b.weight": (3000,)}

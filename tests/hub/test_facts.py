@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from smn_peft.hub import facts_of_folder, push_run, render_card
+from smn_peft.hub import push_run, render_card
+from smn_peft.hub.facts import facts_of_folder
 from smn_peft.training import run
 from smn_peft.training.assemble import load_base
 from smn_peft.training.saved import load_run

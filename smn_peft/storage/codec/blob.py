@@ -68,25 +68,16 @@ class LayerEntry:
     length: int
     """Bytes of its payload."""
 
-    @property
-    def active(self) -> int:
-        """Coded bits that are on."""
-        return 8 * self.coded - self.inactive
-
 
 @dataclass(frozen=True)
 class MaskBlob:
-    """Coded masks, their table read and checked, their payloads not yet."""
+    """Coded masks: the table of layers, read and checked, and their payloads, not yet decoded."""
 
-    codec: str
     entries: tuple[LayerEntry, ...]
-    """The layers, in the order of the file."""
     checksum: int
     """CRC-32 of the table and the decoded bits."""
-    data: memoryview
     table: bytes
-    offset: int
-    """Where the payloads start."""
+    payloads: memoryview
 
     @classmethod
     def parse(cls, data: bytes | memoryview) -> MaskBlob:
@@ -102,8 +93,7 @@ class MaskBlob:
                 f"The masks are coded in layout {layout}; this smn_peft reads layout {LAYOUT_VERSION}. Upgrade it: "
                 "pip install -U smn_peft."
             )
-        codec = next((name for name, known in CODECS.items() if known == number and number), None)
-        if codec is None:
+        if number != CODECS["entropy"]:
             raise AdapterFileError(
                 f"The masks are coded by codec {number}, which this smn_peft does not know: upgrade it (pip install "
                 "-U smn_peft), or the file is damaged."
@@ -116,7 +106,7 @@ class MaskBlob:
         end = offset + sum(entry.length for entry in entries)
         if end != len(view):
             raise damaged(f"have {len(view)} bytes, their table says {end}")
-        return cls(codec, tuple(entries), checksum, view, table, offset)
+        return cls(tuple(entries), checksum, table, view[offset:])
 
     @property
     def size(self) -> int:
@@ -128,28 +118,15 @@ class MaskBlob:
         """Whether a layer can be decoded only with the base: selective masking left weights out."""
         return any(entry.selected for entry in self.entries)
 
-    def payload(self, entry: LayerEntry) -> memoryview:
-        """A layer's bytes."""
-        start = self.offset + entry.start
-        return self.data[start : start + entry.length]
-
     def decode_entry(self, entry: LayerEntry, base: Base | None = None) -> NDArray[np.uint8]:
-        """Decode the packed bits (size,) of one layer; the checksum, which is of all layers, is not compared.
+        """Decode the packed bits (size,) of one layer, whose size the caller has checked; errors as [`decode_masks`].
 
-        Whoever calls this has checked that `entry.size` is what can be.
-
-        Raises:
-            AdapterFileError: If the payload is damaged.
-            ValueError: If decoding takes the base and `base` is None.
+        The checksum, which is of all layers, is not compared.
         """
-        if entry.selected and base is None:
-            raise ValueError(
-                f"{entry.name}: only the weights that selective masking trains are coded. Load the adapter over its "
-                "base, or name the base: smn unpack --base."
-            )
+        chosen = _selected(entry, base) if entry.selected else None
         part = np.empty(entry.coded, np.uint8)
-        chosen = _selected(entry, base) if entry.selected and base is not None else None
-        decode_layer(entry.code, entry.active, self.payload(entry), part)
+        payload = self.payloads[entry.start : entry.start + entry.length]
+        decode_layer(entry.code, 8 * entry.coded - entry.inactive, payload, part)
         if chosen is None:
             return part
         full = np.ones(len(chosen), np.bool_)
@@ -163,7 +140,7 @@ def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[s
     Args:
         blob: From [`MaskBlob.parse`].
         limit: Bytes that all masks together may take; known from the base, or what the caller can spare.
-        base: See [`MaskBlob.decode_entry`].
+        base: What the base knows of the layers; without one, selective masks cannot be decoded.
 
     Raises:
         AdapterFileError: If the masks would be larger than `limit`, a payload is damaged, or the checksum differs.
@@ -187,21 +164,12 @@ def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[s
     return masks
 
 
-def encode_masks(masks: Mapping[str, NDArray[np.uint8]], codec: str = "entropy", base: Base | None = None) -> bytes:
-    """Encode masks as a blob; the same masks give the same bytes, in whatever order they come.
+def encode_masks(masks: Mapping[str, NDArray[np.uint8]], base: Base | None = None) -> bytes:
+    """Encode packed bits (size,) by name as a blob; the same masks give the same bytes, in whatever order they come.
 
-    Args:
-        masks: Packed bits (size,) by name.
-        codec: Name of a codec that makes a blob.
-        base: What the base knows of these layers. The weights that selective masking leaves out then cost nothing if
-            they are on; where one is off, the layer is coded in full.
-
-    Raises:
-        ValueError: If there is no such codec, or a name is empty or has a line break.
+    With `base`, the weights that selective masking leaves out cost nothing if they are on; where one is off, the layer
+    is coded in full. ValueError if a name is empty or has a line break.
     """
-    if CODECS.get(codec, 0) == 0:
-        choices = ", ".join(repr(name) for name, number in CODECS.items() if number)
-        raise ValueError(f"No codec makes a coded file by the name of {codec!r}: choose {choices}.")
     entries: list[LayerEntry] = []
     payloads: list[bytes] = []
     start = 0
@@ -217,7 +185,8 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], codec: str = "entropy",
             else:
                 chosen = None
         code, active, payload = encode_layer(part)
-        inactive, is_part = 8 * len(part) - active, chosen is not None
+        inactive = 8 * len(part) - active
+        is_part = chosen is not None
         entries.append(LayerEntry(name, len(packed), len(part), inactive, code, is_part, start, len(payload)))
         payloads.append(payload)
         start += len(payload)
@@ -227,12 +196,17 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], codec: str = "entropy",
         checksum = zlib.crc32(np.ascontiguousarray(masks[name]).data, checksum)
     deflated = deflate_table(table)
     sizes = len(entries), len(deflated), len(table)
-    header = _HEADER.pack(_MAGIC, LAYOUT_VERSION, CODECS[codec], 0, *sizes, checksum)
+    header = _HEADER.pack(_MAGIC, LAYOUT_VERSION, CODECS["entropy"], 0, *sizes, checksum)
     return b"".join([header, deflated, *payloads])
 
 
-def _selected(entry: LayerEntry, base: Base) -> NDArray[np.bool_]:
+def _selected(entry: LayerEntry, base: Base | None) -> NDArray[np.bool_]:
     """The weights that a layer codes, checked against its sizes."""
+    if base is None:
+        raise ValueError(
+            f"{entry.name}: only the weights that selective masking trains are coded. Load the adapter over its base, "
+            "or name the base: smn unpack --base."
+        )
     chosen = base.selected(entry.name)
     if chosen is None:
         raise AdapterFileError(

@@ -225,12 +225,6 @@ def test_names_that_the_table_cannot_hold(name):
         encode_masks({name: np.zeros(1, np.uint8)})
 
 
-def test_only_codecs_that_make_a_blob():
-    for codec in ("bits", "zip"):
-        with pytest.raises(ValueError, match="choose 'entropy'"):
-            encode_masks({}, codec)
-
-
 def test_a_blob_that_is_cut_off_says_so():
     with pytest.raises(AdapterFileError, match="cut off"):
         MaskBlob.parse(b"SMN")
