@@ -28,7 +28,6 @@ from ..storage import MAX_UNPACKED, purpose_of, read_adapter_file, unpack_tensor
 from ..storage.codec import encode_masks
 from ..storage.inspection import binary_entropy
 
-#: Compressors by name; the last three raise ImportError where cramjam is not installed.
 _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
     "bz2": lambda data: bz2.compress(data, 9),
@@ -37,6 +36,7 @@ _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
     "snappy": lambda data: importlib.import_module("cramjam").snappy.compress_raw(data),
     "zstd": lambda data: importlib.import_module("cramjam").zstd.compress(data, 19),
 }
+"""The last three raise ImportError where cramjam is not installed."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,7 @@ class CompressionTable:
 
 
 def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | None = None) -> CompressionTable:
-    """Compress packed masks, all layers in one string, and fp32 weights as bytes by every installed compressor.
-
-    Raises:
-        ValueError: There is no mask.
-    """
+    """Compress packed masks, all layers in one string, and fp32 weights as bytes by every installed compressor."""
     if not masks:
         raise ValueError("There is no mask to compress: name the folder of an adapter.")
     packed = b"".join(masks[name].tobytes() for name in sorted(masks))
@@ -99,12 +95,7 @@ def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | N
 def adapter_compression(
     folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> CompressionTable:
-    """Compress the masks of an adapter.
-
-    Args:
-        folder: Adapter, bit-packed or coded.
-        weights: A safetensors file whose floats are compressed as fp32, such as a full fine-tuning's
-            ``model.safetensors``.
+    """Compress the masks of an adapter, and the floats of the safetensors file `weights` as fp32.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -142,10 +133,8 @@ def format_compression(table: CompressionTable) -> str:
             cells["fp32 weights"] = "–" if size is None else f"{size:,}"
             cells["of them %"] = "–" if size is None else f"{100 * size / (4 * table.weight_count):.1f}"
         rows.append(cells)
-    text = (
-        f"{markdown_table(rows)}\n\n{table.mask_weights:,} masked weights, density {table.density:.4f}, "
-        f"entropy {table.entropy:.4f} bits each."
-    )
+    text = f"{markdown_table(rows)}\n\n{table.mask_weights:,} masked weights, density {table.density:.4f}, "
+    text += f"entropy {table.entropy:.4f} bits each."
     if table.missing:
         missing = ", ".join(table.missing)
         text += f"\nNot installed and left out: {missing} (pip install 'smn_peft[compression]')."

@@ -91,8 +91,8 @@ def plan_push(
         raise ValueError(f"{repo_id!r} is no repository name: {error} Write it as user/smn-cifar100.") from error
     if subfolder is not None and not _FOLDER.fullmatch(subfolder):
         raise ValueError(
-            f"subfolder={subfolder!r}: name it by letters, digits, '-', '_' and '.', each part between '/' beginning "
-            "with a letter or digit, as in cifar100 or vit/cifar100."
+            f"subfolder={subfolder!r}: a task's folder has letters, digits, '-', '_' and '.', parts divided by '/', "
+            "each beginning with a letter or digit, as in cifar100 or vit/cifar100."
         )
     folder = Path(folder)
     _refuse_links(folder)

@@ -75,7 +75,7 @@ def check_config(config: Any, where: object = CONFIG_NAME) -> dict[str, Any]:
         ValueError: If its format is not known.
     """
     if not isinstance(config, Mapping):
-        raise AdapterFileError(f"{where} is no JSON object: fetch it again.")
+        raise AdapterFileError(f"{where} is damaged: it is no JSON object. Fetch it again.")
     for name, (is_valid, kind) in _FIELDS.items():
         if name in config and not is_valid(config[name]):
             raise AdapterFileError(

@@ -59,7 +59,7 @@ def test_masks_round_trip_by_every_code(masks):
     assert {entry.code & 7 for entry in blob.entries} == set(LayerCode)
     assert {entry.name: entry.size for entry in blob.entries} == {name: len(m) for name, m in masks.items()}
     for entry in blob.entries:
-        assert entry.active == int(np.unpackbits(masks[entry.name]).sum())
+        assert 8 * entry.coded - entry.inactive == int(np.unpackbits(masks[entry.name]).sum())
         assert np.array_equal(blob.decode_entry(entry), masks[entry.name])
 
 
