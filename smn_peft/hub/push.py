@@ -66,12 +66,12 @@ def plan_push(
     seeds: Sequence[str | Path] = (),
     facts: AdapterFacts | None = None,
 ) -> PushPlan:
-    """Check a folder and make everything that a push of it would commit; nothing is sent.
+    """Check an adapter's folder, as of `smn train`, and make everything that a push would commit; nothing is sent.
 
     Of the folder only the adapter goes out: no run.json, no checkpoints, no logs, and no path of this disk.
 
     Args:
-        folder: The output folder of `smn train`, or a folder with an adapter.
+        folder: Folder of the adapter.
         repo_id: Repository, "user/name".
         subfolder: Folder for the adapter in a repository of several tasks.
         revision: Branch, for the card's code.
@@ -109,7 +109,7 @@ def plan_push(
     base = config.get("base_model_name_or_path")
     if base and not hub_id(base) and "/" in base:
         plan.notes.append(
-            f"the base is a path on this disk ({base}): it is left out, and who loads the adapter has to have the base"
+            f"the base, a path on this disk ({base}), is not named: who loads the adapter has to have it"
         )
         content = json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True).encode()
     if license is None:
@@ -138,17 +138,17 @@ def push_run(
     token: str | bool | None = None,
     **options: Any,
 ) -> CommitInfo:
-    """Push an adapter's folder; the repository is made where it does not exist.
+    """Push an adapter's folder; the repository, of the user's own where none is named, is made if it does not exist.
 
     Args:
-        folder: The output folder of `smn train`, or a folder with an adapter.
-        repo_id: Repository, "user/name", or a name among the user's own.
+        folder: As of [`plan_push`], whose `options` and errors hold too.
+        repo_id: Repository, "user/name" or "name".
         private: Make the repository private. An existing public one is refused.
         revision: Branch to commit to, made where it does not exist.
         create_pr: Open a pull request against the main branch and leave that as it is.
         commit_message: First line of the commit.
         token: Token, by default from HF_TOKEN or `hf auth login`.
-        options: Options of [`plan_push`], whose errors are raised too.
+        options: See `folder`.
 
     Raises:
         HubError: The Hub refuses or cannot be reached; the message says what to do.

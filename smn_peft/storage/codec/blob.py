@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
 from ..files import AdapterFileError
-from .layer import damaged, decode_layer, encode_layer
+from .layer import damaged, decode_layer, deflate, encode_layer
 
 BLOB_NAME = "smn_masks"
 """Last part of the key under which an adapter's file holds a blob."""
@@ -88,15 +88,10 @@ class MaskBlob:
         magic, layout, number, zero, count, deflated, size, checksum = _HEADER.unpack_from(view)
         if magic != _MAGIC or zero:
             raise damaged("are something else")
-        if layout != LAYOUT_VERSION:
+        if layout != LAYOUT_VERSION or number != CODECS["entropy"]:
             raise AdapterFileError(
-                f"The masks are coded in layout {layout}; this smn_peft reads layout {LAYOUT_VERSION}. Upgrade it: "
-                "pip install -U smn_peft."
-            )
-        if number != CODECS["entropy"]:
-            raise AdapterFileError(
-                f"The masks are coded by codec {number}, which this smn_peft does not know: upgrade it (pip install "
-                "-U smn_peft), or the file is damaged."
+                f"The masks are coded in layout {layout} by codec {number}, which this smn_peft does not know: upgrade "
+                "it (pip install -U smn_peft), or the file is damaged."
             )
         offset = _HEADER.size + deflated
         if offset > len(view):
@@ -137,19 +132,13 @@ class MaskBlob:
 def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[str, NDArray[np.uint8]]:
     """Decode the packed bits of all layers, by name, and compare them with the checksum.
 
-    Args:
-        blob: From [`MaskBlob.parse`].
-        limit: Bytes that all masks together may take; known from the base, or what the caller can spare.
-        base: What the base knows of the layers; without one, selective masks cannot be decoded.
-
     Raises:
-        AdapterFileError: If the masks would be larger than `limit`, a payload is damaged, or the checksum differs.
-        ValueError: If decoding takes the base and `base` is None.
+        AdapterFileError: If all masks together take more than `limit` bytes, a payload is damaged, or the checksum
+            differs.
+        ValueError: If a mask is selective, so that decoding takes the base, and `base` is None.
     """
     if blob.size > limit:
-        raise AdapterFileError(
-            f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible here."
-        )
+        raise AdapterFileError(f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible.")
     masks: dict[str, NDArray[np.uint8]] = {}
     checksum = zlib.crc32(blob.table)
     for entry in blob.entries:
@@ -194,7 +183,7 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], base: Base | None = Non
     checksum = zlib.crc32(table)
     for name in sorted(masks):
         checksum = zlib.crc32(np.ascontiguousarray(masks[name]).data, checksum)
-    deflated = deflate_table(table)
+    deflated = deflate(table, zlib.Z_DEFAULT_STRATEGY)
     sizes = len(entries), len(deflated), len(table)
     header = _HEADER.pack(_MAGIC, LAYOUT_VERSION, CODECS["entropy"], 0, *sizes, checksum)
     return b"".join([header, deflated, *payloads])
@@ -252,12 +241,6 @@ def read_table(raw: bytes, count: int) -> list[LayerEntry]:
         entries.append(LayerEntry(name, size, coded, inactive, code, selected, start, length))
         start += length
     return entries
-
-
-def deflate_table(raw: bytes) -> bytes:
-    """Compress a table."""
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
-    return coder.compress(raw) + coder.flush()
 
 
 def inflate_table(data: memoryview, size: int) -> bytes:

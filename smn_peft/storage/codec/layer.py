@@ -241,10 +241,10 @@ def accelerate(on: bool = True) -> None:
     _flip_gaps = (compiled(_flip_by_loop) if on else None) or _flip_by_numpy
 
 
-def deflate(symbols: bytes) -> bytes:
-    """Huffman-code bytes, each on its own: plain DEFLATE, which looks for repetitions, is 8 % larger on masks."""
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(symbols) + coder.flush()
+def deflate(data: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
+    """Compress bytes by Huffman codes alone: looking for repetitions too makes masks 8 % larger."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+    return coder.compress(data) + coder.flush()
 
 
 def inflate(payload: memoryview, limit: int) -> Iterator[NDArray[np.uint8]]:
