@@ -253,12 +253,12 @@ def _backbone_code(
         key = f"{BASE_PREFIX}head.weight"
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             classes = file.get_slice(key).get_shape()[0] if key in file.keys() else None
-    imports = f"from smn_peft.backbones import {loader}" + (", load_classifier" if classes else "")
-    lines = [imports, "", f"backbone = {loader}({as_code(shown_name(name))}{shown})"]
+    lines = [f"from smn_peft.backbones import {loader}" + (", load_classifier" if classes else ""), ""]
     if options.get("pretrained") is False or own_file:
-        lines = ["import torch", *lines]
         seed = as_code(arguments.get("seed", 0))
-        lines.insert(3, f"torch.manual_seed({seed})  # as in training, for weights that no file gives")
+        seeding = f"torch.manual_seed({seed})  # as in training, for weights that no file gives"
+        lines = ["import torch", *lines, seeding]
+    lines.append(f"backbone = {loader}({as_code(shown_name(name))}{shown})")
     if classes:
         seed = f", head_seed={as_code(arguments['seed'])}" if arguments.get("seed") else ""
         lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{seed})")

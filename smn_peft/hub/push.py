@@ -109,7 +109,7 @@ def plan_push(
     base = config.get("base_model_name_or_path")
     if base and not hub_id(base) and "/" in base:
         plan.notes.append(
-            f"the base, a path on this disk ({base}), is not named: who loads the adapter has to have it"
+            f"the base is a path on this disk ({base}): it is left out, and who loads the adapter has to have the base"
         )
         content = json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True).encode()
     if license is None:

@@ -90,8 +90,8 @@ class MaskBlob:
             raise damaged("are something else")
         if layout != LAYOUT_VERSION or number != CODECS["entropy"]:
             raise AdapterFileError(
-                f"The masks are coded in layout {layout} by codec {number}, which this smn_peft does not know: upgrade "
-                "it (pip install -U smn_peft), or the file is damaged."
+                f"The masks are coded in layout {layout} by codec {number}, which this smn_peft does not know: the "
+                "file is damaged, or of a later release (pip install -U smn_peft)."
             )
         offset = _HEADER.size + deflated
         if offset > len(view):
