@@ -32,7 +32,10 @@ _SHOWN_OF_MASK = (
 _MAY_DIFFER = frozenset(
     "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()
 )
-_KINDS = {**dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict), "density": (int, float)}
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict),
+    "density": (int, float),
+}
 _KINDS_OF_ARGUMENTS: dict[str, Any] = {
     **dict.fromkeys(("backbone", "backbone_revision", "weights", "dataset", "dataset_revision", "eval_split"), str),
     **dict.fromkeys(("head_classes", "seed", "image_size", "eval_limit", "knn_k"), int),

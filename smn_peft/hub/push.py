@@ -85,10 +85,7 @@ def plan_push(
         FileNotFoundError: The folder lacks the adapter.
         ValueError: A name is not valid, or a file is damaged, no mask adapter, or a link out of the folder.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no repository name: {error} Write it as user/smn-cifar100.") from error
+    _check_repo_id(repo_id)
     if subfolder is not None and not _FOLDER.fullmatch(subfolder):
         raise ValueError(
             f"subfolder={subfolder!r}: a task's folder has letters, digits, '-', '_' and '.', parts divided by '/', "
@@ -258,11 +255,19 @@ def _send(
 
 def _full_name(repo_id: str, token: str | bool | None, create_pr: bool, revision: str | None) -> str:
     """Complete a repository's name with the user's own, as the Hub would."""
+    _check_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("A pull request is made against the main branch: leave out the revision, or create_pr.")
     if "/" in repo_id:
         return repo_id
     return f"{patiently(HfApi(token=token).whoami, repo_id)['name']}/{repo_id}"
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository name: {error} Write it as user/smn-cifar100.") from error
 
 
 def _root_card(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, str | None]:

@@ -68,7 +68,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
             raise ValueError(f"{path} has {size:,} bytes; such a file has {limit:,} at most, so it is none.")
-        return file.read(limit)  # not more than was checked, should the file be growing
+        return file.read(-1 if limit is None else limit)  # not more than was checked, should the file be growing
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
