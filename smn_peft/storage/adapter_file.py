@@ -79,9 +79,7 @@ def check_packed(name: str, packed: Tensor, numel: int) -> None:
         ValueError: If its size is not ⌈numel/8⌉ bytes, or a padding bit is set.
     """
     if packed.dtype != torch.uint8:
-        raise TypeError(
-            f"{name} is {packed.dtype}, a packed mask is uint8: save the adapter again with save_pretrained."
-        )
+        raise TypeError(f"{name} is {packed.dtype}, a packed mask is uint8: save it again with save_pretrained.")
     if packed.dim() != 1 or packed.numel() != packed_size(numel):
         raise ValueError(
             f"{name} has shape {tuple(packed.shape)}, but the base weight has {numel} entries and takes "
