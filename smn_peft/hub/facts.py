@@ -125,13 +125,18 @@ def _read_run(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no {path}: name the output folders of smn train.") from None
     if not isinstance(run, dict):
         raise ValueError(f"{path} is damaged: it holds no object. Copy it again.")
-    arguments = run.get("arguments", {})
-    for part, kinds in ((run, _KINDS), (arguments if isinstance(arguments, dict) else {}, _KINDS_OF_ARGUMENTS)):
-        for name, kind in kinds.items():
-            value = part.get(name)
-            if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-                raise ValueError(f"{path}: {name} is {repr(value)[:80]}, which no run writes: delete it.")
-    return run
+    run = _checked(run, _KINDS, path)
+    return {**run, "arguments": _checked(run.get("arguments", {}), _KINDS_OF_ARGUMENTS, path)}
+
+
+def _checked(part: Mapping[str, Any], kinds: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What is not null; ValueError for a value of another kind than a run writes."""
+    found = {name: value for name, value in part.items() if value is not None}
+    for name, value in found.items():
+        kind = kinds.get(name, object)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+            raise ValueError(f"{path}: {name} is {repr(value)[:80]}, which no run writes: delete it.")
+    return found
 
 
 def _reports(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport]:

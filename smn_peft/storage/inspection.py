@@ -24,7 +24,7 @@ from .adapter_file import (
 from .codec import LayerCode, LayerEntry
 from .repack import MAX_UNPACKED, unpack_tensors
 
-_PROVENANCE = ("base_model_name_or_path revision base_fingerprint format_version peft_version auto_mapping").split()
+_PROVENANCE = "base_model_name_or_path revision base_fingerprint format_version peft_version auto_mapping".split()
 
 
 def binary_entropy(share: float) -> float:
