@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of masks and of fp32 weights under compressors, beside this package's codec (Tables 6 and 7).
 
-The paper reports reductions of 78 to 83 %. They fit its own fractions (1.3 % of fp32) only if the mask before
-compression counts two bits for each weight; against bit-packed masks lzma takes away about 62 to 67 %. So every row
-here says bits per weight, and the entropy stands beside them.
+The paper's reductions of 78 to 83 % fit its own fractions (1.3 % of fp32) only if the mask before compression counts
+two bits per weight; lzma takes 62 to 67 % off bit-packed masks. So every row here says bits per weight.
 """
 
 from __future__ import annotations

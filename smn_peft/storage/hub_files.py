@@ -45,7 +45,7 @@ def locate_adapter(name: str, revision: str | None = None, subfolder: str | None
 
 
 def check_folder_weights(folder: str | os.PathLike[str]) -> None:
-    """Check an adapter's file before PEFT reads it, which would take a pickle where there is no other: ValueError."""
+    """Check an adapter's file before PEFT reads it; ValueError where there is only a pickle, which PEFT would load."""
     if (Path(folder) / WEIGHTS_NAME).exists():
         check_adapter_file(folder)
     elif (Path(folder) / PICKLE_NAME).exists():
