@@ -94,7 +94,7 @@ def facts_of_folder(
     name = arguments.get("backbone") or base
     dataset = arguments.get("dataset") or ""
     what = shown_name(name).rpartition("/")[2]
-    title = f"A mask for {what or 'a model'}"
+    title = f"A mask for {what}" if what else "A mask"
     if dataset:
         title = f"{what or 'A model'} masked for {shown_name(dataset).partition('.')[0]}"
     return AdapterFacts(
