@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`PeftModel.push_to_hub` of a model with masks pushes this package's card.
 
-PeftModel takes the method from transformers' mixin, which saves the adapter and then writes a placeholder card ("a
-transformers model") over the README.md: `create_or_update_model_card` and the config's `save_pretrained` run before
-that, and nothing that a method can override runs after it. Whoever pulls from such a page is not told to import this
-package, without which PEFT cannot load the adapter. Models without masks are passed on untouched.
+PeftModel has the method from transformers' mixin, which writes a placeholder card after all that a tuner can override:
+it would not say to import this package, without which PEFT cannot load the adapter. Other models are left alone.
 """
 
 from __future__ import annotations
@@ -15,8 +13,6 @@ from typing import Any
 from peft import PeftModel
 
 from .tuner import MaskConfig
-
-__all__ = ["register"]
 
 
 def register() -> None:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of masks and of fp32 weights under compressors, beside this package's codec (Tables 6 and 7).
 
-The paper reports reductions of 78 to 83 %. They fit its own fractions (1.3 % of fp32) only if the mask before
-compression counts two bits for each weight; against bit-packed masks lzma takes away about 62 to 67 %. So every row
-here says bits per weight, and the entropy stands beside them.
+The paper's reductions of 78 to 83 % fit its own fractions (1.3 % of fp32) only if the mask before compression counts
+two bits per weight; lzma takes 62 to 67 % off bit-packed masks. So every row here says bits per weight.
 """
 
 from __future__ import annotations
@@ -28,10 +27,6 @@ from ..storage import MAX_UNPACKED, purpose_of, read_adapter_file, unpack_tensor
 from ..storage.codec import encode_masks
 from ..storage.inspection import binary_entropy
 
-__all__ = ["CompressionRow", "CompressionTable", "adapter_compression", "compression_table", "format_compression"]
-
-
-#: Compressors by name; the last three raise ImportError where cramjam is not installed.
 _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),
     "bz2": lambda data: bz2.compress(data, 9),
@@ -40,6 +35,7 @@ _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
     "snappy": lambda data: importlib.import_module("cramjam").snappy.compress_raw(data),
     "zstd": lambda data: importlib.import_module("cramjam").zstd.compress(data, 19),
 }
+"""The last three raise ImportError where cramjam is not installed."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,7 @@ class CompressionTable:
 
 
 def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | None = None) -> CompressionTable:
-    """Compress packed masks, all layers in one string, and fp32 weights as bytes by every installed compressor.
-
-    Raises:
-        ValueError: There is no mask.
-    """
+    """Compress packed masks, all layers in one string, and fp32 weights as bytes by every installed compressor."""
     if not masks:
         raise ValueError("There is no mask to compress: name the folder of an adapter.")
     packed = b"".join(masks[name].tobytes() for name in sorted(masks))
@@ -102,12 +94,7 @@ def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | N
 def adapter_compression(
     folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None
 ) -> CompressionTable:
-    """Compress the masks of an adapter.
-
-    Args:
-        folder: Adapter, bit-packed or coded.
-        weights: A safetensors file whose floats are compressed as fp32, such as a full fine-tuning's
-            ``model.safetensors``.
+    """Compress the masks of an adapter, and the floats of the safetensors file `weights` as fp32.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -145,10 +132,8 @@ def format_compression(table: CompressionTable) -> str:
             cells["fp32 weights"] = "–" if size is None else f"{size:,}"
             cells["of them %"] = "–" if size is None else f"{100 * size / (4 * table.weight_count):.1f}"
         rows.append(cells)
-    text = (
-        f"{markdown_table(rows)}\n\n{table.mask_weights:,} masked weights, density {table.density:.4f}, "
-        f"entropy {table.entropy:.4f} bits each."
-    )
+    text = f"{markdown_table(rows)}\n\n{table.mask_weights:,} masked weights, density {table.density:.4f}, "
+    text += f"entropy {table.entropy:.4f} bits each."
     if table.missing:
         missing = ", ".join(table.missing)
         text += f"\nNot installed and left out: {missing} (pip install 'smn_peft[compression]')."

@@ -13,19 +13,6 @@ from torch import Tensor
 
 from ..evaluation import Features
 
-__all__ = [
-    "ClusterComposition",
-    "EmbeddingMap",
-    "LayerDensity",
-    "Similarity",
-    "average_densities",
-    "cluster_composition",
-    "embedding_map",
-    "layer_densities",
-    "mask_similarity",
-    "similarity_matrix",
-]
-
 _BLOCK = re.compile(
     r"(?:^|\.)(?P<block>(?:layers?|stages?|blocks?|resblocks)[._]?\d+(?:\.(?:blocks?\.)?\d+(?=\.))?)\.(?P<rest>.+)$"
 )
@@ -48,11 +35,7 @@ class LayerDensity:
 
 
 def layer_densities(masks: Mapping[str, Tensor]) -> list[LayerDensity]:
-    """Density of every tensor of `model.masks()`, in the model's order.
-
-    Raises:
-        ValueError: There is no mask.
-    """
+    """Density of every tensor of `model.masks()`, in the model's order; ValueError without masks."""
     if not masks:
         raise ValueError("There are no masks: the adapter masks nothing.")
     rows = []
@@ -65,15 +48,9 @@ def layer_densities(masks: Mapping[str, Tensor]) -> list[LayerDensity]:
 
 
 def average_densities(runs: Sequence[Sequence[LayerDensity]]) -> list[LayerDensity]:
-    """Mean and standard deviation of the densities of several masks.
-
-    Raises:
-        ValueError: There are no masks, or they mask different layers.
-    """
+    """Mean and standard deviation of the densities of several masks; ValueError unless all mask the same layers."""
     if not runs or any([row.name for row in run] != [row.name for row in runs[0]] for run in runs):
-        raise ValueError(
-            "Only masks of the same layers are averaged: name runs of one backbone and one set of layers."
-        )
+        raise ValueError("Only masks of the same layers are averaged: name runs of one backbone and set of layers.")
     averaged = []
     for rows in zip(*runs, strict=True):
         values = [row.density for row in rows]
@@ -101,11 +78,7 @@ class Similarity:
 def mask_similarity(
     first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: tuple[str, str] = ("first", "second")
 ) -> Similarity:
-    """Compare two masks (bool, by tensor name) with each other, and with random masks of the same densities.
-
-    Raises:
-        ValueError: The tensors or their shapes differ.
-    """
+    """Compare two masks (bool, by tensor name); ValueError if tensors or shapes differ."""
     shapes = [{name: tuple(mask.shape) for name, mask in masks.items()} for masks in (first, second)]
     if shapes[0] != shapes[1] or not first:
         differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
@@ -131,11 +104,7 @@ def mask_similarity(
 
 
 def similarity_matrix(masks: Mapping[str, Mapping[str, Tensor]]) -> list[Similarity]:
-    """Compare every pair of the named masks once.
-
-    Raises:
-        ValueError: There are fewer than two masks, or they mask different tensors.
-    """
+    """Compare every pair of the named masks once; ValueError for fewer than two masks, or of different tensors."""
     names = list(masks)
     if len(names) < 2:
         raise ValueError(f"Similarity is between two masks or more; got {len(names)}.")
@@ -153,23 +122,15 @@ class ClusterComposition:
     cumulative: tuple[float, ...]
 
 
-def cluster_composition(
-    assignments: Tensor, labels: Tensor, num_classes: int | None = None
-) -> list[ClusterComposition]:
-    """Composition of every cluster that has an image (Figure 11), from clusters and classes, int64 (n,) each.
-
-    Raises:
-        ValueError: There are no images, or the shapes differ.
-    """
+def cluster_composition(assignments: Tensor, labels: Tensor) -> list[ClusterComposition]:
+    """Composition of every cluster that has an image (Figure 11), from clusters and classes, int64 (n,) each."""
     if assignments.ndim != 1 or assignments.shape != labels.shape or not len(labels):
-        raise ValueError(
-            f"Assignments and labels must be (n,) of the same images; got {tuple(assignments.shape)} and "
-            f"{tuple(labels.shape)}."
-        )
-    count = int(labels.max()) + 1 if num_classes is None else num_classes
+        shapes = f"{tuple(assignments.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"Assignments and labels must be (n,) of the same images; got {shapes}.")
     found = []
     for cluster in assignments.unique().tolist():
-        mine = torch.bincount(labels[assignments == cluster], minlength=count).sort(descending=True).values
+        mine = torch.bincount(labels[assignments == cluster], minlength=int(labels.max()) + 1)
+        mine = mine.sort(descending=True).values
         shares = (mine.cumsum(0).double() / mine.sum()).tolist()
         found.append(ClusterComposition(int(cluster), int(mine.sum()), tuple(shares)))
     return found
@@ -189,14 +150,8 @@ def embedding_map(
 ) -> EmbeddingMap:
     """Lay out L2-normalised features by scikit-learn's t-SNE, initialised by PCA (Figure 10).
 
-    Distances between far points of such a map mean nothing, nor do its axes.
-
-    Args:
-        features: Labelled features.
-        label: Title of the map.
-        classes: Take the first so many classes only, as the figure does; None takes all.
-        perplexity: t-SNE's, lowered where there are too few points for it.
-        seed: t-SNE's.
+    Distances between far points of such a map mean nothing, nor do its axes. Only the first `classes` are taken, as in
+    the figure; None takes all. `perplexity` is lowered where there are too few points for it.
 
     Raises:
         ValueError: There are no labels, or fewer than 4 points.
@@ -204,16 +159,12 @@ def embedding_map(
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise ImportError(
-            "An embedding map is made by scikit-learn, which is not installed: pip install 'smn_peft[eval]'."
-        ) from error
+        raise ImportError("Embedding maps are made by scikit-learn: pip install 'smn_peft[eval]'.") from error
     labels = features.labels_for("An embedding map")
     chosen = torch.ones_like(labels, dtype=torch.bool) if classes is None else labels < classes
     count = int(chosen.sum())
     if count < 4:
-        raise ValueError(
-            f"An embedding map needs 4 points at least; there are {count} of the first {classes} classes."
-        )
+        raise ValueError(f"An embedding map needs 4 points; there are {count} of the first {classes} classes.")
     vectors = torch.nn.functional.normalize(features.features[chosen], dim=1).numpy()
     layout = TSNE(2, perplexity=min(perplexity, (count - 1) / 3), init="pca", random_state=seed)
     return EmbeddingMap(label, torch.from_numpy(layout.fit_transform(vectors)).float(), labels[chosen])

@@ -15,24 +15,6 @@ from ..evaluation import EvalReport, format_fraction, markdown_table
 from ..storage import atomic_write
 from .masks import ClusterComposition, EmbeddingMap, LayerDensity, Similarity
 
-__all__ = [
-    "SelectiveRow",
-    "Series",
-    "canvas",
-    "low_shot_series",
-    "low_shot_table",
-    "mean_curve",
-    "plot_clusters",
-    "plot_curves",
-    "plot_densities",
-    "plot_embedding_maps",
-    "plot_low_shot",
-    "plot_selective",
-    "plot_similarity",
-    "selective_series",
-    "smooth",
-]
-
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -71,11 +53,7 @@ def _averaged(label: str, values: Mapping[float, Sequence[float]]) -> Series:
 
 
 def mean_curve(label: str, curves: Sequence[Mapping[float, float]]) -> Series:
-    """Mean and standard deviation of several curves (value by position), at the positions that all of them have.
-
-    Raises:
-        ValueError: There are no curves, or they have no position in common.
-    """
+    """Mean and standard deviation of several curves (value by position), at the positions that all of them have."""
     common = set.intersection(*(set(curve) for curve in curves)) if curves else set()
     if not common:
         raise ValueError(f"The {len(curves)} curves of {label!r} have no position in common.")
@@ -135,12 +113,7 @@ def selective_series(rows: Sequence[SelectiveRow]) -> list[Series]:
 
 @contextmanager
 def canvas(path: PathLike, columns: int = 1, size: tuple[float, float] = (6.0, 4.0)) -> Iterator[list[Any]]:
-    """Yield `columns` axes of `size` inches, side by side; the picture is saved when the block ends without an error.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: The suffix of `path` names no format.
-    """
+    """Yield `columns` axes of `size` inches, side by side; the picture is saved if the block ends without an error."""
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{path} must end in .png, .svg or .pdf, which names the format of the picture.")
@@ -149,9 +122,7 @@ def canvas(path: PathLike, columns: int = 1, size: tuple[float, float] = (6.0, 4
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "Plots are drawn by matplotlib, which is not installed: pip install 'smn_peft[plot]'."
-        ) from error
+        raise ImportError("Plots are drawn by matplotlib: pip install 'smn_peft[plot]'.") from error
     style: Any = {**matplotlib.rcParamsDefault, **_SETTINGS, "backend": "agg"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(size[0] * columns, size[1]), layout="constrained")
@@ -196,12 +167,7 @@ def plot_curves(
 ) -> None:
     """Draw lines, a panel per title side by side (Figure 5 has two).
 
-    Args:
-        panels: Lines by the panel's title.
-        path: File to write.
-        xlabel: Label of the x-axes, with the unit.
-        ylabel: Label of the y-axes, with the unit.
-        markers: Draw markers and error bars, each panel on its own scale; else bands, all on one scale.
+    With `markers`, each panel has a scale of its own, and lines have error bars; else bands, all on one scale.
     """
     with canvas(path, columns=len(panels), size=(5.5, 4.0)) as axes:
         ends = [value for lines in panels.values() for line in lines for value in line.y]

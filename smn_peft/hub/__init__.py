@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from .card import merged_with, render_card, write_card
+from .card import render_card, write_card
 from .errors import HubError
-from .facts import RUN_NAME, AdapterFacts, facts_of_folder
+from .facts import RUN_NAME, AdapterFacts
 from .push import full_bytes, plan_push, push_model, push_run
 
 __all__ = [
     "RUN_NAME",
     "AdapterFacts",
     "HubError",
-    "facts_of_folder",
     "full_bytes",
-    "merged_with",
     "plan_push",
     "push_model",
     "push_run",

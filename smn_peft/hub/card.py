@@ -15,19 +15,6 @@ from ..evaluation import EvalReport, format_fraction, markdown_table
 from ..storage import atomic_write
 from .facts import AdapterFacts, as_code, as_span, as_text, dataset_id, facts_of_folder, shown_name
 
-__all__ = [
-    "CARD_NAME",
-    "collection_card",
-    "eval_result_files",
-    "loading_code",
-    "merged_with",
-    "metric_name",
-    "model_index",
-    "own_words",
-    "render_card",
-    "write_card",
-]
-
 CARD_NAME = "README.md"
 EVAL_FOLDER = ".eval_results"
 _BEGIN = "<!-- smn:begin: rendered from the adapter's records; what stands outside of the two marks is kept -->"
@@ -60,13 +47,8 @@ def render_card(
 ) -> ModelCard:
     """Render a card: its front matter, and its text between two marks.
 
-    Args:
-        facts: What is known.
-        where: Repository or folder that the code loads from, with the task's `subfolder` and the `revision`.
-        subfolder: See `where`.
-        revision: See `where`.
-        license: The adapter's licence as the Hub spells it, such as "apache-2.0"; without, the card says so.
-        tags: Tags to add.
+    The code in it loads from `where`, a repository or folder, with `subfolder` and `revision`; `license` is as the Hub
+    spells it, such as "apache-2.0", and the card says if there is none.
     """
     own = f"The adapter: {license}." if license else "Whoever published the adapter named no licence."
     sections = [
@@ -87,26 +69,19 @@ def render_card(
 
 def loading_code(base: str, where: str, subfolder: str | None = None, revision: str | None = None) -> str:
     """Whole code of a card: imports, the base by the lines `base`, and PEFT's loader of an adapter at `where`."""
-    options = "".join(
-        f", {name}={as_code(value)}" for name, value in (("subfolder", subfolder), ("revision", revision)) if value
+    place = {"subfolder": subfolder, "revision": revision}
+    options = "".join(f", {name}={as_code(value)}" for name, value in place.items() if value)
+    return (
+        "import smn_peft  # registers masks with PEFT; without it loading fails: KeyError: 'SMN'\n"
+        f"from peft import PeftModel\n{base}\n\n"
+        f"model = PeftModel.from_pretrained(base, {as_code(where)}{options}).eval()"
     )
-    lines = [
-        "import smn_peft  # registers masks with PEFT; without it loading fails: KeyError: 'SMN'",
-        "from peft import PeftModel",
-        base,
-        "",
-        f"model = PeftModel.from_pretrained(base, {as_code(where)}{options}).eval()",
-    ]
-    return "\n".join(lines)
 
 
 def merged_with(card: ModelCard, existing: str | None) -> str:
     """The card as text, with what an earlier README.md has outside of the marks and in fields that are not ours.
 
-    An unfilled template of PEFT or transformers counts as no README.md.
-
-    Raises:
-        ValueError: The front matter of `existing` is not YAML.
+    An unfilled template of PEFT or transformers counts as no README.md; ValueError if its front matter is not YAML.
     """
     words = own_words(existing)
     if existing is None or not words:
@@ -135,12 +110,7 @@ def _parsed(text: str) -> ModelCard:
 
 
 def write_card(folder: str | Path) -> None:
-    """Write README.md and `.eval_results/` of an adapter's folder, from the records in it.
-
-    Raises:
-        FileNotFoundError: There is no adapter.
-        ValueError: A record is damaged.
-    """
+    """Write README.md and `.eval_results/` of an adapter's folder, from the records in it."""
     folder = Path(folder)
     facts = facts_of_folder(folder)
     card = folder / CARD_NAME
@@ -153,7 +123,7 @@ def write_card(folder: str | Path) -> None:
 
 
 def _front_matter(facts: AdapterFacts, license: str | None, tags: Sequence[str]) -> ModelCardData:
-    found = ["smn", "mask", *(["base_model:adapter:" + facts.base_id] if facts.base_id else []), *tags]
+    base = [f"base_model:adapter:{facts.base_id}"] if facts.base_id else []
     dataset = dataset_id(facts.dataset)
     classifies = any(report.metric == "accuracy" for report in facts.reports)
     return ModelCardData(
@@ -162,7 +132,7 @@ def _front_matter(facts: AdapterFacts, license: str | None, tags: Sequence[str])
         library_name="peft",
         license=license,
         pipeline_tag="image-classification" if classifies else "image-feature-extraction",
-        tags=list(dict.fromkeys(found)),
+        tags=list(dict.fromkeys(["smn", "mask", *base, *tags])),
         datasets=[dataset] if dataset else None,
         model_name=" ".join(facts.title.split()) if facts.reports else None,
         eval_results=model_index(facts.reports) or None,
@@ -198,17 +168,16 @@ def _evaluation(facts: AdapterFacts) -> str:
         return "## Evaluation\n\nNo evaluation was recorded."
     reports = [*facts.baselines, *facts.reports]
     parts = dict.fromkeys((shown_name(report.dataset), report.split) for report in reports)
-    columns: dict[str, dict[str, str]] = {}
+    cells: dict[str, dict[str, str]] = {}
+    columns: dict[str, str] = {}
     for report in reports:
         words = as_text(metric_name(report))
         if len(parts) > 1:
             words += f", {as_text(shown_name(report.dataset))} ({as_text(report.split)})"
-        value = format_fraction(report.value, report.spread)
-        columns.setdefault(f"{words} %", {}).setdefault(as_text(report.label), value)
-    rows = [
-        {"": label, **{words: column.get(label, "–") for words, column in columns.items()}}
-        for label in dict.fromkeys(as_text(report.label) for report in reports)
-    ]
+        columns[f"{words} %"] = "–"
+        row = cells.setdefault(label := as_text(report.label), {"": label})
+        row.setdefault(f"{words} %", format_fraction(report.value, report.spread))
+    rows = [{"": label, **columns, **row} for label, row in cells.items()]
     seeds = max(len(report.seeds) for report in facts.reports)
     spread = f"Mean and standard deviation over {seeds} seeds." if seeds > 1 else "One run; no spread is known."
     tested = " and ".join(f"{as_text(dataset)} (split {as_text(split)})" for dataset, split in parts)
@@ -265,18 +234,19 @@ def model_index(reports: Sequence[EvalReport]) -> list[EvalResult]:
         spread: dict[str, Any] = {"seeds": len(report.seeds)} if report.seeds else {}
         if report.spread is not None:
             spread["standard_deviation"] = _percent(report.spread)
-        result = EvalResult(
-            task_type="image-classification",
-            dataset_type=dataset_id(report.dataset) or _line(shown_name(report.dataset)),
-            dataset_name=_line(shown_name(report.dataset)),
-            dataset_split=_line(report.split),
-            dataset_revision=None if report.revision is None else _line(report.revision),
-            metric_type="accuracy",
-            metric_name=_line(metric_name(report)),
-            metric_value=_percent(report.value),
-            metric_args=spread or None,
+        found.append(
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset_id(report.dataset) or _line(shown_name(report.dataset)),
+                dataset_name=_line(shown_name(report.dataset)),
+                dataset_split=_line(report.split),
+                dataset_revision=None if report.revision is None else _line(report.revision),
+                metric_type="accuracy",
+                metric_name=_line(metric_name(report)),
+                metric_value=_percent(report.value),
+                metric_args=spread or None,
+            )
         )
-        found.append(result)
     return found
 
 
@@ -310,11 +280,8 @@ def eval_result_files(reports: Sequence[EvalReport], task: str | None = None) ->
 def collection_card(text: str | None, repo_id: str, tasks: Mapping[str, AdapterFacts], existing: str | None) -> str:
     """README.md at the root of a repository of many tasks, with a row per folder in its table.
 
-    Args:
-        text: The card to put the table into, an adapter's at the root or the one there is; None: a fresh one.
-        repo_id: Repository.
-        tasks: The adapters that are pushed, by folder.
-        existing: The README.md there is, for the rows of the other tasks.
+    The table goes into `text`, an adapter's card or the README.md there is, or into a fresh card. `tasks` are what is
+    pushed, by folder; the rows of all others come from `existing`, the README.md there is.
     """
     rows = {row["task"]: row for row in _task_rows(existing or "")}
     rows |= {f"[{folder}]({folder})": _task_row(folder, facts) for folder, facts in tasks.items()}

@@ -17,8 +17,6 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import logging
 
-__all__ = ["HTTPError", "HubError", "patiently"]
-
 _BUSY = (429, 503)
 _TRIES = 4
 _LONGEST = 120.0  # seconds; a longer wait is the user's to decide
@@ -33,13 +31,9 @@ class HubError(OSError):
 
 
 def patiently(call: Callable[[], _Result], repo_id: str) -> _Result:
-    """Call the Hub; where it is busy, wait as long as it says and try again.
+    """Call the Hub; where it is busy, wait as long as it says and try again, which the client does for uploads alone.
 
-    The client itself does so for uploads alone. Only answers that say that nothing was done are tried again.
-
-    Args:
-        call: A request, or several that may be repeated.
-        repo_id: Repository, for messages.
+    Only answers that say that nothing was done are tried again. `repo_id` is for messages.
 
     Raises:
         HubError: The Hub refuses, is busy for longer than two minutes, or cannot be reached.
@@ -78,28 +72,25 @@ def _explanation(error: Exception, repo_id: str, wait: float | None) -> str:
             f"The Hub cannot be reached, or the connection broke ({type(error).__name__}: {error}). Check the network "
             "and push again: what is uploaded already is not sent again."
         )
-    status = error.response.status_code
+    status, tokens = error.response.status_code, "a token with write access (huggingface.co/settings/tokens)"
     said = f" The Hub says: {' '.join(error.server_message.split())}" if error.server_message else ""
-    if status in _BUSY:
-        fix = f"The Hub takes no more requests for now: push again in {wait:g} seconds."
-    elif isinstance(error, RevisionNotFoundError):
+    if isinstance(error, RevisionNotFoundError):
         fix = f"{repo_id} has no such revision: name a branch of it, or leave --revision out."
     elif isinstance(error, GatedRepoError):
         fix = f"{repo_id} is gated: ask for access on its page, then push again."
-    elif status == 401 and not isinstance(error, RepositoryNotFoundError):
-        fix = (
-            "The Hub does not know you: log in by `hf auth login`, or set HF_TOKEN to a token with write access "
-            "(huggingface.co/settings/tokens)."
-        )
-    elif status in (401, 404):
+    elif isinstance(error, RepositoryNotFoundError) or status == 404:
         fix = (
             f"The Hub shows no {repo_id}: check the spelling of user and name; a private repository needs "
             "`hf auth login` with an account that may see it."
         )
+    elif status in _BUSY:
+        fix = f"The Hub takes no more requests for now: push again in {wait:g} seconds."
+    elif status == 401:
+        fix = f"The Hub does not know you: log in by `hf auth login`, or set HF_TOKEN to {tokens}."
     elif status == 403:
         fix = (
-            f"Your token may not write to {repo_id}: take one with write access (huggingface.co/settings/tokens), "
-            "your own user name, or --create-pr to propose the change."
+            f"Your token may not write to {repo_id}: take {tokens}, your own user name, or --create-pr to propose the "
+            "change."
         )
     elif status == 412:
         fix = f"{repo_id} was changed by somebody else meanwhile: push again."

@@ -20,19 +20,6 @@ from ..data.registry import DATASETS
 from ..evaluation import EvalReport, merge_reports
 from ..storage import BASE_PREFIX, WEIGHTS_NAME, AdapterSizes, adapter_sizes, read_config, read_json
 
-__all__ = [
-    "RUN_NAME",
-    "AdapterFacts",
-    "as_code",
-    "as_span",
-    "as_text",
-    "base_code",
-    "dataset_id",
-    "facts_of_folder",
-    "hub_id",
-    "shown_name",
-]
-
 RUN_NAME = "run.json"  # `smn train` writes it beside the adapter
 _SHOWN = (
     "epochs max_steps batch_size optimizer lr head_lr momentum weight_decay warmup_epochs mixed_precision score_dtype "
@@ -63,18 +50,12 @@ _UNKNOWN_BASE = "\nbase = ...  # the model that the mask was learned on, loaded 
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """Everything that a card says about an adapter.
+    """Everything that a card says about an adapter; "" or None is what is not known.
 
-    Attributes:
-        base: Name of the base model as a card may show it; "" if unknown.
-        base_id: Its repository on the Hub, None if it has none.
-        full_bytes: A checkpoint of all weights, as full fine-tuning would save it; None if unknown.
-        dataset: Name as `load_images` takes it, "" if unknown.
-        objective: What was learned, such as "cross_entropy"; "" if unknown.
-        recipe: Option -> value, as a table shows them.
-        baselines: What the frozen base is worth, and full fine-tuning where it was measured.
-        code: Python lines that end with the base model in `base`.
-        notes: Limits of this adapter beside those of every mask.
+    `base` is the base model's name and `base_id` its repository on the Hub, `full_bytes` the size of a checkpoint of
+    all weights, `dataset` a name as `load_images` takes it, `recipe` the options as a table shows them. `baselines`
+    are of the frozen base, and of full fine-tuning where it was measured; the Python lines of `code` end with the
+    base model in `base`; `notes` are limits beside those of every mask.
     """
 
     title: str
@@ -98,16 +79,12 @@ class AdapterFacts:
 def facts_of_folder(
     folder: str | Path, *, reports: Sequence[EvalReport] = (), seeds: Sequence[str | Path] = ()
 ) -> AdapterFacts:
-    """Read what the files of a folder say about the adapter in it.
+    """Read what the files of a folder say about the adapter in it; ValueError if one is damaged.
 
     Args:
         folder: The output folder of `smn train`, or any folder with an adapter.
         reports: Evaluations to show instead of those at the end of training, such as `smn eval --json` writes.
-        seeds: Folders of the same run with other seeds: results are shown over all of them.
-
-    Raises:
-        FileNotFoundError: There is no adapter.
-        ValueError: A file is damaged, or a folder of `seeds` is another run or repeats a seed.
+        seeds: Folders of the same run with other seeds: results are shown over all. ValueError if they are not.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -148,15 +125,18 @@ def _read_run(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no {path}: name the output folders of smn train.") from None
     if not isinstance(run, dict):
         raise ValueError(f"{path} is damaged: it holds no object. Copy it again.")
-    arguments = run.get("arguments", {})
-    for part, kinds in ((run, _KINDS), (arguments if isinstance(arguments, dict) else {}, _KINDS_OF_ARGUMENTS)):
-        for name, kind in kinds.items():
-            value = part.get(name)
-            if value is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-                raise ValueError(
-                    f"{path}: {name} is {repr(value)[:80]}, of another kind than a run writes: delete it."
-                )
-    return run
+    run = _checked(run, _KINDS, path)
+    return {**run, "arguments": _checked(run.get("arguments", {}), _KINDS_OF_ARGUMENTS, path)}
+
+
+def _checked(part: Mapping[str, Any], kinds: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What is not null; ValueError for a value of another kind than a run writes."""
+    found = {name: value for name, value in part.items() if value is not None}
+    for name, value in found.items():
+        kind = kinds.get(name, object)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
+            raise ValueError(f"{path}: {name} is {repr(value)[:80]}, which no run writes: delete it.")
+    return found
 
 
 def _reports(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport]:
@@ -168,18 +148,19 @@ def _reports(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport]:
     for metric, value in run.get("before" if frozen else "after", {}).items():
         if frozen and metric == "accuracy" and arguments.get("objective") != "zero_shot":
             continue  # of a head that nothing has trained
-        report = EvalReport(
-            label="frozen base" if frozen else "this adapter",
-            dataset=arguments["dataset"],
-            split=arguments["eval_split"],
-            metric=metric,
-            values=(value,),
-            seeds=() if frozen else (arguments.get("seed", 0),),
-            revision=arguments.get("dataset_revision"),
-            settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
-            versions=run.get("versions", {}),
+        found.append(
+            EvalReport(
+                label="frozen base" if frozen else "this adapter",
+                dataset=arguments["dataset"],
+                split=arguments["eval_split"],
+                metric=metric,
+                values=(value,),
+                seeds=() if frozen else (arguments.get("seed", 0),),
+                revision=arguments.get("dataset_revision"),
+                settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
+                versions=run.get("versions", {}),
+            )
         )
-        found.append(report)
     return found
 
 
@@ -242,7 +223,7 @@ def base_code(folder: Path, config: Mapping[str, Any], arguments: Mapping[str, A
     `arguments` are the run's, empty if there was none: then the adapter's file tells how many classes a head has.
     """
     mapping = config.get("auto_mapping") or {}
-    kind, library = mapping.get("base_model_class") or "", mapping.get("parent_library") or ""
+    kind, library = (mapping.get(key) or "" for key in ("base_model_class", "parent_library"))
     name = arguments.get("backbone") or config.get("base_model_name_or_path")
     repository, shown = hub_id(name), shown_name(name)
     if not repository and not _OWN_NAME.fullmatch(shown):
@@ -264,29 +245,28 @@ def _backbone_code(
 ) -> str:
     """Load the base by this package's own loaders, as `smn train` does."""
     own_file = bool(name) and is_file_spec(str(name))
-    loader = "load_from_file" if own_file else "load_backbone"
+    loader, weights = "load_from_file" if own_file else "load_backbone", arguments.get("weights")
     options: dict[str, Any] = {}
     if not own_file:
-        if not arguments.get("pretrained", True) and not arguments.get("weights"):
-            options["pretrained"] = False
-        if arguments.get("weights"):
-            options["state_dict"] = shown_name(arguments["weights"])
-        options["image_size"] = arguments.get("image_size")
-        options["revision"] = arguments.get("backbone_revision") or config.get("revision")
-        if arguments.get("objective") == "zero_shot" or "WithProjection" in kind:
-            options["projection"] = True
+        options = {
+            "pretrained": None if weights or arguments.get("pretrained", True) else False,
+            "state_dict": shown_name(weights) or None,
+            "image_size": arguments.get("image_size"),
+            "revision": arguments.get("backbone_revision") or config.get("revision"),
+            "projection": True if arguments.get("objective") == "zero_shot" or "WithProjection" in kind else None,
+        }
     shown = "".join(f", {key}={as_code(value)}" for key, value in options.items() if value is not None)
     classes = arguments.get("head_classes")
     if not arguments:
         key = f"{BASE_PREFIX}head.weight"
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             classes = file.get_slice(key).get_shape()[0] if key in file.keys() else None
-    imports = f"from smn_peft.backbones import {loader}" + (", load_classifier" if classes else "")
-    lines = [imports, "", f"backbone = {loader}({as_code(shown_name(name))}{shown})"]
+    lines = [f"from smn_peft.backbones import {loader}" + (", load_classifier" if classes else ""), ""]
     if options.get("pretrained") is False or own_file:
-        lines = ["import torch", *lines]
         seed = as_code(arguments.get("seed", 0))
-        lines.insert(3, f"torch.manual_seed({seed})  # as in training, for weights that no file gives")
+        seeding = f"torch.manual_seed({seed})  # as in training, for weights that no file gives"
+        lines = ["import torch", *lines, seeding]
+    lines.append(f"backbone = {loader}({as_code(shown_name(name))}{shown})")
     if classes:
         seed = f", head_seed={as_code(arguments['seed'])}" if arguments.get("seed") else ""
         lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{seed})")

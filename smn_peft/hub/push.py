@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 from peft import PeftModel
 
 from ..evaluation import EvalReport
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, check_adapter_file
+from ..storage import CONFIG_NAME, WEIGHTS_NAME, parse_adapter_file, read_bytes
 from ..tuner import MaskConfig
 from ..tuner.config import SMN
 from .card import CARD_NAME, collection_card, eval_result_files, merged_with, own_words, render_card
-from .errors import HTTPError, HubError, patiently
+from .errors import HubError, patiently
 from .facts import AdapterFacts, facts_of_folder, hub_id
-
-__all__ = ["PushPlan", "full_bytes", "plan_push", "push_model", "push_run"]
 
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
 logger = logging.get_logger(__name__)
@@ -38,14 +36,14 @@ class PushPlan:
     repo_id: str
     facts: dict[str, AdapterFacts] = field(default_factory=dict)
     """Of each adapter, by its folder in the repository; "" is the root."""
-    files: dict[str, bytes | Path] = field(default_factory=dict)
-    """Path in the repository -> content or local file."""
+    files: dict[str, bytes] = field(default_factory=dict)
+    """Path in the repository -> content."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know before it is public."""
 
     def text(self) -> str:
         """The files with their bytes, and the notes."""
-        sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
+        sizes = {name: len(content) for name, content in self.files.items()}
         lines = [f"{self.repo_id}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
         lines += [f"{size:>12,}  {name}" for name, size in sorted(sizes.items())]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
@@ -53,9 +51,7 @@ class PushPlan:
     def card(self) -> str:
         """The card of the first adapter."""
         folder = next(iter(self.facts))
-        content = self.files[f"{folder}/{CARD_NAME}" if folder else CARD_NAME]
-        assert isinstance(content, bytes)
-        return content.decode()
+        return self.files[f"{folder}/{CARD_NAME}" if folder else CARD_NAME].decode()
 
 
 def plan_push(
@@ -70,16 +66,16 @@ def plan_push(
     seeds: Sequence[str | Path] = (),
     facts: AdapterFacts | None = None,
 ) -> PushPlan:
-    """Check a folder and make everything that a push of it would commit; nothing is sent.
+    """Check an adapter's folder, as of `smn train`, and make everything that a push would commit; nothing is sent.
 
     Of the folder only the adapter goes out: no run.json, no checkpoints, no logs, and no path of this disk.
 
     Args:
-        folder: The output folder of `smn train`, or a folder with an adapter.
+        folder: Folder of the adapter.
         repo_id: Repository, "user/name".
         subfolder: Folder for the adapter in a repository of several tasks.
         revision: Branch, for the card's code.
-        license: The adapter's licence as the Hub spells it.
+        license: The adapter's licence as the Hub spells it, such as "apache-2.0".
         tags: Tags for the card.
         reports: Evaluations for the card, instead of those of the run.
         seeds: Folders of the same run with other seeds, for the card's spread.
@@ -99,8 +95,9 @@ def plan_push(
     _refuse_links(folder)
     if facts is None:
         facts = facts_of_folder(folder, reports=reports, seeds=seeds)
-    check_adapter_file(folder)
-    content = (folder / CONFIG_NAME).read_bytes()
+    weights = read_bytes(folder / WEIGHTS_NAME)
+    parse_adapter_file(weights, folder / WEIGHTS_NAME)  # raises if it is damaged
+    content = read_bytes(folder / CONFIG_NAME)
     config = json.loads(content)
     if (kind := config.get("peft_type")) != SMN.value:
         raise ValueError(f"{folder} holds a {kind} adapter, no mask: push it by PEFT's push_to_hub.")
@@ -121,7 +118,7 @@ def plan_push(
     plan.files = {
         prefix + CARD_NAME: merged_with(card, own.read_text("utf-8") if own.is_file() else None).encode(),
         prefix + CONFIG_NAME: content,
-        prefix + WEIGHTS_NAME: folder / WEIGHTS_NAME,
+        prefix + WEIGHTS_NAME: weights,
         **eval_result_files(facts.reports, subfolder),
     }
     return plan
@@ -138,25 +135,20 @@ def push_run(
     token: str | bool | None = None,
     **options: Any,
 ) -> CommitInfo:
-    """Push an adapter's folder; the repository is made where it does not exist.
+    """Push an adapter's folder; the repository, of the user's own where none is named, is made if it does not exist.
 
     Args:
-        folder: The output folder of `smn train`, or a folder with an adapter.
-        repo_id: Repository, "user/name".
+        folder: As of [`plan_push`], whose `options` and errors hold too.
+        repo_id: Repository, "user/name" or "name".
         private: Make the repository private. An existing public one is refused.
         revision: Branch to commit to, made where it does not exist.
         create_pr: Open a pull request against the main branch and leave that as it is.
         commit_message: First line of the commit.
         token: Token, by default from HF_TOKEN or `hf auth login`.
-        options: Of [`plan_push`].
-
-    Returns:
-        The commit, with `commit_url`, `oid` and `pr_url`.
+        options: See `folder`.
 
     Raises:
         HubError: The Hub refuses or cannot be reached; the message says what to do.
-        FileNotFoundError: The folder lacks the adapter.
-        ValueError: A name is not valid, or a file is damaged.
     """
     plan = plan_push(folder, _full_name(repo_id, token, create_pr, revision), revision=revision, **options)
     message = commit_message or f"Upload mask {options.get('subfolder') or Path(folder).resolve().name}"
@@ -176,10 +168,9 @@ def push_model(
     license: str | None = None,
     commit_description: str | None = None,
 ) -> CommitInfo:
-    """Push every mask adapter of a model in one commit; `PeftModel.push_to_hub` of a model with masks calls this.
+    """Push every mask adapter of a model in one commit, as `PeftModel.push_to_hub`, with [`push_run`]'s arguments.
 
-    As in a folder that `save_pretrained` writes, the adapter "default" lies at the root, and every other in a folder
-    of its name, to be loaded by ``subfolder=``. Arguments and errors are as of [`push_run`].
+    As `save_pretrained` does, it puts the adapter "default" at the root, and every other into a folder of its name.
     """
     whole = PushPlan(_full_name(repo_id, token, create_pr, revision))
     with tempfile.TemporaryDirectory() as temporary:
@@ -189,8 +180,8 @@ def push_model(
             folder = Path(temporary, subfolder or "")
             base: Any = model.base_model
             facts = replace(facts_of_folder(folder), density=base.density(name), full_bytes=full_bytes(model))
-            options: dict[str, Any] = {"subfolder": subfolder, "revision": revision, "license": license}
-            plan = plan_push(folder, whole.repo_id, tags=tags or (), facts=facts, **options)
+            options: dict[str, Any] = {"revision": revision, "license": license, "tags": tags or (), "facts": facts}
+            plan = plan_push(folder, whole.repo_id, subfolder=subfolder, **options)
             whole.facts |= plan.facts
             whole.files |= plan.files
         message = commit_message or f"Upload mask {', '.join(model.peft_config)}"
@@ -229,27 +220,22 @@ def _send(
         )
     if revision is not None and not revision.startswith("refs/"):
         patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
-    # The root's card is shared: with other tasks, and with who edits it on the Hub's page.
+    # The root's card is shared with other tasks, and with who edits it on the Hub's page.
     existing, parent = _root_card(api, repo_id, revision)
     files = dict(plan.files)
     text = existing
-    if isinstance(root := files.get(CARD_NAME), bytes):
-        text = root.decode()
+    if CARD_NAME in files:
+        text = files[CARD_NAME].decode()
         if not own_words(text):  # nobody wrote into it on this side
             text = merged_with(ModelCard(text), existing)
     tasks = {folder: facts for folder, facts in plan.facts.items() if folder}
     files[CARD_NAME] = collection_card(text, repo_id, tasks, existing).encode()
 
     def commit(over_http: bool = False) -> CommitInfo:
-        operations = []
-        for name, content in files.items():
-            data: Any = content
-            if over_http:  # what the client cannot reopen it sends over plain HTTP
-                data = BytesIO(content if isinstance(content, bytes) else content.read_bytes())
-            operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=data))
+        wrap = BytesIO if over_http else bytes  # the client sends streams over plain HTTP
         return api.create_commit(
             repo_id,
-            operations,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=wrap(data)) for name, data in files.items()],
             commit_message=message,
             commit_description=description,
             revision=revision,
@@ -268,7 +254,7 @@ def _send(
 
 
 def _full_name(repo_id: str, token: str | bool | None, create_pr: bool, revision: str | None) -> str:
-    """Check a push's names and complete the repository's with the user's own, as the Hub would."""
+    """Complete a repository's name with the user's own, as the Hub would."""
     _check_repo_id(repo_id)
     if create_pr and revision is not None:
         raise ValueError("A pull request is made against the main branch: leave out the revision, or create_pr.")
@@ -302,6 +288,4 @@ def _refuse_links(folder: Path) -> None:
     for path in (folder / name for name in (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME)):
         target = path.resolve()
         if path.is_symlink() and not any(place in target.parents for place in allowed):
-            raise ValueError(
-                f"{path} is a link to {target}, outside its folder: put the file itself there to push it."
-            )
+            raise ValueError(f"{path} is a link to {target}, outside its folder: put the file itself there.")

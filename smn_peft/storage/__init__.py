@@ -31,11 +31,9 @@ from .adapter_file import (
 )
 from .codec import CODECS
 from .files import (
-    MAX_JSON,
     AdapterFileError,
     atomic_write,
     check_regular,
-    open_regular,
     read_bytes,
     read_json,
     to_disk,
@@ -47,7 +45,6 @@ from .repack import (
     MAX_UNPACKED,
     pack_adapter,
     pack_tensors,
-    shared_prefix,
     size_change,
     unpack_adapter,
     unpack_tensors,
@@ -58,7 +55,6 @@ __all__ = [
     "CODECS",
     "CONFIG_NAME",
     "FORMAT_VERSION",
-    "MAX_JSON",
     "MAX_UNPACKED",
     "PICKLE_NAME",
     "SAVE_DTYPES",
@@ -80,7 +76,6 @@ __all__ = [
     "inspect_adapter",
     "is_settings",
     "locate_adapter",
-    "open_regular",
     "pack_adapter",
     "pack_tensors",
     "parse_adapter_file",
@@ -92,7 +87,6 @@ __all__ = [
     "read_settings",
     "rounded",
     "settings_tensor",
-    "shared_prefix",
     "size_change",
     "tensor_digest",
     "to_disk",

@@ -15,19 +15,6 @@ from torch import Tensor
 
 from .files import AdapterFileError, read_json
 
-__all__ = [
-    "CONFIG_NAME",
-    "FORMAT_VERSION",
-    "SETTINGS_NAME",
-    "check_config",
-    "check_format_version",
-    "check_settings",
-    "is_settings",
-    "read_config",
-    "read_settings",
-    "settings_tensor",
-]
-
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
 """Version of the adapter format that this release writes; it reads every version up to this one."""
@@ -41,7 +28,7 @@ SETTINGS = (
 """Fields of the config that decide an adapter's outputs. The keys of the file's tensors say what it targets."""
 
 
-def _is_text_or_none(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
@@ -49,24 +36,22 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_mapping(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_text, value.values())))
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "auto_mapping": (
-        lambda value: value is None or (isinstance(value, dict) and all(map(_is_text_or_none, value.values()))),
-        "an object of texts",
-    ),
-    "base_fingerprint": (_is_text_or_none, "text or null"),
-    "base_model_name_or_path": (_is_text_or_none, "text or null"),
-    "check_base": (_is_flag, "true or false"),
+    **dict.fromkeys(("base_fingerprint", "base_model_name_or_path", "revision"), (_is_text, "text or null")),
+    **dict.fromkeys(("check_base", "scale"), (_is_flag, "true or false")),
+    "auto_mapping": (_is_mapping, "an object of texts"),
     "codec": (lambda value: isinstance(value, str), "text"),
-    "revision": (_is_text_or_none, "text or null"),
-    "scale": (_is_flag, "true or false"),
-    "seed": (lambda value: _is_number(value) and isinstance(value, int), "an integer"),
+    "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
     "select": (lambda value: value in ("random", "magnitude"), '"random" or "magnitude"'),
-    "trainable_fraction": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0, and 1 at most"),
+    "trainable_fraction": (_is_fraction, "a number above 0, and 1 at most"),
 }
 """PEFT checks no types: what this package reads of a config, and what it must be."""
 
@@ -74,60 +59,47 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def check_format_version(version: object) -> None:
     """ValueError for anything but an integer from 1 to [`FORMAT_VERSION`]."""
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(
-            f"format_version must be a positive integer, got {version!r}: adapter_config.json is damaged."
-        )
+        raise ValueError(f"format_version must be a positive integer, got {version!r}: {CONFIG_NAME} is damaged.")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"This adapter has format version {version}; this smn_peft reads up to {FORMAT_VERSION}. "
-            "Upgrade it: pip install -U smn_peft."
+            f"This adapter has format version {version}; this smn_peft reads up to {FORMAT_VERSION}. Upgrade it: pip "
+            "install -U smn_peft."
         )
 
 
-def check_config(config: Any) -> dict[str, Any]:
-    """Check an adapter's config as JSON gave it; fields may be missing.
+def check_config(config: Any, where: object = CONFIG_NAME) -> dict[str, Any]:
+    """Check an adapter's config as JSON gave it; fields may be missing, and `where` names it in errors.
 
     Raises:
         AdapterFileError: If it is no object, a field is of another kind, or a text cannot be encoded.
         ValueError: If its format is not known.
     """
     if not isinstance(config, Mapping):
-        raise AdapterFileError("adapter_config.json is no JSON object: fetch it again.")
+        raise AdapterFileError(f"{where} is damaged: it is no JSON object. Fetch it again.")
     for name, (is_valid, kind) in _FIELDS.items():
         if name in config and not is_valid(config[name]):
             raise AdapterFileError(
-                f"{name} in adapter_config.json is {repr(config[name])[:80]}, and must be {kind}: fetch it again, or "
+                f"{where} is damaged: {name} is {repr(config[name])[:80]}, and must be {kind}. Fetch it again, or "
                 "have its author correct it."
             )
     try:
         json.dumps(config, ensure_ascii=False).encode()
     except ValueError as error:  # half of a surrogate pair
-        raise AdapterFileError(f"adapter_config.json holds a text that is none ({error}): fetch it again.") from error
+        raise AdapterFileError(f"{where} holds a text that is none ({error}): fetch it again.") from error
     check_format_version(config.get("format_version", 1))
     return dict(config)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read and check the config in an adapter's folder.
-
-    Raises:
-        AdapterFileError: If it is no JSON object, or a field is of another kind.
-        FileNotFoundError: If there is none.
-        ValueError: If its format is not known.
-    """
+    """Read and check the config in an adapter's folder; FileNotFoundError if there is none."""
     path = Path(folder) / CONFIG_NAME
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist: name the output folder of smn train, or a folder with an adapter."
-        )
+        raise FileNotFoundError(f"{path} does not exist: name the output folder of smn train, or one with an adapter.")
     try:
         config = read_json(path)
     except ValueError as error:
         raise AdapterFileError(str(error)) from error
-    try:
-        return check_config(config)
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}") from error
+    return check_config(config, path)
 
 
 def is_settings(name: str) -> bool:
@@ -185,12 +157,7 @@ def _crc32(tensor: Tensor) -> int:
 
 
 def read_settings(name: str, tensor: Tensor) -> dict[str, Any]:
-    """Decode what [`settings_tensor`] made; `name` is its key, and fields of a later release are left out.
-
-    Raises:
-        AdapterFileError: If it is no such tensor.
-        ValueError: If its format is not known.
-    """
+    """Decode what [`settings_tensor`] made; `name` is its key, and fields of a later release are left out."""
     try:
         if tensor.dtype != torch.uint8 or tensor.dim() != 1:
             raise ValueError(f"it is {tensor.dtype} {tuple(tensor.shape)}")

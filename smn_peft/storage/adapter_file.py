@@ -20,30 +20,10 @@ from .adapter_config import check_settings, is_settings
 from .codec import BLOB_NAME, MaskBlob
 from .files import AdapterFileError, atomic_write, open_regular, read_bytes
 
-__all__ = [
-    "BASE_PREFIX",
-    "SAVE_DTYPES",
-    "WEIGHTS_NAME",
-    "AdapterSizes",
-    "adapter_sizes",
-    "check_adapter_file",
-    "check_packed",
-    "coded_masks",
-    "parse_adapter_file",
-    "purpose_of",
-    "read_adapter_file",
-    "rounded",
-    "write_adapter_file",
-]
-
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names in the keys of an adapter's file."""
-SAVE_DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Dtypes of a saved head and statistics by config name; float32 leaves every tensor as it is."""
 _MAX_HEADER = 25_000_000  # a ViT-g header has 60 kB
 _MAX_DIM = 16
@@ -73,13 +53,10 @@ def purpose_of(name: str) -> str:
 
 
 def coded_masks(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
-    """Find the coded masks among an adapter's tensors.
+    """Find coded masks among an adapter's tensors; AdapterFileError if they are damaged, or there more than once.
 
     Returns:
         What the layers' keys have before their names in the blob, and the blob; None if the masks are bit-packed.
-
-    Raises:
-        AdapterFileError: If the blob is damaged, or there is more than one.
     """
     keys = [key for key in tensors if key.rpartition(".")[2] == BLOB_NAME]
     if not keys:
@@ -89,8 +66,7 @@ def coded_masks(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
         raise AdapterFileError(f"The file holds coded masks twice, as {key} and {keys[1]}: fetch it again.")
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
         raise AdapterFileError(
-            f"{key} is {tensor.dtype} {tuple(tensor.shape)}, coded masks are uint8 (bytes,): the file is damaged. "
-            "Fetch it again."
+            f"{key} is {tensor.dtype} {tuple(tensor.shape)}, and coded masks are uint8 (bytes,): fetch the file again."
         )
     return key.removesuffix(BLOB_NAME), MaskBlob.parse(tensor.detach().cpu().contiguous().numpy().data)
 
@@ -103,10 +79,7 @@ def check_packed(name: str, packed: Tensor, numel: int) -> None:
         ValueError: If its size is not ⌈numel/8⌉ bytes, or a padding bit is set.
     """
     if packed.dtype != torch.uint8:
-        raise TypeError(
-            f"{name} is {packed.dtype}, a packed mask is uint8. The file is damaged or is not a mask adapter: save it "
-            "again with save_pretrained."
-        )
+        raise TypeError(f"{name} is {packed.dtype}, a packed mask is uint8: save it again with save_pretrained.")
     if packed.dim() != 1 or packed.numel() != packed_size(numel):
         raise ValueError(
             f"{name} has shape {tuple(packed.shape)}, but the base weight has {numel} entries and takes "
@@ -164,19 +137,12 @@ def _check_rest(where: object, tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_adapter_file(path: str | os.PathLike[str]) -> str | None:
-    """Check a file's header and size, and head and statistics against their checksum if it has one.
+    """Check header, size, and the checksum of head and statistics, which is returned; None if there is none.
 
-    Masks are not read: a coded file has their checksum where they are decoded.
-
-    Args:
-        path: The file, or the folder that holds `adapter_model.safetensors`.
-
-    Returns:
-        The checksum.
+    Masks are not read: a coded file has their checksum where they are decoded. `path` is the file, or its folder.
 
     Raises:
-        AdapterFileError: If the file is truncated, its header is unreadable or does not fit it, or the checksum
-            differs.
+        AdapterFileError: If the file is truncated, its header does not fit it, or the checksum differs.
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
@@ -188,17 +154,9 @@ def check_adapter_file(path: str | os.PathLike[str]) -> str | None:
 
 
 def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
-    """Read and check a whole adapter file; the result does not change with the file.
+    """Read a file, or the one in a folder: CPU tensors by checkpoint key, checked as by [`check_adapter_file`].
 
-    Args:
-        path: The file, or the folder that holds `adapter_model.safetensors`.
-        settings: Return the tensor of the adapter's settings too, which the config repeats.
-
-    Returns:
-        Tensors by checkpoint key, on the CPU.
-
-    Raises:
-        AdapterFileError: As [`check_adapter_file`].
+    The result does not change with the file. `settings` adds the adapter's settings, which the config repeats.
     """
     path = _weights_path(path)
     return parse_adapter_file(read_bytes(path), path, settings=settings)
@@ -230,12 +188,9 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
 
 
 def rounded(name: str, tensor: Tensor, save_dtype: str) -> Tensor:
-    """Round a tensor, under the key `name`, to the dtype that it is saved in, one of [`SAVE_DTYPES`].
+    """Round a float tensor to a narrower dtype of [`SAVE_DTYPES`]; ValueError if that overflows (fp16 ends at 65504).
 
-    One that is not a float, or not wider than that dtype, is returned as it is.
-
-    Raises:
-        ValueError: If a finite value becomes infinite: fp16 ends at 65504.
+    Any other is returned as it is. `name` is its key, for the error.
     """
     dtype = SAVE_DTYPES[save_dtype]
     if save_dtype == "float32" or not tensor.is_floating_point() or tensor.element_size() <= dtype.itemsize:

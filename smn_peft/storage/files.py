@@ -13,20 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-__all__ = [
-    "MAX_JSON",
-    "AdapterFileError",
-    "atomic_write",
-    "check_regular",
-    "open_regular",
-    "read_bytes",
-    "read_json",
-    "to_disk",
-]
-
 MAX_JSON = 16 << 20
 """Bytes of the largest JSON file that is read: the class names of ImageNet-21k take one million."""
-
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a device",
@@ -69,40 +57,28 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         raise _not_regular(path, mode)
 
 
-def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
-    """Read a regular file of at most `limit` bytes, whole.
+def _not_regular(path: str | os.PathLike[str], mode: int) -> ValueError:
+    kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+    return ValueError(f"{path} is {kind} and no regular file: put the file itself there.")
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a regular file, or larger than `limit`.
-    """
+
+def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:
+    """Read a whole file; ValueError if it is not a regular one, or has more than `limit` bytes."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
             raise ValueError(f"{path} has {size:,} bytes; such a file has {limit:,} at most, so it is none.")
-        # Not more than was checked, should the file be growing.
-        return file.read() if limit is None else file.read(limit)
+        return file.read(-1 if limit is None else limit)  # not more than was checked, should the file be growing
 
 
 def read_json(path: str | os.PathLike[str], limit: int = MAX_JSON) -> Any:
-    """Read a JSON file of at most `limit` bytes.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a regular file, larger than `limit`, nested too deeply, or not JSON.
-    """
+    """Read a JSON file of at most `limit` bytes; ValueError as of [`read_bytes`], or if it is not JSON."""
     data = read_bytes(path, limit)
     try:
         return json.loads(data)
-    except RecursionError as error:
-        raise ValueError(f"{path} is damaged: it is nested too deeply. Copy it again.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
-
-
-def _not_regular(path: str | os.PathLike[str], mode: int) -> ValueError:
-    kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-    return ValueError(f"{path} is {kind} and no regular file: put the file itself there.")
+    except (RecursionError, ValueError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is damaged: {reason}. Copy it again.") from error
 
 
 @contextmanager
@@ -117,21 +93,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        mode: int | None = path.stat().st_mode & 0o777
-    except OSError:
-        mode = None
+    mode = path.stat().st_mode & 0o777 if os.path.exists(path) else None
 
     def create(name: str, flags: int) -> int:
         return os.open(name, flags, 0o666 if mode is None else 0o600)  # less the umask; private until it is whole
 
     try:
-        file = open(temporary, "xb", opener=create)
-    except OSError as error:
-        message = f"Cannot write {path}: {error.strerror}. Free some space or choose another folder"
-        raise OSError(error.errno, message) from error
-    try:
-        with file:
+        with open(temporary, "xb", opener=create) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -141,10 +109,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     except BaseException as error:
         with suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError):
-            message = f"Cannot write {path}: {error.strerror}. The old file, if any, is untouched"
-            raise OSError(error.errno, message) from error
-        raise
+        if not isinstance(error, OSError):
+            raise
+        fix = "The old file, if any, is untouched: free some space or choose another folder"
+        raise OSError(error.errno, f"Cannot write {path}: {error.strerror}. {fix}") from error
 
 
 def to_disk(path: str | os.PathLike[str]) -> None:

@@ -9,15 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint", "tensor_digest"]
-
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes in C order, as hex; the same on every device.
-
-    Args:
-        tensor: Any tensor that holds data (not on the meta device).
-    """
+    """SHA-256 of a tensor's dtype, shape and bytes in C order, as hex; the same on every device."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     data = tensor.detach().contiguous().cpu()
     if data.numel():
@@ -30,11 +24,7 @@ def fingerprint(digests: Iterable[str], dtype: torch.dtype) -> str:
 
     Names and order do not count: the same weights have other names in another version of transformers. The dtype
     stands in front because the same checkpoint loaded in another dtype has other bytes: two fingerprints can be
-    compared only if their dtypes agree.
-
-    Args:
-        digests: Digests from [`tensor_digest`].
-        dtype: Dtype of the weights (of the first, if they differ).
+    compared only if their dtypes agree. `digests` are from [`tensor_digest`].
     """
     digest = hashlib.sha256("".join(sorted(digests)).encode())
     return f"{str(dtype).removeprefix('torch.')}:{digest.hexdigest()[:32]}"

@@ -13,8 +13,6 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from .adapter_config import CONFIG_NAME
 from .adapter_file import WEIGHTS_NAME, check_adapter_file
 
-__all__ = ["PICKLE_NAME", "check_folder_weights", "check_hub_weights", "locate_adapter"]
-
 PICKLE_NAME = "adapter_model.bin"
 
 
@@ -38,22 +36,16 @@ def locate_adapter(name: str, revision: str | None = None, subfolder: str | None
     if revision is None and (path.suffix or name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"{path} does not exist, and is no user/name on the Hub.")
     try:
-        files = [
-            hf_hub_download(name, file, revision=revision, subfolder=subfolder) for file in (CONFIG_NAME, WEIGHTS_NAME)
-        ]
+        for file in (CONFIG_NAME, WEIGHTS_NAME):
+            path = Path(hf_hub_download(name, file, revision=revision, subfolder=subfolder))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name} is neither a file, a folder nor an adapter on the Hub: {reason}") from error
-    return Path(files[0]).parent
+    return path.parent
 
 
 def check_folder_weights(folder: str | os.PathLike[str]) -> None:
-    """Check an adapter's file in a folder before PEFT reads it; PEFT would take a pickle where there is no other.
-
-    Raises:
-        AdapterFileError: If the file is damaged.
-        ValueError: If there is only a pickle.
-    """
+    """Check an adapter's file before PEFT reads it; ValueError where there is only a pickle, which PEFT would load."""
     if (Path(folder) / WEIGHTS_NAME).exists():
         check_adapter_file(folder)
     elif (Path(folder) / PICKLE_NAME).exists():

@@ -24,16 +24,7 @@ from .adapter_file import (
 from .codec import LayerCode, LayerEntry
 from .repack import MAX_UNPACKED, unpack_tensors
 
-__all__ = ["AdapterReport", "LayerReport", "binary_entropy", "inspect_adapter", "verify_adapter_file"]
-
-_PROVENANCE = (
-    "base_model_name_or_path",
-    "revision",
-    "base_fingerprint",
-    "format_version",
-    "peft_version",
-    "auto_mapping",
-)
+_PROVENANCE = "base_model_name_or_path revision base_fingerprint format_version peft_version auto_mapping".split()
 
 
 def binary_entropy(share: float) -> float:
@@ -43,16 +34,7 @@ def binary_entropy(share: float) -> float:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """A layer's mask.
-
-    Attributes:
-        name: Key of the mask.
-        weights: Number of bits: 8 for each byte, up to 7 more than the layer has weights.
-        active: Number of bits that are on.
-        code: How they are stored.
-        bits_per_weight: Stored bits for each bit of mask.
-        entropy: Entropy in bits for each bit of mask, if every coded bit were drawn alone.
-    """
+    """One mask, under its key; its weights are counted by whole bytes of bits, up to 7 more than the layer has."""
 
     name: str
     weights: int
@@ -60,6 +42,7 @@ class LayerReport:
     code: str
     bits_per_weight: float
     entropy: float
+    """Bits for each bit of mask, if every coded bit were drawn alone."""
 
     @property
     def density(self) -> float:
@@ -69,22 +52,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter's file, and what its config says of where it comes from.
-
-    Attributes:
-        codec: ``"bits"`` or the codec of its blob.
-        layers: Its masks.
-        sizes: Bytes by purpose.
-        dtypes: Dtypes of head and statistics, in alphabetical order.
-        checksum: Checksum of the decoded masks as the file says it; None for bit-packed ones.
-        provenance: Base, revision, fingerprint and versions from the config; of a file alone its metadata's.
-    """
+    """An adapter's file, and what its config, or a file's own settings, say of where it comes from."""
 
     codec: str
     layers: tuple[LayerReport, ...]
     sizes: AdapterSizes
     dtypes: tuple[str, ...]
+    """Dtypes of head and statistics, in alphabetical order."""
     checksum: str | None
+    """Checksum of the decoded masks as the file says it; None for bit-packed ones."""
     provenance: dict[str, Any]
 
     @property
@@ -140,14 +116,9 @@ class AdapterReport:
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
-    """Report on an adapter's file; masks are neither decoded nor compared with a base, see `smn verify`.
+    """Report on an adapter's file, or on that of a folder; AdapterFileError if it is damaged.
 
-    Args:
-        path: The safetensors file, or the folder that holds it and its config.
-
-    Raises:
-        AdapterFileError: If the file is damaged.
-        FileNotFoundError: If there is no such file.
+    Coded masks are not decoded, and none is compared with a base: see `smn verify`.
     """
     tensors = read_adapter_file(path, settings=True)
     settings = {name: read_settings(name, tensors.pop(name)) for name in list(tensors) if is_settings(name)}
@@ -155,7 +126,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
     layers: list[LayerReport] = []
     if (coded := coded_masks(tensors)) is not None:
         prefix, blob = coded
-        codec, checksum = blob.codec, f"crc32:{blob.checksum:08x}"
+        codec, checksum = "entropy", f"crc32:{blob.checksum:08x}"
         layers = [_coded(prefix, entry) for entry in blob.entries]
     else:
         for name, tensor in unpack_tensors(tensors, MAX_UNPACKED).items():  # checks them
@@ -186,31 +157,22 @@ def _coded(prefix: str, entry: LayerEntry) -> LayerReport:
 
 
 def verify_adapter_file(path: str | os.PathLike[str], limit: int = MAX_UNPACKED) -> list[str]:
-    """Check all of a file that can be checked without the base.
+    """Check all of a file, or of that in a folder, that can be checked without the base, and say what was found.
 
-    Args:
-        path: The safetensors file, or the folder that holds it.
-        limit: Bytes that all masks together may take.
-
-    Returns:
-        What was found, one fact a line.
-
-    Raises:
-        AdapterFileError: If the file is damaged.
-        FileNotFoundError: If there is no such file.
+    AdapterFileError if it is damaged, or its masks together take more than `limit` bytes.
     """
     checksum = check_adapter_file(path)
     tensors = read_adapter_file(path)
     facts = [f"file: whole, {len(tensors)} tensors"]
     coded = coded_masks(tensors)
     if coded is not None and coded[1].needs_base:
-        facts.append(f"masks: {len(coded[1].entries)}, coded ({coded[1].codec}); their checksum takes the base")
+        facts.append(f"masks: {len(coded[1].entries)}, coded (entropy); their checksum takes the base")
     else:
-        masks = [name for name in unpack_tensors(tensors, limit) if purpose_of(name) == "mask"]
+        count = sum(purpose_of(name) == "mask" for name in unpack_tensors(tensors, limit))
         kind = "bit-packed, without a checksum"
         if coded is not None:
-            kind = f"coded ({coded[1].codec}), checksum crc32:{coded[1].checksum:08x} holds"
-        facts.append(f"masks: {len(masks)}, {kind}")
+            kind = f"coded (entropy), checksum crc32:{coded[1].checksum:08x} holds"
+        facts.append(f"masks: {count}, {kind}")
     if checksum is not None:
         facts.append(f"settings, head and statistics: checksum {checksum} holds")
     return facts

@@ -28,35 +28,20 @@ from .adapter_file import (
 from .codec import BLOB_NAME, Base, decode_masks, encode_masks
 from .files import AdapterFileError, atomic_write
 
-__all__ = [
-    "MAX_UNPACKED",
-    "pack_adapter",
-    "pack_tensors",
-    "shared_prefix",
-    "size_change",
-    "unpack_adapter",
-    "unpack_tensors",
-]
-
 MAX_UNPACKED = 1 << 28
-"""Bytes of masks that [`unpack_adapter`] makes without being told otherwise: two thousand million weights."""
-_CARD = "README.md"
+"""Bytes of masks that are unpacked unless a caller says otherwise: two thousand million weights."""
 
 
 def pack_adapter(source: str | os.PathLike[str], out: str | os.PathLike[str]) -> AdapterSizes:
-    """Write an adapter with its masks coded; head, statistics and scores stay as they are.
+    """Write an adapter's folder with its masks coded, and return its sizes; all other tensors stay as they are.
 
     Args:
         source: Folder of an adapter, bit-packed or coded.
         out: Folder to write, made if it does not exist; may be `source`.
 
-    Returns:
-        Sizes of what was written.
-
     Raises:
-        AdapterFileError: If the file or its config is damaged.
         FileNotFoundError: If there is no adapter.
-        ValueError: If the adapter holds no mask.
+        ValueError: If the adapter is damaged (AdapterFileError), or holds no mask.
     """
     config, tensors = read_config(source), unpack_tensors(read_adapter_file(source, settings=True), MAX_UNPACKED)
     masks = {name: tensor for name, tensor in tensors.items() if purpose_of(name) == "mask"}
@@ -69,19 +54,11 @@ def pack_adapter(source: str | os.PathLike[str], out: str | os.PathLike[str]) ->
 def unpack_adapter(
     source: str | os.PathLike[str], out: str | os.PathLike[str], limit: int = MAX_UNPACKED
 ) -> AdapterSizes:
-    """Write an adapter bit-packed.
+    """Write an adapter's folder bit-packed, as [`pack_adapter`] does coded.
 
-    Args:
-        source: Folder of an adapter, coded or bit-packed.
-        out: Folder to write, made if it does not exist; may be `source`.
-        limit: Bytes that all masks together may take: a coded file of a kilobyte can promise any number.
-
-    Returns:
-        Sizes of what was written.
+    A coded file of a kilobyte can promise any number of bytes: of more than `limit` it is an AdapterFileError.
 
     Raises:
-        AdapterFileError: If the file is damaged, or its masks would be larger than `limit`.
-        FileNotFoundError: If there is no adapter.
         ValueError: If only the weights that selective masking trains are coded: that takes the base.
     """
     config, tensors = read_config(source), unpack_tensors(read_adapter_file(source, settings=True), limit)
@@ -133,7 +110,7 @@ def _write(
     write_adapter_file(folder / WEIGHTS_NAME, tensors)
     with atomic_write(folder / CONFIG_NAME) as file:
         file.write(json.dumps(config, indent=2, sort_keys=True).encode())
-    card = Path(source) / _CARD
-    if card.is_file() and not (folder / _CARD).exists():
-        shutil.copyfile(card, folder / _CARD)
+    card = Path(source) / "README.md"
+    if card.is_file() and not (folder / card.name).exists():
+        shutil.copyfile(card, folder / card.name)
     return adapter_sizes(folder)

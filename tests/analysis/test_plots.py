@@ -9,26 +9,30 @@ import torch
 from PIL import Image
 
 from smn_peft.analysis import (
-    ClusterComposition,
-    EmbeddingMap,
-    LayerDensity,
-    SelectiveRow,
     Series,
-    Similarity,
     low_shot_series,
     low_shot_table,
-    mean_curve,
-    plot_clusters,
     plot_curves,
     plot_densities,
     plot_embedding_maps,
     plot_low_shot,
-    plot_selective,
     plot_similarity,
-    selective_series,
     smooth,
 )
-from smn_peft.analysis.plots import canvas
+from smn_peft.analysis.masks import (
+    ClusterComposition,
+    EmbeddingMap,
+    LayerDensity,
+    Similarity,
+)
+from smn_peft.analysis.plots import (
+    SelectiveRow,
+    canvas,
+    mean_curve,
+    plot_clusters,
+    plot_selective,
+    selective_series,
+)
 from smn_peft.evaluation import EvalReport
 
 

@@ -2,9 +2,9 @@
 """Coded masks: size against entropy, lzma and zstd, encode and decode speed, container. Floor: the entropy.
 
 Synthetic masks have the shapes of ResNet-50's convolutions and ViT-B's linear layers, each layer a density of its own
-around the set's. With SMN_ASSETS set, real masks are measured too, with both codecs: the one of a whole training by
-SGD (`tests/fixtures/real_vit_tiny.smnm`), and four that are trained first, in 48 steps on ViT-Tiny and ResNetV2 by SGD
-and by Adam (`--quick` leaves these out).
+around the set's. With SMN_ASSETS set, real masks are measured too: the one of a whole training by SGD
+(`tests/fixtures/real_vit_tiny.smnm`), and four that are trained first, in 48 steps on ViT-Tiny and ResNetV2 by SGD and
+by Adam (`--quick` leaves these out).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import numpy as np
 import timm
 import torch
 from recording import Recorder
-from safetensors.torch import load_file
 from torch import nn
 
 from smn_peft.storage.adapter_file import write_adapter_file
@@ -32,7 +31,6 @@ from smn_peft.storage.codec import MaskBlob, accelerate, decode_masks, encode_ma
 from smn_peft.storage.inspection import binary_entropy
 
 ROOT = Path(__file__).resolve().parents[2]
-VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"
 SETS = (
     ("ResNet-50", "resnet50", 0.654),
     ("ResNet-50", "resnet50", 0.925),
@@ -42,20 +40,6 @@ SETS = (
 )
 Masks = dict[str, np.ndarray]
 RECORDER = Recorder("codec")
-
-
-class Weights:
-    """The base's weights by the name of the mask."""
-
-    def __init__(self, weights: dict[str, np.ndarray]) -> None:
-        self.weights = weights
-
-    def selected(self, name: str) -> None:
-        """All weights train."""
-
-    def weight(self, name: str) -> np.ndarray:
-        """(weights,)."""
-        return self.weights[name]
 
 
 def synthetic(architecture: str, density: float) -> Masks:
@@ -122,31 +106,29 @@ def targets(density: float) -> dict[str, float | None]:
     }
 
 
-def row(label: str, case: str, masks: Masks, base: Weights | None = None, exact: bool = True) -> str:
+def row(label: str, case: str, masks: Masks, exact: bool = True) -> str:
     """One line of the table, recorded too; every figure of one run. Sizes are exact where the masks are no run's."""
     packed = b"".join(masks.values())
     total, floor = 8 * len(packed), entropy_bytes(masks)
-    codec = "entropy" if base is None else "archival"
-    data = encode_masks(masks, codec, base)
+    data = encode_masks(masks)
     blob = MaskBlob.parse(data)
-    found = decode_masks(blob, blob.size, base)
+    found = decode_masks(blob, blob.size)
     assert all(np.array_equal(found[name], mask) for name, mask in masks.items())
     size, payload = file_bytes(data), sum(entry.length for entry in blob.entries)
     zstd = zstd_bytes(packed)
     density = sum(int(np.unpackbits(mask).sum()) for mask in masks.values()) / total
-    limits, rounds = targets(density) if base is None else {}, 5 if base is None else 1
+    limits = targets(density)
 
     def sized(what: str, value: float, unit: str = "ratio") -> float:
-        return RECORDER.add(f"{codec} codec, {what}", case, value, unit=unit, target=limits.get(what), exact=exact)
+        return RECORDER.add(f"entropy codec, {what}", case, value, unit=unit, target=limits.get(what), exact=exact)
 
     def timed(what: str, function: Callable[[], object]) -> str:
-        speeds = speed(function, total, rounds)
+        speeds = speed(function, total, rounds=5)
         options = {"unit": "Mbit/s", "better": "higher", "target": limits.get(what)}
-        return f"{RECORDER.add(f'{codec} codec, {what}', case, speeds, **options):.0f}"
+        return f"{RECORDER.add(f'entropy codec, {what}', case, speeds, **options):.0f}"
 
     cells = [
         label,
-        codec,
         f"{total / 1e6:.1f} M",
         f"{density:.4f}",
         f"{8 * size / total:.4f}",
@@ -154,10 +136,10 @@ def row(label: str, case: str, masks: Masks, base: Weights | None = None, exact:
         f"{sized('size / lzma', size / len(lzma.compress(packed, preset=6))):.3f}",
         "–" if zstd is None else f"{sized('size / zstd', size / zstd):.3f}",
         f"{sized('table and header / payload', 100 * (size - payload) / payload, '%'):.2f} %" if payload else "–",
-        timed("encode", lambda: encode_masks(masks, codec, base)),
-        timed("decode", lambda: decode_masks(blob, blob.size, base)),
+        timed("encode", lambda: encode_masks(masks)),
+        timed("decode", lambda: decode_masks(blob, blob.size)),
     ]
-    if importlib.util.find_spec("numba") is None or base is not None:
+    if importlib.util.find_spec("numba") is None:
         cells.append("–")
     else:
         accelerate()
@@ -166,19 +148,14 @@ def row(label: str, case: str, masks: Masks, base: Weights | None = None, exact:
     return "| " + " | ".join(cells) + " |"
 
 
-def fixture(assets: Path) -> tuple[Masks, Weights]:
-    """The trained ViT-Tiny mask and its base's weights."""
+def fixture() -> Masks:
+    """The trained ViT-Tiny mask."""
     blob = MaskBlob.parse((ROOT / "tests" / "fixtures" / "real_vit_tiny.smnm").read_bytes())
-    state = load_file(assets / VIT)
-    weights = {
-        entry.name: state[f"blocks.{entry.name.replace('smn_mask', 'weight')}"].float().numpy().reshape(-1)
-        for entry in blob.entries
-    }
-    return decode_masks(blob, blob.size), Weights(weights)
+    return decode_masks(blob, blob.size)
 
 
-def trained(name: str, adam: bool) -> tuple[Masks, Weights]:
-    """A mask trained by an example's recipe on 512 CIFAR-10 images, and its base's weights; about half a minute."""
+def trained(name: str, adam: bool) -> Masks:
+    """A mask trained by an example's recipe on 512 CIFAR-10 images; about half a minute."""
     sys.path.insert(0, str(ROOT / "examples"))
     example = importlib.import_module("real_backbones")
     setting = example.SETTINGS[name]
@@ -190,12 +167,7 @@ def trained(name: str, adam: bool) -> tuple[Masks, Weights]:
     paper, mask = example.RECIPES[name][-2:]
     lr = 0.1 if adam else 30 if name == "vit" else 100
     adapted, _ = example.train(model, images, mask if adam else paper, lr, 0, setting.targets)
-    masks, weights = {}, {}
-    for path, mask in adapted.base_model.masks().items():
-        masks[path] = np.packbits(mask.numpy())
-        module = adapted.base_model.model.get_submodule(path.removesuffix(".weight"))
-        weights[path] = module.base_layer.weight.detach().numpy().reshape(-1)
-    return masks, Weights(weights)
+    return {path: np.packbits(mask.numpy()) for path, mask in adapted.base_model.masks().items()}
 
 
 def main() -> None:
@@ -205,7 +177,7 @@ def main() -> None:
     options, _ = parser.parse_known_args()
     torch.set_num_threads(1)
     print("Sizes are whole files, header included; speeds are Mbit of mask per second of one core's CPU time")
-    columns = "masks, codec, weights, density, bits/weight, × entropy, × lzma, × zstd, table, encode, decode, by numba"
+    columns = "masks, weights, density, bits/weight, × entropy, × lzma, × zstd, table, encode, decode, by numba"
     print(f"| {columns.replace(', ', ' | ')} |\n|{'---|' * len(columns.split(', '))}")
     for label, architecture, density in SETS:
         case = f"{label}, synthetic, {100 * density:g} %"
@@ -213,7 +185,7 @@ def main() -> None:
     if not os.environ.get("SMN_ASSETS"):
         print("SMN_ASSETS is unset: no real masks.")
         return
-    real = [("ViT-Tiny, SGD, 186 steps", lambda: fixture(Path(os.environ["SMN_ASSETS"])))]
+    real = [("ViT-Tiny, SGD, 186 steps", fixture)]
     if not options.quick:
         real += [
             (f"{label}, {'Adam' if adam else 'SGD'}, 48 steps", lambda name=name, adam=adam: trained(name, adam))
@@ -221,9 +193,7 @@ def main() -> None:
             for adam in (False, True)
         ]
     for label, make in real:
-        (masks, base), exact = make(), make is real[0][1]
-        print(row(label, label, masks, exact=exact), flush=True)
-        print(row(label, label, masks, base, exact), flush=True)
+        print(row(label, label, make(), exact=make is fixture), flush=True)
     print("Targets: × entropy ≤ 1.02 (≤ 1.05 at 99.9 %); × lzma ≤ .97 at 92–95 %, ≤ .65 at 99.9 %, ≤ 1.01 below 66 %;")
     print("decode ≥ 500, by numba ≥ 1000, at any density; table and header ≤ .5 % below 99 %.")
 

@@ -78,7 +78,7 @@ def test_mistakes_are_one_line_with_the_fix(hub, tmp_path, monkeypatch):  # noqa
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
     for field, value in (("auto_mapping", 5), ("base_model_name_or_path", ["x"])):
         (tmp_path / CONFIG_NAME).write_text(json.dumps({**config, field: value}))
-        assert f"{field} in adapter_config.json is {value!r}" in error(tmp_path, "user/x", "--dry-run")
+        assert f"adapter_config.json is damaged: {field} is {value!r}" in error(tmp_path, "user/x", "--dry-run")
     (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
     (tmp_path / "reports.json").write_text(json.dumps([{"format": 1}]))
     assert "lacks" in error(tmp_path, "user/x", "--reports", tmp_path / "reports.json")

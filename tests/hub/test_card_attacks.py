@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from smn_peft.hub import facts_of_folder, plan_push, render_card
+from smn_peft.hub import plan_push, render_card
 from smn_peft.hub.card import collection_card, loading_code
 from smn_peft.hub.facts import (
     as_code,
     as_span,
     as_text,
     base_code,
+    facts_of_folder,
     hub_id,
 )
 from tests.hub.folders import code_of, write_run

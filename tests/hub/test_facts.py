@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from smn_peft.hub import facts_of_folder, push_run, render_card
+from smn_peft.hub import push_run, render_card
+from smn_peft.hub.facts import facts_of_folder
 from smn_peft.training import run
 from smn_peft.training.assemble import load_base
 from smn_peft.training.saved import load_run
@@ -60,6 +63,14 @@ def test_damaged_records_are_named(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json is damaged: .* Copy it again"):
         facts_of_folder(tmp_path)
+
+
+def test_what_a_record_leaves_null_is_not_known(tmp_path):
+    write_run(tmp_path)
+    for name in ("arguments", "after", "before", "sizes", "versions"):
+        record = json.loads((tmp_path / "run.json").read_text())
+        (tmp_path / "run.json").write_text(json.dumps({**record, name: None}))
+        assert "# A mask for vit" in render_card(facts_of_folder(tmp_path), "user/x").text
 
 
 def test_limits_of_the_very_run(tmp_path):

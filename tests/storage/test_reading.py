@@ -21,19 +21,19 @@ from smn_peft.bank.source import read_adapter
 from smn_peft.cascade.folder import read_json as cascade_json
 from smn_peft.cli import app
 from smn_peft.data import load_images
-from smn_peft.hub import facts_of_folder, push_run
+from smn_peft.hub import push_run
+from smn_peft.hub.facts import facts_of_folder
 from smn_peft.storage import (
-    MAX_JSON,
     check_adapter_file,
     check_regular,
     inspect_adapter,
-    open_regular,
     pack_adapter,
     read_bytes,
     read_config,
     read_json,
     verify_adapter_file,
 )
+from smn_peft.storage.files import MAX_JSON, open_regular
 from smn_peft.training import RunSummary, load_run
 from smn_peft.training.images import read_indices
 from tests.hub.folders import base, write_run

@@ -25,9 +25,7 @@ from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
 from ..files import AdapterFileError
-from .layer import damaged, decode_layer, encode_layer
-
-__all__ = ["BLOB_NAME", "CODECS", "Base", "LayerEntry", "MaskBlob", "decode_masks", "encode_masks"]
+from .layer import damaged, decode_layer, deflate, encode_layer
 
 BLOB_NAME = "smn_masks"
 """Last part of the key under which an adapter's file holds a blob."""
@@ -70,25 +68,16 @@ class LayerEntry:
     length: int
     """Bytes of its payload."""
 
-    @property
-    def active(self) -> int:
-        """Coded bits that are on."""
-        return 8 * self.coded - self.inactive
-
 
 @dataclass(frozen=True)
 class MaskBlob:
-    """Coded masks, their table read and checked, their payloads not yet."""
+    """Coded masks: the table of layers, read and checked, and their payloads, not yet decoded."""
 
-    codec: str
     entries: tuple[LayerEntry, ...]
-    """The layers, in the order of the file."""
     checksum: int
     """CRC-32 of the table and the decoded bits."""
-    data: memoryview
     table: bytes
-    offset: int
-    """Where the payloads start."""
+    payloads: memoryview
 
     @classmethod
     def parse(cls, data: bytes | memoryview) -> MaskBlob:
@@ -99,16 +88,10 @@ class MaskBlob:
         magic, layout, number, zero, count, deflated, size, checksum = _HEADER.unpack_from(view)
         if magic != _MAGIC or zero:
             raise damaged("are something else")
-        if layout != LAYOUT_VERSION:
+        if layout != LAYOUT_VERSION or number != CODECS["entropy"]:
             raise AdapterFileError(
-                f"The masks are coded in layout {layout}; this smn_peft reads layout {LAYOUT_VERSION}. Upgrade it: "
-                "pip install -U smn_peft."
-            )
-        codec = next((name for name, known in CODECS.items() if known == number and number), None)
-        if codec is None:
-            raise AdapterFileError(
-                f"The masks are coded by codec {number}, which this smn_peft does not know: upgrade it (pip install "
-                "-U smn_peft), or the file is damaged."
+                f"The masks are coded in layout {layout} by codec {number}, which this smn_peft does not know: the "
+                "file is damaged, or of a later release (pip install -U smn_peft)."
             )
         offset = _HEADER.size + deflated
         if offset > len(view):
@@ -118,7 +101,7 @@ class MaskBlob:
         end = offset + sum(entry.length for entry in entries)
         if end != len(view):
             raise damaged(f"have {len(view)} bytes, their table says {end}")
-        return cls(codec, tuple(entries), checksum, view, table, offset)
+        return cls(tuple(entries), checksum, table, view[offset:])
 
     @property
     def size(self) -> int:
@@ -130,28 +113,15 @@ class MaskBlob:
         """Whether a layer can be decoded only with the base: selective masking left weights out."""
         return any(entry.selected for entry in self.entries)
 
-    def payload(self, entry: LayerEntry) -> memoryview:
-        """A layer's bytes."""
-        start = self.offset + entry.start
-        return self.data[start : start + entry.length]
-
     def decode_entry(self, entry: LayerEntry, base: Base | None = None) -> NDArray[np.uint8]:
-        """Decode the packed bits (size,) of one layer; the checksum, which is of all layers, is not compared.
+        """Decode the packed bits (size,) of one layer, whose size the caller has checked; errors as [`decode_masks`].
 
-        Whoever calls this has checked that `entry.size` is what can be.
-
-        Raises:
-            AdapterFileError: If the payload is damaged.
-            ValueError: If decoding takes the base and `base` is None.
+        The checksum, which is of all layers, is not compared.
         """
-        if entry.selected and base is None:
-            raise ValueError(
-                f"{entry.name}: only the weights that selective masking trains are coded. Load the adapter over its "
-                "base, or name the base: smn unpack --base."
-            )
+        chosen = _selected(entry, base) if entry.selected else None
         part = np.empty(entry.coded, np.uint8)
-        chosen = _selected(entry, base) if entry.selected and base is not None else None
-        decode_layer(entry.code, entry.active, self.payload(entry), part)
+        payload = self.payloads[entry.start : entry.start + entry.length]
+        decode_layer(entry.code, 8 * entry.coded - entry.inactive, payload, part)
         if chosen is None:
             return part
         full = np.ones(len(chosen), np.bool_)
@@ -162,19 +132,13 @@ class MaskBlob:
 def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[str, NDArray[np.uint8]]:
     """Decode the packed bits of all layers, by name, and compare them with the checksum.
 
-    Args:
-        blob: From [`MaskBlob.parse`].
-        limit: Bytes that all masks together may take; known from the base, or what the caller can spare.
-        base: See [`MaskBlob.decode_entry`].
-
     Raises:
-        AdapterFileError: If the masks would be larger than `limit`, a payload is damaged, or the checksum differs.
-        ValueError: If decoding takes the base and `base` is None.
+        AdapterFileError: If all masks together take more than `limit` bytes, a payload is damaged, or the checksum
+            differs.
+        ValueError: If a mask is selective, so that decoding takes the base, and `base` is None.
     """
     if blob.size > limit:
-        raise AdapterFileError(
-            f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible here."
-        )
+        raise AdapterFileError(f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible.")
     masks: dict[str, NDArray[np.uint8]] = {}
     checksum = zlib.crc32(blob.table)
     for entry in blob.entries:
@@ -189,21 +153,12 @@ def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[s
     return masks
 
 
-def encode_masks(masks: Mapping[str, NDArray[np.uint8]], codec: str = "entropy", base: Base | None = None) -> bytes:
-    """Encode masks as a blob; the same masks give the same bytes, in whatever order they come.
+def encode_masks(masks: Mapping[str, NDArray[np.uint8]], base: Base | None = None) -> bytes:
+    """Encode packed bits (size,) by name as a blob; the same masks give the same bytes, in whatever order they come.
 
-    Args:
-        masks: Packed bits (size,) by name.
-        codec: Name of a codec that makes a blob.
-        base: What the base knows of these layers. The weights that selective masking leaves out then cost nothing if
-            they are on; where one is off, the layer is coded in full.
-
-    Raises:
-        ValueError: If there is no such codec, or a name is empty or has a line break.
+    With `base`, the weights that selective masking leaves out cost nothing if they are on; where one is off, the layer
+    is coded in full. ValueError if a name is empty or has a line break.
     """
-    if CODECS.get(codec, 0) == 0:
-        choices = ", ".join(repr(name) for name, number in CODECS.items() if number)
-        raise ValueError(f"No codec makes a coded file by the name of {codec!r}: choose {choices}.")
     entries: list[LayerEntry] = []
     payloads: list[bytes] = []
     start = 0
@@ -219,7 +174,8 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], codec: str = "entropy",
             else:
                 chosen = None
         code, active, payload = encode_layer(part)
-        inactive, is_part = 8 * len(part) - active, chosen is not None
+        inactive = 8 * len(part) - active
+        is_part = chosen is not None
         entries.append(LayerEntry(name, len(packed), len(part), inactive, code, is_part, start, len(payload)))
         payloads.append(payload)
         start += len(payload)
@@ -227,14 +183,19 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], codec: str = "entropy",
     checksum = zlib.crc32(table)
     for name in sorted(masks):
         checksum = zlib.crc32(np.ascontiguousarray(masks[name]).data, checksum)
-    deflated = deflate_table(table)
+    deflated = deflate(table, zlib.Z_DEFAULT_STRATEGY)
     sizes = len(entries), len(deflated), len(table)
-    header = _HEADER.pack(_MAGIC, LAYOUT_VERSION, CODECS[codec], 0, *sizes, checksum)
+    header = _HEADER.pack(_MAGIC, LAYOUT_VERSION, CODECS["entropy"], 0, *sizes, checksum)
     return b"".join([header, deflated, *payloads])
 
 
-def _selected(entry: LayerEntry, base: Base) -> NDArray[np.bool_]:
+def _selected(entry: LayerEntry, base: Base | None) -> NDArray[np.bool_]:
     """The weights that a layer codes, checked against its sizes."""
+    if base is None:
+        raise ValueError(
+            f"{entry.name}: only the weights that selective masking trains are coded. Load the adapter over its base, "
+            "or name the base: smn unpack --base."
+        )
     chosen = base.selected(entry.name)
     if chosen is None:
         raise AdapterFileError(
@@ -280,12 +241,6 @@ def read_table(raw: bytes, count: int) -> list[LayerEntry]:
         entries.append(LayerEntry(name, size, coded, inactive, code, selected, start, length))
         start += length
     return entries
-
-
-def deflate_table(raw: bytes) -> bytes:
-    """Compress a table."""
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9)
-    return coder.compress(raw) + coder.flush()
 
 
 def inflate_table(data: memoryview, size: int) -> bytes:

@@ -20,8 +20,6 @@ from ...functional.packing import packed_size
 from ...functional.torch_kernels import compiled
 from ..files import AdapterFileError
 
-__all__ = ["LayerCode", "accelerate", "decode_layer", "encode_layer"]
-
 _SPARSE = 0.32  # above this share of the minority packed bytes are always the smaller code
 _DENSE = 0.125  # and below this the gaps
 _FEW = 1 << 15  # up to so many gaps other numbers of low bits are tried
@@ -61,11 +59,7 @@ def popcount_bytes(packed: NDArray[np.uint8]) -> int:
 
 
 def encode_layer(packed: NDArray[np.uint8]) -> tuple[int, int, bytes]:
-    """Encode a layer's packed bits (size,) by the cheapest code, padding bits included.
-
-    Returns:
-        The code as the file has it, the number of bits that are on, and the payload, empty if all bits are equal.
-    """
+    """Encode a layer's packed bits (size,): the cheapest code as the file has it, number of bits on, and payload."""
     total, active = 8 * len(packed), popcount_bytes(packed)
     if active in (0, total):
         return (LayerCode.ALL_ON if active else LayerCode.ALL_OFF), active, b""
@@ -84,13 +78,7 @@ def encode_layer(packed: NDArray[np.uint8]) -> tuple[int, int, bytes]:
 
 
 def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.uint8]) -> None:
-    """Decode a layer's payload into `out`, (size,) packed bytes.
-
-    Args:
-        code: A [`LayerCode`], with the shift above its three bits.
-        active: Number of bits that are on, as the file says.
-        payload: The layer's bytes in the file.
-        out: Overwritten.
+    """Decode a payload into `out`, (size,) packed bytes of which the file says that `active` bits are on.
 
     Raises:
         AdapterFileError: If the payload is damaged or disagrees with `active`; `out` then holds anything.
@@ -128,10 +116,7 @@ def low_bits(total: int, count: int, shift: int = 0) -> int:
 
 
 def encode_gaps(positions: NDArray[np.int64], total: int, shift: int = 0) -> bytes:
-    """Encode the sorted positions of the minority, at least one, as k bit planes of ⌈count / 8⌉ bytes and one stream.
-
-    `total` is the number of bits of the layer, and `shift` the low bits beyond the usual k.
-    """
+    """Encode sorted positions, at least one, of `total` bits: k bit planes of ⌈count / 8⌉ bytes, and one stream."""
     k = low_bits(total, len(positions), shift)
     gaps = np.diff(positions, prepend=-1) - 1
     planes = [np.packbits((gaps >> bit & 1).astype(np.bool_)).tobytes() for bit in range(k)]
@@ -143,11 +128,7 @@ def encode_gaps(positions: NDArray[np.int64], total: int, shift: int = 0) -> byt
 
 
 def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: NDArray[np.uint8]) -> None:
-    """Flip the coded bits of a packed layer, which holds the majority everywhere, in place.
-
-    Raises:
-        AdapterFileError: If the payload is not what [`encode_gaps`] makes of `count` positions below `total`.
-    """
+    """Flip the coded bits of `out`, which holds the majority everywhere; errors as of [`decode_layer`]."""
     k, size = low_bits(total, count, shift), packed_size(count)
     if len(payload) < k * size:
         raise damaged()
@@ -172,7 +153,7 @@ def _flip_by_numpy(
     total: int,
     count: int,
 ) -> bool:
-    """Flip the bits that a piece of a stream of gaps names, and return whether all of them fit the layer.
+    """Flip the bits that a piece of a stream of gaps names; False if they do not fit the layer.
 
     `symbols` are high parts, (n,), at least one; `low` the low parts of all gaps, (count,), empty where `k` is 0.
     `state` is updated: position that the open gap has reached, gaps found, whether a gap is open.
@@ -260,21 +241,14 @@ def accelerate(on: bool = True) -> None:
     _flip_gaps = (compiled(_flip_by_loop) if on else None) or _flip_by_numpy
 
 
-def deflate(symbols: bytes) -> bytes:
-    """Huffman-code bytes, each on its own.
-
-    Repetitions are not looked for: on the symbols of a mask they are accidents, and plain DEFLATE is 8 % larger.
-    """
-    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(symbols) + coder.flush()
+def deflate(data: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
+    """Compress bytes by Huffman codes alone: looking for repetitions too makes masks 8 % larger."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+    return coder.compress(data) + coder.flush()
 
 
 def inflate(payload: memoryview, limit: int) -> Iterator[NDArray[np.uint8]]:
-    """Read the symbols of a payload in bounded pieces.
-
-    Raises:
-        AdapterFileError: If it is not one whole DEFLATE stream of at most `limit` symbols.
-    """
+    """Read a payload in bounded pieces; AdapterFileError if it is not one DEFLATE stream of at most `limit` bytes."""
     decoder, start, total = zlib.decompressobj(-15), 0, 0
     while not decoder.eof:
         data: bytes | memoryview = decoder.unconsumed_tail

@@ -59,5 +59,5 @@ def test_a_frozen_blob_decodes_bit_for_bit():
 def test_the_archival_codec_is_not_read():
     data = bytearray((FOLDER / "frozen_entropy.smnm").read_bytes())
     data[5] = 2
-    with pytest.raises(AdapterFileError, match="coded by codec 2, which this smn_peft does not know"):
+    with pytest.raises(AdapterFileError, match="by codec 2, which this smn_peft does not know"):
         MaskBlob.parse(bytes(data))
