@@ -209,7 +209,7 @@ def test_a_sharded_weight():
 def test_an_offloaded_weight():
     model = net()
     model.last._hf_hook = type("AlignDevicesHook", (), {"offload": True})()
-    with pytest.raises(ValueError, match=r"'last' are offloaded to CPU or disk.*without device_map"):
+    with pytest.raises(ValueError, match=r"'last' is offloaded to CPU or disk.*without device_map"):
         get_peft_model(model, config())
     assert not any(isinstance(module, MaskLayer) for module in model.modules())
 
