@@ -52,8 +52,7 @@ class BatchNorm(AdapterLayer):
 
     def statistics(self, name: str) -> ResidentBuffers:
         """`running_mean`, `running_var` or `num_batches_tracked` by adapter name."""
-        container: ResidentBuffers = self._modules[f"smn_{name}"]  # type: ignore[assignment]
-        return container
+        return self._modules[f"smn_{name}"]  # type: ignore[return-value]
 
     def base_statistics(self) -> dict[str, Tensor]:
         """A copy of the base's own statistics by name, whatever is merged into them."""

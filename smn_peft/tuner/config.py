@@ -351,18 +351,10 @@ def _class_names(id2label: Any) -> dict[int, str]:
 
 
 def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
-    """Check how images are prepared: it may come from a file that somebody else wrote.
+    """Check how images are prepared, which may come from anybody's file; returns all five values, as JSON has them.
 
-    Args:
-        preprocessing: `image_size` in pixels, 1 to 4096; `mean` and `std`, three numbers each of images in
-            [0, 1], below 1e6, std above 1e-6; `interpolation`, "bicubic" or "bilinear"; `crop_pct` in
-            [0.5, 1], the part of the resized shorter side that is kept. The last two may be missing: "bicubic" and 1.
-
-    Returns:
-        All five, `mean` and `std` as lists, as JSON has them.
-
-    Raises:
-        ValueError: A value is missing or unusable; it is named.
+    `image_size` is in pixels; `mean` and `std` are of images in [0, 1]; `interpolation` ("bicubic") and `crop_pct`
+    (1), the part of the resized shorter side that is kept, may be missing.
     """
     keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
     if not isinstance(preprocessing, Mapping):

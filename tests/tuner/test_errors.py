@@ -535,7 +535,7 @@ def test_mixed_batches_that_make_no_sense():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adapters": ["one", "nobody"]}, r"\['nobody'\] do not exist; there are \['one', 'two', 'other'\]"),
+        ({"adapters": ["one", "nobody"]}, r"\['nobody'\] do not exist, only \['one', 'two', 'other'\]"),
         ({"adapters": []}, "do not exist"),
         ({"adapters": ["one", "two"], "combination_type": "sum"}, "must be one of union, intersection, majority"),
         ({"adapters": ["one", "other"]}, "do not mask the same weights"),
