@@ -211,8 +211,8 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kw
             return module(*args, **kwargs)
     view = view_with(module, tensors)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        hooks: Mapping[int, Callable[..., Any]] = getattr(module, name)
-        view.__dict__[name] = OrderedDict((key, partial(_call_hook, hook, module)) for key, hook in hooks.items())
+        if hooks := getattr(module, name):
+            view.__dict__[name] = OrderedDict((key, partial(_call_hook, hook, module)) for key, hook in hooks.items())
     return view(*args, **kwargs)
 
 
