@@ -286,7 +286,7 @@ def bare_norms(model: nn.Module, config: MaskConfig) -> Iterator[None]:
             wrapper.train(wrapper.training)
 
 
-def _swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def _swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
     """Replace modules wherever they stand in a model."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
