@@ -52,8 +52,7 @@ class BatchNorm(AdapterLayer):
 
     def statistics(self, name: str) -> ResidentBuffers:
         """`running_mean`, `running_var` or `num_batches_tracked` by adapter name."""
-        container: ResidentBuffers = self._modules[f"smn_{name}"]  # type: ignore[assignment]
-        return container
+        return self._modules[f"smn_{name}"]  # type: ignore[return-value]
 
     def base_statistics(self) -> dict[str, Tensor]:
         """A copy of the base's own statistics by name, whatever is merged into them."""
@@ -274,33 +273,22 @@ def bare_norms(model: nn.Module, config: MaskConfig) -> Iterator[None]:
     """
     ends = tuple(config.modules_to_save or ())
     copied = tuple(f"{name}." for name, _ in model.named_modules() if name and ends and name.endswith(ends))
-    wrappers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, BatchNorm) and f"{name}.".startswith(copied)
+    inside = (module for name, module in model.named_modules() if f"{name}.".startswith(copied))
+    bases = {
+        module: module.get_base_layer().train(module.training) for module in inside if isinstance(module, BatchNorm)
     }
-    for name, wrapper in wrappers.items():
-        _put(model, name, wrapper.get_base_layer().train(wrapper.training))
+    _swap(model, bases)
     try:
         yield
     finally:
-        for name, wrapper in wrappers.items():
-            _put(model, name, wrapper)
+        _swap(model, {base: wrapper for wrapper, base in bases.items()})
+        for wrapper in bases:
             wrapper.train(wrapper.training)
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Set a module at a path of the base, through the wrappers of `modules_to_save` that may have come on the way."""
-    parent = model
-    *parts, attribute = path.split(".")
-    for part in parts:
-        parent = getattr(_original(parent, part), part)
-    parent = _original(parent, attribute)
-    if isinstance(now := getattr(parent, attribute, None), ModulesToSaveWrapper):
-        parent, attribute = now, "original_module"
-    setattr(parent, attribute, module)
-
-
-def _original(module: nn.Module, part: str) -> nn.Module:
-    is_wrapper = isinstance(module, ModulesToSaveWrapper) and part not in module._modules
-    return module.get_submodule("original_module") if is_wrapper else module
+def _swap(model: nn.Module, replacements: Mapping[Any, nn.Module]) -> None:
+    """Replace modules wherever they stand in a model."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in replacements:
+                parent._modules[name] = replacements[child]

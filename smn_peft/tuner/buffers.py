@@ -44,12 +44,9 @@ class ResidentBuffers(BufferDict):
     """Buffers by adapter name, of which only the newest is a registered buffer.
 
     The newest stands in the module's state dict under exactly the key of the checkpoint, where every loader finds it,
-    transformers' native one included. The older ones move to a plain dict: `state_dict()`, `named_buffers()` and all
-    that loops over them cost the same with two adapters as with a thousand.
-
-    Attributes:
-        older: Buffers of all adapters but the newest.
-        optional: Adapters whose state is elsewhere, in their scores: a state dict may have bits for them or not.
+    transformers' native one included. The `older` ones are in a plain dict: `state_dict()`, `named_buffers()` and all
+    that loops over them cost the same with two adapters as with a thousand. Of `optional` adapters, whose state is
+    their scores, a state dict may have bits or not.
     """
 
     def __init__(self) -> None:
@@ -101,19 +98,9 @@ class ResidentBuffers(BufferDict):
         self.older = {key: fn(buffer) for key, buffer in self.older.items()}
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, _, missing_keys, unexpected_keys, _ = args
         optional = {prefix + key for key in (*self.optional, *self.older)}
         missing_keys[:] = [key for key in missing_keys if key not in optional]
         unexpected_keys[:] = [key for key in unexpected_keys if key not in optional]

@@ -30,9 +30,9 @@ __all__ = [
     "check_base_kind",
     "check_saved",
     "check_targets",
+    "fingerprint_of",
     "fingerprints",
     "masked_parameters",
-    "unmasked_fingerprint",
     "unmasked_tensors",
 ]
 
@@ -59,8 +59,8 @@ def check_adapter_name(name: str, model: nn.Module) -> None:
     for path in (*_WRAPPED, *(path for path, _ in model.named_modules()), *own):
         if name in path.split("."):
             raise ValueError(
-                f"{name!r} cannot name an adapter: it is part of the path {path!r}, and PEFT filters state "
-                f"dicts by names. Choose another name, such as {name + '_task'!r}."
+                f"{name!r} cannot name an adapter: PEFT filters state dicts by names, and it is part of {path!r}. "
+                f"Choose another name, such as {name + '_task'!r}."
             )
 
 
@@ -75,9 +75,9 @@ def check_base_kind(model: nn.Module) -> None:
 
 def check_saved(model: nn.Module, names: Sequence[str] | None) -> None:
     """Refuse `modules_to_save` that name nothing, or a part of what another adapter trains whole."""
+    ends = tuple(names or ())
     if not names:
         return
-    ends = tuple(names)
     if not any(name.endswith(ends) for name, _ in iter_layers(model, parts=True) if name):
         raise ValueError(f"modules_to_save={list(names)!r} names no module of {type(model).__name__}.")
     paths = [name for name, _ in (*model.named_modules(), *iter_layers(model, parts=True)) if name.endswith(ends)]
@@ -106,19 +106,19 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
         module = model.get_submodule(name)
         if isinstance(module, MaskLayer):
             continue
-        _check_type(name, module, model)
-        form = mask_layer_for(module)
-        assert form is not None
-        for slot in form(module).present_slots if not _is_offloaded(module) else ():
-            _check_recomputed(name, module, slot.path)
+        problem, form = _layer_problem(name, module, model), mask_layer_for(module)
+        for slot in form(module).present_slots if form is not None and problem is None else ():
+            if problem := problem or _tensor_problem(module, slot.path):
+                break
             weight = module.get_parameter(slot.path)
-            _check_weight(name, weight)
             if len(owners[id(weight)]) > 1 or len(owners[id(module)]) > 1:
                 tied = ", ".join(sorted(names_of[id(weight)]))
-                raise ValueError(
-                    f"The weight of target {name!r} is tied: {tied} are one tensor. A mask on one would untie it or "
-                    "change the other in silence. Leave it out with exclude_modules, or untie the weights first."
+                problem = (
+                    f"is tied: {tied} are one tensor, and a mask on one would untie or change the other in silence. "
+                    "Leave it out with exclude_modules, or untie the weights first."
                 )
+        if problem is not None:
+            raise ValueError(f"Target {name!r} {problem}")
 
 
 def _is_offloaded(module: nn.Module) -> bool:
@@ -127,84 +127,64 @@ def _is_offloaded(module: nn.Module) -> bool:
     return any(getattr(hook, "offload", False) for hook in hooks)
 
 
-def _check_type(name: str, module: nn.Module, model: nn.Module) -> None:
-    kind = type(module).__name__
-    parent = model.get_submodule(name.rpartition(".")[0])
+def _layer_problem(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """What keeps a layer from being masked, and what to do."""
+    kind, outer = type(module).__name__, name.rpartition(".")[0]
     if is_norm(module):
-        raise ValueError(
-            f"Target {name!r} is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): "
-            "take it out of target_modules. For BatchNorm statistics see batch_norm='adapt'."
+        return (
+            f"is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): take it out of "
+            "target_modules. For BatchNorm statistics see batch_norm='adapt'."
         )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"Target {name!r} is inside an nn.MultiheadAttention, which never calls it: a mask there would do "
-            f"nothing. Target the attention itself: {name.rpartition('.')[0]!r}."
-        )
+    if isinstance(model.get_submodule(outer), nn.MultiheadAttention):
+        return f"is inside an nn.MultiheadAttention, which never calls it: target the attention itself: {outer!r}."
     if _is_offloaded(module):
-        raise ValueError(
-            f"The weights of target {name!r} are offloaded to CPU or disk by accelerate, which is not supported yet: "
-            "load the base without device_map, or with one that keeps it on the device."
-        )
+        return "is offloaded to CPU or disk by accelerate, which is not supported yet: load it without device_map."
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise ValueError(f"Target {name!r} is an Embedding with max_norm, which rewrites its weights: set it to None.")
+        return "is an Embedding with max_norm, which rewrites its weights: set it to None."
     if is_parametrized(module):
-        raise ValueError(
-            f"The parameters of target {name!r} are computed by a parametrization for every forward. Keep their "
-            "values first, with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or leave the "
-            "layer out with exclude_modules."
+        return (
+            "is parametrized: its parameters are computed for every forward. Keep their values first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or use exclude_modules."
         )
     if mask_layer_for(module) is None:
-        raise ValueError(
-            f"Target {name!r} is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by "
-            "exact type, Linear, Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, "
-            "transformers' Conv1D and timm's Conv2dSame and (Scaled)StdConv2d(Same). explain_targets(model) lists "
-            "what a model has."
+        return (
+            f"is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by exact type, Linear, "
+            "Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, transformers' Conv1D and timm's "
+            "Conv2dSame and (Scaled)StdConv2d(Same). explain_targets(model) lists what a model has."
         )
+    return None
 
 
-def _check_recomputed(name: str, module: nn.Module, path: str) -> None:
-    """Refuse a tensor that hooks compute before every forward."""
+def _tensor_problem(module: nn.Module, path: str) -> str | None:
+    """What keeps a tensor of a layer from being masked, and what to do."""
     owner, _, attribute = path.rpartition(".")
     layer = module.get_submodule(owner)
-    if attribute in layer._parameters:
-        return
-    if f"{attribute}_g" in layer._parameters:
-        what, remedy = "weight_norm", "torch.nn.utils.remove_weight_norm(layer)"
-    elif f"{attribute}_mask" in layer._buffers:
-        what, remedy = "pruning", f"torch.nn.utils.prune.remove(layer, {attribute!r})"
-    elif f"{attribute}_orig" in layer._parameters:
-        what, remedy = "spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"
-    else:
+    weight = layer._parameters.get(attribute)
+    if weight is None:  # hooks compute it before every forward
         what, remedy = "whoever set it", f"layer.{attribute} = torch.nn.Parameter(layer.{attribute})"
-    raise ValueError(
-        f"The {path} of target {name!r} is no parameter: {what} computes it before every forward, and a mask would be "
-        f"undone. Keep its value first, with {remedy}, or leave the layer out with exclude_modules."
-    )
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
+        if f"{attribute}_g" in layer._parameters:
+            what, remedy = "weight_norm", "torch.nn.utils.remove_weight_norm(layer)"
+        elif f"{attribute}_mask" in layer._buffers:
+            what, remedy = "pruning", f"torch.nn.utils.prune.remove(layer, {attribute!r})"
+        elif f"{attribute}_orig" in layer._parameters:
+            what, remedy = "spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"
+        return (
+            f"has no parameter {path}: {what} computes it before every forward. Keep its value first, with "
+            f"{remedy}, or leave the layer out with exclude_modules."
+        )
     kind = type(weight)
     if hasattr(weight, "ds_id"):
-        raise ValueError(
-            f"The weight of target {name!r} is partitioned by DeepSpeed's ZeRO-3, which is not supported: use ZeRO-1 "
-            "or 2, which shard what trains and leave the frozen base whole."
-        )
+        return "is partitioned by DeepSpeed's ZeRO-3, which is not supported: use ZeRO-1 or 2, which leave it whole."
     if kind.__name__ == "DTensor":
-        raise ValueError(
-            f"The weight of target {name!r} is sharded over a device mesh (DTensor), which is not supported: with "
-            "tensor parallelism load the base without tp_plan and use data parallelism; with FSDP add the adapter "
-            "before the model is sharded."
+        return (
+            "is sharded over a device mesh (DTensor), which is not supported: with tensor parallelism load the base "
+            "without tp_plan; with FSDP add the adapter before the model is sharded."
         )
     if kind is not Tensor and nn.Parameter not in kind.__mro__ and kind.__name__ not in _STAND_INS:
-        raise ValueError(
-            f"The weight of target {name!r} is quantised or packed ({kind.__module__}.{kind.__name__}), which is not "
-            f"supported yet: {_UNQUANTISED}"
-        )
+        return f"is quantised or packed ({kind.__module__}.{kind.__name__}), not supported yet: {_UNQUANTISED}"
     if weight.dtype not in _FLOATS:
-        raise ValueError(
-            f"The weight of target {name!r} is {weight.dtype}. Quantised weights are not supported yet: load the base "
-            "in float32, bfloat16 or float16."
-        )
+        return f"is {weight.dtype}, not supported yet: load the base in float32, bfloat16 or float16."
+    return None
 
 
 # --- Which base an adapter belongs to --------------------------------------------------------------------------------
@@ -229,7 +209,7 @@ def _digest(tensor: Tensor) -> str:
 def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
     """Fingerprint of the base weights that an adapter masks, whatever is merged; None if there are none or no data."""
     weights = _masked_tensors(model, adapter_name)
-    return _fingerprint_of(model, weights) if weights else None
+    return fingerprint_of(model, weights) if weights else None
 
 
 def _masked_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:
@@ -237,22 +217,13 @@ def _masked_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:
     return [layer.base_tensor(slot) for layer in layers for slot in layer.slots_of(adapter_name)]
 
 
-def unmasked_fingerprint(model: nn.Module, masked: Collection[str], config: Mapping[str, Any]) -> str | None:
-    """Fingerprint of [`unmasked_tensors`], whatever is merged; None while one is on the meta device."""
-    return _fingerprint_of(model, unmasked_tensors(model, masked, config).values())
-
-
 def unmasked_tensors(model: nn.Module, masked: Collection[str], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors that an adapter's features depend on beside the masked ones, by name in the bare model.
 
-    Left out are heads and `modules_to_save`, which may be replaced; with ``batch_norm="adapt"`` the statistics, of
-    which the adapter has its own; whatever has to do with positions, which are resampled for other sizes of images;
-    integers, a dense pooler (most checkpoints hold none) and, of a model with two towers, all but the masked one.
-
-    Args:
-        model: The base model, bare or with adapters.
-        masked: Names of the masked parameters in the bare model, as from [`masked_parameters`].
-        config: The adapter's `batch_norm` and `modules_to_save`.
+    `masked` is what [`masked_parameters`] gives; of `config`, `batch_norm` and `modules_to_save` count. Left out are
+    heads and `modules_to_save`, which may be replaced; with ``batch_norm="adapt"`` the statistics, of which the
+    adapter has its own; positions, which are resampled for other sizes of images; integers, a dense pooler (most
+    checkpoints hold none) and, of a model with two towers, all but the masked one.
     """
     model = base_model_of(model)
     scope, heads = vision_scope(model), head_modules(model)
@@ -293,7 +264,7 @@ def masked_parameters(model: nn.Module, adapter_name: str) -> set[str]:
     }
 
 
-def _fingerprint_of(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
+def fingerprint_of(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
     """Fingerprint of the base's own values of tensors, whatever is merged into them; None if one is not known."""
     own = {key: value for _, layer in adapter_layers(model) for key, value in layer.unmerged().items()}
     values = [own.get(id(tensor), tensor) for tensor in tensors]
@@ -305,19 +276,12 @@ def _fingerprint_of(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
 
 def fingerprints(model: nn.Module, adapter_name: str, config: MaskConfig) -> tuple[str | None, str | None]:
     """Fingerprints of a model's own weights: those that an adapter masks, and all else that its features depend on."""
-    masked = masked_parameters(model, adapter_name)
-    return base_fingerprint(model, adapter_name), unmasked_fingerprint(model, masked, config.to_dict())
+    rest = unmasked_tensors(model, masked_parameters(model, adapter_name), config.to_dict())
+    return base_fingerprint(model, adapter_name), fingerprint_of(model, rest.values())
 
 
 def check_base(model: nn.Module, adapter_name: str, config: MaskConfig) -> str | None:
-    """Refuse a base that is not the one that an adapter was learned on.
-
-    Returns:
-        A warning if they cannot be compared because their dtypes differ, else None.
-
-    Raises:
-        ValueError: If one differs; names both bases, both fingerprints and which weights are not the adapter's.
-    """
+    """Refuse a base that is not the adapter's; returns a warning if their dtypes differ, so that none can compare."""
     expected = (config.base_fingerprint, config.unmasked_fingerprint)
     if not config.check_base or expected == (None, None):
         return None
@@ -346,15 +310,7 @@ def base_name(model: nn.Module) -> str | None:
     path = getattr(model, "name_or_path", None)
     if isinstance(path, str) and path:
         return path
-    config: Any = getattr(model, "pretrained_cfg", None)
-    if config is None:
-        return None
-    hub_id, architecture, tag = (_entry(config, key) for key in ("hf_hub_id", "architecture", "tag"))
-    if hub_id:
-        return hub_id
-    return f"{architecture}.{tag}" if architecture and tag else architecture
-
-
-def _entry(config: Any, key: str) -> str | None:
-    value = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
-    return value if isinstance(value, str) and value else None
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    values = config if isinstance(config, dict) else vars(config)
+    hub_id, architecture, tag = (values.get(key) or None for key in ("hf_hub_id", "architecture", "tag"))
+    return hub_id or (f"{architecture}.{tag}" if architecture and tag else architecture)

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 from typing_extensions import Self
+
+try:
+    from re import _parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_parse as _parser
 
 from ..functional.masking import MASK_TYPES, MaskSpec
 from ..storage import (
@@ -271,16 +275,10 @@ class MaskConfig(PeftConfig):
 
 # --- Values that may come from anybody's file ------------------------------------------------------------------------
 
-_MAX_COST = 3.5
-_TOKEN = re.compile(
-    r"(?P<comment>\(\?#[^)]*\)|\(\?[a-zA-Z]+\))"
-    r"|(?P<open>\((?:\?(?:P<\w+>|<?[=!]|\(\w+\)|[\w-]*:|>))?)"
-    r"|(?P<close>\))"
-    r"|(?P<branch>\|)"
-    r"|(?P<repeat>[*+?]|\{\d+(?:,\d*)?\}|\{,\d*\})[?+]?"
-    r"|(?P<digit>\\d|\[0-9\])"
-    r"|(?P<atom>\(\?P=\w+\)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.)",
-    re.DOTALL,
+# `\d` and `[0-9]` as parsed.
+_DIGITS = (
+    [(_parser.IN, [(_parser.CATEGORY, _parser.CATEGORY_DIGIT)])],
+    [(_parser.IN, [(_parser.RANGE, (ord("0"), ord("9")))])],
 )
 
 
@@ -291,19 +289,15 @@ def check_pattern(option: str, pattern: str) -> None:
     repetition such as ``.*`` costs 1, digits 0, what is optional and a choice by ``|`` ¼; what is repeated costs as
     often as it may be, so that a repetition inside an unlimited one is never taken. With 3.5 in all, the worst pattern
     takes milliseconds for a name.
-
-    Raises:
-        ValueError: If it is no regular expression, too long, verbose, or costs more than 3.5.
     """
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"{option} is a pattern of {len(pattern):,} characters, and may have {MAX_PATTERN:,}.")
     try:
-        flags = re.compile(pattern).flags
+        re.compile(pattern)
+        cost = _cost(_parser.parse(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{option} is no regular expression ({error}): {pattern[:80]!r}.") from error
-    if flags & re.VERBOSE or re.search(r"\(\?[a-zA-Z]*x[a-zA-Z-]*:", pattern):
-        raise ValueError(f"{option} is a verbose pattern, (?x): write it without spaces and comments.")
-    if _cost(pattern) > _MAX_COST:
+    if cost > 3.5:
         raise ValueError(
             f"{option} is a pattern that may take for ever to match, with repetitions inside a repetition or too many "
             f"in a row: {pattern[:80]!r}. Write it with three of '.*' at most and none of them repeated, or list the "
@@ -311,42 +305,21 @@ def check_pattern(option: str, pattern: str) -> None:
         )
 
 
-def _cost(pattern: str) -> float:
-    """See [`check_pattern`]; the pattern is a valid one."""
-    # Of each open group: the cost of its branches so far, of the current branch, and of the last item in that.
-    groups = [[0.0, 0.0, 0.0]]
-    is_digit, has_branches = False, [False]
-    for token in _TOKEN.finditer(pattern):
-        kind, group = token.lastgroup, groups[-1]
-        if kind == "open":
-            groups.append([0.0, 0.0, 0.0])
-            has_branches.append(False)
-        elif kind == "branch":
-            group[0], group[1], group[2] = max(group[0], group[1] + group[2]), 0.0, 0.0
-            has_branches[-1] = True
-        elif kind == "close":
-            worst, done, last = groups.pop()
-            groups[-1][1] += groups[-1][2]
-            groups[-1][2] = max(worst, done + last) + 0.25 * has_branches.pop()
-        elif kind == "repeat":
-            least, most = _times(token["repeat"])
-            group[2] *= most if group[2] else 1
-            if least != most and not is_digit:
-                group[2] += 0.25 if most == 1 else 1.0
-        elif kind != "comment":
-            group[1], group[2] = group[1] + group[2], 0.0
-        if kind != "comment":
-            is_digit = kind == "digit"
-    worst, done, last = groups[0]
-    return max(worst, done + last) + 0.25 * has_branches[0]
-
-
-def _times(quantifier: str) -> tuple[float, float]:
-    """Least and greatest number of repetitions."""
-    if quantifier in "*+?":
-        return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[quantifier]
-    least, comma, most = quantifier[1:-1].partition(",")
-    return float(least or 0), float(most or (math.inf if comma else least))
+def _cost(parsed: Iterable[tuple[Any, Any]]) -> float:
+    """See [`check_pattern`]; `parsed` is what `re` makes of a pattern."""
+    total = 0.0
+    for kind, value in parsed:
+        parts = value if isinstance(value, tuple) else (value,)
+        flat = [part for group in parts for part in (group if isinstance(group, list) else (group,))]
+        bodies = [part for part in flat if isinstance(part, _parser.SubPattern)]
+        cost = max(map(_cost, bodies), default=0.0) + 0.25 * (kind in (_parser.BRANCH, _parser.GROUPREF_EXISTS))
+        if str(kind).endswith("REPEAT"):
+            least, most, body = parts
+            cost *= most if cost else 1
+            if least != most and list(body) not in _DIGITS:
+                cost += 0.25 if most == 1 else 1.0
+        total += cost
+    return total
 
 
 def _check_names(option: str, names: Any, most: int) -> None:
@@ -365,31 +338,23 @@ def _check_names(option: str, names: Any, most: int) -> None:
 def _class_names(id2label: Any) -> dict[int, str]:
     """Names of classes by index, in their order; JSON has the indices as texts."""
     if not isinstance(id2label, Mapping) or len(id2label) > MAX_CLASSES:
-        raise ValueError(f"id2label must map up to {MAX_CLASSES:,} indices to names; got {_short(id2label)}.")
+        raise ValueError(f"id2label must map up to {MAX_CLASSES:,} indices to names; got {id2label!r:.80}.")
     result: dict[int, str] = {}
     for key, name in id2label.items():
         index = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10 else key
         if type(index) is not int or index < 0 or index in result:
-            raise ValueError(f"id2label must have the indices of classes as its keys, each once; got {_short(key)}.")
+            raise ValueError(f"id2label must have the indices of classes as its keys, each once; got {key!r:.80}.")
         if not isinstance(name, str) or len(name) > MAX_NAME:
-            raise ValueError(f"id2label must have names of up to {MAX_NAME:,} characters; got {_short(name)}.")
+            raise ValueError(f"id2label must have names of up to {MAX_NAME:,} characters; got {name!r:.80}.")
         result[index] = name
     return dict(sorted(result.items()))
 
 
 def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
-    """Check how images are prepared: it may come from a file that somebody else wrote.
+    """Check how images are prepared, which may come from anybody's file; returns all five values, as JSON has them.
 
-    Args:
-        preprocessing: `image_size` in pixels, 1 to 4096; `mean` and `std`, three numbers each of images in
-            [0, 1], below 1e6, std above 1e-6; `interpolation`, "bicubic" or "bilinear"; `crop_pct` in
-            [0.5, 1], the part of the resized shorter side that is kept. The last two may be missing: "bicubic" and 1.
-
-    Returns:
-        All five, `mean` and `std` as lists, as JSON has them.
-
-    Raises:
-        ValueError: A value is missing or unusable; it is named.
+    `image_size` is in pixels; `mean` and `std` are of images in [0, 1]; `interpolation` ("bicubic") and `crop_pct`
+    (1), the part of the resized shorter side that is kept, may be missing.
     """
     keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
     if not isinstance(preprocessing, Mapping):
@@ -397,7 +362,7 @@ def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
             f"preprocessing must be a mapping such as {{'image_size': 224, …}}; got {preprocessing!r:.80}."
         )
     if strange := [key for key in preprocessing if key not in keys]:
-        raise ValueError(f"preprocessing: {_short(strange[0])} is unknown; it has {', '.join(keys)}.")
+        raise ValueError(f"preprocessing: {strange[0]!r:.80} is unknown; it has {', '.join(keys)}.")
     known = {"interpolation": "bicubic", "crop_pct": 1.0, **preprocessing}
     size = known.get("image_size")
     checks = {
@@ -422,8 +387,3 @@ def _is_triple(value: Any, least: float) -> bool:
 
 def _is_within(value: Any, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -139,18 +139,14 @@ class LinearConv1D(MaskLayer):
 
 
 class Substituted(MaskLayer):
-    """A layer with a forward of its own, run with the effective tensors in the place of the frozen ones.
-
-    For timm's convolutions that standardise their weight or pad as TensorFlow does.
-    """
+    """A layer that keeps its own forward (timm's convolutions that standardise their weight or pad as TensorFlow)."""
 
     def _masked(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         return self.masked_forward(names, *args, **kwargs)  # it calls the base layer, hooks and all
 
     def run(self, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         """Whatever the base layer's forward takes and gives."""
-        paths = (slot.path for slot in self.present_slots)
-        return call_with(self.get_base_layer(), dict(zip(paths, tensors, strict=True)), *args, **kwargs)
+        return call_with(self.get_base_layer(), self._by_path(tensors), *args, **kwargs)
 
 
 class MultiheadAttention(Substituted):
@@ -190,7 +186,6 @@ MASKABLE: Mapping[type[nn.Module] | str, type[MaskLayer]] = {
     "transformers.pytorch_utils.Conv1D": LinearConv1D,
     # Only its constructor differs from nn.Conv2d.
     "transformers.models.efficientnet.modeling_efficientnet.EfficientNetDepthwiseConv2d": Conv,
-    # These compute with a transformed weight or pad as TensorFlow does: their own forward is kept.
     "timm.layers.conv2d_same.Conv2dSame": Substituted,
     "timm.layers.std_conv.StdConv2d": Substituted,
     "timm.layers.std_conv.StdConv2dSame": Substituted,

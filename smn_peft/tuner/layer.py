@@ -157,13 +157,9 @@ class MaskLayer(AdapterLayer):
     # --- Life cycle --------------------------------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: MaskConfig, key: str, *, may_load: bool = False) -> None:
-        """Add an adapter: scores if it is to train, room for bits if it is for inference.
+        """Add an adapter: scores if it is to train, room for bits if it is for inference or `may_load`.
 
-        Args:
-            adapter_name: Name of the adapter.
-            config: Its configuration.
-            key: Name of the layer in the base model, which seeds what is random.
-            may_load: Whether a loader may bring bits for it.
+        `key`, the layer's name in the base model, seeds what is random.
         """
         slots = tuple(slot for slot in self.present_slots if config.mask_bias or not slot.is_bias)
         self.smn_info[adapter_name] = AdapterInfo(config, config.mask_spec(), key, slots)
@@ -194,11 +190,7 @@ class MaskLayer(AdapterLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Switch the gradients of adapters; one that holds bits only cannot train, and says so.
-
-        Raises:
-            ValueError: If `requires_grad` is asked of an adapter without scores.
-        """
+        """Switch the gradients of adapters; one that holds bits only cannot train, and is refused."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names if requires_grad else ():
             if any(name not in self.scores(slot) for slot in self.slots_of(name)):
@@ -330,12 +322,7 @@ class MaskLayer(AdapterLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective weights into the base layer; [`unmerge`] restores the base bit for bit.
 
-        Args:
-            safe_merge: Refuse scores or weights that are not finite, before anything is written.
-            adapter_names: Adapters to merge, the active ones if None.
-
-        Raises:
-            ValueError: With `safe_merge`, if scores or the merged weight hold NaN or infinity.
+        With `safe_merge`, scores or weights that hold NaN or infinity are refused before anything is written.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
         if not names:
@@ -397,9 +384,9 @@ class MaskLayer(AdapterLayer):
         rows = rows_in_force(self)
         if rows is None:
             return self.effective(slot, self.active_here())
-        first, *others = dict.fromkeys(tuple(self.holders([name], slot)) for name in rows)
-        if not others:
-            return self.effective(slot, first)
+        groups = {tuple(self.holders([name], slot)) for name in rows}
+        if len(groups) == 1:
+            return self.effective(slot, *groups)
         return MixedWeight.of(self.base_tensor(slot), next(iter(self.smn_info.values())).key)
 
     # --- Forward -----------------------------------------------------------------------------------------------------
@@ -439,8 +426,10 @@ class MaskLayer(AdapterLayer):
         """[`masked_forward`], through the base layer itself where it has hooks, or a forward put over its own."""
         if is_plain(self._modules["base_layer"]):  # type: ignore[arg-type]
             return self.masked_forward(names, *args, **kwargs)
-        tensors = dict(zip((slot.path for slot in self.present_slots), self.effective_tensors(names), strict=True))
-        return call_with(self.base_layer, tensors, *args, **kwargs)
+        return call_with(self.base_layer, self._by_path(self.effective_tensors(names)), *args, **kwargs)
+
+    def _by_path(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        return dict(zip((slot.path for slot in self.present_slots), tensors, strict=True))
 
     def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
         """Rows under different adapters: each group of rows under its own effective weight."""
@@ -535,12 +524,7 @@ class MaskLayer(AdapterLayer):
         """Convert bits that a loader wrote for a trainable adapter to its scores; once, before the first use.
 
         Bits that are the initial mask, or the mask of the scores, change nothing. Other threads wait until it is done.
-
-        Returns:
-            Whether any scores changed.
-
-        Raises:
-            RuntimeError: If an adapter's masks lie coded in a file that its loader could not read.
+        Returns whether any scores changed.
         """
         with STATE_LOCK:
             changed = False
@@ -572,11 +556,7 @@ class MaskLayer(AdapterLayer):
         return True
 
     def _replicate_for_data_parallel(self) -> MaskLayer:
-        """Replicate for `nn.DataParallel`, which does so for every device in every forward.
-
-        Raises:
-            RuntimeError: If something is left to do that every replica would do on its own.
-        """
+        """Replicate for `nn.DataParallel`; what every replica would do on its own must be done before."""
         if self.pending and self.consume_pending():
             raise RuntimeError(
                 "Masks were loaded and not taken over yet: call the model once before it is in nn.DataParallel."

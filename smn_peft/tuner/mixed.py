@@ -72,13 +72,10 @@ def rows_in_force(layer: nn.Module) -> list[str] | None:
 
 @contextmanager
 def mixed_batch(model: nn.Module, names: Sequence[str], wrappers: Sequence[nn.Module], beams: int) -> Iterator[None]:
-    """Inside, the model's samples are under the named adapters, "__base__" for none.
+    """Run the model's samples under the named adapters, "__base__" for none.
 
-    Args:
-        model: The model with the adapters.
-        names: One name per sample.
-        wrappers: PEFT's wrappers of `modules_to_save`, which take `adapter_names` themselves.
-        beams: How often generation repeats every sample but in an encoder.
+    `wrappers` are PEFT's of `modules_to_save`, which take `adapter_names` themselves; generation repeats every sample
+    `beams` times, but not in an encoder.
     """
     encoder: frozenset[nn.Module] = frozenset()
     if beams > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -210,11 +207,7 @@ def _order(positions: Sequence[list[int]]) -> Tensor:
 def in_rows(
     names: Sequence[str], layer: str, run: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """A layer's output whose rows are under different adapters: `run` is called with each name and its rows.
-
-    Raises:
-        ValueError: If the input has not one row for each name.
-    """
+    """A layer's output whose rows are under different adapters: `run` is called with each name and its rows."""
     if len(x) != len(names):
         raise ValueError(
             f"Mixed batches by `adapter_names` are not possible in {layer!r}: it is given {len(x)} rows for "

@@ -6,7 +6,6 @@ Hooks of PEFT that this package overrides, and why PEFT's own do not do:
 * `inject_adapter`: everything is checked before the model is touched, and taken back if it fails.
 * `_mark_only_adapters_as_trainable`: PEFT looks for `modules_to_save` right after it, by the ends of names, and must
   not find parts of masked layers.
-* `_create_and_replace`: abstract in PEFT.
 * `_replace_module`: PEFT's copies `weight` and `bias` to what it unwraps, and here they may be masked.
 * `_unload_and_optionally_merge`: PEFT's leaves layers inside the wrappers that it takes off.
 * `_get_adapter_state_dict`, `_remove_adapter_name_from_key`, `_remap_adapter_state_dict_for_load`: scores become bits
@@ -64,11 +63,7 @@ class MaskModel(BaseTuner):
     # --- Injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter's layers to a model, as PEFT does; on any error the model is as it was.
-
-        Raises:
-            ValueError: For a bad adapter name, a base that is not supported or not the adapter's, or a bad target.
-        """
+        """Add an adapter's layers to a model, as PEFT does; on any error the model is as it was."""
         given: MaskConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_adapter_name(adapter_name, model)
         check_base_kind(_uncompiled(model))
@@ -106,18 +101,16 @@ class MaskModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        layer = target
+        if not isinstance(layer, MaskLayer):
+            form = mask_layer_for(target)
+            if form is None:  # named by a state dict and not by the config, which was checked before
+                check_targets(self.model, [current_key])
+            assert form is not None
+            layer = form(target).train(target.training)
+            self._replace_module(parent, target_name, layer, target)
         may_load = self._is_native or peft_config.comes_from_file
-        if isinstance(target, MaskLayer):
-            target.update_layer(adapter_name, peft_config, current_key, may_load=may_load)
-            return
-        form = mask_layer_for(target)
-        if form is None:  # named by a state dict and not by the config, which was checked before
-            check_targets(self.model, [current_key])
-        assert form is not None
-        layer = form(target)
         layer.update_layer(adapter_name, peft_config, current_key, may_load=may_load)
-        layer.train(target.training)
-        self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -160,9 +153,7 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Bits from a file, checked, to where this model wants them: buffers for inference, scores for training.
 
-        Raises:
-            ValueError: If masks are missing, do not fit, or belong to no masked layer, or the file is of another base.
-                An adapter that was being loaded is then taken off the model again; one that was there stays as it was.
+        On any error an adapter that was being loaded is taken off the model again; one that was there stays as it was.
         """
         layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
         if config.comes_from_file and any(adapter_name in layer.pending for layer in layers):
@@ -180,16 +171,13 @@ class MaskModel(BaseTuner):
 
     # --- What only masks have ----------------------------------------------------------------------------------------
 
-    def _mask_layers(self, adapter_name: str) -> list[tuple[str, MaskLayer]]:
-        layers = adapter_layers(self.model)
-        return [(p, layer) for p, layer in layers if isinstance(layer, MaskLayer) and adapter_name in layer.smn_info]
-
     def masks(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Bool masks by weight name, of one adapter (the first active one if None)."""
         name = adapter_name or self.active_adapters[0]
         return {
             f"{path}.{slot.path}": layer.mask(name, slot)
-            for path, layer in self._mask_layers(name)
+            for path, layer in adapter_layers(self.model)
+            if isinstance(layer, MaskLayer)
             for slot in layer.slots_of(name)
         }
 
@@ -199,18 +187,14 @@ class MaskModel(BaseTuner):
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def update_density(self, progress: float, adapter_name: str | None = None) -> None:
-        """Move a topk adapter along its `density_schedule`.
-
-        Args:
-            progress: Fraction of training done, 0 to 1.
-            adapter_name: The first active adapter if None.
-        """
+        """Move a topk adapter (the first active one if None) along its `density_schedule`; `progress` is 0 to 1."""
         name = adapter_name or self.active_adapters[0]
         config: MaskConfig = self.peft_config[name]  # type: ignore[assignment]
         if config.density_schedule is None or config.density is None:
             raise ValueError(f"Adapter {name!r} has no density_schedule: set density_schedule='linear' in its config.")
-        for _, layer in self._mask_layers(name):
-            layer.update_density(name, progressive_density(progress, config.density))
+        for _, layer in adapter_layers(self.model):
+            if isinstance(layer, MaskLayer) and layer.slots_of(name):
+                layer.update_density(name, progressive_density(progress, config.density))
 
     def add_weighted_adapter(
         self,
@@ -227,18 +211,12 @@ class MaskModel(BaseTuner):
             adapter_name: Name of the new adapter.
             combination_type: ``"union"``, ``"intersection"`` or ``"majority"`` (active where more than half of the
                 weight says so).
-
-        Raises:
-            ValueError: For an unknown adapter or combination type, adapters of different targets, or weights that do
-                not fit.
         """
         names = list(adapters)
         if combination_type not in COMBINATIONS:
             raise ValueError(f"combination_type must be one of {', '.join(COMBINATIONS)}; got {combination_type!r}.")
         if unknown := [name for name in names if name not in self.peft_config] or not names:
-            raise ValueError(
-                f"Adapter(s) {unknown if names else '[]'} do not exist; there are {list(self.peft_config)}."
-            )
+            raise ValueError(f"Adapter(s) {unknown if names else '[]'} do not exist, only {list(self.peft_config)}.")
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
         votes = [1.0] * len(names) if weights is None else list(weights)
@@ -306,10 +284,7 @@ class MaskModel(BaseTuner):
             yield
 
     def fuse(self) -> MaskModel:
-        """Merge the adapters for good: timm's `reparameterize_model` asks every part of a model that has this.
-
-        It folds BatchNorms and branches into convolutions, of whose own classes they must be.
-        """
+        """Merge the adapters for good; timm's `reparameterize_model` calls it before it folds BatchNorms."""
         self.merge_and_unload()
         return self
 
@@ -378,10 +353,7 @@ def _no_hook(module: nn.Module, args: Any) -> None:
 
 @contextmanager
 def _whole_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Withdraw an adapter from the base model if the block that injects it fails.
-
-    Layers that no other adapter uses are unwrapped, and what was trainable is so again.
-    """
+    """Withdraw an adapter if the block fails: unwrap layers that no other uses, restore what was trainable."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         yield

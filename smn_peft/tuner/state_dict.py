@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,17 +55,10 @@ def _file_names(model: nn.Module) -> dict[AdapterLayer, str]:
     return names
 
 
-class _Place(NamedTuple):
-    """Where a mask belongs."""
-
-    layer: MaskLayer
-    slot: Slot
-
-
-def _places(model: nn.Module, adapter_name: str) -> dict[str, _Place]:
+def _places(model: nn.Module, adapter_name: str) -> dict[str, tuple[MaskLayer, Slot]]:
     """Where an adapter has masks, by their keys in the (unsharded) state dict without the adapter's name."""
     return {
-        f"{prefix}{slot.mask_name}": _Place(layer, slot)
+        f"{prefix}{slot.mask_name}": (layer, slot)
         for layer, prefix in _file_names(model).items()
         if isinstance(layer, MaskLayer)
         for slot in layer.slots_of(adapter_name)
@@ -91,12 +84,8 @@ def entries_of(
 ) -> dict[str, Tensor]:
     """Collect what an adapter's file holds of its layers, and store the base's fingerprints in the config.
 
-    Args:
-        model: Model with the adapter.
-        config: The adapter's configuration.
-        adapter_name: Its name, at the end of the keys.
-        state_dict: State dict of the whole model, gathered if it is sharded. PEFT takes the adapter's
-            `modules_to_save` from it afterwards: they are rounded in it to `save_dtype`.
+    `state_dict` is the whole model's, gathered if it is sharded. PEFT takes the adapter's `modules_to_save` from it
+    afterwards: they are rounded in it to `save_dtype`.
     """
     layers, names = dict(adapter_layers(model)), _file_names(model)
     entries: dict[str, Tensor] = {}
@@ -151,9 +140,9 @@ def _round(save_dtype: str, tensors: dict[str, Tensor], keys: list[str]) -> int:
 
 
 class _Selected:
-    """Weights that an adapter masks, by the layer's name in a blob: what the codec asks of the base."""
+    """What the codec asks of the base: which weights an adapter masks, by the layer's name in a blob."""
 
-    def __init__(self, places: Mapping[str, _Place], adapter_name: str, shared: str) -> None:
+    def __init__(self, places: Mapping[str, tuple[MaskLayer, Slot]], adapter_name: str, shared: str) -> None:
         self._places, self._adapter_name, self._shared = places, adapter_name, shared
 
     def selected(self, name: str) -> NDArray[np.bool_] | None:
@@ -166,12 +155,7 @@ class _Selected:
 
 
 def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a file's entries to the model's state dict: buffers for inference, scores for training.
-
-    Args:
-        model: Model with the adapter.
-        adapter_name: Its name.
-        state_dict: The file's tensors, by key without the adapter's name.
+    """Convert a file's entries, by key without the adapter's name, to buffers for inference or scores for training.
 
     Raises:
         AdapterFileError: If coded masks are damaged.
@@ -197,7 +181,8 @@ def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
         except KeyError as error:
             missing.append(str(error.args[0]))
             continue
-        strange += [f"{bare}{attribute}" for attribute in _unused(entries, loaded)]
+        taken = {key.partition(".")[0].replace("scores", "mask") for key in loaded}  # of scores and bits either
+        strange += [f"{bare}{attribute}" for attribute in entries if attribute.replace("scores", "mask") not in taken]
         bits_only |= any("scores" in key for key in loaded) and not any("scores" in key for key in entries)
         result.update({f"{prefix}{key}": value for key, value in loaded.items()})
     strange += [key for key in rest if key.rpartition(".")[2].startswith(_PREFIX) or _is_of_base(model, key)]
@@ -212,13 +197,9 @@ def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
         )
     own = dict((*model.named_parameters(), *model.named_buffers()))
     return {  # in the dtype of the model's own tensor, for loaders that put them in its place
-        key: value.to(own[key].dtype) if _are_floats(value, own.get(key)) else value
+        key: value.to(own[key].dtype) if key in own and value.is_floating_point() else value
         for key, value in {**rest, **_at_every_place(model, result)}.items()
     }
-
-
-def _are_floats(*tensors: Tensor | None) -> bool:
-    return all(tensor is not None and tensor.is_floating_point() for tensor in tensors)
 
 
 def _misfit(missing: list[str], strange: list[str]) -> ValueError:
@@ -228,16 +209,6 @@ def _misfit(missing: list[str], strange: list[str]) -> ValueError:
         "between versions of transformers, pass key_mapping to from_pretrained: "
         "smn_peft.backbones.clip_key_mapping() gives CLIP's."
     )
-
-
-def _unused(entries: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> list[str]:
-    """Entries of a file that its layer does not use; of scores and bits it may use either."""
-
-    def what(key: str) -> str:
-        return key.partition(".")[0].replace("scores", "mask")
-
-    taken = set(map(what, loaded))
-    return [attribute for attribute in entries if what(attribute) not in taken]
 
 
 def _is_of_base(model: nn.Module, key: str) -> bool:
@@ -272,7 +243,8 @@ def _decoded(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tenso
     if found.keys() != places.keys():
         raise _misfit(sorted(places.keys() - found.keys()), sorted(found.keys() - places.keys()))
     for name, size in found.items():
-        numel = places[name].layer.base_tensor(places[name].slot).numel()
+        layer, slot = places[name]
+        numel = layer.base_tensor(slot).numel()
         if size != packed_size(numel):
             raise ValueError(
                 f"{name} codes {size} bytes, but the base weight has {numel} entries and takes {packed_size(numel)}. "
@@ -296,11 +268,7 @@ def _settings_in(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def check_pair(config: MaskConfig, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuse a config and a weights file of two adapters, as an interrupted copy or save leaves them.
-
-    Raises:
-        AdapterFileError: If what decides the answers is not the same in both.
-    """
+    """Refuse a config and a weights file of two adapters, as an interrupted copy or save leaves them."""
     settings = _settings_in(state_dict)
     for name in ("scale", "batch_norm", "base_fingerprint", "unmasked_fingerprint"):
         if name in settings and (own := getattr(config, name)) is not None and own != settings[name]:
@@ -314,10 +282,6 @@ def reload_entries(model: Any, adapter_name: str, state_dict: Mapping[str, Tenso
     """[`loaded_entries`] for an adapter that is on the model already; its file's settings replace the adapter's.
 
     If anything fails, the adapter is as it was.
-
-    Raises:
-        AdapterFileError: If a setting is none that a config can have.
-        ValueError: If the file's adapter does not belong to the model's base.
     """
     with _under_settings(model, adapter_name, _settings_in(state_dict)) as config:
         entries = loaded_entries(model, adapter_name, state_dict)
@@ -369,10 +333,6 @@ def round_extras(model: PeftModel, adapter_name: str = "default") -> int:
     The tensors keep their dtype and hold values that the file holds exactly: evaluate after this call, and what is
     measured is what is saved. With ``save_dtype="float32"`` nothing is done.
 
-    Args:
-        model: A model with mask adapters.
-        adapter_name: Name of the adapter.
-
     Returns:
         The number of values that changed.
 
@@ -388,9 +348,9 @@ def round_extras(model: PeftModel, adapter_name: str = "default") -> int:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             own = (*module.named_parameters(prefix=path), *module.named_buffers(prefix=path))
             extras = {key: tensor for key, tensor in own if part in key}
+        narrow = dict(extras)
+        changed += _round(config.save_dtype, narrow, list(extras))
         for key, tensor in extras.items():
-            narrow = rounded(key, tensor, config.save_dtype)
-            if narrow is not tensor:
-                changed += int((narrow.to(tensor.dtype) != tensor).sum())
-                tensor.copy_(narrow)
+            if narrow[key] is not tensor:
+                tensor.copy_(narrow[key])
     return changed

@@ -54,15 +54,9 @@ _HEAD_NAMES = frozenset(
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
-    """The default `target_modules` of a model of transformers, timm, torchvision or OpenCLIP.
+    """The default `target_modules` of a model of transformers, timm, torchvision or OpenCLIP (its vision tower).
 
-    Of a model with two towers, the vision tower counts.
-
-    Returns:
-        A regex that `re.fullmatch`es the full module names, or a list of full module names.
-
-    Raises:
-        ValueError: The architecture is not known, or has nothing that can be masked.
+    It is a regex that `re.fullmatch`es the full module names, or a list of them.
     """
     model = base_model_of(model)
     if not _is_known(model):
@@ -124,11 +118,8 @@ def exact_targets(model: nn.Module, names: Iterable[str]) -> str | list[str]:
     that is not listed, the names become a regex, which matches in full.
     """
     chosen = list(names)
-    suffixes = tuple(f".{name}" for name in chosen)
-    listed = set(chosen)
-    if any(name.endswith(suffixes) for name, _ in model.named_modules() if name not in listed):
-        return "|".join(re.escape(name) for name in chosen)
-    return chosen
+    is_exact = set(matching_names(model, chosen)) <= set(chosen)
+    return chosen if is_exact else "|".join(map(re.escape, chosen))
 
 
 def matching_names(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
@@ -229,9 +220,6 @@ def resolve_targets(
     None gives the architecture's default, "all-conv" every convolution that can be masked except the classifier; both
     are reduced to the blocks of `layers_to_transform`, which PEFT ignores for a regex and for full names. Everything
     else is PEFT's to interpret and comes back as it is, "all-linear" too.
-
-    Raises:
-        ValueError: Nothing is left to target, or the architecture has no default.
     """
     if target_modules is None:
         targets = default_targets(model)
@@ -281,11 +269,7 @@ def stage_of(name: str) -> int | None:
 
 
 def stage_targets(model: nn.Module, target_modules: str | Iterable[str] | None, stages: int) -> str | list[str]:
-    """Those of the targets that lie in the first stages (the paper's Figure 8); the stem lies in none.
-
-    Raises:
-        ValueError: The targets lie in no numbered stages, or there are fewer than `stages`.
-    """
+    """Those of the targets that lie in the first stages (the paper's Figure 8); the stem lies in none."""
     names = matching_names(model, resolve_targets(model, target_modules))
     numbers = sorted({number for name in names if (number := stage_of(name)) is not None})
     if not 1 <= stages <= len(numbers):
@@ -325,11 +309,6 @@ class TargetReport:
         """Number of values that get a bit."""
         return sum(row.masked for row in self.rows)
 
-    @property
-    def score_bytes(self) -> int:
-        """Size of the fp32 scores while training."""
-        return 4 * self.masked_weights
-
     def __str__(self) -> str:
         """The table and the totals."""
         table = [("module", "type", "shape", "parameters", "masked", "")]
@@ -349,7 +328,7 @@ class TargetReport:
             *(f"{kind}: {number} layers, {masked[kind]:,} masked weights" for kind, number in layers.items()),
             f"masked: {self.masked_weights:,} of {self.total_parameters:,} parameters ({share:.2%})",
             f"adapter file: {self.packed_bytes / 1e6:.2f} MB packed; "
-            f"scores while training: {self.score_bytes / 1e6:.2f} MB (fp32)",
+            f"scores while training: {4 * self.masked_weights / 1e6:.2f} MB (fp32)",
             self.note,
         ]
         return "\n".join(lines if self.note else lines[:-1])
@@ -364,14 +343,8 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
         verbose: Print the report.
     """
     model = base_model_of(model)
-    match: Any = SimpleNamespace(
-        target_parameters=None,
-        task_type=getattr(config, "task_type", None),
-        **{
-            option: getattr(config, option, None)
-            for option in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-        },
-    )
+    options = ("task_type", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    match: Any = SimpleNamespace(target_parameters=None, **{name: getattr(config, name, None) for name in options})
     note = ""
     try:
         match.target_modules = resolve_targets(

@@ -94,9 +94,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def __getattr__(self, name: str) -> Any:
         """Look up a stride, a size or whatever a model reads from its layers in the base layer."""
         own = self.__dict__.get("_modules", ())
-        if name in own or "base_layer" not in own or name.startswith("__") or name in _OF_TOOLS:
-            return super().__getattr__(name)
-        if hasattr(type(self), name):  # a property that failed: the base's value would be the wrong answer
+        is_own = name in own or "base_layer" not in own or name.startswith("__") or name in _OF_TOOLS
+        if is_own or hasattr(type(self), name):  # a property that failed: the base's value would be the wrong answer
             return super().__getattr__(name)
         return self.of_base(name)
 
@@ -143,8 +142,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             KeyError: If a tensor is missing; the argument is its key.
-            TypeError: If a tensor has the wrong dtype.
-            ValueError: If a tensor has the wrong shape, or padding bits are set.
         """
         raise NotImplementedError
 
@@ -163,8 +160,6 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
 
 
 # --- A layer with other tensors --------------------------------------------------------------------------------------
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def is_transformed() -> bool:
@@ -215,9 +210,9 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kw
         with _Replaced({id(own[path]): tensor for path, tensor in tensors.items()}):
             return module(*args, **kwargs)
     view = view_with(module, tensors)
-    for name in _HOOKS if not is_plain(module) else ():
-        hooks: Mapping[int, Callable[..., Any]] = getattr(module, name)
-        view.__dict__[name] = OrderedDict((key, partial(_call_hook, hook, module)) for key, hook in hooks.items())
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        if hooks := getattr(module, name):
+            view.__dict__[name] = OrderedDict((key, partial(_call_hook, hook, module)) for key, hook in hooks.items())
     return view(*args, **kwargs)
 
 

@@ -209,7 +209,7 @@ def test_a_sharded_weight():
 def test_an_offloaded_weight():
     model = net()
     model.last._hf_hook = type("AlignDevicesHook", (), {"offload": True})()
-    with pytest.raises(ValueError, match=r"'last' are offloaded to CPU or disk.*without device_map"):
+    with pytest.raises(ValueError, match=r"'last' is offloaded to CPU or disk.*without device_map"):
         get_peft_model(model, config())
     assert not any(isinstance(module, MaskLayer) for module in model.modules())
 
@@ -535,7 +535,7 @@ def test_mixed_batches_that_make_no_sense():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adapters": ["one", "nobody"]}, r"\['nobody'\] do not exist; there are \['one', 'two', 'other'\]"),
+        ({"adapters": ["one", "nobody"]}, r"\['nobody'\] do not exist, only \['one', 'two', 'other'\]"),
         ({"adapters": []}, "do not exist"),
         ({"adapters": ["one", "two"], "combination_type": "sum"}, "must be one of union, intersection, majority"),
         ({"adapters": ["one", "other"]}, "do not mask the same weights"),

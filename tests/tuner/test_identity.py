@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 from smn_peft import MaskConfig
 from smn_peft.backbones import load_classifier
 from smn_peft.storage import WEIGHTS_NAME
-from smn_peft.tuner.checks import masked_parameters, unmasked_fingerprint, unmasked_tensors
+from smn_peft.tuner.checks import fingerprint_of, fingerprints, masked_parameters, unmasked_tensors
 
 from .test_native_transformers import SIZES
 
@@ -229,8 +229,8 @@ def test_a_bare_base_has_the_fingerprint_of_the_masked_one(tmp_path):
     names = masked_parameters(model, "default")
     assert names == {"body.weight", "attn.in_proj_weight", "attn.out_proj.weight"}
     values = model.peft_config["default"].to_dict()
-    expected = unmasked_fingerprint(model, names, values)
-    assert unmasked_fingerprint(Net(), names, values) == expected
+    expected = fingerprints(model, "default", model.peft_config["default"])[1]
+    assert fingerprint_of(Net(), unmasked_tensors(Net(), names, values).values()) == expected
     assert set(unmasked_tensors(Net(), names, values)) == {
         *("cls_token", "scale", "body.bias", "frozen.weight", "frozen.bias"),
         *("attn.in_proj_bias", "attn.out_proj.bias"),
@@ -247,8 +247,7 @@ def test_a_backbone_is_the_same_base_with_any_head():
     seen = set()
     for model in (bare, classifier):
         masked = get_peft_model(model, MaskConfig(modules_to_save=["fc" if model is bare else "head"]))
-        names = masked_parameters(masked, "default")
-        seen.add(unmasked_fingerprint(masked, names, masked.peft_config["default"].to_dict()))
+        seen.add(fingerprints(masked, "default", masked.peft_config["default"])[1])
     assert len(seen) == 1
 
 

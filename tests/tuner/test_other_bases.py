@@ -177,7 +177,7 @@ def test_a_recomputed_weight_is_refused_with_the_way_out(change, remedy):
 def test_a_pruned_projection_of_attention_is_refused():
     base = nn.Sequential(nn.MultiheadAttention(8, 2))
     prune.l1_unstructured(base[0].out_proj, "weight", 0.5)
-    with pytest.raises(ValueError, match=r"out_proj.weight of target '0' is no parameter: pruning"):
+    with pytest.raises(ValueError, match=r"'0' has no parameter out_proj.weight: pruning"):
         get_peft_model(base, MaskConfig(target_modules=["0"]))
 
 

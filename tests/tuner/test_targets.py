@@ -64,7 +64,6 @@ def test_clip_masks_the_papers_85_017_600_values():
     assert report.masked_weights == 85_017_600
     assert report.total_parameters == 87_456_000
     assert report.packed_bytes == 85_017_600 // 8
-    assert report.score_bytes == 85_017_600 * 4
     without_biases = explain_targets(model, verbose=False)
     assert without_biases.masked_weights == weights(model, selected(model)) == 84_934_656
 
