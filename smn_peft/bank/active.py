@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .live import LiveModel
-from .task import BankStats, Task
+from .task import Task
 
 __all__ = ["ActiveTask"]
 
@@ -45,12 +45,9 @@ class ActiveTask:
         turn: Held for bookkeeping only, never while the model is used.
     """
 
-    def __init__(
-        self, live: LiveModel, find: Callable[[str | Task | None], Task | None], stats: BankStats, *, exclusive: bool
-    ) -> None:
-        """Begin with the base; with `exclusive`, leave what is live where no task is active."""
+    def __init__(self, live: LiveModel, find: Callable[[str | Task | None], Task | None], *, exclusive: bool) -> None:
         self.turn = threading.Condition()
-        self._live, self._find, self._stats, self._exclusive = live, find, stats, exclusive
+        self._live, self._find, self._exclusive = live, find, exclusive
         self.active: _Named | None = None
         self._blocks: list[_Block] = []
 
@@ -84,11 +81,7 @@ class ActiveTask:
     def call(self) -> Iterator[None]:
         """Let the block switch as it likes; the active task is live afterwards."""
         with self._block("bank.forward"):
-            generation = self._live.generation
-            try:
-                yield
-            finally:
-                self._stats.switches += self._live.generation - generation
+            yield
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -101,7 +94,7 @@ class ActiveTask:
 
     def _enter(self, block: _Block, name: str | None) -> None:
         task = self._find(name)
-        self._switch(task)
+        self._live.switch(task)
         block.active = None if task is None else (str(name), task)
 
     @contextmanager
@@ -136,11 +129,7 @@ class ActiveTask:
         return block
 
     def _end(self, block: _Block) -> None:
-        """Put back what was live before, and give the model away.
-
-        Raises:
-            RuntimeError: If an inner block is still under way, whose task stays live.
-        """
+        """Put back what was live before, and give the model away; an inner block under way keeps its task live."""
         if _innermost.get() is block:
             _innermost.set(block.outer)
         try:
@@ -149,8 +138,7 @@ class ActiveTask:
             if self._blocks[-1] is not block:
                 raise RuntimeError(
                     f"{block.what} ends while {self._blocks[-1].what}, which began inside it, is still under way: "
-                    "leave blocks in the opposite order. The inner one keeps its task, and the base comes back after "
-                    "it."
+                    "leave blocks in the opposite order. The inner one keeps its task until it ends."
                 )
             self._put_back(self._around(block))
         finally:
@@ -164,26 +152,21 @@ class ActiveTask:
         place = self._blocks.index(block)
         return self._blocks[place - 1] if place else self
 
-    def _switch(self, task: Task | None) -> None:
-        generation = self._live.generation
-        self._live.switch(task)
-        self._stats.switches += self._live.generation - generation
-
     def _put_back(self, holder: ActiveTask | _Block) -> None:
         """Switch to what is active outside a block that ends, as the source has it now; to the base if it is gone."""
         if holder.active is None:
-            return None if self._exclusive else self._switch(None)
+            return None if self._exclusive else self._live.switch(None)
         name, task = holder.active
         try:
             task = self._find(name) or task
         except KeyError:
             warnings.warn(f"The task {name!r} was active and is gone from the bank: the base is live.", stacklevel=6)
             holder.active = None
-            return self._switch(None)
+            return self._live.switch(None)
         except (OSError, RuntimeError, ValueError):  # it cannot be read anew: what was read is still good
             pass
         holder.active = name, task
-        self._switch(task)
+        self._live.switch(task)
 
     def after_fork(self) -> None:
         """Forget the blocks of other threads, which a child process does not have."""

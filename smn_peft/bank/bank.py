@@ -16,13 +16,13 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from .active import ActiveTask
-from .database import survive_forks
+from .database import forkable
 from .live import LiveModel
 from .mixed import MixedForward, answer_names, forget_names, one_per_sample
 from .reading import TaskReader
 from .source import BASE_NAME as BASE
-from .source import MemorySource, TaskSource, check_name, read_adapter
-from .store import open_store, push_source
+from .source import MemorySource, check_name, read_adapter
+from .store import TaskSource, open_store, push_source
 from .task import BankStats, Task, TaskCache
 
 __all__ = ["BASE", "MaskBank"]
@@ -43,23 +43,22 @@ class MaskBank:
     def __init__(
         self, source: TaskSource, base: nn.Module, *, ram_budget: int = 1 << 30, exclusive: bool = False
     ) -> None:
-        """Put a base under the tasks of a source; see [`open`]."""
         if ram_budget < 0:
             raise ValueError(f"ram_budget must not be negative; got {ram_budget}.")
         self.stats = BankStats()
         self._source = source
-        self._live = LiveModel(base)
+        self._live = LiveModel(base, self.stats)
         self.model = base
         self._cache = TaskCache(ram_budget, self.stats)
         self._find = TaskReader(source, self._live, self._cache)
-        self._active = ActiveTask(self._live, self._find, self.stats, exclusive=exclusive)
+        self._active = ActiveTask(self._live, self._find, exclusive=exclusive)
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._mixed = MixedForward(self._live)
         answer_names(base, self.forward)
         self._release = weakref.finalize(self, _let_go, source, self._cache, self._live)
         self._release.atexit = False
-        survive_forks(self)
+        forkable.add(self)
 
     @classmethod
     def open(
@@ -103,8 +102,7 @@ class MaskBank:
                 name = Path(os.path.abspath(adapter)).name
                 if name in bank:
                     raise ValueError(
-                        f"Two of the adapters would be called {name!r}: leave one out, and put it in by "
-                        f"bank.add(another_name, {str(adapter)!r})."
+                        f"Two adapters would be called {name!r}: put one in by bank.add(another_name, …)."
                     )
                 bank.add(name, adapter)
             for name in hot:
@@ -126,12 +124,7 @@ class MaskBank:
         return name in self._source
 
     def add(
-        self,
-        name: str,
-        adapter: str | os.PathLike[str],
-        *,
-        replace: bool = False,
-        revision: str | None = None,
+        self, name: str, adapter: str | os.PathLike[str], *, replace: bool = False, revision: str | None = None
     ) -> None:
         """Register an adapter, after checking that it fits the base.
 
@@ -144,7 +137,6 @@ class MaskBank:
         Raises:
             AdapterFileError: If the file is damaged.
             FileNotFoundError: If there is no adapter.
-            TypeError: If the name is no text.
             ValueError: If the name is taken or not allowed, or the adapter does not belong to the base.
         """
         check_name(name)
@@ -171,13 +163,9 @@ class MaskBank:
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
         """Push all tasks as one file, which [`open`] takes by the repository's name.
 
-        Args:
-            repo_id: Repository, "user/name"; made where it does not exist, as is the branch.
-            options: `private`, `revision` (a branch), `commit_message` and `token`, as of PEFT's method.
-
-        Raises:
-            OSError: If the Hub refuses or cannot be reached, or the disk has no room for a copy.
-            ValueError: If the repository is public and must be private.
+        The repository, "user/name", and the branch are made where they do not exist. `options` are `private`,
+        `revision` (a branch), `commit_message` and `token`, as of PEFT's method. ValueError if it is public and must
+        be private.
         """
         return push_source(self._source, repo_id, **options)
 
@@ -196,8 +184,14 @@ class MaskBank:
 
     def pin(self, name: str) -> None:
         """Decode a task and keep it decoded."""
-        with self._cache.pinning(name):
+        new = name not in self._cache.pinned
+        self._cache.pinned.add(name)
+        try:
             self.task(name)
+        except BaseException:
+            if new:
+                self._cache.pinned.discard(name)
+            raise
 
     def unpin(self, name: str) -> None:
         """Let a task make room again."""
@@ -211,20 +205,11 @@ class MaskBank:
                 if not self._closed:
                     self.task(name)
 
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "smn-bank")
+        self._pool = self._pool or ThreadPoolExecutor(1, "smn-bank")
         return self._pool.submit(decode, list(names))
 
     def activate(self, name: str | None) -> None:
-        """Make a task live until further notice, inside a [`use`] block until it ends.
-
-        Args:
-            name: Of the task; None (or "__base__") for the base.
-
-        Raises:
-            KeyError: For an unknown name.
-            RuntimeError: As [`use`].
-        """
+        """Make a task live until further notice, inside a [`use`] block until it ends; errors as there."""
         self._active.activate(name)
 
     @contextmanager
@@ -278,8 +263,7 @@ class MaskBank:
     def close(self) -> None:
         """Put the base back as it was, and let go of the store; a second time does nothing.
 
-        Raises:
-            RuntimeError: If somebody else wrote to weights that a task was in.
+        RuntimeError if somebody else wrote to weights that a task was in.
         """
         if self._closed:
             return

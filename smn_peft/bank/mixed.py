@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .live import LiveModel, Reading, unwatch, watch
+from .live import LiveModel, watch
 from .task import Task, TaskMask
 
 __all__ = ["SHARED_BELOW", "MixedForward", "NamedCall", "answer_names", "forget_names", "one_per_sample"]
@@ -53,11 +53,9 @@ class _Padded(NamedTuple):
 
 
 def one_per_sample(tasks: Sequence[str | Task | None] | str | Task | None, count: int) -> list[str | Task | None]:
-    """Return what a caller says of a batch as one task for each of its samples; of an empty one, a task all the same.
+    """Return one task for each sample of a batch; of an empty one, a task all the same.
 
-    Raises:
-        TypeError: If a task is named by something else than text.
-        ValueError: If their number is another.
+    TypeError if one is named by something else than text, ValueError if their number is another.
     """
     if tasks is None or isinstance(tasks, (str, Task)):
         return [tasks] * max(count, 1)
@@ -74,7 +72,6 @@ class MixedForward:
     """Runs a batch under the task of each sample."""
 
     def __init__(self, live: LiveModel) -> None:
-        """Run on a live model."""
         self._live = live
         self._per_sample = self._pads = True
 
@@ -122,11 +119,9 @@ class MixedForward:
         heads = {f"{owner}.{leaf}" for owner in owners for leaf in ("weight", "bias")}
         if not whole <= heads or any(type(model.get_submodule(owner)) is not nn.Linear for owner in owners):
             return False
-        return self._pads or not any(self._widths_differ(name, tasks) for name in whole)
-
-    def _widths_differ(self, name: str, tasks: Sequence[Task | None]) -> bool:
-        own = self._live.shape(name)
-        return len({task.tensors[name].shape if task and name in task.tensors else own for task in tasks}) > 1
+        own = {name: model.get_parameter(name) for name in whole}
+        heads_of = [own if task is None else {**own, **task.tensors} for task in tasks]
+        return self._pads or all(len({its[name].shape for its in heads_of}) == 1 for name in whole)
 
     def _share(self, groups: Mapping[Task | None, list[int]], inputs: Tensor, kwargs: Mapping[str, Any]) -> Any:
         self._live.switch(None)
@@ -167,15 +162,8 @@ def _shared_products(model: nn.Module, rows: Sequence[_Rows], count: int) -> Ite
             products = _SharedLinear(layer, name, rows, count, padded)
             for parameter in (layer.weight, layer.bias) if products.is_head else (layer.weight,):
                 if parameter is not None:
-                    stack.callback(_restore, parameter, watch(parameter, products))
+                    stack.callback(watch, parameter, watch(parameter, products))
         yield padded
-
-
-def _restore(parameter: Tensor, before: Reading | None) -> None:
-    if before is None:
-        unwatch(parameter)
-    else:
-        watch(parameter, before)
 
 
 class _SharedLinear:

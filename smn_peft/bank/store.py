@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -19,9 +19,9 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from ..storage import AdapterFileError
 from .database import VERSION, Database
 from .row import MAX_BLOB, MAX_CONFIG, Adapter, StoreInfo, TaskCheck, TaskInfo, TaskRow, checked, encoded
-from .source import StoredAdapter, TaskSource, check_name, unknown_task
+from .source import MemorySource, StoredAdapter, check_name, unknown_task
 
-__all__ = ["FILE_NAME", "DiskStore", "open_store", "push_source"]
+__all__ = ["FILE_NAME", "DiskStore", "TaskSource", "open_store", "push_source"]
 
 FILE_NAME = "bank.sqlite"
 """The file in a bank's folder, and in its repository on the Hub."""
@@ -32,7 +32,7 @@ _ROW = (  # what is too large is not loaded
 
 
 class DiskStore:
-    """A [`TaskSource`] in one file: a table of one row per task.
+    """Adapters in one file: a table of one row per task, of a name each. Safe from any thread.
 
     Opening reads nothing of the tasks, and a lookup is one search in the table's index. A change becomes visible to
     every process at once, or not at all if the writer fails or is killed; any number of processes and threads read
@@ -44,26 +44,16 @@ class DiskStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, immutable: bool = False) -> None:
-        self.path = _file_of(Path(path))
-        self.read_only = read_only
-        self._database = Database(self.path, read_only=read_only, immutable=immutable)
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, immutable: bool = False) -> DiskStore:
         """Open a store; an empty one is made where there is none.
 
         Args:
             path: Its folder, which holds it as bank.sqlite; or its file, with the ending .sqlite.
-            read_only: Make nothing, and refuse changes.
+            read_only: Make nothing, and refuse changes; FileNotFoundError if there is no store.
             immutable: Nobody writes to it, so it is read without locks; for a `read_only` one.
-
-        Raises:
-            AdapterFileError: If its file is damaged.
-            FileNotFoundError: If there is no store and `read_only`.
-            OSError: If its file cannot be opened.
-            ValueError: If the folder holds something else, or the file is no bank or a later version's.
         """
-        return cls(path, read_only=read_only, immutable=immutable)
+        self.path = _file_of(Path(path))
+        self.read_only = read_only
+        self._database = Database(self.path, read_only=read_only, immutable=immutable)
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
@@ -97,13 +87,7 @@ class DiskStore:
         return int(self._one(name, "SELECT id FROM task WHERE ")[0])
 
     def read(self, name: str) -> StoredAdapter:
-        """Return an adapter, compared with its checksum.
-
-        Raises:
-            AdapterFileError: If it is damaged, with its name; other tasks are read as before.
-            KeyError: If there is no such task.
-            ValueError: If its format is not known.
-        """
+        """Return an adapter; KeyError for an unknown name, AdapterFileError if its checksum is another."""
         row = self._row(name)
         with self._naming(name):
             return row.adapter()
@@ -151,8 +135,6 @@ class DiskStore:
 
         Raises:
             AdapterFileError: If an adapter is damaged.
-            FileNotFoundError: If there is no such adapter.
-            OSError: If the disk is full.
             StoreBusyError: If another process is writing.
             ValueError: If a name is taken, not allowed or given twice, or an adapter holds no mask or is too large.
         """
@@ -241,10 +223,7 @@ class DiskStore:
     def export(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Write an adapter's folder, as it came in: config to the letter, tensors to the bit; PEFT loads it.
 
-        Raises:
-            AdapterFileError: If it is damaged.
-            FileExistsError: If the folder holds an adapter.
-            KeyError: If there is no such task.
+        FileExistsError if the folder holds an adapter.
         """
         row = self._row(name)
         with self._naming(name):
@@ -268,12 +247,13 @@ class DiskStore:
         self.close()
 
 
+TaskSource: TypeAlias = DiskStore | MemorySource
+"""Where a bank's adapters lie."""
+
+
 def _is_text(name: object) -> bool:
     """Whether SQLite takes it: text without lone surrogates."""
-    try:
-        return isinstance(name, str) and bool(name.encode())
-    except UnicodeEncodeError:
-        return False
+    return isinstance(name, str) and bool(name.encode(errors="ignore").decode() == name)
 
 
 def _id_of(connection: sqlite3.Connection, name: str) -> int | None:
@@ -297,13 +277,13 @@ def _file_of(path: Path) -> Path:
 
 
 def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revision: str | None = None) -> DiskStore:
-    """Open a bank of this disk (see [`DiskStore.open`]), or read-only of the Hub, where it is fetched if need be.
+    """Open a bank of this disk (see [`DiskStore`]), or read-only of the Hub, where it is fetched if need be.
 
     `where` is "user/name" on the Hub if there is no such folder and no folder "user"; `revision` is a branch, tag or
     commit there. FileNotFoundError if there is no such bank, or none in the cache while offline.
     """
     if not _is_on_hub(where):
-        return DiskStore.open(where, read_only=read_only)
+        return DiskStore(where, read_only=read_only)
     try:
         file = hf_hub_download(str(where), FILE_NAME, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
@@ -311,7 +291,7 @@ def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revisi
             f"There is no folder {where}, and no {FILE_NAME} in that repository of the Hub: {error} For a new bank on "
             f"this disk name ./{where}; for adapters on the Hub give a list of their names."
         ) from error
-    return DiskStore.open(file, read_only=True, immutable=True)
+    return DiskStore(file, read_only=True, immutable=True)
 
 
 def _is_on_hub(where: str | os.PathLike[str]) -> bool:
@@ -336,9 +316,9 @@ def push_source(
         if isinstance(source, DiskStore):
             source.copy(copy)
         else:
-            with DiskStore.open(copy) as store:
+            with DiskStore(copy) as store:
                 store.add_many((name, source.read(name)) for name in source.names())
-        with DiskStore.open(copy, read_only=True, immutable=True) as store:
+        with DiskStore(copy, read_only=True, immutable=True) as store:
             local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
         if local:
             warnings.warn(

@@ -7,8 +7,7 @@ import math
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,18 +50,9 @@ class TaskMask:
     def from_packed(
         cls, name: str, packed: Tensor, numel: int, *, scaled: bool, sparse_below: float = SPARSE_BELOW
     ) -> TaskMask:
-        """Choose the form that switches faster.
+        """Choose the form that switches faster: indices up to an inactive fraction of `sparse_below`.
 
-        Args:
-            name: Of the tensor, for messages.
-            packed: uint8 bits of the mask, as in an adapter file.
-            numel: Number of weights that the base has there.
-            scaled: Whether kept weights are divided by σ.
-            sparse_below: Inactive fraction up to which indices are held; 0 for a tensor that must be written whole.
-
-        Raises:
-            TypeError: If the bits are not uint8.
-            ValueError: If their number does not fit, or padding bits are set.
+        TypeError if the bits are not uint8, ValueError if their number does not fit or padding bits are set.
         """
         check_packed(name, packed, numel)
         removed = _zeros(packed.numpy(), numel, int(sparse_below * numel))
@@ -148,13 +138,12 @@ class BankStats:
 
 
 class TaskCache:
-    """Decoded tasks by name within a budget of bytes, the least recently used out first.
+    """Decoded tasks by name within a budget of bytes, the least recently used out first; pinned ones count, and stay.
 
     Each is valid for one version of its adapter. Safe from any thread.
     """
 
     def __init__(self, budget: int, stats: BankStats) -> None:
-        """Hold up to `budget` bytes; pinned tasks count, and stay."""
         self.budget, self.stats = budget, stats
         self.pinned: set[str] = set()
         self._entries: OrderedDict[str, tuple[object, Task]] = OrderedDict()
@@ -193,18 +182,6 @@ class TaskCache:
             pinned = name in self.pinned
             self.pinned.discard(name)
             return pinned
-
-    @contextmanager
-    def pinning(self, name: str) -> Iterator[None]:
-        """Keep what is decoded under a name from now on, unless the block fails."""
-        new = name not in self.pinned
-        self.pinned.add(name)
-        try:
-            yield
-        except BaseException:
-            if new:
-                self.pinned.discard(name)
-            raise
 
     def clear(self) -> None:
         """Forget all."""
