@@ -8,7 +8,6 @@ before a block leaves it out.
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import sys
@@ -57,8 +56,7 @@ def blocks(text: str) -> list[Block]:
 
 def smn_problem(words: list[str]) -> str | None:
     """Why `smn` would refuse the words: they are parsed as the command line parses them, and nothing is run."""
-    command = app if hasattr(app, "resolve_command") else importlib.import_module("typer").main.get_command(app)
-    name, rest = "smn", words
+    name, command, rest = "smn", app, words
     try:
         while hasattr(command, "resolve_command"):  # a group, possibly in a group
             group = command

@@ -9,7 +9,7 @@ import sys
 
 from .processes import ROOT
 
-HEAVY = ["datasets", "timm", "torchvision", "sklearn", "matplotlib", "typer"]
+HEAVY = ["datasets", "timm", "torchvision", "sklearn", "matplotlib", "click", "pydantic"]
 HEAVY += ["fastapi", "uvicorn", "prometheus_client"]
 
 # What PEFT loads by itself is not ours to avoid, so its import comes first and is left out. In a process of its own,

@@ -117,7 +117,10 @@ class _MaskedLinear(torch.autograd.Function):
         effective, ctx.found = ctx.kernels.build(weight, scores, spec, trainable, x.dtype)
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec = spec
-        return F.linear(x, effective, bias)
+        out = F.linear(x, effective, bias)
+        if out._is_view():  # nobody could write to it in place
+            out = torch.ops.aten._unsafe_view.default(out, out.shape)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -92,6 +92,18 @@ def test_scores_lie_in_memory_as_their_weight_does(init_score):
     assert layer_of(model).smn_scores["default"].stride() == base[0].weight.stride()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_may_write_to_the_output_of_a_linear(bias):
+    for shape in ((2, 3, 5), (2, 5), (5,)):
+        model, plain = pair(nn.Linear(5, 3, bias=bias))
+        x = torch.randn(shape)
+        out = model(x)
+        out += 1
+        out.sum().backward()
+        torch.testing.assert_close(out, plain(x) + 1, rtol=1e-5, atol=1e-5)
+        assert layer_of(model).smn_scores["default"].grad.any()
+
+
 def test_an_empty_batch():
     for body, shape in ((nn.Linear(5, 3), (0, 5)), (nn.Conv2d(3, 4, 3), (0, 3, 6, 6)), (nn.Embedding(5, 3), (0,))):
         model, plain = pair(body)
