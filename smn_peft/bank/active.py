@@ -39,21 +39,17 @@ class ActiveTask:
 
     What one asyncio task has, another does not. Other threads wait; whoever would wait for code of their own thread,
     which could not go on, gets an error. Blocks end in the opposite order of their beginning.
-
-    Attributes:
-        active: The task that is live outside all blocks, with its name; None for the base.
-        turn: Held for bookkeeping only, never while the model is used.
     """
 
     def __init__(self, live: LiveModel, find: Callable[[str | Task | None], Task | None], *, exclusive: bool) -> None:
-        self.turn = threading.Condition()
+        self.turn = threading.Condition()  # held for bookkeeping only, never while the model is used
         self._live, self._find, self._exclusive = live, find, exclusive
-        self.active: _Named | None = None
+        self.active: _Named | None = None  # what is live outside all blocks; None for the base
         self._blocks: list[_Block] = []
 
     def activate(self, name: str | None) -> None:
         """Make a task live until further notice; inside a `use` block until it ends. None for the base."""
-        with self._block("bank.activate", lasting=True) as block:
+        with self.block("bank.activate", lasting=True) as block:
             self._enter(block, name)
             self._around(block).active = block.active
 
@@ -73,20 +69,14 @@ class ActiveTask:
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
         """Make a task live for the block."""
-        with self._block(f"bank.use({name!r:.80})", lasting=True) as block:
+        with self.block(f"bank.use({name!r:.80})", lasting=True) as block:
             self._enter(block, name)
-            yield
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Let the block switch as it likes; the active task is live afterwards."""
-        with self._block("bank.forward"):
             yield
 
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Have the model for good: nothing is active any more."""
-        with self._block("bank.close"):
+        with self.block("bank.close"):
             self.active = None
             for block in self._blocks:
                 block.active = None
@@ -98,7 +88,8 @@ class ActiveTask:
         block.active = None if task is None else (str(name), task)
 
     @contextmanager
-    def _block(self, what: str, *, lasting: bool = False) -> Iterator[_Block]:
+    def block(self, what: str, *, lasting: bool = False) -> Iterator[_Block]:
+        """Let the block switch as it likes; what was live before is live afterwards. `what` names it in messages."""
         block = self._begin(what, lasting)
         try:
             yield block

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
 from .active import ActiveTask
@@ -22,22 +24,19 @@ from .mixed import MixedForward, answer_names, forget_names, one_per_sample
 from .reading import TaskReader
 from .source import BASE_NAME as BASE
 from .source import MemorySource, check_name, read_adapter
-from .store import TaskSource, open_store, push_source
+from .store import FILE_NAME, DiskStore, TaskSource, open_store
 from .task import BankStats, Task, TaskCache
 
 __all__ = ["BASE", "MaskBank"]
 
 
 class MaskBank:
-    """Tasks over one frozen model, each a mask, a head and statistics, switched in the model's own memory.
+    """Tasks over one frozen `model`, each a mask, a head and statistics, switched in the model's own memory.
 
     Coded adapters lie on disk or in memory, decoded tasks are cached, and one task is live. No module is made per
     task, and registering a task does not touch the model. Threads take turns: one has the model until it is done. What
     is copied, pickled or exported of the model is a plain model of what is live. A bank that nobody holds is closed.
-
-    Attributes:
-        model: The base.
-        stats: See [`BankStats`].
+    `stats` are [`BankStats`].
     """
 
     def __init__(
@@ -116,11 +115,9 @@ class MaskBank:
         return list(self._source.names())
 
     def __len__(self) -> int:
-        """Number of tasks."""
         return len(self._source)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a task."""
         return name in self._source
 
     def add(
@@ -160,14 +157,47 @@ class MaskBank:
             self.pin(new)
         self._active.replace(old, new)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Push all tasks as one file, which [`open`] takes by the repository's name.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload bank",
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Push all tasks as one file, which [`open`] takes by the repository's name; options are as of PEFT's method.
 
-        The repository, "user/name", and the branch are made where they do not exist. `options` are `private`,
-        `revision` (a branch), `commit_message` and `token`, as of PEFT's method. ValueError if it is public and must
-        be private.
+        The repository, "user/name", and the branch `revision` are made where they do not exist. ValueError if the
+        repository is public and must be `private`.
         """
-        return push_source(self._source, repo_id, **options)
+        api = HfApi(library_name="smn_peft", token=token)
+        with TemporaryDirectory() as folder:
+            copy = Path(folder) / FILE_NAME
+            if isinstance(self._source, DiskStore):
+                self._source.copy(copy)
+            else:
+                with DiskStore(copy) as store:
+                    store.add_many((name, self._source.read(name)) for name in self.names)
+            with DiskStore(copy, read_only=True, immutable=True) as store:
+                local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
+            if local:
+                warnings.warn(
+                    f"Tasks name their base by a path of this disk, which whoever opens the bank reads: {local[0]}.",
+                    stacklevel=2,
+                )
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if private and api.model_info(repo_id).private is False:
+                raise ValueError(f"{repo_id} exists and is public: nothing was sent. Choose another name.")
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_file(
+                path_or_fileobj=copy,
+                path_in_repo=FILE_NAME,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=commit_message,
+            )
 
     def info(self, name: str) -> dict[str, Any]:
         """Return config, density and bytes of a task; KeyError for an unknown name."""
@@ -254,7 +284,7 @@ class MaskBank:
             ValueError: If the number of names is not the number of samples.
         """
         names = one_per_sample(tasks, len(inputs))
-        with self._active.call(), torch.no_grad():
+        with self._active.block("bank.forward"), torch.no_grad():
             decoded = {name: self._find(name) for name in dict.fromkeys(names)}
             return self._mixed([decoded[name] for name in names], inputs, **kwargs)
 
@@ -284,7 +314,6 @@ class MaskBank:
         self._active.after_fork()
 
     def __enter__(self) -> MaskBank:
-        """Close the bank afterwards."""
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..functional.effective import write_masked
+from ..tuner.checks import tied_parameters
 from .task import BankStats, Task, TaskMask
 
 __all__ = ["LiveModel", "LiveParameter", "LiveTensor", "Reading", "watch"]
@@ -304,11 +304,12 @@ def _version(parameter: Tensor) -> int:
 class LiveModel:
     """A model whose masked weights are rewritten in place, from task to task and back to the base.
 
-    One thread at a time may switch; [`values`] and [`shape`] are the base's own, and safe from any thread.
+    One thread at a time may switch; [`values`] are the base's own, and safe from any thread.
 
     Attributes:
         model: The base, in eval mode.
         current: The task that the weights are of; None: the base's own.
+        shapes: Of the base's own parameters and buffers, by name.
         scalable: Names of the weights whose products may take 1/σ: those of plain Linear layers.
         tied: All names of each parameter that is tied, by each of them.
         memory: Held while weights are written, never while they are used.
@@ -331,17 +332,11 @@ class LiveModel:
         self._touched: set[str] = set()
         self.memory = threading.RLock()
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self._shapes = {name: tensor.shape for name, tensor in named}
+        self.shapes = {name: tensor.shape for name, tensor in named}
         first = {id(tensor): name for name, tensor in reversed(named)}
         self._first_names = {name: first[id(tensor)] for name, tensor in named}
-        self.tied = _tied(model)
+        self.tied = tied_parameters(model)
         self._inference = any(tensor.is_inference() for _, tensor in named)
-
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a parameter or buffer of the base; AttributeError if it has none of this name."""
-        if name not in self._shapes:
-            raise AttributeError(f"The base has no {name}.")
-        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that a parameter or buffer of the base has now."""
@@ -458,29 +453,6 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError("A bank takes the plain base model, and this one has PEFT adapters: pass model.unload().")
     if any(hasattr(module, "smn_class") for module in model.modules()):  # a `NamedCall`
         raise ValueError("This model has a bank already: close that one first, or add the tasks to it.")
-
-
-def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the parameters that two modules hold, or that a module holds which stands in two places; all names.
-
-    A module that stands in several places because its parent does has one place, its parent's.
-    """
-    owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
-    holders: dict[int, set[int]] = defaultdict(set)
-    names: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, part in (*module._parameters.items(), *module._modules.items()):
-            owners[id(part)].add((id(module), attribute))
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                holders[id(parameter)].add(id(module))
-                names[id(parameter)].append(f"{path}.{attribute}".removeprefix("."))
-    tied = {
-        parameter
-        for parameter, modules in holders.items()
-        if len(owners[parameter]) > 1 or any(len(owners[module]) > 1 for module in modules)
-    }
-    return {name: names[parameter] for parameter in tied for name in names[parameter]}
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

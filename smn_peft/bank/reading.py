@@ -113,11 +113,11 @@ def task_from_tensors(
 
     def locate(key: str) -> tuple[str, str]:
         path, leaf = _split(key)
-        return _parameter(base, rename(path), leaf)
+        return _parameter(live, rename(path), leaf)
 
     if coded is not None:
         bare = {key: tensor for key, tensor in bare.items() if _split(key)[1] != BLOB_NAME}
-        bare |= _decode_blob(*coded, live, locate, config)
+        bare |= _Base(live, prefix, locate, config).decode(coded[1])
     masks: dict[str, TaskMask] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in bare.items():
@@ -140,7 +140,7 @@ def task_from_tensors(
                     "nn.Parameter(layer.weight.clone())), and open the bank anew."
                 )
             below = SPARSE_BELOW if parameter in live.scalable else 0.0
-            numel, scaled = live.shape(parameter).numel(), bool(config.get("scale", True))
+            numel, scaled = live.shapes[parameter].numel(), bool(config.get("scale", True))
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
     brought = {live.first_name(key): tensor for key, tensor in _plain_heads(rest, base).items()}
     _check_tensors(name, brought, live)
@@ -161,13 +161,14 @@ def _split(key: str) -> tuple[str, str]:
     return path, leaf
 
 
-def _parameter(base: nn.Module, path: str, leaf: str) -> tuple[str, str]:
+def _parameter(live: LiveModel, path: str, leaf: str) -> tuple[str, str]:
     """Name of the parameter that a mask belongs to, and its path from the layer."""
-    form = mask_layer_for(base.get_submodule(path))
+    layer = live.model.get_submodule(path)
+    form = mask_layer_for(layer)
     slots = {slot.mask_name: slot.path for slot in form.slots} if form is not None else {}
-    if leaf not in slots:
-        raise ValueError(f"The base's {path} ({type(base.get_submodule(path)).__name__}) has nothing for a {leaf}.")
-    return f"{path}.{slots[leaf]}", slots[leaf]
+    if (name := f"{path}.{slots.get(leaf)}") not in live.shapes:
+        raise ValueError(f"The base's {path} ({type(layer).__name__}) has nothing for a {leaf}.")
+    return name, slots[leaf]
 
 
 def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[str], str]:
@@ -228,13 +229,12 @@ def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> No
     heads = {path for path, module in linears.items() if "." not in path or id(module) in inside}
     heads.update([*linears][-1:])
     for key, tensor in tensors.items():
-        try:
-            own = live.shape(key)
-        except AttributeError:
+        if key not in live.shapes:
             raise ValueError(
                 f"Task {name!r} brings {key}, for which the base has no place. For a head, make the base with one: "
                 "timm.create_model(…, num_classes=1), or load_classifier(…)."
-            ) from None
+            )
+        own = live.shapes[key]
         if own[1:] != tensor.shape[1:] or len(own) != tensor.dim():
             raise ValueError(f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}.")
         if own != tensor.shape and _split(key)[0] not in heads:
@@ -250,7 +250,7 @@ def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> No
             raise _damaged(name, f"has a negative {key}, which no statistic is")
     for path in {_split(key)[0] for key in tensors} & heads:
         rows = {
-            leaf: len(tensors[key]) if (key := f"{path}.{leaf}") in tensors else live.shape(key)[0]
+            leaf: len(tensors[key]) if (key := f"{path}.{leaf}") in tensors else live.shapes[key][0]
             for leaf, own in base.get_submodule(path).named_parameters(recurse=False)
         }
         if len(set(rows.values())) > 1:
@@ -265,34 +265,27 @@ _accelerate_once = functools.cache(accelerate)
 """Read by compiled code where numba is installed: a bank reads many masks."""
 
 
-def _decode_blob(
-    prefix: str,
-    blob: MaskBlob,
-    live: LiveModel,
-    locate: Callable[[str], tuple[str, str]],
-    config: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """Decode masks to bits, by key; `locate` gives a key's parameter of the base, and its path from the layer."""
-    _accelerate_once()
-    for entry in blob.entries:
-        numel = live.shape(locate(prefix + entry.name)[0]).numel()
-        if entry.size != packed_size(numel):
-            raise ValueError(
-                f"{prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights there: "
-                "open the bank over the base that adapter_config.json names."
-            )
-    masks = decode_masks(blob, blob.size, _Base(live, prefix, locate, config))
-    return {prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
-
-
 @dataclass(frozen=True)
 class _Base:
-    """What the codec asks of the base."""
+    """The base as the codec asks for it: by names in a blob, which lack the `prefix` of the adapter's keys."""
 
     live: LiveModel
     prefix: str
     locate: Callable[[str], tuple[str, str]]
     config: Mapping[str, Any]
+
+    def decode(self, blob: MaskBlob) -> dict[str, Tensor]:
+        """Masks as bits, by key."""
+        _accelerate_once()
+        for entry in blob.entries:
+            numel = self.live.shapes[self.locate(self.prefix + entry.name)[0]].numel()
+            if entry.size != packed_size(numel):
+                raise ValueError(
+                    f"{self.prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights "
+                    "there: open the bank over the base that adapter_config.json names."
+                )
+        masks = decode_masks(blob, blob.size, self)
+        return {self.prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
 
     def selected(self, name: str) -> NDArray[np.bool_] | None:
         fraction = self.config.get("trainable_fraction", 1.0)

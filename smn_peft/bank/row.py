@@ -52,29 +52,17 @@ Adapter: TypeAlias = StoredAdapter | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is known of a task without decoding it: its name and, as JSON, the facts of its row.
-
-    Attributes:
-        name: Its name.
-        base: Name of the base model as the adapter's config says it, if it does.
-        fingerprint: Fingerprint of the base's masked weights, if the config has one.
-        codec: Of the adapter as it came in, and as it is exported; in the bank masks are always coded.
-        weights: Masked weights, those included that pad a layer's last byte (7 a layer at most).
-        density: Fraction of them that is on.
-        sizes: Bytes in the bank, by purpose; `total` has the config and the header of the tensors too.
-        checksum: CRC-32 of config and tensors.
-        added: When it was put in, in ISO 8601, UTC.
-    """
+    """What is known of a task without decoding it: its name and, as JSON, the facts of its row."""
 
     name: str
-    base: str | None
-    fingerprint: str | None
-    codec: str
-    weights: int
-    density: float
-    sizes: AdapterSizes
-    checksum: int
-    added: str
+    base: str | None  # name of the base model, as the adapter's config has it
+    fingerprint: str | None  # of the base's masked weights
+    codec: str  # of the adapter as it came in, and as it is exported; in the bank masks are always coded
+    weights: int  # that are masked, those included that pad a layer's last byte (7 a layer at most)
+    density: float  # fraction of them that is on
+    sizes: AdapterSizes  # in the bank; `total` has the config and the header of the tensors too
+    checksum: int  # CRC-32 of config and tensors
+    added: str  # when it was put in, in ISO 8601, UTC
 
     @classmethod
     def parse(cls, name: str, text: object) -> TaskInfo:

@@ -35,15 +35,10 @@ def check_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter as it is stored.
+    """An adapter as it is stored."""
 
-    Attributes:
-        config: Its adapter_config.json.
-        tensors: Of its safetensors file: masks bit-packed or coded, head, statistics.
-    """
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]  # of its adapter_config.json
+    tensors: Mapping[str, Tensor]  # of its safetensors file: masks bit-packed or coded, head, statistics
 
 
 def read_adapter(adapter: str | os.PathLike[str], *, revision: str | None = None) -> StoredAdapter:

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..storage import AdapterFileError
@@ -21,7 +19,7 @@ from .database import VERSION, Database
 from .row import MAX_BLOB, MAX_CONFIG, Adapter, StoreInfo, TaskCheck, TaskInfo, TaskRow, checked, encoded
 from .source import MemorySource, StoredAdapter, check_name, unknown_task
 
-__all__ = ["FILE_NAME", "DiskStore", "TaskSource", "open_store", "push_source"]
+__all__ = ["FILE_NAME", "DiskStore", "TaskSource", "open_store"]
 
 FILE_NAME = "bank.sqlite"
 """The file in a bank's folder, and in its repository on the Hub."""
@@ -240,7 +238,6 @@ class DiskStore:
         self._database.close()
 
     def __enter__(self) -> DiskStore:
-        """Use the store, and close it afterwards."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -253,7 +250,7 @@ TaskSource: TypeAlias = DiskStore | MemorySource
 
 def _is_text(name: object) -> bool:
     """Whether SQLite takes it: text without lone surrogates."""
-    return isinstance(name, str) and bool(name.encode(errors="ignore").decode() == name)
+    return isinstance(name, str) and name.encode(errors="ignore").decode() == name
 
 
 def _id_of(connection: sqlite3.Connection, name: str) -> int | None:
@@ -298,42 +295,3 @@ def _is_on_hub(where: str | os.PathLike[str]) -> bool:
     if not isinstance(where, str) or where.count("/") != 1 or where.startswith((".", "/", "~")):
         return False
     return not (where.endswith((".sqlite", "/")) or Path(where).exists() or Path(where).parent.exists())
-
-
-def push_source(
-    source: TaskSource,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload bank",
-    token: str | bool | None = None,
-) -> CommitInfo:
-    """Push all tasks as one file; see `MaskBank.push_to_hub`."""
-    api = HfApi(library_name="smn_peft", token=token)
-    with TemporaryDirectory() as folder:
-        copy = Path(folder) / FILE_NAME
-        if isinstance(source, DiskStore):
-            source.copy(copy)
-        else:
-            with DiskStore(copy) as store:
-                store.add_many((name, source.read(name)) for name in source.names())
-        with DiskStore(copy, read_only=True, immutable=True) as store:
-            local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
-        if local:
-            warnings.warn(
-                f"Tasks name their base by a path of this disk, which whoever opens the bank reads: {local[0]}.",
-                stacklevel=3,
-            )
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and api.model_info(repo_id).private is False:
-            raise ValueError(f"{repo_id} exists and is public: nothing was sent. Choose another name.")
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_file(
-            path_or_fileobj=copy,
-            path_in_repo=FILE_NAME,
-            repo_id=repo_id,
-            revision=revision,
-            commit_message=commit_message,
-        )

@@ -29,15 +29,10 @@ _keep_above_out = torch.ops.aten.threshold_backward.grad_input
 
 
 class Found(NamedTuple):
-    """What the forward found of a mask: Python numbers on the CPU, 0-dim tensors where reading waits for a device.
+    """What the forward found of a mask: Python numbers on the CPU, 0-dim tensors where reading waits for a device."""
 
-    Attributes:
-        active: Number of active weights.
-        scale: 1/σ; 1.0 without scaling.
-    """
-
-    active: float | Tensor
-    scale: float | Tensor
+    active: float | Tensor  # number of active weights
+    scale: float | Tensor  # 1/σ; 1.0 without scaling
 
 
 def build(

@@ -326,7 +326,7 @@ class Parsed:
         pass
 
 
-@pytest.mark.parametrize(("density", "labels"), [(0.99, 100), (0.9, 0), (0.5, 0)])
+@pytest.mark.parametrize(("density", "labels"), [(0.99, 100), (0.5, 0)])
 def test_the_budget_counts_what_tasks_take(density, labels, tmp_path):
     def make():
         torch.manual_seed(0)
