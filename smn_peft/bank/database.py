@@ -49,8 +49,8 @@ def _explanation(error: Exception, path: Path) -> Exception:
         except OSError as limit:
             return OSError(limit.errno, f"Cannot open {path}: {limit.strerror}. Close some, or raise ulimit -n")
         return PermissionError(
-            f"{path} cannot be opened or written ({text}): check its permissions and its folder's. If its writer was "
-            "killed, whoever may write there has to open it once."
+            f"{path} cannot be opened or written ({text}): check the permissions of the file and its folder. If its "
+            "writer was killed, whoever may write there has to open it once."
         )
     if "full" in text:
         return OSError(f"Cannot write {path} ({text}): free some space. The bank is as it was.")

@@ -80,7 +80,7 @@ CHANGES = {
     "tracked batches as a float": (
         "adapt",
         brought("bn1.smn_num_batches_tracked", torch.tensor(0.5)),
-        "is torch.float32",
+        "in torch.float32",
     ),
     "an unknown part": ("vit", brought("blocks.0.mlp.fc1.smn_other", torch.zeros(3)), "which no masked layer takes"),
     "statistics of a layer that has none": ("vit", brought("norm.smn_running_mean", torch.zeros(32)), "no place"),

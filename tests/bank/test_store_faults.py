@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -379,6 +380,7 @@ def test_limits_that_are_not_damage(tmp_path):
     path = build(tmp_path / "bank.sqlite", 1)
 
     def work() -> None:
+        gc.collect()  # what earlier tests left would give descriptors back meanwhile
         store = DiskStore(path)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         held = []
