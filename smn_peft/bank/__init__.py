@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .bank import BASE, MaskBank
-from .source import MemorySource, StoredAdapter, TaskSource
+from .source import MemorySource, StoredAdapter
 from .task import BankStats
 
-__all__ = ["BASE", "BankStats", "MaskBank", "MemorySource", "StoredAdapter", "TaskSource"]
+__all__ = ["BASE", "BankStats", "MaskBank", "MemorySource", "StoredAdapter"]

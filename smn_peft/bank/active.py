@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .live import LiveModel
-from .task import BankStats, Task
+from .task import Task
 
 __all__ = ["ActiveTask"]
 
@@ -39,24 +39,17 @@ class ActiveTask:
 
     What one asyncio task has, another does not. Other threads wait; whoever would wait for code of their own thread,
     which could not go on, gets an error. Blocks end in the opposite order of their beginning.
-
-    Attributes:
-        active: The task that is live outside all blocks, with its name; None for the base.
-        turn: Held for bookkeeping only, never while the model is used.
     """
 
-    def __init__(
-        self, live: LiveModel, find: Callable[[str | Task | None], Task | None], stats: BankStats, *, exclusive: bool
-    ) -> None:
-        """Begin with the base; with `exclusive`, leave what is live where no task is active."""
-        self.turn = threading.Condition()
-        self._live, self._find, self._stats, self._exclusive = live, find, stats, exclusive
-        self.active: _Named | None = None
+    def __init__(self, live: LiveModel, find: Callable[[str | Task | None], Task | None], *, exclusive: bool) -> None:
+        self.turn = threading.Condition()  # held for bookkeeping only, never while the model is used
+        self._live, self._find, self._exclusive = live, find, exclusive
+        self.active: _Named | None = None  # what is live outside all blocks; None for the base
         self._blocks: list[_Block] = []
 
     def activate(self, name: str | None) -> None:
         """Make a task live until further notice; inside a `use` block until it ends. None for the base."""
-        with self._block("bank.activate", lasting=True) as block:
+        with self.block("bank.activate", lasting=True) as block:
             self._enter(block, name)
             self._around(block).active = block.active
 
@@ -76,24 +69,14 @@ class ActiveTask:
     @contextmanager
     def use(self, name: str | None) -> Iterator[None]:
         """Make a task live for the block."""
-        with self._block(f"bank.use({name!r:.80})", lasting=True) as block:
+        with self.block(f"bank.use({name!r:.80})", lasting=True) as block:
             self._enter(block, name)
             yield
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """Let the block switch as it likes; the active task is live afterwards."""
-        with self._block("bank.forward"):
-            generation = self._live.generation
-            try:
-                yield
-            finally:
-                self._stats.switches += self._live.generation - generation
-
-    @contextmanager
     def closing(self) -> Iterator[None]:
         """Have the model for good: nothing is active any more."""
-        with self._block("bank.close"):
+        with self.block("bank.close"):
             self.active = None
             for block in self._blocks:
                 block.active = None
@@ -101,11 +84,12 @@ class ActiveTask:
 
     def _enter(self, block: _Block, name: str | None) -> None:
         task = self._find(name)
-        self._switch(task)
+        self._live.switch(task)
         block.active = None if task is None else (str(name), task)
 
     @contextmanager
-    def _block(self, what: str, *, lasting: bool = False) -> Iterator[_Block]:
+    def block(self, what: str, *, lasting: bool = False) -> Iterator[_Block]:
+        """Let the block switch as it likes; what was live before is live afterwards. `what` names it in messages."""
         block = self._begin(what, lasting)
         try:
             yield block
@@ -136,11 +120,7 @@ class ActiveTask:
         return block
 
     def _end(self, block: _Block) -> None:
-        """Put back what was live before, and give the model away.
-
-        Raises:
-            RuntimeError: If an inner block is still under way, whose task stays live.
-        """
+        """Put back what was live before, and give the model away; an inner block under way keeps its task live."""
         if _innermost.get() is block:
             _innermost.set(block.outer)
         try:
@@ -149,8 +129,7 @@ class ActiveTask:
             if self._blocks[-1] is not block:
                 raise RuntimeError(
                     f"{block.what} ends while {self._blocks[-1].what}, which began inside it, is still under way: "
-                    "leave blocks in the opposite order. The inner one keeps its task, and the base comes back after "
-                    "it."
+                    "leave blocks in the opposite order. The inner one keeps its task until it ends."
                 )
             self._put_back(self._around(block))
         finally:
@@ -164,26 +143,21 @@ class ActiveTask:
         place = self._blocks.index(block)
         return self._blocks[place - 1] if place else self
 
-    def _switch(self, task: Task | None) -> None:
-        generation = self._live.generation
-        self._live.switch(task)
-        self._stats.switches += self._live.generation - generation
-
     def _put_back(self, holder: ActiveTask | _Block) -> None:
         """Switch to what is active outside a block that ends, as the source has it now; to the base if it is gone."""
         if holder.active is None:
-            return None if self._exclusive else self._switch(None)
+            return None if self._exclusive else self._live.switch(None)
         name, task = holder.active
         try:
             task = self._find(name) or task
         except KeyError:
             warnings.warn(f"The task {name!r} was active and is gone from the bank: the base is live.", stacklevel=6)
             holder.active = None
-            return self._switch(None)
+            return self._live.switch(None)
         except (OSError, RuntimeError, ValueError):  # it cannot be read anew: what was read is still good
             pass
         holder.active = name, task
-        self._switch(task)
+        self._live.switch(task)
 
     def after_fork(self) -> None:
         """Forget the blocks of other threads, which a child process does not have."""

@@ -4,62 +4,60 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
 from .active import ActiveTask
-from .database import survive_forks
+from .database import forkable
 from .live import LiveModel
 from .mixed import MixedForward, answer_names, forget_names, one_per_sample
 from .reading import TaskReader
 from .source import BASE_NAME as BASE
-from .source import MemorySource, TaskSource, check_name, read_adapter
-from .store import open_store, push_source
+from .source import MemorySource, check_name, read_adapter
+from .store import FILE_NAME, DiskStore, TaskSource, open_store
 from .task import BankStats, Task, TaskCache
 
 __all__ = ["BASE", "MaskBank"]
 
 
 class MaskBank:
-    """Tasks over one frozen model, each a mask, a head and statistics, switched in the model's own memory.
+    """Tasks over one frozen `model`, each a mask, a head and statistics, switched in the model's own memory.
 
     Coded adapters lie on disk or in memory, decoded tasks are cached, and one task is live. No module is made per
     task, and registering a task does not touch the model. Threads take turns: one has the model until it is done. What
     is copied, pickled or exported of the model is a plain model of what is live. A bank that nobody holds is closed.
-
-    Attributes:
-        model: The base.
-        stats: See [`BankStats`].
+    `stats` are [`BankStats`].
     """
 
     def __init__(
         self, source: TaskSource, base: nn.Module, *, ram_budget: int = 1 << 30, exclusive: bool = False
     ) -> None:
-        """Put a base under the tasks of a source; see [`open`]."""
         if ram_budget < 0:
             raise ValueError(f"ram_budget must not be negative; got {ram_budget}.")
         self.stats = BankStats()
         self._source = source
-        self._live = LiveModel(base)
+        self._live = LiveModel(base, self.stats)
         self.model = base
         self._cache = TaskCache(ram_budget, self.stats)
         self._find = TaskReader(source, self._live, self._cache)
-        self._active = ActiveTask(self._live, self._find, self.stats, exclusive=exclusive)
+        self._active = ActiveTask(self._live, self._find, exclusive=exclusive)
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._mixed = MixedForward(self._live)
         answer_names(base, self.forward)
         self._release = weakref.finalize(self, _let_go, source, self._cache, self._live)
         self._release.atexit = False
-        survive_forks(self)
+        forkable.add(self)
 
     @classmethod
     def open(
@@ -103,8 +101,7 @@ class MaskBank:
                 name = Path(os.path.abspath(adapter)).name
                 if name in bank:
                     raise ValueError(
-                        f"Two of the adapters would be called {name!r}: leave one out, and put it in by "
-                        f"bank.add(another_name, {str(adapter)!r})."
+                        f"Two adapters would be called {name!r}: put one in by bank.add(another_name, …)."
                     )
                 bank.add(name, adapter)
             for name in hot:
@@ -118,20 +115,13 @@ class MaskBank:
         return list(self._source.names())
 
     def __len__(self) -> int:
-        """Number of tasks."""
         return len(self._source)
 
     def __contains__(self, name: object) -> bool:
-        """Whether there is such a task."""
         return name in self._source
 
     def add(
-        self,
-        name: str,
-        adapter: str | os.PathLike[str],
-        *,
-        replace: bool = False,
-        revision: str | None = None,
+        self, name: str, adapter: str | os.PathLike[str], *, replace: bool = False, revision: str | None = None
     ) -> None:
         """Register an adapter, after checking that it fits the base.
 
@@ -144,7 +134,6 @@ class MaskBank:
         Raises:
             AdapterFileError: If the file is damaged.
             FileNotFoundError: If there is no adapter.
-            TypeError: If the name is no text.
             ValueError: If the name is taken or not allowed, or the adapter does not belong to the base.
         """
         check_name(name)
@@ -168,18 +157,47 @@ class MaskBank:
             self.pin(new)
         self._active.replace(old, new)
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
-        """Push all tasks as one file, which [`open`] takes by the repository's name.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload bank",
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Push all tasks as one file, which [`open`] takes by the repository's name; options are as of PEFT's method.
 
-        Args:
-            repo_id: Repository, "user/name"; made where it does not exist, as is the branch.
-            options: `private`, `revision` (a branch), `commit_message` and `token`, as of PEFT's method.
-
-        Raises:
-            OSError: If the Hub refuses or cannot be reached, or the disk has no room for a copy.
-            ValueError: If the repository is public and must be private.
+        The repository, "user/name", and the branch `revision` are made where they do not exist. ValueError if the
+        repository is public and must be `private`.
         """
-        return push_source(self._source, repo_id, **options)
+        api = HfApi(library_name="smn_peft", token=token)
+        with TemporaryDirectory() as folder:
+            copy = Path(folder) / FILE_NAME
+            if isinstance(self._source, DiskStore):
+                self._source.copy(copy)
+            else:
+                with DiskStore(copy) as store:
+                    store.add_many((name, self._source.read(name)) for name in self.names)
+            with DiskStore(copy, read_only=True, immutable=True) as store:
+                local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
+            if local:
+                warnings.warn(
+                    f"Tasks name their base by a path of this disk, which whoever opens the bank reads: {local[0]}.",
+                    stacklevel=2,
+                )
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if private and api.model_info(repo_id).private is False:
+                raise ValueError(f"{repo_id} exists and is public: nothing was sent. Choose another name.")
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            return api.upload_file(
+                path_or_fileobj=copy,
+                path_in_repo=FILE_NAME,
+                repo_id=repo_id,
+                revision=revision,
+                commit_message=commit_message,
+            )
 
     def info(self, name: str) -> dict[str, Any]:
         """Return config, density and bytes of a task; KeyError for an unknown name."""
@@ -196,8 +214,14 @@ class MaskBank:
 
     def pin(self, name: str) -> None:
         """Decode a task and keep it decoded."""
-        with self._cache.pinning(name):
+        new = name not in self._cache.pinned
+        self._cache.pinned.add(name)
+        try:
             self.task(name)
+        except BaseException:
+            if new:
+                self._cache.pinned.discard(name)
+            raise
 
     def unpin(self, name: str) -> None:
         """Let a task make room again."""
@@ -211,20 +235,11 @@ class MaskBank:
                 if not self._closed:
                     self.task(name)
 
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, "smn-bank")
+        self._pool = self._pool or ThreadPoolExecutor(1, "smn-bank")
         return self._pool.submit(decode, list(names))
 
     def activate(self, name: str | None) -> None:
-        """Make a task live until further notice, inside a [`use`] block until it ends.
-
-        Args:
-            name: Of the task; None (or "__base__") for the base.
-
-        Raises:
-            KeyError: For an unknown name.
-            RuntimeError: As [`use`].
-        """
+        """Make a task live until further notice, inside a [`use`] block until it ends; errors as there."""
         self._active.activate(name)
 
     @contextmanager
@@ -269,7 +284,7 @@ class MaskBank:
             ValueError: If the number of names is not the number of samples.
         """
         names = one_per_sample(tasks, len(inputs))
-        with self._active.call(), torch.no_grad():
+        with self._active.block("bank.forward"), torch.no_grad():
             decoded = {name: self._find(name) for name in dict.fromkeys(names)}
             return self._mixed([decoded[name] for name in names], inputs, **kwargs)
 
@@ -278,8 +293,7 @@ class MaskBank:
     def close(self) -> None:
         """Put the base back as it was, and let go of the store; a second time does nothing.
 
-        Raises:
-            RuntimeError: If somebody else wrote to weights that a task was in.
+        RuntimeError if somebody else wrote to weights that a task was in.
         """
         if self._closed:
             return
@@ -300,7 +314,6 @@ class MaskBank:
         self._active.after_fork()
 
     def __enter__(self) -> MaskBank:
-        """Close the bank afterwards."""
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..storage import AdapterFileError
 
-__all__ = ["VERSION", "Database", "StoreBusyError", "survive_forks"]
+__all__ = ["VERSION", "Database", "StoreBusyError", "forkable"]
 
 VERSION = 1
 """Version of the schema, in the file's `user_version`."""
@@ -64,14 +64,13 @@ def _explanation(error: Exception, path: Path) -> Exception:
 
 
 class Database:
-    """A bank's file, for any number of readers and one writer at a time. Safe from any thread, and after a fork.
+    """A bank's file, see [`DiskStore`], for many readers and one writer. Safe from any thread, and after a fork.
 
     While it is written the file is in SQLite's write-ahead mode, so that readers go on; when the last process closes
     it, it is one plain file again. On a network disk, where that mode is unsafe, readers wait for commits instead.
     """
 
     def __init__(self, path: Path, *, read_only: bool, immutable: bool = False) -> None:
-        """Open a file, see [`DiskStore.open`]; with `immutable`, neither lock it nor put files beside it."""
         self.path = Path(os.path.realpath(path))
         self.read_only = read_only
         self._immutable = immutable
@@ -82,7 +81,7 @@ class Database:
             self._create()
         self._check_log()
         self._connection: sqlite3.Connection | None = self._reader()
-        survive_forks(self)
+        forkable.add(self)
 
     def _create(self) -> None:
         if self.read_only:
@@ -104,7 +103,7 @@ class Database:
         The file says whether it has a log. Reading it drops this process's locks on it, so only the first may.
         """
         before = self._log()
-        opened = {other.path for other in list(_forkable) if isinstance(other, Database)}
+        opened = {other.path for other in list(forkable) if isinstance(other, Database)}
         if before is None or not before.st_size or self.path in opened:
             return
         with self.path.open("rb") as file:
@@ -139,29 +138,22 @@ class Database:
             return self._checked("ro&immutable=1")
 
     def _checked(self, mode: str) -> sqlite3.Connection:
-        with self._explained():
-            connection = self._connect(mode, _PATIENCE)
-            try:
-                connection.set_progress_handler(lambda: time.monotonic() > self._deadline, _STEPS)
-                self._deadline = time.monotonic() + _MAX_SECONDS
-                connection.execute("PRAGMA query_only = ON")
-                self._check_schema(connection)
-            except BaseException:
-                connection.close()
-                raise
+        with self._explained(), ExitStack() as undo:
+            connection = undo.enter_context(closing(self._connect(mode, _PATIENCE)))
+            connection.set_progress_handler(lambda: time.monotonic() > self._deadline, _STEPS)
+            self._deadline = time.monotonic() + _MAX_SECONDS
+            connection.execute("PRAGMA query_only = ON")
+            self._check_schema(connection)
+            undo.pop_all()
         return connection
 
     def _connect(self, mode: str, timeout: float) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            f"{self.path.as_uri()}?mode={mode}",
-            uri=True,
-            timeout=timeout,
-            isolation_level=None,
-            check_same_thread=False,
-        )
+        name = f"{self.path.as_uri()}?mode={mode}"
+        connection = sqlite3.connect(name, timeout, isolation_level=None, check_same_thread=False, uri=True)
         if sys.version_info >= (3, 12):
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
-        connection.text_factory = _text
+        # What is no text is refused as a name, by name.
+        connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = EXTRA", "secure_delete = OFF"):
             connection.execute(f"PRAGMA {pragma}")
         return connection
@@ -188,10 +180,8 @@ class Database:
             if self._connection is None:  # there was a fork
                 self._connection = self._reader()
             self._deadline = time.monotonic() + seconds
-            try:
+            with self._explained():
                 return self._connection.execute(query, values).fetchall()
-            except (sqlite3.Error, OverflowError) as error:
-                raise _explanation(error, self.path) from error
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -256,24 +246,21 @@ class Database:
     def close(self) -> None:
         """Let go of the file; the last to do so makes it one plain file."""
         with self._lock:
-            self._closed = True
-            if self._connection is not None and not self.read_only and self._is_writable():
-                with suppress(sqlite3.Error):  # others have it open
+            self._closed, connection, self._connection = True, self._connection, None
+            if connection is not None:
+                with closing(connection), suppress(sqlite3.Error):  # others have it open
                     # user_version is read from the file, whose mode another connection may have changed
-                    for pragma in ("busy_timeout = 0", "query_only = OFF", "user_version", "journal_mode = DELETE"):
-                        self._connection.execute(f"PRAGMA {pragma}").fetchall()
-            self._disconnect()
-        _forkable.discard(self)
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+                    pragmas = "busy_timeout = 0", "query_only = OFF", "user_version", "journal_mode = DELETE"
+                    for pragma in pragmas if not self.read_only and self._is_writable() else ():
+                        connection.execute(f"PRAGMA {pragma}").fetchall()
+        forkable.discard(self)
 
     def before_fork(self, held: ExitStack) -> None:
         """Disconnect: a connection must not cross a fork. Parent and child open their own."""
         held.enter_context(self._lock)
-        self._disconnect()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def after_fork(self) -> None:
         """Forget that another thread of the parent was writing."""
@@ -285,10 +272,6 @@ class Database:
             yield
         except (sqlite3.Error, OverflowError) as error:
             raise _explanation(error, self.path) from error
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")  # what is no text is refused as a name, by name
 
 
 def _is_on_network(path: Path) -> bool:
@@ -304,34 +287,24 @@ def _is_on_network(path: Path) -> bool:
 _orphans: list[sqlite3.Connection] = []
 
 
-class Forkable(Protocol):
-    """What must not be forked while other threads use it."""
+forkable: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What must not be forked while other threads use it.
 
-    def before_fork(self, held: ExitStack) -> None:
-        """Enter the locks that a child must find free; they are held for short whiles, none of them inside another."""
-
-    def after_fork(self) -> None:
-        """In the child, where only the thread that forked is left; the locks are still held."""
-
-
-_forkable: weakref.WeakSet[Forkable] = weakref.WeakSet()
+`before_fork(held)` enters the locks that a child must find free, which are held for short whiles and none inside
+another; `after_fork()` is called in the child, where only the thread that forked is left, under these locks.
+"""
 _forking = threading.RLock()
 _held = ExitStack()
 
 
-def survive_forks(resource: Forkable) -> None:
-    """Take care of a resource at every fork for as long as it lives."""
-    _forkable.add(resource)
-
-
 def _before_fork() -> None:
     _held.enter_context(_forking)
-    for resource in list(_forkable):
+    for resource in list(forkable):
         resource.before_fork(_held)
 
 
 def _after_fork_in_child() -> None:
-    for resource in list(_forkable):
+    for resource in list(forkable):
         resource.after_fork()
     _held.close()
 

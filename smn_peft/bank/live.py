@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -19,9 +18,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..functional.effective import write_masked
-from .task import Task, TaskMask
+from ..tuner.checks import tied_parameters
+from .task import BankStats, Task, TaskMask
 
-__all__ = ["LiveModel", "LiveParameter", "LiveTensor", "Reading", "unwatch", "watch"]
+__all__ = ["LiveModel", "LiveParameter", "LiveTensor", "Reading", "watch"]
 
 # What can be asked of a tensor without looking at its values; anything else settles it, which is slower and as right.
 _FACTS = frozenset(
@@ -81,7 +81,7 @@ class LiveParameter(nn.Parameter):
                 if isinstance(leaf, LiveParameter):
                     leaf.smn_reading.settle()
                     if len(types) > 1:  # another class's turn, which must see an ordinary parameter
-                        unwatch(leaf)
+                        watch(leaf, None)
             if len(types) > 1:
                 return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -112,19 +112,19 @@ def _scaled(leaf: Any) -> Any:
     return leaf * leaf.smn_reading.scale.to(leaf.dtype) if isinstance(leaf, LiveParameter) else leaf
 
 
-def watch(parameter: Tensor, reading: Reading) -> Reading | None:
-    """Let a reading answer for a parameter, whose identity and memory stay; return the one that did before."""
-    before = parameter.__dict__.get("smn_reading")
-    parameter.__class__ = LiveParameter
-    parameter.smn_reading = reading  # type: ignore[attr-defined]
-    return before
+def watch(parameter: Any, reading: Reading | None) -> Reading | None:
+    """Let a reading answer for a parameter, whose identity and memory stay; return the one that did before.
 
-
-def unwatch(parameter: Tensor) -> None:
-    """Make it an ordinary parameter again; its values must be settled."""
-    if isinstance(parameter, LiveParameter):
+    With None it is an ordinary parameter again; its values must be settled.
+    """
+    before: Reading | None = parameter.__dict__.get("smn_reading")
+    if reading is not None:
+        parameter.__class__ = LiveParameter
+        parameter.smn_reading = reading
+    elif before is not None:
         del parameter.smn_reading
-        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        parameter.__class__ = nn.Parameter
+    return before
 
 
 class LiveTensor:
@@ -170,7 +170,7 @@ class LiveTensor:
     def follow(self) -> bool:
         """Bind the parameter anew if it has another dtype, device or memory format by now, and return whether it has.
 
-        Takes a microsecond where nothing changed. RuntimeError if somebody else wrote other values to it.
+        RuntimeError if somebody else wrote other values to it.
         """
         parameter: Any = self._module._parameters[self._leaf]
         version = _version(parameter)
@@ -178,9 +178,8 @@ class LiveTensor:
             return False
         if parameter is not self._parameter or version != self._version or parameter.shape != self._tensor.shape:
             raise RuntimeError(
-                f"{self.name} was written to, or replaced, since a bank uses it: what the bank's tasks were checked "
-                "against, and would be put back, is not the model's any more. Close the bank before the base is "
-                "changed, and open it again afterwards."
+                f"{self.name} was written to, or replaced, since a bank uses it, so that its tasks do not fit any "
+                "more. Close the bank before the base is changed, and open it again afterwards."
             )
         own = self.values() if self.touched else None
         self._bind()
@@ -288,7 +287,7 @@ class LiveTensor:
     def release(self) -> None:
         """Let the parameter be an ordinary one again, with the values that it has."""
         self.settle()
-        unwatch(self._parameter)
+        watch(self._parameter, None)
 
 
 def _place(parameter: Tensor) -> tuple[object, ...]:
@@ -305,26 +304,24 @@ def _version(parameter: Tensor) -> int:
 class LiveModel:
     """A model whose masked weights are rewritten in place, from task to task and back to the base.
 
-    One thread at a time may switch; [`values`] and [`shape`] are the base's own, and safe from any thread.
+    One thread at a time may switch; [`values`] are the base's own, and safe from any thread.
 
     Attributes:
         model: The base, in eval mode.
         current: The task that the weights are of; None: the base's own.
+        shapes: Of the base's own parameters and buffers, by name.
         scalable: Names of the weights whose products may take 1/σ: those of plain Linear layers.
+        tied: All names of each parameter that is tied, by each of them.
         memory: Held while weights are written, never while they are used.
-        generation: Counts switches; a result belongs to a task only if the counter did not move meanwhile.
+        stats: Where switches are counted.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Bind a model.
-
-        Raises:
-            ValueError: If adapters wrap the model already, or it has a bank.
-        """
+    def __init__(self, model: nn.Module, stats: BankStats) -> None:
+        """Bind a model; ValueError if adapters wrap it already, or it has a bank."""
         _check_plain(model)
         self.model = model.eval()
         self.current: Task | None = None
-        self.generation = 0
+        self.stats = stats
         self.scalable = {
             f"{name}.weight"
             for name, module in model.named_modules(remove_duplicate=False)
@@ -335,17 +332,11 @@ class LiveModel:
         self._touched: set[str] = set()
         self.memory = threading.RLock()
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self._shapes = {name: tensor.shape for name, tensor in named}
+        self.shapes = {name: tensor.shape for name, tensor in named}
         first = {id(tensor): name for name, tensor in reversed(named)}
         self._first_names = {name: first[id(tensor)] for name, tensor in named}
-        self._tied = _tied(model)
+        self.tied = tied_parameters(model)
         self._inference = any(tensor.is_inference() for _, tensor in named)
-
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a parameter or buffer of the base; AttributeError if it has none of this name."""
-        if name not in self._shapes:
-            raise AttributeError(f"The base has no {name}.")
-        return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that a parameter or buffer of the base has now."""
@@ -354,19 +345,6 @@ class LiveModel:
     def first_name(self, name: str) -> str:
         """The one name that a tensor goes by here, where its module stands in several places."""
         return self._first_names.get(name, name)
-
-    def check_alone(self, name: str) -> None:
-        """Refuse a parameter that is another one too: what a task does to it would happen to both.
-
-        Raises:
-            ValueError: If it is tied.
-        """
-        if name in self._tied:
-            raise ValueError(
-                f"the base's {name} is tied: {', '.join(self._tied[name])} are one tensor, and a mask on one would "
-                "change the other in silence. Give each its own (layer.weight = nn.Parameter(layer.weight.clone())), "
-                "and open the bank anew."
-            )
 
     def values(self, name: str) -> Tensor:
         """A parameter's or buffer's own values, whichever task is live; not to be written to."""
@@ -387,28 +365,23 @@ class LiveModel:
             yield
 
     def switch(self, task: Task | None) -> None:
-        """Make the model the task's, or the base's own again.
+        """Make the model the task's, or the base's own again; one that fails, whatever the reason, leaves the base.
 
-        A switch that fails, whatever the reason, leaves the base.
-
-        Raises:
-            RuntimeError: What the device raised, such as running out of memory; or if somebody else wrote to the
-                base's weights.
+        RuntimeError if somebody else wrote to the base's weights, or of the device.
         """
         with self._writable():
-            generation = self.generation
             try:
                 if self._moved(task):
                     self.current = None
                 elif task is self.current and (task is not None or not (self._touched or self._own)):
                     return
-                self.generation += 1
+                self.stats.switches += 1
                 self.current = None
                 self._leave(task)
                 if task is not None:
                     self._enter(task)
             except BaseException:
-                self.generation, self.current = generation + 1, None
+                self.current = None
                 self._rescue()
                 raise
             self.current = task
@@ -426,8 +399,7 @@ class LiveModel:
             self._touched.discard(name)
         kept = set() if task is None else task.tensors.keys()
         for name in [name for name in self._own if name not in kept]:
-            _put_back(self.model, name, self._own[name])
-            del self._own[name]
+            self._put_back(name)
 
     def _rescue(self) -> None:
         """Undo what can be undone, without overwriting what somebody else wrote."""
@@ -438,8 +410,15 @@ class LiveModel:
                 self._touched.discard(name)
         for name in list(self._own):
             with contextlib.suppress(Exception):
-                _put_back(self.model, name, self._own[name])
-                del self._own[name]
+                self._put_back(name)
+
+    def _put_back(self, name: str) -> None:
+        """The base's own tensor again, where the model is now."""
+        own, there = self._own[name], _tensor(self.model, name)
+        if isinstance(own, nn.Parameter) and (own.device, own.dtype) != (there.device, there.dtype):
+            own.data = own.data.to(there.device, there.dtype)
+        _replace(self.model, name, own)
+        del self._own[name]
 
     def _enter(self, task: Task) -> None:
         for name, mask in task.masks.items():
@@ -453,16 +432,12 @@ class LiveModel:
 
     def _bound(self, name: str) -> LiveTensor:
         if name not in self._live:
-            scalable = name in self.scalable
-            self._live[name] = LiveTensor(self.model, name, scales_outside=scalable, writing=self._writable)
+            outside = name in self.scalable
+            self._live[name] = LiveTensor(self.model, name, scales_outside=outside, writing=self._writable)
         return self._live[name]
 
     def close(self) -> None:
-        """Give the base back as it was.
-
-        Raises:
-            RuntimeError: If that cannot be, as somebody else wrote to weights that a task was in.
-        """
+        """Give the base back as it was; RuntimeError if somebody else wrote to weights that a task was in."""
         try:
             self.switch(None)
         finally:
@@ -475,52 +450,15 @@ class LiveModel:
 def _check_plain(model: nn.Module) -> None:
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     if any(isinstance(module, wrappers) for module in model.modules()) or hasattr(model, "peft_config"):
-        raise ValueError(
-            "A bank takes the plain base model, and this one has PEFT adapters: pass model.unload(), or load the "
-            "base anew."
-        )
+        raise ValueError("A bank takes the plain base model, and this one has PEFT adapters: pass model.unload().")
     if any(hasattr(module, "smn_class") for module in model.modules()):  # a `NamedCall`
-        raise ValueError(
-            "This model has a bank already, and two would undo each other's weights: close that one first, add the "
-            "tasks to it, or load the base anew."
-        )
-
-
-def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """Names of the parameters that two modules hold, or that a module holds which stands in two places; all names.
-
-    A module that stands in several places because its parent does has one place, its parent's.
-    """
-    owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
-    holders: dict[int, set[int]] = defaultdict(set)
-    names: dict[int, list[str]] = defaultdict(list)
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, part in (*module._parameters.items(), *module._modules.items()):
-            owners[id(part)].add((id(module), attribute))
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                holders[id(parameter)].add(id(module))
-                names[id(parameter)].append(f"{path}.{attribute}".removeprefix("."))
-    tied = {
-        parameter
-        for parameter, modules in holders.items()
-        if len(owners[parameter]) > 1 or any(len(owners[module]) > 1 for module in modules)
-    }
-    return {name: names[parameter] for parameter in tied for name in names[parameter]}
+        raise ValueError("This model has a bank already: close that one first, or add the tasks to it.")
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     tensor: Tensor = getattr(model.get_submodule(path), leaf)
     return tensor
-
-
-def _put_back(model: nn.Module, name: str, own: Tensor) -> None:
-    """The base's own tensor again, where the model is now."""
-    there = _tensor(model, name)
-    if isinstance(own, nn.Parameter) and (own.device, own.dtype) != (there.device, there.dtype):
-        own.data = own.data.to(there.device, there.dtype)
-    _replace(model, name, own)
 
 
 def _replace(model: nn.Module, name: str, tensor: Tensor) -> None:

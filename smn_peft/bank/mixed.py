@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
-from .live import LiveModel, Reading, unwatch, watch
+from ..tuner.mixed import join_rows, take_rows
+from .live import LiveModel, watch
 from .task import Task, TaskMask
 
 __all__ = ["SHARED_BELOW", "MixedForward", "NamedCall", "answer_names", "forget_names", "one_per_sample"]
@@ -38,7 +39,7 @@ class _PaddingUsed(Exception):
 
 
 class _Rows(NamedTuple):
-    """Samples `start` to `stop` of a sorted batch, all of one task; None: the base's."""
+    """Samples `start` to `stop` of a sorted batch, all of one task."""
 
     task: Task | None
     start: int
@@ -46,18 +47,14 @@ class _Rows(NamedTuple):
 
 
 class _Padded(NamedTuple):
-    """Logits (batch, most classes) of a sorted batch, zeros where a task has fewer, and the classes of each run."""
-
-    output: Tensor
-    widths: Sequence[int]
+    output: Tensor  # logits (batch, most classes) of a sorted batch, zeros where a task has fewer
+    widths: Sequence[int]  # classes of each run
 
 
 def one_per_sample(tasks: Sequence[str | Task | None] | str | Task | None, count: int) -> list[str | Task | None]:
-    """Return what a caller says of a batch as one task for each of its samples; of an empty one, a task all the same.
+    """Return one task for each sample of a batch; of an empty one, a task all the same.
 
-    Raises:
-        TypeError: If a task is named by something else than text.
-        ValueError: If their number is another.
+    TypeError if one is named by something else than text, ValueError if their number is another.
     """
     if tasks is None or isinstance(tasks, (str, Task)):
         return [tasks] * max(count, 1)
@@ -74,7 +71,6 @@ class MixedForward:
     """Runs a batch under the task of each sample."""
 
     def __init__(self, live: LiveModel) -> None:
-        """Run on a live model."""
         self._live = live
         self._per_sample = self._pads = True
 
@@ -97,8 +93,8 @@ class MixedForward:
         outputs = []
         for task, positions in groups.items():
             self._live.switch(task)
-            outputs.append(self._live.model(inputs[positions], **_rows_of(kwargs, positions, len(tasks))))
-        return _joined(outputs, list(groups.values()))
+            outputs.append(self._live.model(inputs[positions], **take_rows(kwargs, positions, len(tasks))))
+        return join_rows(outputs, list(groups.values()), ragged=True)
 
     def _can_share(self, tasks: list[Task | None], count: int) -> bool:
         """Whether the tasks are sparse masks of plain Linear layers and heads, in a dtype that has sparse products."""
@@ -122,11 +118,11 @@ class MixedForward:
         heads = {f"{owner}.{leaf}" for owner in owners for leaf in ("weight", "bias")}
         if not whole <= heads or any(type(model.get_submodule(owner)) is not nn.Linear for owner in owners):
             return False
-        return self._pads or not any(self._widths_differ(name, tasks) for name in whole)
-
-    def _widths_differ(self, name: str, tasks: Sequence[Task | None]) -> bool:
-        own = self._live.shape(name)
-        return len({task.tensors[name].shape if task and name in task.tensors else own for task in tasks}) > 1
+        own = self._live.shapes
+        return self._pads or all(
+            len({task.tensors[name].shape if task and name in task.tensors else own[name] for task in tasks}) == 1
+            for name in whole
+        )
 
     def _share(self, groups: Mapping[Task | None, list[int]], inputs: Tensor, kwargs: Mapping[str, Any]) -> Any:
         self._live.switch(None)
@@ -136,17 +132,9 @@ class MixedForward:
             rows.append(_Rows(task, start, start + len(positions)))
         order = [position for positions in groups.values() for position in positions]
         with _shared_products(self._live.model, rows, len(order)) as padded:
-            output = self._live.model(inputs[order], **_rows_of(kwargs, order, len(order)))
+            output = self._live.model(inputs[order], **take_rows(kwargs, order, len(order)))
         outputs = [_run_of(output, number, rows, padded) for number in range(len(rows))]
-        return _joined(outputs, list(groups.values()))
-
-
-def _rows_of(kwargs: Mapping[str, Any], positions: list[int], count: int) -> dict[str, Any]:
-    """The model's other arguments, for some samples: tensors that have a row for each sample are cut to theirs."""
-    return {
-        key: value[positions] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
-        for key, value in kwargs.items()
-    }
+        return join_rows(outputs, list(groups.values()), ragged=True)
 
 
 # --- One product for all tasks ---------------------------------------------------------------------------------------
@@ -167,15 +155,8 @@ def _shared_products(model: nn.Module, rows: Sequence[_Rows], count: int) -> Ite
             products = _SharedLinear(layer, name, rows, count, padded)
             for parameter in (layer.weight, layer.bias) if products.is_head else (layer.weight,):
                 if parameter is not None:
-                    stack.callback(_restore, parameter, watch(parameter, products))
+                    stack.callback(watch, parameter, watch(parameter, products))
         yield padded
-
-
-def _restore(parameter: Tensor, before: Reading | None) -> None:
-    if before is None:
-        unwatch(parameter)
-    else:
-        watch(parameter, before)
 
 
 class _SharedLinear:
@@ -281,36 +262,6 @@ def _run_of(output: Any, number: int, rows: Sequence[_Rows], padded: Sequence[_P
     if len(seen) != len(padded):
         raise _PaddingUsed
     return result
-
-
-def _joined(outputs: Sequence[Any], positions: Sequence[list[int]]) -> Any:
-    """Rows of several outputs in the order of the batch; a list where their shapes differ.
-
-    Raises:
-        ValueError: If there is something that has no row for each sample, and is not the same for all.
-    """
-    flat, specs = zip(*map(tree_flatten, outputs), strict=True)
-    order = [position for group in positions for position in group]
-
-    def join(*parts: Any) -> Any:
-        first = parts[0]
-        if not isinstance(first, Tensor):
-            if first is None or (isinstance(first, (str, int, float)) and all(part == first for part in parts)):
-                return first
-        elif all(part.dim() and len(part) == len(group) for part, group in zip(parts, positions, strict=True)):
-            if len({part.shape[1:] for part in parts}) == 1:
-                return torch.cat(parts)[torch.tensor(order, device="cpu").argsort().to(first.device)]
-            rows = dict(zip(order, [row for part in parts for row in part], strict=True))
-            return [rows[position] for position in range(len(order))]
-        elif all(torch.equal(first, part) for part in parts):
-            return first
-        kind = f"tensor of shape {tuple(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
-        raise ValueError(
-            f"The model returned a {kind}, which has no row for each sample, for a batch of several tasks: ask for "
-            "one task at a time."
-        )
-
-    return tree_unflatten([join(*parts) for parts in zip(*flat, strict=True)], specs[0])
 
 
 # --- `adapter_names` on a plain model --------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from ..tuner.checks import base_name, unmasked_tensors
 from ..tuner.forms import mask_layer_for
 from ..tuner.targets import head_modules
 from .live import LiveModel
-from .source import BASE_NAME, StoredAdapter, TaskSource
+from .source import BASE_NAME, StoredAdapter
+from .store import TaskSource
 from .task import SPARSE_BELOW, Task, TaskCache, TaskMask
 
 __all__ = ["TaskReader", "task_from_tensors"]
@@ -35,7 +36,6 @@ class TaskReader:
     """Tasks of a source over a base, decoded and checked when they are asked for. Safe from any thread."""
 
     def __init__(self, source: TaskSource, live: LiveModel, cache: TaskCache) -> None:
-        """Decode and hash nothing yet."""
         self._source, self._live, self._cache = source, live, cache
         self._digests: dict[tuple[str, torch.dtype], str] = {}
         self._unmasked: dict[object, list[str]] = {}
@@ -58,11 +58,7 @@ class TaskReader:
         return self.task(task) if isinstance(task, str) else task
 
     def _check_base(self, task: Task) -> None:
-        """Refuse a task of another base by its fingerprints; its adapter's ``check_base=False`` overrides.
-
-        Raises:
-            ValueError: Names both bases, and whether the masked weights or the rest differ.
-        """
+        """Refuse a task of another base by its fingerprints; its adapter's ``check_base=False`` overrides."""
         if not task.info.get("check_base", True):
             return
         masked, rest = (task.info.get(f"{part}_fingerprint") for part in ("base", "unmasked"))
@@ -100,19 +96,11 @@ def task_from_tensors(
     live: LiveModel,
     config: Mapping[str, Any] | None = None,
 ) -> Task:
-    """Make a task of an adapter's tensors.
+    """Make a task of an adapter's tensors, by key of its file, masks bit-packed or coded.
 
-    Args:
-        name: Of the task.
-        tensors: By key of the adapter file, masks bit-packed or coded.
-        live: Of the base: a plain timm or transformers model, or a `Classifier` around one; the adapter may have been
-            made on either, as long as the layers are the same.
-        config: The adapter's; kept with the task.
-
-    Raises:
-        AdapterFileError: If a mask is damaged.
-        TypeError: If a mask is not uint8.
-        ValueError: If there is no mask, a layer is not found in the base, or a size does not fit.
+    The base is a plain timm or transformers model, or a `Classifier` around one; the adapter may have been made on
+    either, as long as the layers are the same. AdapterFileError if a mask is damaged, ValueError if there is none, a
+    layer is not found in the base, or a size does not fit.
     """
     config, base = config or {}, live.model
     bare = {key.removeprefix(BASE_PREFIX): tensor for key, tensor in tensors.items()}
@@ -125,11 +113,11 @@ def task_from_tensors(
 
     def locate(key: str) -> tuple[str, str]:
         path, leaf = _split(key)
-        return _parameter(base, rename(path), leaf)
+        return _parameter(live, rename(path), leaf)
 
     if coded is not None:
         bare = {key: tensor for key, tensor in bare.items() if _split(key)[1] != BLOB_NAME}
-        bare |= _decode_blob(*coded, live, locate, config)
+        bare |= _Base(live, prefix, locate, config).decode(coded[1])
     masks: dict[str, TaskMask] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in bare.items():
@@ -140,23 +128,28 @@ def task_from_tensors(
             rest[f"{rename(path)}.{leaf.removeprefix('smn_')}"] = tensor
         elif not _is_mask(leaf):
             if not (leaf.endswith("scores") or is_settings(key)):
-                raise ValueError(f"Task {name!r} holds {key}, which no masked layer takes: the adapter is damaged.")
+                raise _damaged(name, f"holds {key}, which no masked layer takes")
         else:
             parameter = live.first_name(locate(key)[0])
             if parameter in masks:
-                raise ValueError(f"Task {name!r} brings two masks of {parameter}: the adapter is damaged.")
+                raise _damaged(name, f"brings two masks of {parameter}")
+            if parameter in live.tied:
+                raise ValueError(
+                    f"Task {name!r} cannot be taken: {', '.join(live.tied[parameter])} are tied, and a mask on one "
+                    "would change the other in silence. Give each its own (layer.weight = "
+                    "nn.Parameter(layer.weight.clone())), and open the bank anew."
+                )
             below = SPARSE_BELOW if parameter in live.scalable else 0.0
-            numel = live.shape(parameter).numel()
-            scaled = bool(config.get("scale", True))
-            try:
-                live.check_alone(parameter)
-            except ValueError as error:
-                raise ValueError(f"Task {name!r} cannot be taken: {error}") from error
+            numel, scaled = live.shapes[parameter].numel(), bool(config.get("scale", True))
             masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
     brought = {live.first_name(key): tensor for key, tensor in _plain_heads(rest, base).items()}
     _check_tensors(name, brought, live)
     _check_complete(name, masks, brought, config, base)
     return Task(name, masks, brought, config)
+
+
+def _damaged(name: str, what: str) -> ValueError:
+    return ValueError(f"Task {name!r} {what}: the adapter is damaged. Save it anew.")
 
 
 def _is_mask(leaf: str) -> bool:
@@ -168,13 +161,14 @@ def _split(key: str) -> tuple[str, str]:
     return path, leaf
 
 
-def _parameter(base: nn.Module, path: str, leaf: str) -> tuple[str, str]:
+def _parameter(live: LiveModel, path: str, leaf: str) -> tuple[str, str]:
     """Name of the parameter that a mask belongs to, and its path from the layer."""
-    form = mask_layer_for(base.get_submodule(path))
+    layer = live.model.get_submodule(path)
+    form = mask_layer_for(layer)
     slots = {slot.mask_name: slot.path for slot in form.slots} if form is not None else {}
-    if leaf not in slots:
-        raise ValueError(f"The base's {path} ({type(base.get_submodule(path)).__name__}) has nothing for a {leaf}.")
-    return f"{path}.{slots[leaf]}", slots[leaf]
+    if (name := f"{path}.{slots.get(leaf)}") not in live.shapes:
+        raise ValueError(f"The base's {path} ({type(layer).__name__}) has nothing for a {leaf}.")
+    return name, slots[leaf]
 
 
 def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[str], str]:
@@ -188,10 +182,7 @@ def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[st
     for old, new in [("", ""), *((prefix, "") for prefix in taken), *(("", prefix) for prefix in put)]:
         if all(layer.startswith(old) and new + layer[len(old) :] in modules for layer in layers):
             return lambda path: new + path.removeprefix(old)  # it returns at once
-    raise ValueError(
-        f"Task {name!r} masks {first}, which the bank's base does not have: its config names the base that it belongs "
-        "to."
-    )
+    raise ValueError(f"Task {name!r} masks {first}, which the bank's base does not have: see the base in its config.")
 
 
 def _plain_heads(rest: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
@@ -213,28 +204,21 @@ def _check_complete(
 ) -> None:
     """Refuse an adapter that brings a tensor twice, or not all that its config promises."""
     if twice := sorted(masks.keys() & tensors.keys()):
-        raise ValueError(
-            f"Task {name!r} masks {twice[0]} and brings it whole too, and only one can be: the adapter is damaged."
-        )
+        raise _damaged(name, f"masks {twice[0]} and brings it whole too, and only one can be")
     modules = dict(base.named_modules())
     for saved in config.get("modules_to_save") or ():
         paths = [path for path in modules if path == saved or path.endswith(f".{saved}")]
         wanted = {f"{path}.{leaf}" for path in paths for leaf, _ in modules[path].named_parameters()}
         lacking = sorted(wanted - tensors.keys())
         if lacking or not (paths or any(f".{saved}." in f".{key}" for key in tensors)):
-            raise ValueError(
-                f"Task {name!r} lacks {lacking[0] if lacking else saved}, which its config promises in "
-                "modules_to_save: the adapter is damaged. Save it anew."
-            )
+            promised = lacking[0] if lacking else saved
+            raise _damaged(name, f"lacks {promised}, which its config promises in modules_to_save")
     if config.get("batch_norm") == "adapt":
         heads = head_modules(base)
         own = [path for path, module in modules.items() if has_statistics(module) and id(module) not in heads]
         lacking = [f"{path}.{leaf}" for path in own for leaf in _STATISTICS if f"{path}.{leaf}" not in tensors]
         if lacking:
-            raise ValueError(
-                f"Task {name!r} lacks {lacking[0]}, and its config promises statistics of its own "
-                "(batch_norm='adapt'): the adapter is damaged. Save it anew."
-            )
+            raise _damaged(name, f"lacks {lacking[0]}, and its config promises statistics (batch_norm='adapt')")
 
 
 def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> None:
@@ -245,13 +229,12 @@ def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> No
     heads = {path for path, module in linears.items() if "." not in path or id(module) in inside}
     heads.update([*linears][-1:])
     for key, tensor in tensors.items():
-        try:
-            own = live.shape(key)
-        except AttributeError:
+        if key not in live.shapes:
             raise ValueError(
                 f"Task {name!r} brings {key}, for which the base has no place. For a head, make the base with one: "
-                f"timm.create_model(…, num_classes=1), or load_classifier(…)."
-            ) from None
+                "timm.create_model(…, num_classes=1), or load_classifier(…)."
+            )
+        own = live.shapes[key]
         if own[1:] != tensor.shape[1:] or len(own) != tensor.dim():
             raise ValueError(f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}.")
         if own != tensor.shape and _split(key)[0] not in heads:
@@ -260,19 +243,19 @@ def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> No
                 "number of classes could be any: open the bank over the base that the adapter was made on."
             )
         if tensor.is_complex() or tensor.is_floating_point() != live.dtype(key).is_floating_point:
-            raise ValueError(f"Task {name!r}: {key} is {tensor.dtype}, the base {live.dtype(key)}: it is damaged.")
+            raise _damaged(name, f"has {key} in {tensor.dtype}, the base in {live.dtype(key)}")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"Task {name!r}: {key} holds values that are not finite: the adapter is damaged.")
+            raise _damaged(name, f"has values in {key} that are not finite")
         if key.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any()):
-            raise ValueError(f"Task {name!r}: {key} is negative, which no statistic is: the adapter is damaged.")
+            raise _damaged(name, f"has a negative {key}, which no statistic is")
     for path in {_split(key)[0] for key in tensors} & heads:
         rows = {
-            leaf: len(tensors[key]) if (key := f"{path}.{leaf}") in tensors else live.shape(key)[0]
+            leaf: len(tensors[key]) if (key := f"{path}.{leaf}") in tensors else live.shapes[key][0]
             for leaf, own in base.get_submodule(path).named_parameters(recurse=False)
         }
         if len(set(rows.values())) > 1:
             told = " and ".join(f"a {leaf} of {count}" for leaf, count in rows.items())
-            raise ValueError(f"Task {name!r}: its head {path} would have {told} classes: the adapter is damaged.")
+            raise _damaged(name, f"has a head {path} with {told} classes")
 
 
 # --- Coded masks -----------------------------------------------------------------------------------------------------
@@ -282,39 +265,27 @@ _accelerate_once = functools.cache(accelerate)
 """Read by compiled code where numba is installed: a bank reads many masks."""
 
 
-def _decode_blob(
-    prefix: str,
-    blob: MaskBlob,
-    live: LiveModel,
-    locate: Callable[[str], tuple[str, str]],
-    config: Mapping[str, Any],
-) -> dict[str, Tensor]:
-    """Decode masks to bits, by key; `prefix` is what keys have before the names in the blob.
-
-    `locate` gives the name of the base's parameter for a key, and its path from the masked layer. AdapterFileError if
-    a mask is damaged, ValueError if a size is not that of the base.
-    """
-    _accelerate_once()
-    for entry in blob.entries:
-        numel = live.shape(locate(prefix + entry.name)[0]).numel()
-        if entry.size != packed_size(numel):
-            raise ValueError(
-                f"{prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights there: "
-                "open the bank over the base that adapter_config.json names."
-            )
-
-    masks = decode_masks(blob, blob.size, _Base(live, prefix, locate, config))
-    return {prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
-
-
 @dataclass(frozen=True)
 class _Base:
-    """What the codec asks of the base."""
+    """The base as the codec asks for it: by names in a blob, which lack the `prefix` of the adapter's keys."""
 
     live: LiveModel
     prefix: str
     locate: Callable[[str], tuple[str, str]]
     config: Mapping[str, Any]
+
+    def decode(self, blob: MaskBlob) -> dict[str, Tensor]:
+        """Masks as bits, by key."""
+        _accelerate_once()
+        for entry in blob.entries:
+            numel = self.live.shapes[self.locate(self.prefix + entry.name)[0]].numel()
+            if entry.size != packed_size(numel):
+                raise ValueError(
+                    f"{self.prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights "
+                    "there: open the bank over the base that adapter_config.json names."
+                )
+        masks = decode_masks(blob, blob.size, self)
+        return {self.prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
 
     def selected(self, name: str) -> NDArray[np.bool_] | None:
         fraction = self.config.get("trainable_fraction", 1.0)

@@ -37,17 +37,7 @@ from ..storage import (
 )
 from .source import StoredAdapter, check_name, read_adapter
 
-__all__ = [
-    "MAX_BLOB",
-    "MAX_CONFIG",
-    "Adapter",
-    "StoreInfo",
-    "TaskCheck",
-    "TaskInfo",
-    "TaskRow",
-    "checked",
-    "encoded",
-]
+__all__ = ["MAX_BLOB", "MAX_CONFIG", "Adapter", "StoreInfo", "TaskCheck", "TaskInfo", "TaskRow", "checked", "encoded"]
 
 MAX_CONFIG = 1 << 24
 """Bytes of the longest config."""
@@ -62,29 +52,17 @@ Adapter: TypeAlias = StoredAdapter | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What is known of a task without decoding it: its name and, as JSON, the facts of its row.
-
-    Attributes:
-        name: Its name.
-        base: Name of the base model as the adapter's config says it, if it does.
-        fingerprint: Fingerprint of the base's masked weights, if the config has one.
-        codec: Of the adapter as it came in, and as it is exported; in the bank masks are always coded.
-        weights: Masked weights, those included that pad a layer's last byte (7 a layer at most).
-        density: Fraction of them that is on.
-        sizes: Bytes in the bank, by purpose; `total` has the config and the header of the tensors too.
-        checksum: CRC-32 of config and tensors.
-        added: When it was put in, in ISO 8601, UTC.
-    """
+    """What is known of a task without decoding it: its name and, as JSON, the facts of its row."""
 
     name: str
-    base: str | None
-    fingerprint: str | None
-    codec: str
-    weights: int
-    density: float
-    sizes: AdapterSizes
-    checksum: int
-    added: str
+    base: str | None  # name of the base model, as the adapter's config has it
+    fingerprint: str | None  # of the base's masked weights
+    codec: str  # of the adapter as it came in, and as it is exported; in the bank masks are always coded
+    weights: int  # that are masked, those included that pad a layer's last byte (7 a layer at most)
+    density: float  # fraction of them that is on
+    sizes: AdapterSizes  # in the bank; `total` has the config and the header of the tensors too
+    checksum: int  # CRC-32 of config and tensors
+    added: str  # when it was put in, in ISO 8601, UTC
 
     @classmethod
     def parse(cls, name: str, text: object) -> TaskInfo:
@@ -112,14 +90,7 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """A store as a whole.
-
-    Attributes:
-        tasks: Number of tasks.
-        bytes: Bytes on disk.
-        free: Bytes of removed tasks, which new ones fill; compaction gives them back.
-        version: Version of the file's schema.
-    """
+    """A store as a whole; `free` are bytes of removed tasks, which new ones fill and compaction gives back."""
 
     tasks: int
     bytes: int
@@ -136,17 +107,11 @@ class TaskCheck(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A task's row. What it says is checked before it is used, as the file may come from elsewhere.
+    """A task's row. What it says is checked before it is used, as the file may come from elsewhere."""
 
-    Attributes:
-        facts: Of a [`TaskInfo`].
-        config: adapter_config.json.
-        blob: A safetensors file of the tensors, masks coded.
-    """
-
-    facts: str
-    config: bytes
-    blob: bytes
+    facts: str  # of a `TaskInfo`
+    config: bytes  # adapter_config.json
+    blob: bytes  # a safetensors file of the tensors, masks coded
 
     def adapter(self) -> StoredAdapter:
         """Return config and tensors; AdapterFileError unless their checksum agrees."""
@@ -225,10 +190,7 @@ def _encode(config: bytes, tensors: Mapping[str, Tensor]) -> TaskRow:
     parsed, coded = _parsed(config), _coded(tensors)
     blob = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in coded.items()}, {"format": "pt"})
     if len(blob) > MAX_BLOB:
-        raise ValueError(
-            f"it has {len(blob):,} bytes, and a bank takes up to {MAX_BLOB:,}: save it without scores "
-            "(save_scores=False)."
-        )
+        raise ValueError(f"it has {len(blob):,} bytes, and a bank takes up to {MAX_BLOB:,}: save it without scores.")
     parse_adapter_file(blob, "it")  # what could not be read again is not taken
     facts = _info(parsed, coded, config, blob, datetime.now(timezone.utc).isoformat(timespec="seconds")).facts()
     if len(facts) > MAX_FACTS:
@@ -249,8 +211,7 @@ def _info(config: Mapping[str, Any], tensors: Mapping[str, Tensor], text: bytes,
     for key, tensor in tensors.items():
         sizes[purpose_of(key)] += tensor.nbytes
     if (coded := coded_masks(tensors)) is not None:
-        weights = 8 * coded[1].size
-        inactive = sum(layer.inactive for layer in coded[1].entries)
+        weights, inactive = 8 * coded[1].size, sum(layer.inactive for layer in coded[1].entries)
     return TaskInfo(
         name="",
         base=config.get("base_model_name_or_path"),
@@ -269,10 +230,9 @@ def _coded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     masks = {key: tensor for key, tensor in tensors.items() if purpose_of(key) == "mask"}
     if not masks:
         raise ValueError("it holds no mask: a bank takes adapters of MaskConfig.")
-    if _check_masks(tensors):
-        return dict(tensors)
-    rest = {key: tensor for key, tensor in tensors.items() if key not in masks}
-    return {**rest, **pack_tensors(masks)}
+    if not _check_masks(tensors):
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in masks} | pack_tensors(masks)
+    return dict(tensors)
 
 
 def _check_masks(tensors: Mapping[str, Tensor]) -> bool:

@@ -5,23 +5,21 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..storage import AdapterFileError
 from .database import VERSION, Database
 from .row import MAX_BLOB, MAX_CONFIG, Adapter, StoreInfo, TaskCheck, TaskInfo, TaskRow, checked, encoded
-from .source import StoredAdapter, TaskSource, check_name, unknown_task
+from .source import MemorySource, StoredAdapter, check_name, unknown_task
 
-__all__ = ["FILE_NAME", "DiskStore", "open_store", "push_source"]
+__all__ = ["FILE_NAME", "DiskStore", "TaskSource", "open_store"]
 
 FILE_NAME = "bank.sqlite"
 """The file in a bank's folder, and in its repository on the Hub."""
@@ -32,7 +30,7 @@ _ROW = (  # what is too large is not loaded
 
 
 class DiskStore:
-    """A [`TaskSource`] in one file: a table of one row per task.
+    """Adapters in one file: a table of one row per task, of a name each. Safe from any thread.
 
     Opening reads nothing of the tasks, and a lookup is one search in the table's index. A change becomes visible to
     every process at once, or not at all if the writer fails or is killed; any number of processes and threads read
@@ -44,26 +42,16 @@ class DiskStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, immutable: bool = False) -> None:
-        self.path = _file_of(Path(path))
-        self.read_only = read_only
-        self._database = Database(self.path, read_only=read_only, immutable=immutable)
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], *, read_only: bool = False, immutable: bool = False) -> DiskStore:
         """Open a store; an empty one is made where there is none.
 
         Args:
             path: Its folder, which holds it as bank.sqlite; or its file, with the ending .sqlite.
-            read_only: Make nothing, and refuse changes.
+            read_only: Make nothing, and refuse changes; FileNotFoundError if there is no store.
             immutable: Nobody writes to it, so it is read without locks; for a `read_only` one.
-
-        Raises:
-            AdapterFileError: If its file is damaged.
-            FileNotFoundError: If there is no store and `read_only`.
-            OSError: If its file cannot be opened.
-            ValueError: If the folder holds something else, or the file is no bank or a later version's.
         """
-        return cls(path, read_only=read_only, immutable=immutable)
+        self.path = _file_of(Path(path))
+        self.read_only = read_only
+        self._database = Database(self.path, read_only=read_only, immutable=immutable)
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
@@ -97,13 +85,7 @@ class DiskStore:
         return int(self._one(name, "SELECT id FROM task WHERE ")[0])
 
     def read(self, name: str) -> StoredAdapter:
-        """Return an adapter, compared with its checksum.
-
-        Raises:
-            AdapterFileError: If it is damaged, with its name; other tasks are read as before.
-            KeyError: If there is no such task.
-            ValueError: If its format is not known.
-        """
+        """Return an adapter; KeyError for an unknown name, AdapterFileError if its checksum is another."""
         row = self._row(name)
         with self._naming(name):
             return row.adapter()
@@ -151,8 +133,6 @@ class DiskStore:
 
         Raises:
             AdapterFileError: If an adapter is damaged.
-            FileNotFoundError: If there is no such adapter.
-            OSError: If the disk is full.
             StoreBusyError: If another process is writing.
             ValueError: If a name is taken, not allowed or given twice, or an adapter holds no mask or is too large.
         """
@@ -241,10 +221,7 @@ class DiskStore:
     def export(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Write an adapter's folder, as it came in: config to the letter, tensors to the bit; PEFT loads it.
 
-        Raises:
-            AdapterFileError: If it is damaged.
-            FileExistsError: If the folder holds an adapter.
-            KeyError: If there is no such task.
+        FileExistsError if the folder holds an adapter.
         """
         row = self._row(name)
         with self._naming(name):
@@ -261,19 +238,19 @@ class DiskStore:
         self._database.close()
 
     def __enter__(self) -> DiskStore:
-        """Use the store, and close it afterwards."""
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
+TaskSource: TypeAlias = DiskStore | MemorySource
+"""Where a bank's adapters lie."""
+
+
 def _is_text(name: object) -> bool:
     """Whether SQLite takes it: text without lone surrogates."""
-    try:
-        return isinstance(name, str) and bool(name.encode())
-    except UnicodeEncodeError:
-        return False
+    return isinstance(name, str) and name.encode(errors="ignore").decode() == name
 
 
 def _id_of(connection: sqlite3.Connection, name: str) -> int | None:
@@ -297,13 +274,13 @@ def _file_of(path: Path) -> Path:
 
 
 def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revision: str | None = None) -> DiskStore:
-    """Open a bank of this disk (see [`DiskStore.open`]), or read-only of the Hub, where it is fetched if need be.
+    """Open a bank of this disk (see [`DiskStore`]), or read-only of the Hub, where it is fetched if need be.
 
     `where` is "user/name" on the Hub if there is no such folder and no folder "user"; `revision` is a branch, tag or
     commit there. FileNotFoundError if there is no such bank, or none in the cache while offline.
     """
     if not _is_on_hub(where):
-        return DiskStore.open(where, read_only=read_only)
+        return DiskStore(where, read_only=read_only)
     try:
         file = hf_hub_download(str(where), FILE_NAME, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
@@ -311,49 +288,10 @@ def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revisi
             f"There is no folder {where}, and no {FILE_NAME} in that repository of the Hub: {error} For a new bank on "
             f"this disk name ./{where}; for adapters on the Hub give a list of their names."
         ) from error
-    return DiskStore.open(file, read_only=True, immutable=True)
+    return DiskStore(file, read_only=True, immutable=True)
 
 
 def _is_on_hub(where: str | os.PathLike[str]) -> bool:
     if not isinstance(where, str) or where.count("/") != 1 or where.startswith((".", "/", "~")):
         return False
     return not (where.endswith((".sqlite", "/")) or Path(where).exists() or Path(where).parent.exists())
-
-
-def push_source(
-    source: TaskSource,
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload bank",
-    token: str | bool | None = None,
-) -> CommitInfo:
-    """Push all tasks as one file; see `MaskBank.push_to_hub`."""
-    api = HfApi(library_name="smn_peft", token=token)
-    with TemporaryDirectory() as folder:
-        copy = Path(folder) / FILE_NAME
-        if isinstance(source, DiskStore):
-            source.copy(copy)
-        else:
-            with DiskStore.open(copy) as store:
-                store.add_many((name, source.read(name)) for name in source.names())
-        with DiskStore.open(copy, read_only=True, immutable=True) as store:
-            local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
-        if local:
-            warnings.warn(
-                f"Tasks name their base by a path of this disk, which whoever opens the bank reads: {local[0]}.",
-                stacklevel=3,
-            )
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and api.model_info(repo_id).private is False:
-            raise ValueError(f"{repo_id} exists and is public: nothing was sent. Choose another name.")
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.upload_file(
-            path_or_fileobj=copy,
-            path_in_repo=FILE_NAME,
-            repo_id=repo_id,
-            revision=revision,
-            commit_message=commit_message,
-        )

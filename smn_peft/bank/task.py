@@ -7,8 +7,7 @@ import math
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,38 +30,21 @@ _TENSOR = 550  # bytes of a tensor's objects, torch's and numpy's, beside its va
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TaskMask:
-    """What a task does to one tensor of the base.
-
-    Attributes:
-        numel: Number of weights.
-        active: How many of them stay on.
-        scale: Multiplier of the kept weights, ``sqrt(numel / active)``, or 1 without scaling.
-        packed: uint8 (⌈numel/8⌉,), bits in numpy's `packbits` order; None where `removed` says the same.
-        removed: int32 indices of the weights that are off, ascending, in C order; None where `packed` is held.
-    """
+    """What a task does to one tensor of the base; either `packed` or `removed` is held."""
 
     numel: int
-    active: int
-    scale: float
-    packed: Tensor | None
-    removed: Tensor | None
+    active: int  # weights that stay on
+    scale: float  # multiplier of the kept weights, sqrt(numel / active), or 1 without scaling
+    packed: Tensor | None  # uint8 (⌈numel/8⌉,), bits in numpy's `packbits` order
+    removed: Tensor | None  # int32 indices of the weights that are off, ascending, in C order
 
     @classmethod
     def from_packed(
         cls, name: str, packed: Tensor, numel: int, *, scaled: bool, sparse_below: float = SPARSE_BELOW
     ) -> TaskMask:
-        """Choose the form that switches faster.
+        """Choose the form that switches faster: indices up to an inactive fraction of `sparse_below`.
 
-        Args:
-            name: Of the tensor, for messages.
-            packed: uint8 bits of the mask, as in an adapter file.
-            numel: Number of weights that the base has there.
-            scaled: Whether kept weights are divided by σ.
-            sparse_below: Inactive fraction up to which indices are held; 0 for a tensor that must be written whole.
-
-        Raises:
-            TypeError: If the bits are not uint8.
-            ValueError: If their number does not fit, or padding bits are set.
+        TypeError if the bits are not uint8, ValueError if their number does not fit or padding bits are set.
         """
         check_packed(name, packed, numel)
         removed = _zeros(packed.numpy(), numel, int(sparse_below * numel))
@@ -86,22 +68,13 @@ def _zeros(packed: NDArray[np.uint8], numel: int, limit: int) -> NDArray[np.int3
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A task that can be switched to.
-
-    Attributes:
-        name: Its name in the bank.
-        masks: By parameter name of the base.
-        tensors: Parameters and buffers that the task brings along whole, by their name in the base: the head,
-            BatchNorm statistics.
-        info: The adapter's config.
-        nbytes: Bytes in memory, those of Python's and torch's objects too.
-    """
+    """A task that can be switched to."""
 
     name: str
-    masks: Mapping[str, TaskMask]
-    tensors: Mapping[str, Tensor]
-    info: Mapping[str, Any] = field(default_factory=dict)
-    nbytes: int = field(init=False)
+    masks: Mapping[str, TaskMask]  # by parameter name of the base
+    tensors: Mapping[str, Tensor]  # brought along whole, by name in the base: the head, BatchNorm statistics
+    info: Mapping[str, Any] = field(default_factory=dict)  # the adapter's config
+    nbytes: int = field(init=False)  # in memory, those of Python's and torch's objects too
 
     def __post_init__(self) -> None:
         """Weigh the task once; a view keeps all that it is a view of."""
@@ -128,33 +101,23 @@ def _size(value: Any) -> int:
 
 @dataclass
 class BankStats:
-    """What a bank has done since it was opened.
+    """What a bank has done since it was opened."""
 
-    Attributes:
-        hits: Lookups whose task was decoded already.
-        misses: Lookups that had to decode.
-        evictions: Decoded tasks that made room, or were too large to be kept.
-        switches: Times that the model's weights were rewritten.
-        resident_bytes: Bytes of decoded tasks that are held now.
-        resident: Number of decoded tasks that are held now.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    switches: int = 0
-    resident_bytes: int = 0
-    resident: int = 0
+    hits: int = 0  # lookups whose task was decoded already
+    misses: int = 0  # lookups that had to decode
+    evictions: int = 0  # decoded tasks that made room, or were too large to be kept
+    switches: int = 0  # times that the model's weights were rewritten
+    resident_bytes: int = 0  # of decoded tasks that are held now
+    resident: int = 0  # number of these
 
 
 class TaskCache:
-    """Decoded tasks by name within a budget of bytes, the least recently used out first.
+    """Decoded tasks by name within a budget of bytes, the least recently used out first; pinned ones count, and stay.
 
     Each is valid for one version of its adapter. Safe from any thread.
     """
 
     def __init__(self, budget: int, stats: BankStats) -> None:
-        """Hold up to `budget` bytes; pinned tasks count, and stay."""
         self.budget, self.stats = budget, stats
         self.pinned: set[str] = set()
         self._entries: OrderedDict[str, tuple[object, Task]] = OrderedDict()
@@ -193,18 +156,6 @@ class TaskCache:
             pinned = name in self.pinned
             self.pinned.discard(name)
             return pinned
-
-    @contextmanager
-    def pinning(self, name: str) -> Iterator[None]:
-        """Keep what is decoded under a name from now on, unless the block fails."""
-        new = name not in self.pinned
-        self.pinned.add(name)
-        try:
-            yield
-        except BaseException:
-            if new:
-                self.pinned.discard(name)
-            raise
 
     def clear(self) -> None:
         """Forget all."""

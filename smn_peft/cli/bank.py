@@ -37,7 +37,7 @@ def _opened(path: Path, *, read_only: bool = False, create: bool = False) -> Ite
     """Open a store; its unknown names become errors of one line."""
     if not create and not path.exists():
         raise FileNotFoundError(f"{path} holds no bank: name its folder, or make one: smn bank build.")
-    with DiskStore.open(path, read_only=read_only) as store:
+    with DiskStore(path, read_only=read_only) as store:
         try:
             yield store
         except KeyError as error:

@@ -45,10 +45,7 @@ def all_reduce(tensor: Tensor, reduction: Literal["sum", "max"] = "sum") -> Tens
 
 
 def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:
-    """Concatenate the tensors of all processes along `dim`, in the order of ranks and without gradient.
-
-    Shape and dtype must be the same on every process.
-    """
+    """Concatenate the processes' tensors, all of one shape and dtype, along `dim`, by rank and without gradient."""
     tensor = tensor.detach()
     if process_count() == 1:
         return tensor
@@ -59,9 +56,7 @@ def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:
 
 def read_flags(flags: Sequence[Tensor]) -> list[bool]:
     """Read several 0-dim bool tensors with one synchronisation."""
-    if not flags:
-        return []
-    answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     return answers
 
 
@@ -70,13 +65,9 @@ def read_flags(flags: Sequence[Tensor]) -> list[bool]:
 
 @torch.no_grad()
 def joined_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Compute mean and biased variance per channel over the batch of all processes.
+    """Compute mean and biased variance per channel, fp32 at least, and the number of values per channel.
 
-    Args:
-        x: This process's part, (batch, channels, …), any float dtype; the batch may differ between processes.
-
-    Returns:
-        Mean (channels,), biased variance (channels,), both fp32 at least, and the number of values per channel.
+    They are of the batch of all processes; `x` (batch, channels, …) is this one's part, whose size may differ.
     """
     wide = x if x.dtype == torch.float64 else x.float()
     variance, mean = torch.var_mean(wide, [d for d in range(x.ndim) if d != 1], correction=0)
@@ -130,10 +121,8 @@ def joined_batch_norm(
     """`F.batch_norm` in train mode by the statistics of all processes' batch; `nn.SyncBatchNorm` refuses CPU tensors.
 
     Every process must call this, and must run backward through it. The arguments are those of `F.batch_norm`; running
-    statistics are updated in place, the variance by the unbiased one.
-
-    Raises:
-        ValueError: If the joined batch has one value per channel only.
+    statistics are updated in place, the variance by the unbiased one. ValueError if the joined batch has one value per
+    channel only.
     """
     mean, var, count = joined_statistics(x)
     if count < 2:
@@ -160,22 +149,16 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
 
     Args:
         scores: Similarity of each embedding to each prototype, (batch, prototypes), any float dtype.
-        epsilon: Strength ε of the entropy term; the smaller, the harder the codes.
-        iterations: Number of times that columns and rows are normalised.
+        epsilon: Strength ε of the entropy term, above 0; the smaller, the harder the codes.
+        iterations: Number of times that columns and rows are normalised, at least 1.
 
     Returns:
         Codes (batch, prototypes) of this process's rows, fp32 also under autocast; each row sums to 1.
-
-    Raises:
-        ValueError: If `scores` is not a (batch, prototypes) matrix with entries, `epsilon` is not above 0, or
-            `iterations` is below 1.
     """
     if scores.ndim != 2 or scores.numel() == 0:
         raise ValueError(f"sinkhorn takes scores (batch, prototypes) with entries, got {tuple(scores.shape)}.")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be above 0, got {epsilon}: SwAV takes 0.05.")
-    if iterations < 1:
-        raise ValueError(f"iterations must be 1 or more, got {iterations}: without any the codes would not sum to 1.")
+    if not epsilon > 0 or iterations < 1:
+        raise ValueError(f"epsilon must be above 0 and iterations at least 1, got {epsilon} and {iterations}.")
     logits = scores.float() / epsilon  # fp32: the exponent of a bf16 score would be wrong by its rounding
     for _ in range(iterations):
         top = all_reduce(logits.amax(0, keepdim=True), "max")

@@ -69,19 +69,17 @@ def kernels_for(
     weight: Tensor, scores: Tensor | None = None, spec: MaskSpec = MaskSpec(), trainable: Tensor | None = None
 ) -> Any:
     """Return the module with the passes for these tensors: `triton_kernels` where they apply, else `torch_kernels`."""
-    if weight.is_cuda and _fits(weight, scores, spec, trainable) and (kernels := _triton_kernels()) is not None:
-        return kernels
-    return torch_kernels
+    fit = weight.is_cuda and _fits(weight, scores, spec, trainable)
+    return (_triton_kernels() if fit else None) or torch_kernels
 
 
 def _fits(weight: Tensor, scores: Tensor | None, spec: MaskSpec, trainable: Tensor | None) -> bool:
     """Whether Triton's kernels can walk through the tensors' memory from end to end."""
     if spec.mask_type != "threshold" or trainable is not None or not weight.numel() or not is_dense(weight):
         return False
-    if scores is not None and not have_one_order(weight, scores):
-        return False
     tensors = (weight,) if scores is None else (weight, scores)
-    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _NARROW for tensor in tensors)
+    plain = all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _NARROW for tensor in tensors)
+    return plain and have_one_order(weight, tensors[-1])
 
 
 def build(
@@ -95,11 +93,8 @@ def build(
 def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float = 1.0) -> None:
     """Write ``weight · mask · scale`` to `out`, reading and writing memory once; what is off is +0.
 
-    Args:
-        out: (N,), contiguous, of the weight's dtype and device; overwritten.
-        weight: (N,), contiguous.
-        packed: uint8 (⌈N/8⌉,) on the same device, in the order of `pack_bits`.
-        scale: Multiplier of the kept weights; the product is rounded once.
+    `out` and `weight` (N,) are contiguous and of one dtype, `packed` (⌈N/8⌉,) is as [`pack_bits`] makes it, all on one
+    device. The product is rounded once.
     """
     kernels_for(weight).write_masked(out, weight, packed, scale)
 
@@ -203,16 +198,8 @@ def masked_linear(
 ) -> Tensor:
     """Compute `F.linear` with the weight masked by its scores; `x`, `scores` and `bias` get gradients, `weight` none.
 
-    Args:
-        x: Input (…, in_features); the product is computed in its dtype.
-        weight: Frozen weight (out_features, in_features).
-        scores: Scores of the weight's shape, fp32, fp64 or, with a rounding optimizer, bf16.
-        bias: Bias (out_features,) or None.
-        spec: Mask type, threshold and scaling.
-        trainable: As in [`compute_mask`].
-
-    Returns:
-        Output (…, out_features).
+    (…, in_features) -> (…, out_features), computed in the dtype of `x`. Scores, of the weight's shape, are fp32, fp64
+    or, with a rounding optimizer, bf16. `trainable` is as in [`compute_mask`].
     """
     result: Tensor = _MaskedLinear.apply(x, weight, scores, bias, spec, trainable)
     return result
@@ -229,14 +216,8 @@ def masked_conv(
 ) -> Tensor:
     """Compute a convolution of 1 to 3 dimensions, plain or transposed, with the weight masked by its scores.
 
-    Args:
-        x: Input (batch, channels, …), already padded if the padding is not zeros.
-        weight: Frozen weight, as `torch.nn.functional.conv*d` or `conv_transpose*d` take it.
-        scores: This and the rest as in [`masked_linear`].
-        bias: Bias (out_channels,) or None.
-        geometry: Stride, padding, dilation, groups and so on.
-        spec: Mask type, threshold and scaling.
-        trainable: As in [`compute_mask`].
+    `x` is (batch, channels, …), already padded if the padding is not zeros; `weight` is as `F.conv*d` or
+    `F.conv_transpose*d` take it; the rest is as in [`masked_linear`].
     """
     result: Tensor = _MaskedConv.apply(x, weight, scores, bias, spec, trainable, geometry)
     return result

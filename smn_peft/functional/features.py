@@ -30,18 +30,10 @@ def require_finite_rows(features: Tensor, what: str) -> None:
 
 
 def whole_numbers(values: Any, where: str, what: str = "label") -> Tensor:
-    """Convert labels or indices to int64 without changing any: floats are taken only where every value is whole.
+    """Convert labels or indices, of any kind and shape, to int64 without changing any.
 
-    Args:
-        values: Tensor, NumPy array, number or sequence of numbers, of any shape.
-        where: What they belong to, for the message.
-        what: What one of them is.
-
-    Returns:
-        int64 of the same shape, on the same device.
-
-    Raises:
-        ValueError: If they are no numbers, or one is not whole (1 - 1e-9, NaN) or does not fit int64.
+    ValueError if they are no numbers, or one is not whole (1 - 1e-9, NaN) or does not fit int64; it names them by
+    `where` they belong and `what` one of them is.
     """
     try:
         if not isinstance(values, Tensor):
@@ -101,7 +93,11 @@ def knn_votes(
     Raises:
         ValueError: Shapes, labels, k, temperature or chunk that make no sense, or features that are not finite.
     """
-    classes = _check_knn(train_features, train_labels, features, k, temperature, num_classes, chunk)
+    if k < 1 or chunk < 1:
+        raise ValueError(f"k must be at least 1, got {k}, and chunk must be, got {chunk}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}; the paper's is 0.1.")
+    classes = _check_samples(train_features, train_labels, features, num_classes)
     device = train_features.device
     labels = whole_numbers(train_labels, "k-NN").to(device)
     parts = []
@@ -131,16 +127,8 @@ def _nearest(rows: Tensor, train: Tensor, k: int, chunk: int) -> tuple[Tensor, T
     return similarity, neighbours
 
 
-def _check_knn(
-    train: Tensor, labels: Tensor, features: Tensor, k: int, temperature: float, num_classes: int | None, chunk: int
-) -> int:
-    """Check the arguments; return the number of classes."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}; the paper's is 200, and all samples vote where k is larger.")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}; the paper's is 0.1.")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 row, got {chunk}; leave it out if memory suffices.")
+def _check_samples(train: Tensor, labels: Tensor, features: Tensor, num_classes: int | None) -> int:
+    """Return the number of classes."""
     if train.ndim != 2 or features.ndim != 2 or train.shape[1] != features.shape[1]:
         raise ValueError(
             f"Features must be (n, dim) with one dim for both; got {tuple(train.shape)} to learn from and "
@@ -188,11 +176,8 @@ class Whitening:
     def __call__(self, features: Tensor, *, unit_variance: bool = False, chunk: int = 8192) -> Tensor:
         """Project features (n, dim) of any float dtype to fp32 (n, out), computing in fp64.
 
-        Args:
-            features: Of the dim that it was fitted on, else ValueError.
-            unit_variance: Multiply by sqrt(samples − 1), which gives the features of the fit variance 1 and is
-                scikit-learn's ``PCA(whiten=True)``. Without it their columns have length 1, as in the paper.
-            chunk: Rows at a time: bounds the memory.
+        With `unit_variance` they are multiplied by sqrt(samples − 1), as by scikit-learn's ``PCA(whiten=True)``;
+        without it the columns of the fit's features have length 1, as in the paper. `chunk` rows are held at a time.
         """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(
@@ -214,13 +199,10 @@ def fit_whitening(features: Tensor, components: int | None = None, *, chunk: int
     singular value is at most 1e-6 of the largest are dropped: they hold nothing but rounding.
 
     Args:
-        features: (n, dim), n ≥ 2.
+        features: (n, dim), n ≥ 2, finite and not all the same, else ValueError.
         components: Number of components to keep, the largest first; None keeps all. Where the features have fewer, so
             many are kept, and a warning says so.
         chunk: Rows at a time: bounds the memory.
-
-    Raises:
-        ValueError: Fewer than two rows, rows that are all the same, values that are not finite, or `components` < 1.
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"Whitening is fitted on two or more features (n, dim); got {tuple(features.shape)}.")

@@ -63,12 +63,8 @@ def topk_mask(scores: Tensor, density: float, absolute: bool = False) -> Tensor:
     """Return the mask of the highest scores of one tensor (Ramanujan et al. 2020; the paper's topk baseline).
 
     Exactly ``round(density · N)`` entries are on; among equal scores at the border, the first in C order win, so that
-    the answer does not depend on the device. ValueError if `density` is not in [0, 1].
-
-    Args:
-        scores: Scores of any shape and float dtype.
-        density: Fraction of entries that are on.
-        absolute: Rank by ``|S|`` (Ramanujan et al.) and not by ``S`` (the authors' code).
+    the answer does not depend on the device. Ranked by ``S`` (the authors' code) or, if `absolute`, by ``|S|``
+    (Ramanujan et al.). ValueError if `density` is not in [0, 1].
     """
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density must lie in [0, 1], got {density}.")
@@ -100,11 +96,8 @@ MASK_TYPES: dict[str, Callable[[Tensor, MaskSpec], Tensor]] = {
 def compute_mask(scores: Tensor, spec: MaskSpec, trainable: Tensor | None = None) -> Tensor:
     """Return the bool mask of a tensor of scores.
 
-    Args:
-        scores: Scores of any shape and float dtype.
-        spec: Mask type and its parameters.
-        trainable: Bool tensor of the scores' shape, True where the weight takes part; the others are always on and
-            are not ranked. ``None``: all take part.
+    `trainable` is a bool tensor of the scores' shape, True where the weight takes part; the others are always on and
+    are not ranked. ``None``: all take part.
     """
     make = MASK_TYPES[spec.mask_type]
     if trainable is None:
@@ -137,10 +130,7 @@ def scale_of(active: Tensor, total: int, dtype: torch.dtype = torch.float32) -> 
 def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor:
     """Compute ``θ · M / σ`` (Eq. 1) without gradient, in the weight's dtype; a full mask gives θ, an empty one zeros.
 
-    Args:
-        weight: Frozen weight θ, any shape and float dtype.
-        mask: Bool mask of the same shape.
-        scale: Divide by σ.
+    `mask` is bool and of the weight's shape; without `scale` it is ``θ · M``.
     """
     weight = weight.detach()
     kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))

@@ -22,17 +22,11 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Stash(NamedTuple):
-    """What restores a merged weight.
+    """What restores a merged weight."""
 
-    Attributes:
-        scale: 1/σ that was multiplied in, 0-dim.
-        where: Packed bits, one per weight: on where division alone does not restore the value.
-        values: The frozen weight's values there, in C order.
-    """
-
-    scale: Tensor
-    where: Tensor
-    values: Tensor
+    scale: Tensor  # 1/σ that was multiplied in, 0-dim
+    where: Tensor  # packed bits, one per weight: on where division alone does not restore the value
+    values: Tensor  # the frozen weight's values there, in C order
 
 
 def _divided(merged: Tensor, scale: Tensor) -> Tensor:

@@ -25,11 +25,7 @@ def packed_size(numel: int) -> int:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool mask of any shape into a uint8 tensor of ⌈N/8⌉ bytes on the same device.
-
-    Raises:
-        TypeError: If `mask` is not bool.
-    """
+    """Pack a bool mask of any shape into a uint8 tensor of ⌈N/8⌉ bytes on the same device; TypeError if not bool."""
     if mask.dtype != torch.bool:
         raise TypeError(f"pack_bits takes a bool mask, got {mask.dtype}; compare the scores with the threshold first.")
     flat = mask.detach().reshape(-1)
@@ -41,18 +37,13 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack ⌈N/8⌉ bytes (uint8, one dimension) into a bool mask of the given shape on the same device.
-
-    Raises:
-        ValueError: If the number of bytes does not fit the shape.
-        TypeError: If `packed` is not uint8.
-    """
+    """Unpack ⌈N/8⌉ bytes into a bool mask of a given shape; TypeError if not uint8, ValueError if they do not fit."""
     if packed.dtype != torch.uint8:
         raise TypeError(f"A packed mask is uint8, got {packed.dtype}.")
     numel = prod(shape)
-    if packed.dim() != 1 or packed.numel() != packed_size(numel):
+    if packed.shape != (packed_size(numel),):
         raise ValueError(
-            f"A packed mask of shape {tuple(shape)} takes {packed_size(numel)} bytes, got {tuple(packed.shape)}."
+            f"A packed mask of {numel} weights has {packed_size(numel)} bytes, got {tuple(packed.shape)}."
         )
     if packed.device.type == "cpu" and not torch.compiler.is_compiling():
         unpacked = np.unpackbits(packed.detach().numpy(), count=numel)

@@ -29,15 +29,10 @@ _keep_above_out = torch.ops.aten.threshold_backward.grad_input
 
 
 class Found(NamedTuple):
-    """What the forward found of a mask: Python numbers on the CPU, 0-dim tensors where reading waits for a device.
+    """What the forward found of a mask: Python numbers on the CPU, 0-dim tensors where reading waits for a device."""
 
-    Attributes:
-        active: Number of active weights.
-        scale: 1/σ; 1.0 without scaling.
-    """
-
-    active: float | Tensor
-    scale: float | Tensor
+    active: float | Tensor  # number of active weights
+    scale: float | Tensor  # 1/σ; 1.0 without scaling
 
 
 def build(
@@ -45,12 +40,7 @@ def build(
 ) -> tuple[Tensor, Found]:
     """Compute the effective weight, bit for bit that of [`effective_weight`], and what backward needs of the mask.
 
-    Args:
-        weight: Frozen weight θ, any shape and float dtype.
-        scores: Scores of the weight's shape, any float dtype.
-        spec: Mask type, threshold and scaling.
-        trainable: As in [`compute_mask`].
-        dtype: Of the result.
+    `dtype` is the result's; weight and scores are of any float dtype; `trainable` is as in [`compute_mask`].
     """
     if _in_memory(weight, scores):
         kept = _indicator(weight, scores, spec, trainable)
@@ -70,10 +60,7 @@ def build(
 def rebuild(
     weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None, found: Found, dtype: torch.dtype
 ) -> tuple[Tensor, float]:
-    """Compute the effective weight again, for backward, up to a factor that is returned beside it.
-
-    The arguments are those of [`build`], `found` is what it returned.
-    """
+    """Compute the effective weight of [`build`] again, for backward, up to a factor that is returned beside it."""
     if spec.mask_type == "threshold" and trainable is None and weight.dtype == scores.dtype:
         kept = _keep_above(weight, scores, spec.threshold)
     elif _in_memory(weight, scores):
@@ -87,9 +74,7 @@ def rebuild(
 
 def _in_memory(weight: Tensor, scores: Tensor) -> bool:
     """Whether the tensors lie in the CPU's memory and are what they seem, not a tracer's stand-ins."""
-    return (
-        weight.is_cpu and scores.is_cpu and all(type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, scores))
-    )
+    return all(tensor.is_cpu and type(tensor) in (Tensor, nn.Parameter) for tensor in (weight, scores))
 
 
 def _indicator(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: Tensor | None) -> Tensor:
@@ -135,14 +120,7 @@ def score_gradient(
     """Compute ``dL/dS = s·θ·g − Σ g·θ̂ / (2·active)`` from ``g = dL/dθ̂``, in the memory of `grad` where dtypes allow.
 
     The second term is that of [`masked_weight`], since ``s²/N`` is ``1/active``; an empty mask has none: θ̂ is zero.
-
-    Args:
-        grad: g, of the weight's shape.
-        weight: Frozen weight θ.
-        trainable: As in [`build`].
-        found: By [`build`].
-        total: ``Σ g·θ̂`` by [`inner`]; None where σ has no gradient.
-        dtype: Of the scores and the result.
+    `total` is ``Σ g·θ̂`` by [`inner`], None where σ has no gradient; `dtype` is that of the scores and the result.
     """
     # bf16 is rounded once, at the end.
     wide = torch.float32 if dtype == torch.bfloat16 else dtype
@@ -201,9 +179,7 @@ def _write(out: Any, weight: Any, packed: Any, scale: Any) -> None:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor is contiguous, or an image in channels_last."""
-    if tensor.is_contiguous():
-        return True
-    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def have_one_order(first: Tensor, second: Tensor) -> bool:

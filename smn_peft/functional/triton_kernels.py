@@ -26,15 +26,10 @@ _PARTS = 512  # partial sums at most
 
 
 class Found(NamedTuple):
-    """What the forward found of a mask.
+    """What the forward found of a mask."""
 
-    Attributes:
-        active: int32 (≤ 512,), partial sums of the number of active weights.
-        threshold: μ, in the scores' dtype.
-    """
-
-    active: Tensor
-    threshold: float
+    active: Tensor  # int32 (≤ 512,), partial sums of the number of active weights
+    threshold: float  # μ, in the scores' dtype
     scale: bool
 
 

@@ -33,7 +33,9 @@ def locate_adapter(name: str, revision: str | None = None, subfolder: str | None
     path = Path(name) / subfolder if subfolder else Path(name)
     if path.exists():
         return path
-    if revision is None and (path.suffix or name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if revision is None and (
+        path.suffix == ".safetensors" or name.count("/") != 1 or name.startswith((".", "/", "~"))
+    ):
         raise FileNotFoundError(f"{path} does not exist, and is no user/name on the Hub.")
     try:
         for file in (CONFIG_NAME, WEIGHTS_NAME):

@@ -94,14 +94,7 @@ def check_saved(model: nn.Module, names: Sequence[str] | None) -> None:
 
 def check_targets(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse targets that have no masked form: norms, unsupported types, tied, sharded or offloaded weights."""
-    # A module that stands in several places is wrapped in all of them only where the place is one: its parent's.
-    names_of: dict[int, set[str]] = defaultdict(set)
-    owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
-    for path, module in model.named_modules(remove_duplicate=False):
-        for attribute, part in (*module._parameters.items(), *module._modules.items()):
-            owners[id(part)].add((id(module), attribute))
-        for attribute, parameter in module._parameters.items():
-            names_of[id(parameter)].add(f"{path}.{attribute}")
+    tied = tied_parameters(model)
     for name in names:
         module = model.get_submodule(name)
         if isinstance(module, MaskLayer):
@@ -110,15 +103,35 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
         for slot in form(module).present_slots if form is not None and problem is None else ():
             if problem := problem or _tensor_problem(module, slot.path):
                 break
-            weight = module.get_parameter(slot.path)
-            if len(owners[id(weight)]) > 1 or len(owners[id(module)]) > 1:
-                tied = ", ".join(sorted(names_of[id(weight)]))
+            if same := tied.get(f"{name}.{slot.path}"):
                 problem = (
-                    f"is tied: {tied} are one tensor, and a mask on one would untie or change the other in silence. "
-                    "Leave it out with exclude_modules, or untie the weights first."
+                    f"is tied: {', '.join(same)} are one tensor, and a mask on one would untie or change the other in "
+                    "silence. Leave it out with exclude_modules, or untie the weights first."
                 )
         if problem is not None:
             raise ValueError(f"Target {name!r} {problem}")
+
+
+def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter that two modules hold, or one that stands in two places, by each of them.
+
+    A module that stands in several places because its parent does has one place, its parent's.
+    """
+    owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    names: dict[int, list[str]] = defaultdict(list)
+    modules = list(model.named_modules(remove_duplicate=False))
+    for path, module in modules:
+        for attribute, part in (*module._parameters.items(), *module._modules.items()):
+            owners[id(part)].add((id(module), attribute))
+        for attribute, parameter in module._parameters.items():
+            names[id(parameter)].append(f"{path}.{attribute}".removeprefix("."))
+    return {
+        name: sorted(names[id(parameter)])
+        for _, module in modules
+        for parameter in module._parameters.values()
+        if parameter is not None and max(len(owners[id(parameter)]), len(owners[id(module)])) > 1
+        for name in names[id(parameter)]
+    }
 
 
 def _is_offloaded(module: nn.Module) -> bool:

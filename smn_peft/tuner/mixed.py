@@ -19,7 +19,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MixedWeight", "in_rows", "mixed_batch", "name_in_force", "rows_in_force", "running"]
+__all__ = [
+    "MixedWeight",
+    "in_rows",
+    "join_rows",
+    "mixed_batch",
+    "name_in_force",
+    "rows_in_force",
+    "running",
+    "take_rows",
+]
 
 _ALTERNATIVES = "Use MaskBank.forward, or run one batch per adapter."
 
@@ -126,11 +135,11 @@ def _run_groups(model: nn.Module, args: Any, kwargs: dict[str, Any] | None = Non
     for name, positions in others:
         token = _current.set(_Mixed(name=name))
         try:
-            parts.append((positions, model(*_take(args, positions, count), **_take(kwargs, positions, count))))
+            parts.append((positions, model(*take_rows(args, positions, count), **take_rows(kwargs, positions, count))))
         finally:
             _current.reset(token)
     _current.set(_Mixed(name=last, groups=_Groups(mixed, parts, rest)))
-    return _take(args, rest, count), _take(kwargs, rest, count)
+    return take_rows(args, rest, count), take_rows(kwargs, rest, count)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -142,7 +151,7 @@ def _join_groups(model: nn.Module, args: Any, output: Any) -> Any:
     if not mixed.groups.parts:
         return output
     positions, outputs = zip(*mixed.groups.parts, (mixed.groups.rest, output), strict=True)
-    return _join(outputs, positions)
+    return join_rows(outputs, positions)
 
 
 def _positions(names: Sequence[str]) -> dict[str, list[int]]:
@@ -152,7 +161,7 @@ def _positions(names: Sequence[str]) -> dict[str, list[int]]:
     return groups
 
 
-def _take(inputs: Any, positions: list[int], count: int) -> Any:
+def take_rows(inputs: Any, positions: list[int], count: int) -> Any:
     """Select the samples at some positions from all tensors and lists that have a row for each sample."""
 
     def cut(value: Any) -> Any:
@@ -160,20 +169,26 @@ def _take(inputs: Any, positions: list[int], count: int) -> Any:
             return value[positions]
         if isinstance(value, list) and len(value) == count:
             return [value[position] for position in positions]
-        return _take(value, positions, count) if isinstance(value, (tuple, dict)) else value
+        return take_rows(value, positions, count) if isinstance(value, (tuple, dict)) else value
 
     if isinstance(inputs, dict):
         return {key: cut(value) for key, value in inputs.items()}
     return tuple(cut(value) for value in inputs)
 
 
-def _join(outputs: Sequence[Any], positions: Sequence[list[int]]) -> Any:
-    """Rows of several outputs in the order of the batch; what has no row for each sample must be the same for all."""
+def join_rows(outputs: Sequence[Any], positions: Sequence[list[int]], *, ragged: bool = False) -> Any:
+    """Rows of several outputs in the order of the batch; what has no row for each sample must be the same for all.
+
+    If `ragged`, rows of different shapes are returned as a list.
+    """
     first, sizes = outputs[0], [len(group) for group in positions]
     if isinstance(first, Tensor):
         if [len(tensor) if tensor.dim() else -1 for tensor in outputs] == sizes:
             if len({tensor.shape[1:] for tensor in outputs}) == 1:
                 return torch.cat(list(outputs))[_order(positions).to(first.device)]
+            if ragged:
+                together = [row for tensor in outputs for row in tensor]
+                return [together[index] for index in _order(positions).tolist()]
         elif all(tensor.shape == first.shape and torch.equal(tensor, first) for tensor in outputs):
             return first
         kind = f"tensors of shapes {', '.join(str(tuple(tensor.shape)) for tensor in outputs)}"
@@ -181,10 +196,10 @@ def _join(outputs: Sequence[Any], positions: Sequence[list[int]]) -> Any:
         together = [sample for output in outputs for sample in output]  # what a detector found in each image
         return [together[index] for index in _order(positions).tolist()]
     elif isinstance(first, Mapping):
-        parts = {key: _join([output[key] for output in outputs], positions) for key in first}
+        parts = {key: join_rows([output[key] for output in outputs], positions, ragged=ragged) for key in first}
         return type(first)(**parts) if all(isinstance(key, str) for key in parts) else parts
     elif isinstance(first, (tuple, list)):
-        items = [_join(items, positions) for items in zip(*outputs, strict=True)]
+        items = [join_rows(items, positions, ragged=ragged) for items in zip(*outputs, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
     elif first is None or (isinstance(first, (str, int, float)) and all(output == first for output in outputs)):
         return first
@@ -192,7 +207,7 @@ def _join(outputs: Sequence[Any], positions: Sequence[list[int]]) -> Any:
         kind = f"a {type(first).__name__}"
     raise ValueError(
         f"The model returned {kind} for a batch under several adapters, which has no row for each sample: leave out "
-        f"labels, or whatever asks for it. {_ALTERNATIVES}"
+        "labels, or whatever asks for it, or run one batch per adapter."
     )
 
 

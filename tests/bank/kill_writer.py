@@ -99,7 +99,7 @@ def write_for_ever(path: Path, state: State, seed: int, pipe: int, lines: int | 
             os.kill(os.getpid(), signal.SIGKILL)
         return count
 
-    store = DiskStore.open(path)
+    store = DiskStore(path)
     if lines is not None:
         sys.settrace(count)
     while True:
@@ -118,7 +118,7 @@ def write_for_ever(path: Path, state: State, seed: int, pipe: int, lines: int | 
 
 def read_for_ever(path: Path, pipe: int, stop: int) -> None:
     """Read tasks at random until told to stop; report reads and errors."""
-    store, reads, errors, generator = DiskStore.open(path), 0, 0, random.Random(0)
+    store, reads, errors, generator = DiskStore(path), 0, 0, random.Random(0)
     while not select.select([stop], [], [], 0)[0]:
         try:
             number_of(store.read(generator.choice(_NAMES)))
@@ -178,7 +178,7 @@ def look(path: Path, state: State, doing: list[Any] | None, outcome: Outcome) ->
     """Compare the store with what it must hold."""
     expected = [state] if doing is None else [state, apply(state, doing)]
     outcome.logs += Path(f"{path / FILE_NAME}-wal").exists()
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         found: State = {}
         for name in store.names():
             try:
@@ -196,7 +196,7 @@ def run(path: Path, kills: int, seed: int = 0) -> Outcome:
     """Kill writers of a store in an empty folder."""
     outcome, generator = Outcome(), random.Random(seed)
     limit, database._MAX_LOG = database._MAX_LOG, 100_000  # checkpoints too are killed
-    DiskStore.open(path).close()
+    DiskStore(path).close()
     (results, report), (stopped, stop) = os.pipe(), os.pipe()
     reader = fork(read_for_ever, path, report, stopped)
     state: State = {}

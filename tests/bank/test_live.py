@@ -15,7 +15,7 @@ from torch import nn
 from smn_peft import MaskConfig
 from smn_peft.bank.live import LiveModel, LiveTensor
 from smn_peft.bank.reading import task_from_tensors
-from smn_peft.bank.task import SPARSE_BELOW, TaskMask
+from smn_peft.bank.task import SPARSE_BELOW, BankStats, TaskMask
 from smn_peft.functional.effective import write_masked
 from smn_peft.functional.packing import pack_bits
 from tests.bank.tiny import IMAGES, adapter, build, state_of
@@ -25,7 +25,7 @@ from tests.bank.tiny import IMAGES, adapter, build, state_of
 def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_norm):
     base = build(name)
     before, addresses = state_of(base), {k: p.data_ptr() for k, p in base.named_parameters()}
-    live = LiveModel(base)
+    live = LiveModel(base, BankStats())
     made = [adapter(name, density, i, batch_norm=batch_norm) for i, density in enumerate((0.999, 0.6, 0.99))]
     tasks = [task_from_tensors(f"t{i}", tensors, live) for i, (tensors, _) in enumerate(made)]
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_nor
 
 def test_a_switch_that_fails_leaves_the_base(monkeypatch):
     base = build("vit")
-    before, live = state_of(base), LiveModel(base)
+    before, live = state_of(base), LiveModel(base, BankStats())
     tasks = [task_from_tensors(str(d), adapter("vit", d, 1)[0], live)
              for d in (0.995, 0.5)]  # fmt: skip
     live.switch(tasks[0])
@@ -58,11 +58,11 @@ def test_a_switch_that_fails_leaves_the_base(monkeypatch):
         return write_masked(*args)
 
     monkeypatch.setattr("smn_peft.bank.live.write_masked", fail)
-    generation = live.generation
+    switches = live.stats.switches
     with pytest.raises(torch.OutOfMemoryError):
         live.switch(tasks[1])
     assert live.current is None
-    assert live.generation > generation
+    assert live.stats.switches > switches
     assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
 
 
@@ -70,7 +70,7 @@ def test_a_head_of_other_classes_and_back():
     base = build("vit", num_classes=7)
     missing = base.load_state_dict({k: v for k, v in build("vit").state_dict().items() if "head" not in k}, False)
     assert {key.partition(".")[0] for key in missing.missing_keys} == {"head"}
-    live = LiveModel(base)
+    live = LiveModel(base, BankStats())
     tensors, model = adapter("vit", 0.99, 3)
     task = task_from_tensors("four", tensors, live)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_a_mask_that_removes_nothing_gives_the_base_where_weights_are_written_wh
 
 def test_compiled_graph_stays_valid():
     base = build("vit")
-    live = LiveModel(base)
+    live = LiveModel(base, BankStats())
     made = [adapter("vit", density, i) for i, density in enumerate((0.999, 0.7, 0.99))]
     tasks = [task_from_tensors(str(i), t, live) for i, (t, _) in enumerate(made)]
     live.switch(tasks[0])
@@ -121,8 +121,8 @@ def test_compiled_graph_stays_valid():
 
 def test_a_wrapped_model_is_refused():
     with pytest.raises(ValueError, match=r"plain base model.*unload"):
-        LiveModel(get_peft_model(build("vit"), MaskConfig()))
-    assert isinstance(LiveModel(copy.deepcopy(build("vit"))), LiveModel)
+        LiveModel(get_peft_model(build("vit"), MaskConfig()), BankStats())
+    assert isinstance(LiveModel(copy.deepcopy(build("vit")), BankStats()), LiveModel)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_models_that_use_a_weight_without_its_layer(architecture, options):
 
     base, generator = made(), torch.Generator().manual_seed(1)
     images = torch.randn(2, 3, *base.patch_embed.img_size, generator=generator).double()
-    live = LiveModel(base)
+    live = LiveModel(base, BankStats())
     for density in (0.98, 0.6):
         masked = get_peft_model(made(), MaskConfig(target_modules="all-linear")).eval()
         with torch.no_grad():
@@ -164,4 +164,4 @@ def test_models_that_use_a_weight_without_its_layer(architecture, options):
 def test_layers_that_are_called_keep_their_scale_outside(name):
     base = build(name)
     linears = {f"{key}.weight" for key, module in base.named_modules() if type(module) is nn.Linear}
-    assert LiveModel(base).scalable == linears
+    assert LiveModel(base, BankStats()).scalable == linears

@@ -68,7 +68,7 @@ CHANGES = {
         brought("conv1.weight", torch.zeros(64, 3, 7, 7)),
         "masks conv1.weight",
     ),
-    "negative variance": ("adapt", filled(NORM, -1.0), "running_var is negative"),
+    "negative variance": ("adapt", filled(NORM, -1.0), "negative layer1.*running_var"),
     "infinite variance": ("adapt", filled(NORM, float("inf")), "not finite"),
     "NaN mean": ("adapt", filled(NORM.replace("var", "mean"), float("nan")), "not finite"),
     "no variance": ("adapt", without(NORM), "lacks layer1.0.bn1.running_var.*batch_norm='adapt'"),
@@ -76,11 +76,11 @@ CHANGES = {
     "no head": ("vit", without("head.weight", "head.bias"), "lacks head.bias.*modules_to_save"),
     "no bias of the head": ("adapt", without("fc.bias"), "lacks fc.bias.*modules_to_save"),
     "NaN head": ("vit", filled("head.weight", float("nan")), "not finite"),
-    "whole numbers for a head": ("vit", brought("head.bias", torch.zeros(4, dtype=torch.int64)), "is torch.int64"),
+    "whole numbers for a head": ("vit", brought("head.bias", torch.zeros(4, dtype=torch.int64)), "in torch.int64"),
     "tracked batches as a float": (
         "adapt",
         brought("bn1.smn_num_batches_tracked", torch.tensor(0.5)),
-        "is torch.float32",
+        "in torch.float32",
     ),
     "an unknown part": ("vit", brought("blocks.0.mlp.fc1.smn_other", torch.zeros(3)), "which no masked layer takes"),
     "statistics of a layer that has none": ("vit", brought("norm.smn_running_mean", torch.zeros(32)), "no place"),
@@ -151,10 +151,10 @@ def test_what_somebody_wrote_stays_and_the_rest_is_put_back(saved):
 
 
 NAMES = {
-    ".": "names a folder",
-    "..": "names a folder",
-    "": "must not be empty",
-    "x" * (1 << 20): r"at most 200 characters; 'x{20}'… has 1048576",
+    ".": "or a folder",
+    "..": "or a folder",
+    "": "1 to 200 characters",
+    "x" * (1 << 20): r"1 to 200 characters; 'x{20}'… has 1048576",
     "a\nb": "control characters",
     "a\x1b[2J": "control characters",
     "a\u2028b": "control characters",
@@ -326,7 +326,7 @@ class Parsed:
         pass
 
 
-@pytest.mark.parametrize(("density", "labels"), [(0.99, 100), (0.9, 0), (0.5, 0)])
+@pytest.mark.parametrize(("density", "labels"), [(0.99, 100), (0.5, 0)])
 def test_the_budget_counts_what_tasks_take(density, labels, tmp_path):
     def make():
         torch.manual_seed(0)

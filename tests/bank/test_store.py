@@ -30,7 +30,7 @@ from tests.bank.stores import PREFIX, adapter, assert_is, number_of
 
 @pytest.fixture
 def store(tmp_path):
-    with DiskStore.open(tmp_path / "bank") as store:
+    with DiskStore(tmp_path / "bank") as store:
         yield store
 
 
@@ -42,7 +42,7 @@ def test_what_goes_in_comes_out_and_another_process_sees_it(store):
     assert "task 1" in store
     assert "task" not in store
     assert 1 not in store
-    with DiskStore.open(store.path, read_only=True) as other:
+    with DiskStore(store.path, read_only=True) as other:
         for number in range(3):
             assert_is(other.read(f"task {number}"), adapter(number))
     store.close()
@@ -124,7 +124,7 @@ def test_a_row_is_an_ordinary_safetensors_file(store):
 def test_tensors_stay_whatever_happens(store):
     store.add("a", adapter(0, head=30_000))
     held = store.read("a")
-    with DiskStore.open(store.path) as other:
+    with DiskStore(store.path) as other:
         other.read("a").tensors[f"{PREFIX}head.weight"].zero_()
     assert number_of(store.read("a")) == 0
     store.add("b", adapter(1))
@@ -144,7 +144,7 @@ def test_removed_room_is_filled_or_given_back(store):
     store.add("t0", adapter(0, head=3000))
     assert store.summary().free < before.free
     store.remove("t0")
-    with DiskStore.open(store.path) as reader:
+    with DiskStore(store.path) as reader:
         assert reader.names() == store.names()
         first, after = store.compact()
         assert all(number_of(reader.read(f"t{number}")) == number for number in range(1, 24, 2))
@@ -162,7 +162,7 @@ def test_a_copy_is_the_bank_as_it_was_when_it_was_asked_for(store, tmp_path):
     )
     with pytest.raises(FileExistsError, match="name another file"):
         store.copy(tmp_path / "x.sqlite")
-    with DiskStore.open(tmp_path / "x.sqlite", read_only=True, immutable=True) as copy:
+    with DiskStore(tmp_path / "x.sqlite", read_only=True, immutable=True) as copy:
         assert copy.names() == ["b"]
         assert number_of(copy.read("b")) == 1
         assert copy.path.stat().st_size < 30_000
@@ -186,29 +186,29 @@ def test_info(store):
     assert moment.tzinfo is not None
     assert before <= moment.timestamp() <= time.time()
     store.close()
-    with DiskStore.open(store.path) as store:
+    with DiskStore(store.path) as store:
         assert store.summary().bytes == store.path.stat().st_size
         assert (store.summary().tasks, store.summary().version) == (1, 1)
 
 
 def test_opening(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no bank.*smn bank build"):
-        DiskStore.open(tmp_path / "none", read_only=True)
+        DiskStore(tmp_path / "none", read_only=True)
     assert not (tmp_path / "none").exists()
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"is no bank and holds other files \(file\)"):
-        DiskStore.open(tmp_path)
-    with DiskStore.open(tmp_path / "deep" / "bank") as store:
+        DiskStore(tmp_path)
+    with DiskStore(tmp_path / "deep" / "bank") as store:
         store.add("a", adapter(0))
     with pytest.raises(ValueError, match="is closed"):
         store.read("a")
-    with DiskStore.open(tmp_path / "deep" / "bank" / "bank.sqlite") as store:
+    with DiskStore(tmp_path / "deep" / "bank" / "bank.sqlite") as store:
         assert store.names() == ["a"]
-    with DiskStore.open(tmp_path / "mine.sqlite") as store:  # a file may lie among others
+    with DiskStore(tmp_path / "mine.sqlite") as store:  # a file may lie among others
         store.add("b", adapter(1))
-    with DiskStore.open(tmp_path / "mine.sqlite", read_only=True) as store:
+    with DiskStore(tmp_path / "mine.sqlite", read_only=True) as store:
         assert store.names() == ["b"]
-    with DiskStore.open(tmp_path / "deep" / "bank", read_only=True) as store:
+    with DiskStore(tmp_path / "deep" / "bank", read_only=True) as store:
         assert number_of(store.read("a")) == 0
         with pytest.raises(PermissionError, match="read-only"):
             store.remove("a")
@@ -222,7 +222,7 @@ def test_a_store_on_a_disk_that_cannot_be_written(store, monkeypatch):
     store.add("a", adapter(0))
     store.close()
     monkeypatch.setattr(os, "access", unwritable)
-    with DiskStore.open(store.path) as reader:
+    with DiskStore(store.path) as reader:
         assert number_of(reader.read("a")) == 0
         assert os.listdir(store.path.parent) == ["bank.sqlite"]
         for pragma in ("user_version = 2", "query_only = OFF"):
@@ -236,7 +236,7 @@ def test_a_store_on_a_disk_that_cannot_be_written(store, monkeypatch):
 def test_a_store_in_another_users_folder(store, tmp_path):
     """Left in write-ahead mode, as by a reader that was open: without files beside it, it cannot be read as usual."""
     store.add("a", adapter(0))
-    with DiskStore.open(store.path, read_only=True) as reader:
+    with DiskStore(store.path, read_only=True) as reader:
         reader.names()
         store.close()
     assert store.path.read_bytes()[18:20] == b"\2\2"
@@ -247,7 +247,7 @@ def test_a_store_in_another_users_folder(store, tmp_path):
 
     def work():
         os.setuid(65534)
-        with DiskStore.open(store.path) as mine:
+        with DiskStore(store.path) as mine:
             assert number_of(mine.read("a")) == 0
             with pytest.raises(PermissionError, match="check the permissions"):
                 mine.remove("a")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -28,7 +29,7 @@ EXPECTED = (AdapterFileError, ValueError, OSError, StoreBusyError, KeyError)
 
 
 def build(path: Path, count: int) -> Path:
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         store.add_many((f"t{number}", adapter(number)) for number in range(count))
     return path
 
@@ -63,13 +64,13 @@ def blob_of(path: Path, name: str) -> bytes:
 
 
 def test_one_damaged_task_among_many(tmp_path):
-    with DiskStore.open(build(tmp_path / "few", 20)) as few, DiskStore.open(tmp_path / "bank") as store:
+    with DiskStore(build(tmp_path / "few", 20)) as few, DiskStore(tmp_path / "bank") as store:
         coded = [few.read(f"t{number}") for number in range(20)]
         tasks = [(f"t{number}", coded[number % 20]) for number in range(400)]
         store.add_many([*tasks[:217], ("t217", adapter(217)), *tasks[218:]])
     path = store.path
     flip(path, blob_of(path, "t217")[-40:])
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         for _ in range(2):
             with pytest.raises(AdapterFileError, match=rf"Task 't217' in {path} is damaged: .*checksum"):
                 store.read("t217")
@@ -131,7 +132,7 @@ def test_a_hostile_row(copy, column, value):
             text = json.dumps({**json.loads(text), "checksum": zlib.crc32(blob, zlib.crc32(config))})
             connection.execute("UPDATE task SET facts = ? WHERE name = 't3'", (text,))
     before = time.monotonic()
-    with DiskStore.open(copy) as store:
+    with DiskStore(copy) as store:
         with pytest.raises(ValueError, match=r"t3' in .* is damaged|format version 77") as caught:
             store.read("t3")
         assert "its checksum is" not in str(caught.value) or value == facts(checksum=7)
@@ -145,10 +146,10 @@ def test_a_hostile_row(copy, column, value):
 
 
 def test_facts_that_do_not_fit_are_found(copy):
-    with DiskStore.open(copy) as store:
+    with DiskStore(copy) as store:
         weights = store.info("t3").weights
     edit(copy, "UPDATE task SET facts = replace(facts, ?, '99') WHERE name = 't3'", str(weights))
-    with DiskStore.open(copy) as store:
+    with DiskStore(copy) as store:
         assert store.info("t3").weights == 99
         assert [check.name for check in store.verify() if check.error] == ["t3"]
 
@@ -160,7 +161,7 @@ def test_a_large_row_takes_no_more_memory_than_it_has(tmp_path, five):
     edit(path, "UPDATE task SET blob = zeroblob(60000000) WHERE name = 't4'")
 
     def work() -> None:
-        with DiskStore.open(path) as store:
+        with DiskStore(path) as store:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             with pytest.raises(AdapterFileError, match=r"Task 't3' in .* too large"):
                 store.read("t3")
@@ -177,7 +178,7 @@ def test_a_large_row_takes_no_more_memory_than_it_has(tmp_path, five):
 def test_a_row_whose_name_is_not_allowed(copy, name):
     kind = "CAST(? AS TEXT)" if isinstance(name, bytes) else "?"
     edit(copy, f"UPDATE task SET name = {kind} WHERE id = 2", name)
-    with DiskStore.open(copy) as store:
+    with DiskStore(copy) as store:
         for call in (store.names, store.infos):
             with pytest.raises(AdapterFileError, match="a task whose name is not allowed"):
                 call()
@@ -203,7 +204,7 @@ def test_a_row_whose_name_is_not_allowed(copy, name):
 )
 def test_values_of_other_kinds_are_errors_that_are_foreseen(copy, statement):
     edit(copy, statement)
-    with suppress(*EXPECTED), DiskStore.open(copy) as store:
+    with suppress(*EXPECTED), DiskStore(copy) as store:
         for work in (
             store.names,
             store.infos,
@@ -233,23 +234,23 @@ def test_values_of_other_kinds_are_errors_that_are_foreseen(copy, statement):
 def test_tables_that_are_not_a_banks(copy, statement):
     edit(copy, statement)
     with pytest.raises(AdapterFileError, match="does not hold a bank's table"):
-        DiskStore.open(copy)
+        DiskStore(copy)
 
 
 def test_other_files_and_other_versions(copy):
     for version in (2, 0):
         edit(copy, f"PRAGMA user_version = {version}")
         with pytest.raises(ValueError, match=rf"has version {version}; .*pip install -U smn_peft"):
-            DiskStore.open(copy)
+            DiskStore(copy)
     edit(copy, "PRAGMA application_id = 7")
     with pytest.raises(ValueError, match="is a database and no bank"):
-        DiskStore.open(copy)
+        DiskStore(copy)
     copy.write_bytes(b"no database" * 100)
     with pytest.raises(AdapterFileError, match=r"copy.sqlite is damaged .*fetch the bank again"):
-        DiskStore.open(copy)
+        DiskStore(copy)
     copy.write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="holds no bank"):
-        DiskStore.open(copy, read_only=True)
+        DiskStore(copy, read_only=True)
 
 
 def test_an_older_copy_that_is_put_back_costs_nothing(tmp_path):
@@ -258,7 +259,7 @@ def test_an_older_copy_that_is_put_back_costs_nothing(tmp_path):
     older = path.read_bytes()
 
     def work() -> None:
-        store = DiskStore.open(path)
+        store = DiskStore(path)
         store.add("new", adapter(9))
         assert len(store) == 6
         store.add_many((f"new{number}", adapter(number, head=3000)) for number in range(9))
@@ -270,10 +271,10 @@ def test_an_older_copy_that_is_put_back_costs_nothing(tmp_path):
     path.write_bytes(older)
     for _ in range(2):
         with pytest.raises(AdapterFileError, match=r"sqlite-wal belongs to another copy .*move it away"):
-            DiskStore.open(path)
+            DiskStore(path)
     assert path.read_bytes() == older
     log.rename(tmp_path / "kept")
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         store.add("more", adapter(7))
         assert store.names() == ["more", "t0", "t1", "t2", "t3", "t4"]
         assert not any(check.error for check in store.verify())
@@ -283,7 +284,7 @@ def test_what_a_killed_writer_left_is_taken_up(tmp_path):
     path = build(tmp_path / "bank.sqlite", 2)
 
     def work() -> None:
-        store = DiskStore.open(path)
+        store = DiskStore(path)
         store.add("more", adapter(6))
         assert len(store) == 3
         store.add("new", adapter(7))
@@ -291,9 +292,9 @@ def test_what_a_killed_writer_left_is_taken_up(tmp_path):
 
     assert os.waitpid(fork(work), 0)[1] == 0
     assert Path(f"{path}-wal").stat().st_size
-    with DiskStore.open(path, read_only=True) as store:
+    with DiskStore(path, read_only=True) as store:
         assert number_of(store.read("new")) == 7
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         assert len(store) == 4
     assert os.listdir(tmp_path) == ["bank.sqlite"]
     assert path.read_bytes()[18:20] == b"\1\1"
@@ -314,7 +315,7 @@ def test_a_damaged_file_gives_the_right_tasks_or_an_error(five, tmp_path):
         for name in ("-wal", "-shm", "-journal"):
             Path(f"{path}{name}").unlink(missing_ok=True)
         try:
-            with DiskStore.open(path) as store:
+            with DiskStore(path) as store:
                 for name in [f"t{number}" for number in range(5)]:
                     try:
                         assert name == f"t{number_of(store.read(name))}"
@@ -335,7 +336,7 @@ def test_a_full_disk_at_any_byte(tmp_path):
 
     def work() -> None:
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        store, messages = DiskStore.open(path), []
+        store, messages = DiskStore(path), []
         # From nothing to the first limit that the log of a change fits in
         for limit in [*range(0, size, 3001), *range(size, size + 70_000, 8003)]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -369,7 +370,7 @@ def test_a_full_disk_at_any_byte(tmp_path):
         store.close()
 
     assert os.waitpid(fork(work), 0)[1] == 0
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         assert [number_of(store.read(name)) for name in ("t0", "t1", "t2", "last")] == [0, 1, 2, 4]
     assert os.listdir(tmp_path) == ["bank.sqlite"], "something was left lying"
 
@@ -379,7 +380,8 @@ def test_limits_that_are_not_damage(tmp_path):
     path = build(tmp_path / "bank.sqlite", 1)
 
     def work() -> None:
-        store = DiskStore.open(path)
+        gc.collect()  # what earlier tests left would give descriptors back meanwhile
+        store = DiskStore(path)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         held = []
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
@@ -387,7 +389,7 @@ def test_limits_that_are_not_damage(tmp_path):
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(OSError, match=r"Too many open files.*ulimit -n") as caught:
-            DiskStore.open(path, read_only=True)
+            DiskStore(path, read_only=True)
         assert not isinstance(caught.value, PermissionError)
         with pytest.raises(OSError, match="Too many open files"):
             store.add("a", adapter(1))
@@ -398,7 +400,7 @@ def test_limits_that_are_not_damage(tmp_path):
     assert os.waitpid(fork(work), 0)[1] == 0
     given = adapter(2)
     large = StoredAdapter({**given.config, "target_modules": ["x" * 70_000_000]}, given.tensors)
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         with pytest.raises(ValueError, match=r"'b' cannot be taken: its config has 70,0.* bytes") as caught:
             store.add("b", large)
         assert not isinstance(caught.value, AdapterFileError)
@@ -406,7 +408,7 @@ def test_limits_that_are_not_damage(tmp_path):
 
 
 def test_a_file_that_is_gone(copy):
-    with DiskStore.open(copy) as store:
+    with DiskStore(copy) as store:
         copy.unlink()
         with pytest.raises(FileNotFoundError, match=r"copy\.sqlite is gone"):
             store.add("a", adapter(1))
@@ -415,7 +417,7 @@ def test_a_file_that_is_gone(copy):
 
 def test_an_adapter_that_is_larger_than_a_row(copy, monkeypatch):
     monkeypatch.setattr("smn_peft.bank.row.MAX_BLOB", 1000)
-    with DiskStore.open(copy) as store:
+    with DiskStore(copy) as store:
         with pytest.raises(ValueError, match=r"a bank takes up to 1,000: save it without scores"):
             store.add("b", adapter(1, head=3000))
         store.add("b", adapter(1))

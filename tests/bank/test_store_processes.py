@@ -47,12 +47,12 @@ def test_two_hundred_killed_writers(tmp_path):
 
 def test_a_second_writer_waits_a_little_and_a_dead_one_leaves_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(database, "_WRITER_WAIT", 0.15)
-    with DiskStore.open(tmp_path) as store:
+    with DiskStore(tmp_path) as store:
         store.add("a", adapter(0))
     (ready, report), (_, never) = os.pipe(), os.pipe()
 
     def hold() -> None:
-        with DiskStore.open(tmp_path) as other:
+        with DiskStore(tmp_path) as other:
             other.add_many([("b", adapter(1)), ("c", adapter(2))], progress=lambda: stop())
 
     def stop() -> None:
@@ -62,7 +62,7 @@ def test_a_second_writer_waits_a_little_and_a_dead_one_leaves_no_lock(tmp_path, 
     child = fork(hold)
     assert os.read(ready, 1) == b"x"
     try:
-        with DiskStore.open(tmp_path) as store:
+        with DiskStore(tmp_path) as store:
             before = time.monotonic()
             with pytest.raises(StoreBusyError, match=f"Another process is writing to {tmp_path}.*try again"):
                 store.add("d", adapter(3))
@@ -85,7 +85,7 @@ def test_a_second_writer_waits_a_little_and_a_dead_one_leaves_no_lock(tmp_path, 
 def test_two_writers_in_one_process(tmp_path, monkeypatch):
     """Threads of one store take turns; a second `DiskStore` waits, and is refused, as another process is."""
     monkeypatch.setattr(database, "_WRITER_WAIT", 0.1)
-    with DiskStore.open(tmp_path) as store, DiskStore.open(tmp_path) as other:
+    with DiskStore(tmp_path) as store, DiskStore(tmp_path) as other:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda number: store.add(f"t{number}", adapter(number)), range(16)))
         assert [number_of(store.read(f"t{number}")) for number in range(16)] == list(range(16))
@@ -96,13 +96,13 @@ def test_two_writers_in_one_process(tmp_path, monkeypatch):
 
 def test_sixty_four_threads_read_while_another_process_changes_and_compacts(tmp_path):
     names = [f"t{number}" for number in range(40)]
-    with DiskStore.open(tmp_path) as store:
+    with DiskStore(tmp_path) as store:
         store.add_many((name, adapter(number, head=300)) for number, name in enumerate(names))
     (ready, report) = os.pipe()
 
     def change() -> None:
         generator = random.Random(0)
-        with DiskStore.open(tmp_path) as other:
+        with DiskStore(tmp_path) as other:
             for step in range(1 << 30):
                 name = generator.choice(names)
                 # 40 more is the same task's next content
@@ -126,7 +126,7 @@ def test_sixty_four_threads_read_while_another_process_changes_and_compacts(tmp_
                 return
         reads.append(count)
 
-    with DiskStore.open(tmp_path) as store:
+    with DiskStore(tmp_path) as store:
         threads = [threading.Thread(target=read, args=(seed,)) for seed in range(64)]
         for thread in threads:
             thread.start()
@@ -146,7 +146,7 @@ def test_sixty_four_threads_read_while_another_process_changes_and_compacts(tmp_
 
 def test_a_forked_child_reads_and_writes_on_its_own(tmp_path):
     """Forked while other threads read and write: no lock and no connection crosses."""
-    with DiskStore.open(tmp_path) as store:
+    with DiskStore(tmp_path) as store:
         store.add_many((f"t{number}", adapter(number)) for number in range(4))
         held, stop = store.read("t0"), threading.Event()
 
@@ -174,7 +174,7 @@ def test_a_forked_child_reads_and_writes_on_its_own(tmp_path):
 
 
 def test_a_child_that_is_forked_in_the_middle_of_a_change_neither_sees_nor_undoes_it(tmp_path):
-    with DiskStore.open(tmp_path) as store:
+    with DiskStore(tmp_path) as store:
         store.add("old", adapter(1))
 
         def leave() -> None:
@@ -211,7 +211,7 @@ def test_commits_are_on_the_disk(tmp_path, monkeypatch):
             super().close()
 
     monkeypatch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=Traced, **k))
-    with DiskStore.open(tmp_path) as store:
+    with DiskStore(tmp_path) as store:
         found.clear()
         store.add("a", adapter(0))
         assert found == [(3, "wal")]  # EXTRA: each commit is synced, in either mode
@@ -224,7 +224,7 @@ def test_readers_go_on_beside_a_change_of_any_size(tmp_path, monkeypatch, networ
     monkeypatch.setattr(database, "_is_on_network", lambda path: network)
     few, reads, count = adapter(1), [], 50 if network else 600
     wide = StoredAdapter({**few.config, "target_modules": ["layer" * 1000]}, few.tensors)
-    with DiskStore.open(tmp_path) as store, DiskStore.open(tmp_path) as reader:
+    with DiskStore(tmp_path) as store, DiskStore(tmp_path) as reader:
         store.add("first", few)
 
         def read():

@@ -31,8 +31,8 @@ from recording import Recorder
 from torch import nn
 
 from smn_peft.bank.bank import MaskBank
-from smn_peft.bank.source import MemorySource, StoredAdapter, TaskSource
-from smn_peft.bank.store import DiskStore
+from smn_peft.bank.source import MemorySource, StoredAdapter
+from smn_peft.bank.store import DiskStore, TaskSource
 from smn_peft.functional.effective import write_masked
 from smn_peft.functional.packing import pack_bits
 
@@ -142,7 +142,7 @@ def switch() -> None:
         2,
     )
     del dense
-    with tempfile.TemporaryDirectory() as folder, DiskStore.open(Path(folder) / "store") as store:
+    with tempfile.TemporaryDirectory() as folder, DiskStore(Path(folder) / "store") as store:
         fresh = bank_of(build(), 0.999, 2, store)
 
         def first() -> None:
@@ -159,7 +159,7 @@ def registered() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         banks = []
         for number in (10_000, 10):
-            store = stack.enter_context(DiskStore.open(Path(folder) / f"of_{number}"))
+            store = stack.enter_context(DiskStore(Path(folder) / f"of_{number}"))
             model = build()
             banks.append(bank_of(model, 0.999, 2, store))
             store.add("t2", StoredAdapter({"peft_type": "SMN"}, {"fc.smn_mask": pack_bits(torch.rand(999) < 0.9)}))

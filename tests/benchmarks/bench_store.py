@@ -55,12 +55,12 @@ def median(function: Callable[[], object], repeat: int, what: str, name: str) ->
 
 def open_and_close(path: Path) -> None:
     """What a process does first."""
-    DiskStore.open(path, read_only=True).close()
+    DiskStore(path, read_only=True).close()
 
 
 def stored(adapters: list[StoredAdapter], folder: Path) -> list[StoredAdapter]:
     """Adapters with their masks coded, as a store gives them."""
-    with DiskStore.open(folder) as store:
+    with DiskStore(folder) as store:
         store.add_many((str(number), adapter) for number, adapter in enumerate(adapters))
         return [store.read(str(number)) for number in range(len(adapters))]
 
@@ -72,7 +72,7 @@ def by_number(folder: Path) -> None:
     lookups = []
     for number in COUNTS:
         path, case = folder / f"of_{number}", f"{number:,} small tasks"
-        with DiskStore.open(path) as store:
+        with DiskStore(path) as store:
             store.add_many((f"task-{index}", small) for index in range(number))
             names: Iterator[str] = (f"task-{7919 * index % number}" for index in count())
             lookups.append(median(lambda: store.version(next(names)), 4000, "lookup", case))  # noqa: B023
@@ -96,7 +96,7 @@ def vit_b(folder: Path) -> None:
     coded = stored([adapter(VIT_B, 12, 0.999, seed) for seed in range(8)], folder / "eight")
     fresh = time.perf_counter() - start
     path = folder / "thousand"
-    with DiskStore.open(path) as store:
+    with DiskStore(path) as store:
         start = time.perf_counter()
         store.add_many((f"task-{number}", coded[number % 8]) for number in range(1000))
         adding = time.perf_counter() - start

@@ -124,10 +124,10 @@ def test_number_of_classes():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"k": 0}, r"k must be at least 1, got 0; the paper's is 200"),
+        ({"k": 0}, r"k must be at least 1, got 0"),
         ({"temperature": 0.0}, r"temperature must be above 0, got 0\.0"),
         ({"temperature": float("nan")}, r"temperature must be above 0, got nan"),
-        ({"chunk": 0}, r"chunk must be at least 1 row, got 0"),
+        ({"chunk": 0}, r"chunk must be, got 0"),
         ({"num_classes": 3}, r"Labels run from 0 to 3, outside of 0 … 2: leave num_classes out"),
         ({"features": torch.ones(2, 8)}, r"got \(60, 7\) to learn from and \(2, 8\) to classify.*with the same model"),
         ({"features": torch.ones(7)}, r"Features must be \(n, dim\)"),

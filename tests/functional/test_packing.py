@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -41,9 +42,8 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packing_is_numpy_s(shape, way):
-    for seed, share in enumerate((0.0, 0.03, 0.5, 0.97, 1.0)):
+def test_packing_is_numpy_s(way):
+    for shape, (seed, share) in product(SHAPES, enumerate((0.0, 0.03, 0.5, 0.97, 1.0))):
         mask = random_mask(shape, seed, share)
         packed = pack_bits(mask)
         assert packed.dtype == torch.uint8
@@ -99,13 +99,13 @@ def test_compiled_functions_give_the_same(function: Callable[[Tensor], Tensor]):
         assert torch.equal(compiled(mask), function(mask))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_popcount_and_hamming_count(shape):
-    first, second = random_mask(shape, 1, 0.3), random_mask(shape, 2, 0.8)
-    assert popcount(pack_bits(first)) == int(first.sum())
-    assert hamming(pack_bits(first), pack_bits(second)) == int((first != second).sum())
-    assert hamming(pack_bits(first), pack_bits(first)) == 0
-    assert isinstance(popcount(pack_bits(first)), int)
+def test_popcount_and_hamming_count():
+    for shape in SHAPES:
+        first, second = random_mask(shape, 1, 0.3), random_mask(shape, 2, 0.8)
+        assert popcount(pack_bits(first)) == int(first.sum())
+        assert hamming(pack_bits(first), pack_bits(second)) == int((first != second).sum())
+        assert hamming(pack_bits(first), pack_bits(first)) == 0
+        assert isinstance(popcount(pack_bits(first)), int)
 
 
 def test_popcount_of_every_byte():
@@ -133,7 +133,7 @@ def test_errors_say_what_is_wrong(way):
         (torch.zeros(1, 1), (8,)),
         (torch.zeros(0), ()),
     ):
-        with pytest.raises(ValueError, match=r"packed mask of shape .* takes \d bytes, got"):
+        with pytest.raises(ValueError, match=r"packed mask of \d+ weights has \d bytes, got"):
             unpack_bits(packed.to(torch.uint8), shape)
     with pytest.raises(ValueError, match=r"Masks of \(1,\) and \(2,\) bytes cannot be compared"):
         hamming(torch.zeros(1, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8))

@@ -45,7 +45,7 @@ def check_passes(device: str) -> None:
 
     torch.manual_seed(0)
     for numel in (7, kernels._BLOCK, 5003, kernels._BLOCK * (2 * kernels._PARTS + 1) + 5):
-        for spec in SPECS if numel <= 5003 else SPECS[:1]:
+        for spec in SPECS if numel == 5003 else SPECS[:1]:
             weight, scores, grad = torch.randn(3, numel).unbind()
             scores[::3] = spec.threshold  # a tie is off
             mask = compute_mask(scores, spec)
@@ -95,7 +95,7 @@ def nodes(device: str) -> list[tuple[Tensor, float]]:
     results: list[tuple[Tensor, float]] = []
     for spec in SPECS:
         for channels_last in (0, 1, 3) if spec is SPECS[0] else (1,):  # a gradient may be laid out unlike its weight
-            for size in (9, 2):
+            for size in (9, 2) if spec is SPECS[0] else (9,):
                 torch.manual_seed(0)
                 x, weight, scores = torch.randn(2, 8, size, size), torch.randn(16, 8, 3, 3), torch.randn(16, 8, 3, 3)
                 bias = torch.randn(16)
@@ -107,7 +107,7 @@ def nodes(device: str) -> list[tuple[Tensor, float]]:
                 geometry = ConvGeometry((1, 1), (1, 1), (1, 1), False, (0, 0), 1)
                 masked_conv(*leaves, geometry, spec).square().sum().backward()
                 results += [(leaf.grad.cpu(), 1e-5) for leaf in leaves if leaf.grad is not None]
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if spec is SPECS[0] else (torch.float32,):
             torch.manual_seed(0)
             x, weight, scores = torch.randn(3, 5, 40, dtype=dtype), torch.randn(30, 40), torch.randn(30, 40)
             leaves = [tensor.to(device) for tensor in (x, weight, scores)]
@@ -144,7 +144,7 @@ def check_write(device: str, write: Any) -> None:
     """The same bits as torch's operations, weights that are not finite included."""
     torch.manual_seed(0)
     for dtype in FLOATS:
-        for numel in (1, 7, 8, 4096, 5003):
+        for numel in (7, 8, 5003):
             for scale in (1.0, 1.0371):
                 weight, kept = torch.randn(numel).to(dtype), torch.rand(numel) < 0.7
                 weight[::5] = -torch.inf
@@ -185,9 +185,8 @@ def test_in_the_interpreter():
     interpret(f"{few}\nfrom tests.functional.test_triton_kernels import *\n{checks}")
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_they_compile(capability, dtype):
+@pytest.mark.parametrize(("dtype", "capability"), [("fp32", 80), ("bf16", 90)])
+def test_they_compile(dtype, capability):
     kernels = pytest.importorskip("smn_peft.functional.triton_kernels")
     number, sizes = "i32", {"BLOCK": kernels._BLOCK, "PARTS": kernels._PARTS}
     narrow, block = f"*{dtype}", {"BLOCK": kernels._BLOCK}

@@ -100,7 +100,7 @@ def test_what_is_not_there(hub, place):
 
 def test_a_base_that_is_a_path_is_said(hub, place):
     given = adapter(0)
-    with DiskStore.open(place / "bank") as store:
+    with DiskStore(place / "bank") as store:
         store.add("a", StoredAdapter({**given.config, "base_model_name_or_path": "/home/me/base"}, given.tensors))
     with MaskBank.open(place / "bank", build("vit")) as bank, pytest.warns(UserWarning, match="/home/me/base"):
         bank.push_to_hub(REPO)
