@@ -312,5 +312,5 @@ def test_adapters_that_could_not_run_are_not_taken(saved, tmp_path):
 def test_an_adapter_whose_config_is_damaged_is_not_taken(saved, tmp_path):
     with DiskStore(tmp_path / "bank") as store:
         good = read_adapter(saved / "a")
-        with pytest.raises(AdapterFileError, match="the task 'bad' is damaged: trainable_fraction in"):
+        with pytest.raises(AdapterFileError, match=r"the task 'bad' is damaged: .*trainable_fraction is 'abc'"):
             store.add("bad", StoredAdapter({**good.config, "trainable_fraction": "abc"}, good.tensors))

@@ -197,8 +197,14 @@ def test_processes_share_every_batch(tmp_path):
 OWN = Path(__file__).resolve().parents[2] / "examples" / "custom_objective.py"
 
 
-def test_an_objective_of_the_users_own_file_trains(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "_OBJECTIVES", dict(base._OBJECTIVES))  # what the file registers goes with the test
+@pytest.fixture
+def registry(monkeypatch):
+    """What a file registers goes with the test."""
+    monkeypatch.setattr(base, "_OBJECTIVES", dict(base._OBJECTIVES))
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_objective_of_the_users_own_file_trains(tmp_path):
     two_views = {**SWAV["multi_crop"], "local_crops": 0}
     arguments = tiny_arguments(tmp_path, objective=f"{OWN}:info_nce", multi_crop=two_views)
     images, task, backbone = parts(arguments)
@@ -207,6 +213,7 @@ def test_an_objective_of_the_users_own_file_trains(tmp_path, monkeypatch):
     assert 0 < task(batch)["loss"].item() < 20
 
 
+@pytest.mark.usefixtures("registry")
 def test_a_file_without_the_objective_is_refused(tmp_path):
     with pytest.raises(ValueError, match="registers no objective 'info'"):
         objective_kind(tiny_arguments(tmp_path, objective=f"{OWN}:info"))
