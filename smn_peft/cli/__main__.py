@@ -5,4 +5,5 @@ from __future__ import annotations
 
 from . import app
 
-app()
+if __name__ == "__main__":
+    app()
