@@ -286,10 +286,11 @@ class MaskLayer(AdapterLayer):
         if len(holders) != 1 or holders[0] not in scores or weight.requires_grad:
             return None
         (name,) = holders
-        if not scores[name].requires_grad:
+        own = scores[name]
+        if not own.requires_grad:
             return None
         bias = self._compute(biases[0], names) if biases else None
-        return weight, scores[name], bias, self.smn_info[name].spec, self.trainable(name, slot)
+        return weight, own, bias, self.smn_info[name].spec, self.trainable(name, slot)
 
     def _merged_spec(self, holders: Sequence[str]) -> MaskSpec:
         specs = [self.smn_info[name].spec for name in holders]
@@ -401,11 +402,14 @@ class MaskLayer(AdapterLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
-        cached = self._cached
-        if cached is not None and not torch.compiler.is_compiling() and not kwargs and self._is_simple():
-            if cached.is_valid(self):
-                return self.run(cached.tensors, *args)
-            self._cached = None
+        if not torch.compiler.is_compiling() and self._is_simple():  # decided once: these calls run cold in a step
+            cached = self._cached
+            if cached is not None and not kwargs:
+                if cached.is_valid(self):
+                    return self.run(cached.tensors, *args)
+                self._cached = None
+            if names := self.active_here():
+                return self.masked_forward(names, *args, **kwargs)
         self._ensure_loaded()
         self.unmerge_if_disabled()
         if self._disable_adapters:
