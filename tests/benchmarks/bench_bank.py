@@ -175,7 +175,7 @@ def registered() -> None:
 def mixed() -> None:
     """Mixed batches against one forward of the bare model."""
     images, bare = tokens(), build(depth=2)
-    for number, density, limit in ((8, 0.995, 1.15), (8, 0.9, None), (64, 0.999, 1.35), (64, 0.995, 1.5)):
+    for number, density, limit in ((8, 0.995, 1.15), (8, 0.9, None), (64, 0.999, 1.25), (64, 0.995, 1.25)):
         bank = bank_of(build(depth=2), density, number)
         names = [f"t{index % number}" for index in range(BATCH)]
         with torch.no_grad():
