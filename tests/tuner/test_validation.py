@@ -79,7 +79,9 @@ def test_comments_hide_no_repetition(pattern):
         check_pattern("target_modules", pattern)
 
 
-@pytest.mark.parametrize("pattern", ["(", "*a", "[", "(" * 5000, "a{99999999999}"], ids=lambda pattern: pattern[:9])
+@pytest.mark.parametrize(
+    "pattern", ["(", "*a", "[", "(" * 5000, "a{99999999999}", "(?<=a+)b"], ids=lambda pattern: pattern[:9]
+)
 def test_what_is_no_pattern_is_said(pattern):
     with pytest.raises(ValueError, match="is no regular expression"):
         check_pattern("target_modules", pattern)
