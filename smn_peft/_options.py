@@ -50,15 +50,17 @@ def check_options(options: Any) -> None:
     """Check every field of a dataclass against its limits and its `Literal` type; ValueError names the field."""
     hints = get_type_hints(type(options))
     for each in fields(options):
-        value, hint = getattr(options, each.name), hints[each.name]
-        optional = NoneType in get_args(hint)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise ValueError(f"{each.name} must be one of {', '.join(get_args(hint))}; got {value!r}.")
-        limits = {} if optional and value is None else each.metadata.get("limits", {})
+        value, members = getattr(options, each.name), members_of(hints[each.name])
+        or_none = ", or None" if NoneType in members else ""
+        if value is None and or_none:
+            continue
+        if get_origin(members[0]) is Literal and value not in get_args(members[0]):
+            raise ValueError(f"{each.name} must be one of {', '.join(get_args(members[0]))}{or_none}; got {value!r}.")
+        limits = each.metadata.get("limits", {})
         in_range = (_COMPARISONS[kind][1](value, limit) for kind, limit in limits.items())
         if limits and not (math.isfinite(value) and all(in_range)):
             wanted = " and ".join(f"{_COMPARISONS[kind][0]} {limit}" for kind, limit in limits.items())
-            raise ValueError(f"{each.name} must be {wanted}{', or None' * optional}; got {value}.")
+            raise ValueError(f"{each.name} must be {wanted}{or_none}; got {value}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

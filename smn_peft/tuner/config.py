@@ -7,34 +7,26 @@ import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 from typing_extensions import Self
 
-try:
-    from re import _parser  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_parse as _parser
-
-from ..functional.masking import MASK_TYPES, MaskSpec
+from .._options import check_options, option
+from ..functional.masking import MaskSpec
 from ..storage import (
-    CODECS,
     CONFIG_NAME,
     FORMAT_VERSION,
     PICKLE_NAME,
-    SAVE_DTYPES,
     WEIGHTS_NAME,
     atomic_write,
     check_folder_weights,
     check_format_version,
     check_hub_weights,
 )
-
-__all__ = ["SMN", "MaskConfig", "check_preprocessing"]
 
 MAX_NAMES = 20_000
 MAX_SAVED = 128  # PEFT matches each of `modules_to_save` with every module
@@ -63,10 +55,6 @@ SMN = _peft_type()
 """The PEFT type of this method."""
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class MaskConfig(PeftConfig):
     """Configuration of a mask adapter: which frozen weights get a learned bit, and how it is learned.
@@ -76,57 +64,59 @@ class MaskConfig(PeftConfig):
     the statistics, the default keeps the base's.
     """
 
-    target_modules: list[str] | str | None = _option(
+    target_modules: list[str] | str | None = option(
         None,
         "Modules to mask: list of names, regex, 'all-linear', 'all-conv', or None for the architecture's default.",
     )
-    exclude_modules: list[str] | str | None = _option(None, "Modules never to mask: list of names or regex.")
-    layers_to_transform: list[int] | int | None = _option(None, "Indices of the layers to mask; None masks all.")
-    layers_pattern: list[str] | str | None = _option(None, "Name of the list that `layers_to_transform` indexes.")
-    target_parameters: list[str] | None = _option(None, "Not supported for masks; present because PEFT reads it.")
-    modules_to_save: list[str] | None = _option(None, "Modules trained and saved in full, such as the new head.")
-    init_weights: bool = _option(True, "False starts from a random mask of half density (for tests).")
-    mask_type: Literal["threshold", "topk"] = _option("threshold", "How scores become a mask.")
-    threshold: float = _option(0.0, "Threshold μ: a weight is active where its score is above it.")
-    init_score: float | Literal["kaiming_uniform"] = _option(
+    exclude_modules: list[str] | str | None = option(None, "Modules never to mask: list of names or regex.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to mask; None masks all.")
+    layers_pattern: list[str] | str | None = option(None, "Name of the list that `layers_to_transform` indexes.")
+    target_parameters: list[str] | None = option(None, "Not supported for masks; present because PEFT reads it.")
+    modules_to_save: list[str] | None = option(None, "Modules trained and saved in full, such as the new head.")
+    init_weights: bool = option(True, "False starts from a random mask of half density (for tests).")
+    mask_type: Literal["threshold", "topk"] = option("threshold", "How scores become a mask.")
+    threshold: float = option(0.0, "Threshold μ: a weight is active where its score is above it.")
+    init_score: float | Literal["kaiming_uniform"] = option(
         1.0, "Initial score of every weight, or 'kaiming_uniform' (topk, Ramanujan et al. 2020)."
     )
-    density: float | None = _option(None, "Fraction of weights that stay active (mask_type='topk').")
-    density_schedule: Literal["linear"] | None = _option(
+    density: float | None = option(None, "Fraction of weights that stay active (mask_type='topk').", above=0, most=1)
+    density_schedule: Literal["linear"] | None = option(
         None, "'linear': go from density 1 to `density` as `update_density(progress)` says (mask_type='topk')."
     )
-    rank_by: Literal["score", "absolute"] = _option(
+    rank_by: Literal["score", "absolute"] = option(
         "score", "Rank by the score, or by its absolute value (mask_type='topk')."
     )
-    scale: bool = _option(True, "Divide the masked weight by σ = sqrt(density), one σ per tensor.")
-    scale_gradient: bool = _option(True, "Let the gradient flow through σ.")
-    mask_bias: bool = _option(False, "Mask the biases of the target modules too.")
-    trainable_fraction: float = _option(1.0, "Fraction of each tensor's weights that take part; the rest stays on.")
-    select: Literal["random", "magnitude"] = _option(
+    scale: bool = option(True, "Divide the masked weight by σ = sqrt(density), one σ per tensor.")
+    scale_gradient: bool = option(True, "Let the gradient flow through σ.")
+    mask_bias: bool = option(False, "Mask the biases of the target modules too.")
+    trainable_fraction: float = option(
+        1.0, "Fraction of each tensor's weights that take part; the rest stays on.", above=0, most=1
+    )
+    select: Literal["random", "magnitude"] = option(
         "random", "How `trainable_fraction` selects: at random (`seed`) or the largest |θ| of each tensor."
     )
-    seed: int = _option(0, "Seed of everything random in the adapter: selection and random initial scores.")
-    batch_norm: Literal["frozen", "adapt"] = _option(
+    seed: int = option(0, "Seed of everything random in the adapter: selection and random initial scores.")
+    batch_norm: Literal["frozen", "adapt"] = option(
         "frozen",
         "'frozen': the base's statistics, held while training. 'adapt': each adapter has its own, saved with it.",
     )
-    save_scores: bool = _option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
-    codec: str = _option(
+    save_scores: bool = option(False, "Save the fp32 scores beside the bits, for an exact resume (32 times larger).")
+    codec: Literal["bits", "entropy"] = option(
         "bits", "How masks are stored: 'bits', one per weight, or 'entropy', coded to about their entropy."
     )
-    save_dtype: Literal["float32", "bfloat16", "float16"] = _option(
+    save_dtype: Literal["float32", "bfloat16", "float16"] = option(
         "float32", "Dtype that head and BatchNorm statistics are saved in; `round_extras(model)` rounds the live ones."
     )
-    check_base: bool = _option(True, "Refuse a base model that is not the one the mask was learned on.")
-    format_version: int = _option(FORMAT_VERSION, "Version of the adapter format.")
-    base_fingerprint: str | None = _option(None, "Fingerprint of the masked base weights; filled in on saving.")
-    unmasked_fingerprint: str | None = _option(
+    check_base: bool = option(True, "Refuse a base model that is not the one the mask was learned on.")
+    format_version: int = option(FORMAT_VERSION, "Version of the adapter format.")
+    base_fingerprint: str | None = option(None, "Fingerprint of the masked base weights; filled in on saving.")
+    unmasked_fingerprint: str | None = option(
         None, "Fingerprint of what else the features depend on: unmasked weights and statistics; filled in on saving."
     )
-    preprocessing: dict[str, Any] | None = _option(
+    preprocessing: dict[str, Any] | None = option(
         None, "Images the mask was trained on: image_size, mean, std, interpolation, crop_pct; filled in by training."
     )
-    id2label: dict[int, str] | None = _option(
+    id2label: dict[int, str] | None = option(
         None, "Names of the head's classes by index, as transformers has them; filled in by training."
     )
 
@@ -135,74 +125,44 @@ class MaskConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = SMN
         self._has_own_fingerprint = False  # computed on saving, not read from a file
-        self._is_from_file = False
         check_format_version(self.format_version)
-        for name, allowed in (
-            ("mask_type", tuple(MASK_TYPES)),
-            ("density_schedule", (None, "linear")),
-            ("rank_by", ("score", "absolute")),
-            ("select", ("random", "magnitude")),
-            ("batch_norm", ("frozen", "adapt")),
-            ("codec", tuple(CODECS)),
-            ("save_dtype", tuple(SAVE_DTYPES)),
-        ):
-            if getattr(self, name) not in allowed:
-                choices = ", ".join(repr(choice) for choice in allowed)
-                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
-        self._check_texts()
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
-        self._check_layers()
-        self._check_numbers()
-
-    def _check_texts(self) -> None:
-        """Bound names and patterns, which a file may bring, before PEFT matches them with modules."""
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+        check_options(self)
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):  # a file may bring them
             if isinstance(value := getattr(self, name), str):
                 check_pattern(name, value)
             elif value is not None:
                 _check_names(name, value, MAX_NAMES)
         _check_names("modules_to_save", self.modules_to_save or (), MAX_SAVED)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
         if self.id2label is not None:
             self.id2label = _class_names(self.id2label)
         if self.preprocessing is not None:
             self.preprocessing = check_preprocessing(self.preprocessing)
+        self._check_together()
 
-    def _check_layers(self) -> None:
+    def _check_together(self) -> None:
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has no effect without layers_to_transform: pass the indices too.")
-        regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-conv"
-        if self.layers_to_transform is not None and regex:
-            raise ValueError(
-                "layers_to_transform works with a list of target_modules only, not with "
-                f"target_modules={self.target_modules!r}: pass the list, or put the indices into the regex."
-            )
+        is_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-conv"
+        if self.layers_to_transform is not None and is_regex:
+            given = f"target_modules={self.target_modules!r}: pass the list, or put the indices into the regex"
+            raise ValueError(f"layers_to_transform works with a list of target_modules only, not with {given}.")
         if self.target_parameters:
             raise ValueError("target_parameters is not supported for masks: name the modules in target_modules.")
-
-    def _check_numbers(self) -> None:
-        if isinstance(self.init_score, str):
-            if self.init_score != "kaiming_uniform":
-                raise ValueError(f"init_score must be a number or 'kaiming_uniform'; got {self.init_score!r}.")
-        elif self.mask_type == "threshold" and self.init_score == self.threshold:
-            raise ValueError(
-                f"init_score equals threshold ({self.threshold}): every weight would start switched off, a tie is off."
-            )
-        if not 0.0 < self.trainable_fraction <= 1.0:
-            raise ValueError(f"trainable_fraction must lie in (0, 1]; got {self.trainable_fraction}.")
-        if self.mask_type == "topk":
-            if self.density is None or not 0.0 < self.density <= 1.0:
-                raise ValueError(f"mask_type='topk' needs density in (0, 1]; got {self.density}.")
-        elif self.density is not None or self.density_schedule is not None:
+        if isinstance(self.init_score, str) and self.init_score != "kaiming_uniform":
+            raise ValueError(f"init_score must be a number or 'kaiming_uniform'; got {self.init_score!r}.")
+        if self.mask_type == "threshold" and self.init_score == self.threshold:
+            raise ValueError(f"init_score equals threshold ({self.threshold}): no weight would be on, a tie is off.")
+        if self.mask_type == "topk" and self.density is None:
+            raise ValueError("mask_type='topk' needs density in (0, 1]; got None.")
+        if self.mask_type != "topk" and (self.density is not None or self.density_schedule is not None):
             raise ValueError("density and density_schedule belong to mask_type='topk'; 'threshold' finds its density.")
 
     def for_model(self) -> Self:
         """Copy the config for one model, which may write to the copy; this object stays the caller's."""
-        result = copy.copy(self)
-        for option in fields(self):
-            if isinstance(value := getattr(self, option.name), (list, set, dict)):
-                setattr(result, option.name, copy.copy(value))
+        result = copy.deepcopy(self)
         if self._has_own_fingerprint:  # another model's config, for a fresh adapter
             result.base_fingerprint = result.unmasked_fingerprint = None
         result._has_own_fingerprint = False
@@ -211,7 +171,7 @@ class MaskConfig(PeftConfig):
     @property
     def comes_from_file(self) -> bool:
         """Whether the config is a saved adapter's, whose masks are yet to be loaded."""
-        return self._is_from_file or self.base_fingerprint is not None
+        return self.base_fingerprint is not None
 
     def take_fingerprints(self, masked: str | None, unmasked: str | None) -> None:
         """Store the fingerprints of the base for saving; None leaves what is known.
@@ -226,11 +186,10 @@ class MaskConfig(PeftConfig):
 
     def mask_spec(self) -> MaskSpec:
         """The part of the configuration that the maths needs, at the start of training."""
-        start = 1.0 if self.density_schedule else (self.density if self.density is not None else 1.0)
         return MaskSpec(
             mask_type=self.mask_type,
             threshold=self.threshold,
-            density=start,
+            density=1.0 if self.density_schedule or self.density is None else self.density,
             absolute=self.rank_by == "absolute",
             scale=self.scale,
             scale_gradient=self.scale_gradient,
@@ -244,7 +203,6 @@ class MaskConfig(PeftConfig):
         config: Self = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if not os.path.isdir(folder):
             check_hub_weights(pretrained_model_name_or_path, subfolder, **PeftConfig._split_kwargs(kwargs)[0])
-        config._is_from_file = True
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -252,77 +210,59 @@ class MaskConfig(PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`; the old file stays whole until the new one is.
-
-        Args:
-            save_directory: Folder, created if it does not exist.
-            kwargs: `auto_mapping_dict`, as PEFT passes it.
-        """
+        """Write `adapter_config.json` to a folder, made if need be; the old file stays whole until the new one is."""
         pickled, weights = (os.path.join(save_directory, name) for name in (PICKLE_NAME, WEIGHTS_NAME))
         if os.path.isfile(pickled) and not os.path.isfile(weights):
-            raise ValueError(
-                f"{pickled} is a pickle, which is never loaded: delete it, and save without safe_serialization=False."
-            )
+            raise ValueError(f"{pickled} is a pickle, which is never loaded: save without safe_serialization=False.")
         if os.path.isfile(save_directory):
             raise ValueError(f"{save_directory} is a file; save_pretrained writes into a folder.")
         os.makedirs(save_directory, exist_ok=True)
         values = self.to_dict()
-        if (mapping := kwargs.pop("auto_mapping_dict", None)) is not None:
+        if (mapping := kwargs.get("auto_mapping_dict")) is not None:
             values["auto_mapping"] = dict(mapping)
         with atomic_write(os.path.join(save_directory, CONFIG_NAME)) as file:
             file.write(json.dumps(values, indent=2, sort_keys=True).encode())
 
 
-# --- Values that may come from anybody's file ------------------------------------------------------------------------
-
-# `\d` and `[0-9]` as parsed.
-_DIGITS = (
-    [(_parser.IN, [(_parser.CATEGORY, _parser.CATEGORY_DIGIT)])],
-    [(_parser.IN, [(_parser.RANGE, (ord("0"), ord("9")))])],
-)
+# One step through a pattern: digits, however many, an escape and a class of characters each stand for one character.
+_COUNT = r"\{(?:[0-9]+,?|,)[0-9]*\}"
+_CHARACTER = re.compile(rf"(?:\\d|\[0-9\])(?:[*+?]|{_COUNT})?[?+]?|\\.|\[\^?\]?(?:\\.|[^]\\])*\]", re.DOTALL)
+_GROUP = re.compile(rf"\((?:\?(?:[aimsu]*:|[aimsu]+|<?[=!]|P<\w+>)|(?!\?))([^()]*)\)(?:([*+]|{_COUNT})[?+]?)?")
+_UNLIMITED = re.compile(r"(?:[*+]|\{[0-9]*,[0-9]*\})[?+]?")
 
 
 def check_pattern(option: str, pattern: str) -> None:
-    r"""Refuse a regular expression that may take for ever on a module's name.
+    """Refuse a regular expression that may take for ever on a module's name.
 
     Python's engine tries every way of sharing a name among the repetitions of a pattern, and cannot be stopped. Here a
-    repetition such as ``.*`` costs 1, digits 0, what is optional and a choice by ``|`` ¼; what is repeated costs as
-    often as it may be, so that a repetition inside an unlimited one is never taken. With 3.5 in all, the worst pattern
-    takes milliseconds for a name.
+    repetition such as ``.*`` costs 4, digits 0, what is optional and a choice by ``|`` 1; a group that costs anything
+    may be repeated a given number of times only. With 14 in all, the worst pattern takes milliseconds for a name.
     """
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"{option} is a pattern of {len(pattern):,} characters, and may have {MAX_PATTERN:,}.")
     try:
         re.compile(pattern)
-        cost = _cost(_parser.parse(pattern))
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{option} is no regular expression ({error}): {pattern[:80]!r}.") from error
-    if cost > 3.5:
+    text, outer = "", _CHARACTER.sub("a", pattern)
+    while text != outer:  # innermost groups first; each becomes as many "?" as it costs
+        text, outer = outer, _GROUP.sub(lambda group: "a" + "?" * _cost(group[1], group[2]), outer)
+    if "(" in text or _cost(text) > 14:  # a group of another kind may hide anything
         raise ValueError(
-            f"{option} is a pattern that may take for ever to match, with repetitions inside a repetition or too many "
-            f"in a row: {pattern[:80]!r}. Write it with three of '.*' at most and none of them repeated, or list the "
-            "names."
+            f"{option} is a pattern that may take for ever to match: {pattern[:80]!r}. Write it with three of '.*' at "
+            "most and none of them repeated, or list the names."
         )
 
 
-def _cost(parsed: Iterable[tuple[Any, Any]]) -> float:
-    """See [`check_pattern`]; `parsed` is what `re` makes of a pattern."""
-    total = 0.0
-    for kind, value in parsed:
-        parts = value if isinstance(value, tuple) else (value,)
-        flat = [part for group in parts for part in (group if isinstance(group, list) else (group,))]
-        bodies = [part for part in flat if isinstance(part, _parser.SubPattern)]
-        cost = max(map(_cost, bodies), default=0.0) + 0.25 * (kind in (_parser.BRANCH, _parser.GROUPREF_EXISTS))
-        if str(kind).endswith("REPEAT"):
-            least, most, body = parts
-            cost *= most if cost else 1
-            if least != most and list(body) not in _DIGITS:
-                cost += 0.25 if most == 1 else 1.0
-        total += cost
-    return total
+def _cost(body: str, repeated: str | None = None) -> int:
+    """See [`check_pattern`]; `body` holds no group."""
+    choices = [_UNLIMITED.sub("????", choice).count("?") for choice in body.split("|")]
+    cost = max(choices) + (len(choices) > 1)
+    count = (repeated or "1").strip("{}")
+    return min(15, cost * int(count)) if count.isdigit() else 15 if cost else 4
 
 
-def _check_names(option: str, names: Any, most: int) -> None:
+def _check_names(option: str, names: Collection[Any], most: int) -> None:
     """Refuse a list of modules that is none, or longer than PEFT can match."""
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"{option} must hold names of modules; got {next(n for n in names if type(n) is not str)!r}.")
@@ -356,13 +296,8 @@ def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
     `image_size` is in pixels; `mean` and `std` are of images in [0, 1]; `interpolation` ("bicubic") and `crop_pct`
     (1), the part of the resized shorter side that is kept, may be missing.
     """
-    keys = ("image_size", "mean", "std", "interpolation", "crop_pct")
     if not isinstance(preprocessing, Mapping):
-        raise ValueError(
-            f"preprocessing must be a mapping such as {{'image_size': 224, …}}; got {preprocessing!r:.80}."
-        )
-    if strange := [key for key in preprocessing if key not in keys]:
-        raise ValueError(f"preprocessing: {strange[0]!r:.80} is unknown; it has {', '.join(keys)}.")
+        raise ValueError(f"preprocessing must be a mapping such as {{'image_size': 224}}; got {preprocessing!r:.80}.")
     known = {"interpolation": "bicubic", "crop_pct": 1.0, **preprocessing}
     size = known.get("image_size")
     checks = {
@@ -373,6 +308,8 @@ def check_preprocessing(preprocessing: Any) -> dict[str, Any]:
         "interpolation": (known["interpolation"] in ("bicubic", "bilinear"), "one of bicubic, bilinear"),
         "crop_pct": (_is_within(known["crop_pct"], 0.5, 1), "a number from 0.5 to 1"),
     }
+    if strange := known.keys() - checks.keys():
+        raise ValueError(f"preprocessing: {strange.pop()!r:.80} is unknown; it has {', '.join(checks)}.")
     for name, (is_usable, wanted) in checks.items():
         if not is_usable:
             got = f"it is {known[name]!r:.80}" if name in known else "it is missing"
