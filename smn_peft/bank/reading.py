@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..functional.masking import seeded_generator, select_trainable
 from ..functional.packing import packed_size
-from ..storage import BASE_PREFIX, coded_masks, fingerprint, is_settings, tensor_digest
+from ..storage import BASE_PREFIX, coded_masks, compare_fingerprints, fingerprint, is_settings, tensor_digest
 from ..storage.codec import BLOB_NAME, MaskBlob, accelerate, decode_masks
+from ..storage.fingerprint import PARTS
 from ..tuner.batch_norm import has_statistics
 from ..tuner.checks import base_name, unmasked_tensors
 from ..tuner.forms import mask_layer_for
@@ -63,31 +64,23 @@ class TaskReader:
             return
         masked, rest = (task.info.get(f"{part}_fingerprint") for part in ("base", "unmasked"))
         if masked is not None:
-            self._compare(task, "masked weights", str(masked), list(task.masks))
+            self._compare(task, PARTS[0], str(masked), list(task.masks))
         if rest is not None:
             key = (frozenset(task.masks), task.info.get("batch_norm"), tuple(task.info.get("modules_to_save") or ()))
             if key not in self._unmasked:
                 self._unmasked[key] = list(unmasked_tensors(self._live.model, task.masks.keys(), task.info))
-            self._compare(task, "weights or statistics outside the mask", str(rest), self._unmasked[key])
+            self._compare(task, PARTS[1], str(rest), self._unmasked[key])
 
-    def _compare(self, task: Task, what: str, expected: str, names: list[str]) -> None:
+    def _compare(self, task: Task, part: str, expected: str, names: list[str]) -> None:
         base = self._live.model
         wanted = [(name, self._live.dtype(name)) for name in names]
         for name, dtype in wanted:
             if (name, dtype) not in self._digests:
                 self._digests[name, dtype] = tensor_digest(self._live.values(name))
         present = fingerprint((self._digests[key] for key in wanted), wanted[0][1] if wanted else torch.float32)
-        if present == expected:
-            return
-        bases = f"made for {task.info.get('base_model_name_or_path') or 'a base without a name'} ({expected}), this "
-        bases += f"bank's base is {base_name(base) or type(base).__name__} ({present})"
-        if expected.partition(":")[0] == present.partition(":")[0]:
-            raise ValueError(
-                f"Task {task.name!r} does not belong to this base model, whose {what} differ: {bases}. Open the bank "
-                "over the base that the adapter names; check_base=false in its adapter_config.json overrides the "
-                "check."
-            )
-        warnings.warn(f"Task {task.name!r} cannot be verified in another dtype: {bases}.", stacklevel=5)
+        bases = task.info.get("base_model_name_or_path"), base_name(base) or type(base).__name__
+        if warning := compare_fingerprints(f"Task {task.name!r}", part, expected, present, bases):
+            warnings.warn(warning, stacklevel=5)
 
 
 def task_from_tensors(

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+PARTS = ("masked weights", "weights or statistics outside the mask")
+"""What an adapter has fingerprints of: `base_fingerprint` and `unmasked_fingerprint`."""
+
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes in C order, as hex; the same on every device."""
@@ -28,3 +31,21 @@ def fingerprint(digests: Iterable[str], dtype: torch.dtype) -> str:
     """
     digest = hashlib.sha256("".join(sorted(digests)).encode())
     return f"{str(dtype).removeprefix('torch.')}:{digest.hexdigest()[:32]}"
+
+
+def compare_fingerprints(
+    what: str, part: str, expected: str, present: str, bases: tuple[str | None, str]
+) -> str | None:
+    """Refuse a base with another fingerprint than expected; a warning where the dtypes differ, so that none compare.
+
+    `what` is an adapter in words, `part` one of PARTS, and `bases` the name of its base, and of the present one.
+    """
+    if present == expected:
+        return None
+    names = f"made for {bases[0] or 'a base without a name'} ({expected}), this base is {bases[1]} ({present})"
+    if expected.partition(":")[0] == present.partition(":")[0]:
+        raise ValueError(
+            f"{what} does not belong to this base model, whose {part} differ: {names}. Load the base that it names; "
+            "check_base=False in the config overrides the check."
+        )
+    return f"{what}: its base model cannot be verified in another dtype: {names}."

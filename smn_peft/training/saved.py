@@ -17,7 +17,7 @@ from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, 
 from ..data import check_preprocessing
 from ..storage import BASE_PREFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_regular, read_config
 from ..tuner import MaskConfig
-from ..tuner.checks import base_fingerprint
+from ..tuner.checks import fingerprints
 from .arguments import TrainArguments
 from .assemble import load_base
 from .checkpoint import latest_checkpoint
@@ -118,7 +118,7 @@ def verify_run(folder: str | Path, backbone: str | None = None) -> str:
     expected = config.base_fingerprint
     if expected is None:
         raise ValueError(f"{folder} names no fingerprint of its base: save it again with model.save_pretrained.")
-    present = base_fingerprint(model, "default")
+    present = fingerprints(model, "default", config)[0]
     if present != expected:
         raise ValueError(f"{folder} was made for a base with fingerprint {expected}; this base has {present}.")
     return expected

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..storage import fingerprint, tensor_digest
+from ..storage import compare_fingerprints, fingerprint, tensor_digest
+from ..storage.fingerprint import PARTS
 from .batch_norm import has_statistics
 from .config import MaskConfig
 from .forms import is_norm, iter_layers, mask_layer_for, type_name
@@ -22,24 +23,7 @@ from .layer import MaskLayer
 from .targets import base_model_of, head_modules, vision_scope
 from .wrapper import adapter_layers
 
-__all__ = [
-    "base_fingerprint",
-    "base_name",
-    "check_adapter_name",
-    "check_base",
-    "check_base_kind",
-    "check_saved",
-    "check_targets",
-    "fingerprint_of",
-    "fingerprints",
-    "masked_parameters",
-    "unmasked_tensors",
-]
-
-_UNQUANTISED = (
-    "a mask needs the float weights. Load the base without quantization_config, or as it was before it was quantised, "
-    "for example in bfloat16."
-)
+_UNQUANTISED = "a mask needs the float weights. Load the base without quantization_config, for example in bfloat16."
 # By name, so that nothing is imported to look it up: layers of libraries that quantise, and others by their own.
 _QUANTISED = re.compile(
     r"^(?:torch\.(?:ao\.)?nn\.(?:\w+\.)*(?:quantized|qat)|torchao|bitsandbytes|quanto|optimum\.quanto|auto_gptq|gptqmodel|"
@@ -75,21 +59,19 @@ def check_base_kind(model: nn.Module) -> None:
 
 def check_saved(model: nn.Module, names: Sequence[str] | None) -> None:
     """Refuse `modules_to_save` that name nothing, or a part of what another adapter trains whole."""
-    ends = tuple(names or ())
     if not names:
         return
-    if not any(name.endswith(ends) for name, _ in iter_layers(model, parts=True) if name):
+    own = [name for name, _ in iter_layers(model, parts=True) if name.endswith(tuple(names)) and name]
+    if not own:
         raise ValueError(f"modules_to_save={list(names)!r} names no module of {type(model).__name__}.")
-    paths = [name for name, _ in (*model.named_modules(), *iter_layers(model, parts=True)) if name.endswith(ends)]
+    own += [name for name, _ in model.named_modules() if name.endswith(tuple(names))]
     for whole in (name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)):
-        copies = f"{whole}.modules_to_save."
-        for path in paths:
-            is_copy = path.startswith(copies) and "." not in path.removeprefix(copies)  # PEFT knows that one
-            if path.startswith(f"{whole}.") and not is_copy:
-                raise ValueError(
-                    f"modules_to_save={list(names)!r} names a part of {whole!r}, which another adapter trains whole: "
-                    "name that, or add this adapter to a base of its own."
-                )
+        inside = (path for path in own if path.startswith(f"{whole}."))
+        if any(path.rpartition(".")[0] != f"{whole}.modules_to_save" for path in inside):  # PEFT knows its copies
+            raise ValueError(
+                f"modules_to_save={list(names)!r} names a part of {whole!r}, which another adapter trains whole: "
+                "name that, or add this adapter to a base of its own."
+            )
 
 
 def check_targets(model: nn.Module, names: Iterable[str]) -> None:
@@ -97,18 +79,7 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
     tied = tied_parameters(model)
     for name in names:
         module = model.get_submodule(name)
-        if isinstance(module, MaskLayer):
-            continue
-        problem, form = _layer_problem(name, module, model), mask_layer_for(module)
-        for slot in form(module).present_slots if form is not None and problem is None else ():
-            if problem := problem or _tensor_problem(module, slot.path):
-                break
-            if same := tied.get(f"{name}.{slot.path}"):
-                problem = (
-                    f"is tied: {', '.join(same)} are one tensor, and a mask on one would untie or change the other in "
-                    "silence. Leave it out with exclude_modules, or untie the weights first."
-                )
-        if problem is not None:
+        if not isinstance(module, MaskLayer) and (problem := _layer_problem(name, module, model, tied)):
             raise ValueError(f"Target {name!r} {problem}")
 
 
@@ -117,81 +88,71 @@ def tied_parameters(model: nn.Module) -> dict[str, list[str]]:
 
     A module that stands in several places because its parent does has one place, its parent's.
     """
-    owners: dict[int, set[tuple[int, str]]] = defaultdict(set)
+    places: dict[int, set[tuple[int, str, str]]] = defaultdict(set)
     names: dict[int, list[str]] = defaultdict(list)
-    modules = list(model.named_modules(remove_duplicate=False))
-    for path, module in modules:
-        for attribute, part in (*module._parameters.items(), *module._modules.items()):
-            owners[id(part)].add((id(module), attribute))
-        for attribute, parameter in module._parameters.items():
-            names[id(parameter)].append(f"{path}.{attribute}".removeprefix("."))
-    return {
-        name: sorted(names[id(parameter)])
-        for _, module in modules
-        for parameter in module._parameters.values()
-        if parameter is not None and max(len(owners[id(parameter)]), len(owners[id(module)])) > 1
-        for name in names[id(parameter)]
-    }
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent, _, attribute = path.rpartition(".")
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places[id(parameter)].add((id(model.get_submodule(parent)), attribute, name))
+                names[id(parameter)].append(f"{path}.{name}".removeprefix("."))
+    tied = (names[key] for key, found in places.items() if len(found) > 1)
+    return {name: sorted(same) for same in tied for name in same}
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    hooks = [getattr(module, "_hf_hook", None)]
-    hooks += list(getattr(hooks[0], "hooks", ()))
-    return any(getattr(hook, "offload", False) for hook in hooks)
-
-
-def _layer_problem(name: str, module: nn.Module, model: nn.Module) -> str | None:
+def _layer_problem(name: str, module: nn.Module, model: nn.Module, tied: Mapping[str, list[str]]) -> str | None:
     """What keeps a layer from being masked, and what to do."""
-    kind, outer = type(module).__name__, name.rpartition(".")[0]
+    kind, outer, form = type(module).__name__, name.rpartition(".")[0], mask_layer_for(module)
     if is_norm(module):
         return (
-            f"is a norm layer ({kind}). Masking norms ruins a pretrained model (paper, Table 5b): take it out of "
-            "target_modules. For BatchNorm statistics see batch_norm='adapt'."
+            f"is a norm layer ({kind}), which is never masked: take it out of target_modules; see batch_norm='adapt'."
         )
     if isinstance(model.get_submodule(outer), nn.MultiheadAttention):
         return f"is inside an nn.MultiheadAttention, which never calls it: target the attention itself: {outer!r}."
-    if _is_offloaded(module):
+    hook = getattr(module, "_hf_hook", None)
+    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
         return "is offloaded to CPU or disk by accelerate, which is not supported yet: load it without device_map."
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "is an Embedding with max_norm, which rewrites its weights: set it to None."
     if is_parametrized(module):
+        keep = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        return f"is parametrized, and computed for every forward: keep its value with {keep}, or use exclude_modules."
+    if form is None:
         return (
-            "is parametrized: its parameters are computed for every forward. Keep their values first, with "
-            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or use exclude_modules."
-        )
-    if mask_layer_for(module) is None:
-        return (
-            f"is a {type(module).__module__}.{kind}, which has no masked form. Supported are, by exact type, Linear, "
+            f"is a {module.__module__}.{kind}, which has no masked form. Supported are, by exact type, Linear, "
             "Conv1d/2d/3d and their transposed forms, Embedding, MultiheadAttention, transformers' Conv1D and timm's "
             "Conv2dSame and (Scaled)StdConv2d(Same). explain_targets(model) lists what a model has."
         )
+    for slot in form(module).present_slots:
+        if same := tied.get(f"{name}.{slot.path}"):
+            return (
+                f"is tied: {', '.join(same)} are one tensor. Untie them first, or leave it out with exclude_modules."
+            )
+        if problem := _tensor_problem(module, slot.path):
+            return problem
     return None
 
 
 def _tensor_problem(module: nn.Module, path: str) -> str | None:
     """What keeps a tensor of a layer from being masked, and what to do."""
-    owner, _, attribute = path.rpartition(".")
+    owner, _, name = path.rpartition(".")
     layer = module.get_submodule(owner)
-    weight = layer._parameters.get(attribute)
-    if weight is None:  # hooks compute it before every forward
-        what, remedy = "whoever set it", f"layer.{attribute} = torch.nn.Parameter(layer.{attribute})"
-        if f"{attribute}_g" in layer._parameters:
-            what, remedy = "weight_norm", "torch.nn.utils.remove_weight_norm(layer)"
-        elif f"{attribute}_mask" in layer._buffers:
-            what, remedy = "pruning", f"torch.nn.utils.prune.remove(layer, {attribute!r})"
-        elif f"{attribute}_orig" in layer._parameters:
-            what, remedy = "spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"
-        return (
-            f"has no parameter {path}: {what} computes it before every forward. Keep its value first, with "
-            f"{remedy}, or leave the layer out with exclude_modules."
-        )
+    weight = layer._parameters.get(name)
+    if weight is None:  # hooks compute it
+        ways = {
+            "_g": ("weight_norm", "torch.nn.utils.remove_weight_norm(layer)"),
+            "_mask": ("pruning", f"torch.nn.utils.prune.remove(layer, {name!r})"),
+            "_orig": ("spectral_norm", "torch.nn.utils.remove_spectral_norm(layer)"),
+            "": ("whoever set it", f"layer.{name} = torch.nn.Parameter(layer.{name})"),
+        }
+        what, keep = next(way for ending, way in ways.items() if hasattr(layer, name + ending))
+        return f"has no parameter {path}: {what} computes it. Keep its value with {keep}, or use exclude_modules."
     kind = type(weight)
     if hasattr(weight, "ds_id"):
         return "is partitioned by DeepSpeed's ZeRO-3, which is not supported: use ZeRO-1 or 2, which leave it whole."
     if kind.__name__ == "DTensor":
         return (
-            "is sharded over a device mesh (DTensor), which is not supported: with tensor parallelism load the base "
-            "without tp_plan; with FSDP add the adapter before the model is sharded."
+            "is sharded over a device mesh: load it without tp_plan, or add the adapter before the model is sharded."
         )
     if kind is not Tensor and nn.Parameter not in kind.__mro__ and kind.__name__ not in _STAND_INS:
         return f"is quantised or packed ({kind.__module__}.{kind.__name__}), not supported yet: {_UNQUANTISED}"
@@ -199,8 +160,6 @@ def _tensor_problem(module: nn.Module, path: str) -> str | None:
         return f"is {weight.dtype}, not supported yet: load the base in float32, bfloat16 or float16."
     return None
 
-
-# --- Which base an adapter belongs to --------------------------------------------------------------------------------
 
 #: What is resampled when the same base is loaded for images of another size.
 _POSITIONS = re.compile(
@@ -211,23 +170,10 @@ _digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, pla
 
 
 def _digest(tensor: Tensor) -> str:
-    version = -1 if tensor.is_inference() else tensor._version
-    known = _digests.get(tensor)
-    if known is None or known[:2] != (version, tensor.data_ptr()):
-        known = (version, tensor.data_ptr(), tensor_digest(tensor))
-        _digests[tensor] = known
-    return str(known[2])
-
-
-def base_fingerprint(model: nn.Module, adapter_name: str) -> str | None:
-    """Fingerprint of the base weights that an adapter masks, whatever is merged; None if there are none or no data."""
-    weights = _masked_tensors(model, adapter_name)
-    return fingerprint_of(model, weights) if weights else None
-
-
-def _masked_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:
-    layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
-    return [layer.base_tensor(slot) for layer in layers for slot in layer.slots_of(adapter_name)]
+    state = (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
+    if (known := _digests.get(tensor)) is None or known[0] != state:
+        known = _digests[tensor] = (state, tensor_digest(tensor))
+    return str(known[1])
 
 
 def unmasked_tensors(model: nn.Module, masked: Collection[str], config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -252,18 +198,20 @@ def unmasked_tensors(model: nn.Module, masked: Collection[str], config: Mapping[
             apart = (*apart, prefix)
         if not prefix.startswith(scope) or prefix.startswith(apart):
             continue
+        left_out = module._non_persistent_buffers_set | (
+            module._buffers.keys() if adapts and has_statistics(module) else set()
+        )
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             key = prefix + attribute
-            if (
-                tensor is not None
-                and tensor.is_floating_point()
-                and attribute not in module._non_persistent_buffers_set
-                and key not in masked
-                and not (adapts and attribute in module._buffers and has_statistics(module))
-                and not _POSITIONS.search(key)
-            ):
+            known = tensor is None or not tensor.is_floating_point() or attribute in left_out or key in masked
+            if not known and not _POSITIONS.search(key):
                 result.setdefault(id(tensor), (key, tensor))
     return dict(result.values())
+
+
+def _masked_tensors(model: nn.Module, adapter_name: str) -> list[Tensor]:
+    layers = [layer for _, layer in adapter_layers(model) if isinstance(layer, MaskLayer)]
+    return [layer.base_tensor(slot) for layer in layers for slot in layer.slots_of(adapter_name)]
 
 
 def masked_parameters(model: nn.Module, adapter_name: str) -> set[str]:
@@ -290,7 +238,8 @@ def fingerprint_of(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
 def fingerprints(model: nn.Module, adapter_name: str, config: MaskConfig) -> tuple[str | None, str | None]:
     """Fingerprints of a model's own weights: those that an adapter masks, and all else that its features depend on."""
     rest = unmasked_tensors(model, masked_parameters(model, adapter_name), config.to_dict())
-    return base_fingerprint(model, adapter_name), fingerprint_of(model, rest.values())
+    masked = _masked_tensors(model, adapter_name)
+    return fingerprint_of(model, masked) if masked else None, fingerprint_of(model, rest.values())
 
 
 def check_base(model: nn.Module, adapter_name: str, config: MaskConfig) -> str | None:
@@ -298,19 +247,10 @@ def check_base(model: nn.Module, adapter_name: str, config: MaskConfig) -> str |
     expected = (config.base_fingerprint, config.unmasked_fingerprint)
     if not config.check_base or expected == (None, None):
         return None
-    warning = None
-    parts = ("masked weights", "weights or statistics outside the mask")
-    for part, known, present in zip(parts, expected, fingerprints(model, adapter_name, config), strict=True):
-        if known is None or present is None or known == present:
-            continue
-        names = f"made for {config.base_model_name_or_path or 'a base without a name'} ({known}), this base is "
-        names += f"{base_name(model) or type(model).__name__} ({present})"
-        if known.partition(":")[0] == present.partition(":")[0]:
-            raise ValueError(
-                f"The adapter does not belong to this base model, whose {part} differ: {names}. Load the base that it "
-                "names; check_base=False in the config overrides the check."
-            )
-        warning = warning or f"The adapter's base model cannot be verified in another dtype: {names}."
+    bases, warning = (config.base_model_name_or_path, base_name(model) or type(model).__name__), None
+    for part, known, own in zip(PARTS, expected, fingerprints(model, adapter_name, config), strict=True):
+        if known and own:
+            warning = compare_fingerprints("The adapter", part, known, own, bases) or warning
     return warning
 
 
