@@ -14,8 +14,9 @@ structure, not at a list of class names, so they hold for sizes and variants not
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -25,28 +26,12 @@ from torch import nn
 
 from .forms import COMPILED, CONVOLUTIONS, DENSE, Embedding, is_norm, iter_layers, mask_layer_for, type_name
 
-__all__ = [
-    "TargetReport",
-    "TargetRow",
-    "base_model_of",
-    "default_targets",
-    "explain_targets",
-    "head_modules",
-    "resolve_targets",
-    "stage_of",
-    "stage_targets",
-    "vision_scope",
-]
-
-ALL_CONV = "all-conv"
 _LIBRARIES = frozenset({"transformers", "timm", "torchvision", "open_clip", "clip"})
 _TOWERS = ("timm_model", "vision_model", "visual", "trunk")  # TimmWrapper, CLIP and SigLIP, OpenCLIP, its timm towers
 _TEXTS = ("text_model", "language_model", "text", "token_embedding")  # beside it; the last two are OpenCLIP's
-_TEXT_TOWER = r"(?!(?:.*\.)?(?:text_model|language_model)\.)"
 _ATTENTION = re.compile(r"(?:^|[._])(?:\w*attn|\w*attention|qkv|[qkv]_proj|quer(?:y|ies))(?:$|[._])")
 _NUMBERED = re.compile(r"\d\.")  # a module above the layer is one of a numbered list
 _EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|stem\w*|cpb_mlp|continuous_position_bias_mlp|rel_pos\w*)\.")
-_IMAGE_CHANNELS = 3
 _OTHER_TASK = re.compile(r"^(?:decoder|predictor|pre_logits|aux\d?|AuxLogits)(?:\.|$)")
 _HEAD_NAMES = frozenset(
     {"head", "heads", "fc", "classifier", "last_linear", "distillation_classifier", "cls_classifier"}
@@ -72,7 +57,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
     dense = [name for name in in_blocks if mask_layer_for(layers[name]) in DENSE]
     convolutions = [name for name, layer in layers.items() if mask_layer_for(layer) in CONVOLUTIONS]
     if any(_ATTENTION.search(name) for name in dense):
-        stems = {name for name in convolutions if getattr(layers[name], "in_channels", None) == _IMAGE_CHANNELS}
+        stems = {name for name in convolutions if getattr(layers[name], "in_channels", None) == 3}  # of images
         names = dense + [name for name in in_blocks if name in convolutions and name not in stems]
         return _regex_or_list(model, prefix, names)
     if len(convolutions) > 1:
@@ -92,23 +77,16 @@ def base_model_of(model: nn.Module) -> nn.Module:
 
 def head_modules(model: nn.Module, *, by_name: bool = True) -> set[int]:
     """Ids of the modules that make up the classifier; `by_name` counts modules named like one, too."""
-    heads: list[nn.Module] = []
+    heads: list[Any] = []
     for owner in (model, _vision_core(model)[1]):
-        said = [head for getter in ("get_classifier", "get_output_embeddings") for head in _call(owner, getter)]
+        for getter in ("get_classifier", "get_output_embeddings"):
+            with suppress(AttributeError, NotImplementedError, TypeError):
+                found = getattr(owner, getter)()
+                heads += found if isinstance(found, (list, tuple)) else [found]
         # timm names its classifier itself, and may call a feature layer "head" or "fc"
         if by_name and not hasattr(owner, "get_classifier"):
-            said += [child for name, child in owner.named_children() if name in _HEAD_NAMES]
-        heads += said
-    return {id(module) for head in heads for module in head.modules()}
-
-
-def _call(owner: nn.Module, getter: str) -> list[nn.Module]:
-    function = getattr(owner, getter, None)
-    try:
-        found = function() if callable(function) else None
-    except (AttributeError, NotImplementedError, TypeError):
-        return []
-    return [head for head in (found if isinstance(found, (list, tuple)) else [found]) if isinstance(head, nn.Module)]
+            heads += [child for name, child in owner.named_children() if name in _HEAD_NAMES]
+    return {id(module) for head in heads if isinstance(head, nn.Module) for module in head.modules()}
 
 
 def exact_targets(model: nn.Module, names: Iterable[str]) -> str | list[str]:
@@ -170,32 +148,15 @@ def vision_scope(model: nn.Module) -> str:
 def _regex_or_list(model: nn.Module, prefix: str, names: list[str]) -> str | list[str]:
     """The most portable pattern that selects exactly `names` in this model, else the names."""
     wanted = {prefix + name for name in names}
-    body = _generalise(names)
+    numbered = (re.sub(r"(^|\\\.|_)\d+(?=\\\.)", r"\1\\d+", re.escape(name)) for name in names)
+    body = f"(?:{'|'.join(dict.fromkeys(numbered))})"
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     two_towers = "vision_model." in prefix or str(model_type).endswith("_vision_model")
-    guard = _TEXT_TOWER if two_towers else ""
+    guard = r"(?!(?:.*\.)?(?:text_model|language_model)\.)" if two_towers else ""
     for pattern in (rf"{guard}(?:.*\.)?{body}", rf"(?:.*\.)?{re.escape(prefix)}{body}"):
         if set(matching_names(model, pattern)) == wanted:
             return pattern
     return exact_targets(model, [prefix + name for name in names])
-
-
-def _generalise(names: list[str]) -> str:
-    """One regex for names that differ only in the numbers of their blocks."""
-    tails: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in names:
-        *above, leaf = name.split(".")
-        parts = [re.sub(r"^(\w*_)?\d+$", lambda found: f"{found[1] or ''}\\d+", part) for part in above]
-        first = next((index for index, part in enumerate(parts) if part.endswith(r"\d+")), len(parts) - 1)
-        tails[r"\.".join(parts[: first + 1])][r"\.".join(parts[first + 1 :])].add(re.escape(leaf))
-    blocks = []
-    for block, owners in sorted(tails.items()):
-        groups = [
-            (rf"{owner}\." if owner else "") + (f"(?:{'|'.join(sorted(leaves))})" if len(leaves) > 1 else min(leaves))
-            for owner, leaves in sorted(owners.items())
-        ]
-        blocks.append(rf"{block}\.(?:{'|'.join(groups)})")
-    return blocks[0] if len(blocks) == 1 else f"(?:{'|'.join(blocks)})"
 
 
 def _unknown(model: nn.Module, problem: str) -> str:
@@ -203,9 +164,6 @@ def _unknown(model: nn.Module, problem: str) -> str:
         f"{type(model).__module__}.{type(model).__qualname__} {problem}. Pass target_modules=…: a list of module "
         "names, a regex, 'all-linear' or 'all-conv'; explain_targets(model) lists what can be masked."
     )
-
-
-# --- Targets as a config names them ----------------------------------------------------------------------------------
 
 
 def resolve_targets(
@@ -223,8 +181,15 @@ def resolve_targets(
     """
     if target_modules is None:
         targets = default_targets(model)
-    elif isinstance(target_modules, str) and target_modules.lower() == ALL_CONV:
-        targets = _all_convolutions(model)
+    elif isinstance(target_modules, str) and target_modules.lower() == "all-conv":
+        heads, layers = head_modules(model, by_name=False), iter_layers(model)
+        convolutions = [name for name, m in layers if mask_layer_for(m) in CONVOLUTIONS and id(m) not in heads]
+        if not convolutions:
+            raise ValueError(
+                f"target_modules='all-conv' finds no convolution that can be masked in {type(model).__qualname__}: "
+                "explain_targets(model) lists its layers."
+            )
+        targets = exact_targets(model, convolutions)
     else:
         return target_modules if isinstance(target_modules, (str, set)) else list(target_modules)
     if layers_to_transform is None:
@@ -232,29 +197,11 @@ def resolve_targets(
     indices = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else list(layers_pattern or [r"[^.]*"])
     numbered = re.compile(rf"(?:.*?\.)??(?:{'|'.join(patterns)})\.(\d+)\.")
-    names = [
-        name
-        for name in matching_names(model, targets)
-        if (found := numbered.match(name)) is not None and int(found[1]) in indices
-    ]
+    known = matching_names(model, targets)
+    names = [name for name in known if (found := numbered.match(name)) and int(found[1]) in indices]
     if not names:
-        raise ValueError(
-            f"None of the default targets lies in layers_to_transform={sorted(indices)} with layers_pattern="
-            f"{layers_pattern!r}; they are named like {matching_names(model, targets)[0]!r}."
-        )
-    return exact_targets(model, names)
-
-
-def _all_convolutions(model: nn.Module) -> str | list[str]:
-    heads = head_modules(model, by_name=False)
-    names = [
-        name for name, layer in iter_layers(model) if mask_layer_for(layer) in CONVOLUTIONS and id(layer) not in heads
-    ]
-    if not names:
-        raise ValueError(
-            f"target_modules='all-conv' finds no convolution that can be masked in {type(model).__qualname__}: "
-            "explain_targets(model) lists its layers."
-        )
+        given = f"layers_to_transform={sorted(indices)} with layers_pattern={layers_pattern!r}"
+        raise ValueError(f"None of the default targets lies in {given}; they are named like {known[0]!r}.")
     return exact_targets(model, names)
 
 
@@ -273,14 +220,9 @@ def stage_targets(model: nn.Module, target_modules: str | Iterable[str] | None, 
     names = matching_names(model, resolve_targets(model, target_modules))
     numbers = sorted({number for name in names if (number := stage_of(name)) is not None})
     if not 1 <= stages <= len(numbers):
-        raise ValueError(
-            f"mask_stages={stages}: the targets lie in {len(numbers)} numbered stages or blocks, such as "
-            f"{names[0] if names else 'none'!r}."
-        )
+        known = f"the targets lie in {len(numbers)} numbered stages or blocks, such as {''.join(names[:1])!r}"
+        raise ValueError(f"mask_stages={stages}: {known}.")
     return exact_targets(model, [name for name in names if stage_of(name) in numbers[:stages]])
-
-
-# --- Report ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -312,26 +254,28 @@ class TargetReport:
     def __str__(self) -> str:
         """The table and the totals."""
         table = [("module", "type", "shape", "parameters", "masked", "")]
+        layers, masked = Counter[str](), Counter[str]()
         for row in self.rows:
             shape = "×".join(map(str, row.shape))
             table.append((row.name, row.type, shape, f"{row.parameters:,}", f"{row.masked:,}", row.reason))
+            layers[row.type] += row.masked > 0
+            masked[row.type] += row.masked
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         pattern = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<>><", widths, strict=True))
-        masked = Counter[str]()
-        for row in self.rows:
-            masked[row.type] += row.masked
-        layers = Counter(row.type for row in self.rows if row.masked)
         share = self.masked_weights / max(1, self.total_parameters)
         lines = [
             *(pattern.format(*line).rstrip() for line in table),
             "",
-            *(f"{kind}: {number} layers, {masked[kind]:,} masked weights" for kind, number in layers.items()),
+            *(
+                f"{kind}: {number} layers, {masked[kind]:,} masked weights"
+                for kind, number in layers.items()
+                if number
+            ),
             f"masked: {self.masked_weights:,} of {self.total_parameters:,} parameters ({share:.2%})",
             f"adapter file: {self.packed_bytes / 1e6:.2f} MB packed; "
             f"scores while training: {4 * self.masked_weights / 1e6:.2f} MB (fp32)",
-            self.note,
         ]
-        return "\n".join(lines if self.note else lines[:-1])
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = True) -> TargetReport:
@@ -345,43 +289,35 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
     model = base_model_of(model)
     options = ("task_type", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     match: Any = SimpleNamespace(target_parameters=None, **{name: getattr(config, name, None) for name in options})
-    note = ""
+    given, note = getattr(config, "target_modules", None), ""
+    layers = {"layers_to_transform": match.layers_to_transform, "layers_pattern": match.layers_pattern}
     try:
-        match.target_modules = resolve_targets(
-            model,
-            getattr(config, "target_modules", None),
-            layers_to_transform=match.layers_to_transform,
-            layers_pattern=match.layers_pattern,
-        )
+        match.target_modules = resolve_targets(model, given, **layers)
     except ValueError as error:  # the report is what the error advises to look at
         match.target_modules, note = [], str(error)
     _maybe_include_all_linear_layers(match, model)
-    mask_bias = bool(getattr(config, "mask_bias", False))
-    heads = head_modules(model)
-    counted: set[int] = set()
-    rows, packed_bytes = [], 0
+    bitless = {"bias_k", "bias_v"} | (set() if getattr(config, "mask_bias", False) else {"bias", "in_proj_bias"})
+    heads, seen = head_modules(model), set[int]()
+    rows: list[TargetRow] = []
+    packed_bytes = 0
     for name, layer in iter_layers(model):
         whole = mask_layer_for(layer) is not None
         named = layer.named_parameters(recurse=whole)
-        if not (parameters := [(key, value) for key, value in named if id(value) not in counted]):
+        if not (parameters := {key: value for key, value in named if id(value) not in seen}):
             continue
-        counted.update(id(value) for _, value in parameters)
-        reason = _reason(name, layer, match, heads)
-        masked = [value for key, value in parameters if _is_masked(key, mask_bias)] if reason == "masked" else []
-        packed_bytes += sum(-(-value.numel() // 8) for value in masked)
-        is_layer = not any(True for _ in layer.children()) or whole or is_norm(layer)
-        for group in [parameters] if is_layer else [[parameter] for parameter in parameters]:
-            full_name = name if is_layer else f"{name}.{group[0][0]}".lstrip(".")
-            rows.append(
-                TargetRow(
-                    name=full_name,
-                    type=type(layer).__name__ if is_layer else "Parameter",
-                    shape=tuple(group[0][1].shape),
-                    parameters=sum(value.numel() for _, value in group),
-                    masked=sum(value.numel() for value in masked),
-                    reason="embedding" if not is_layer and re.search(r"embed|token", group[0][0]) else reason,
-                )
-            )
+        seen.update(map(id, parameters.values()))
+        kind, reason = type(layer).__name__, _reason(name, layer, match, heads)
+        if not whole and not is_norm(layer) and any(True for _ in layer.children()):  # a container's own
+            for key, value in parameters.items():
+                why = "embedding" if re.search(r"embed|token", key) else reason
+                size = tuple(value.shape), value.numel()
+                rows.append(TargetRow(f"{name}.{key}".lstrip("."), "Parameter", *size, 0, why))
+            continue
+        sizes = {key: value.numel() for key, value in parameters.items()}
+        bits = [size for key, size in sizes.items() if reason == "masked" and key.rpartition(".")[2] not in bitless]
+        packed_bytes += sum(-(-size // 8) for size in bits)
+        shape = next(iter(parameters.values())).shape
+        rows.append(TargetRow(name, kind, tuple(shape), sum(sizes.values()), sum(bits), reason))
     report = TargetReport(tuple(rows), sum(row.parameters for row in rows), packed_bytes, note)
     if verbose:
         print(report)
@@ -390,11 +326,10 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
 
 def _reason(name: str, layer: nn.Module, match: Any, heads: set[int]) -> str:
     """Why a layer is masked or not."""
-    form = mask_layer_for(layer)
-    matrices = any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False))
+    form, unsupported = mask_layer_for(layer), f"unsupported type {type(layer).__name__}"
     found = check_target_module_exists(match, name)
     if found:
-        return f"unsupported type {type(layer).__name__}" if form is None else "masked"
+        return unsupported if form is None else "masked"
     if found is not None and type(found).__name__ == "_ExcludedModule":
         saved = any(re.match(rf"(?:^|.*\.){part}(?:$|\..*)", name) for part in match.modules_to_save or ())
         return "modules_to_save" if saved else "excluded"
@@ -402,11 +337,7 @@ def _reason(name: str, layer: nn.Module, match: Any, heads: set[int]) -> str:
         return "norm"
     if id(layer) in heads:
         return "head"
-    if form is Embedding or re.search(r"embed", name):
+    if form is Embedding or "embed" in name:
         return "embedding"
-    return f"unsupported type {type(layer).__name__}" if form is None and matrices else "not targeted"
-
-
-def _is_masked(parameter_name: str, mask_bias: bool) -> bool:
-    is_bias = parameter_name.rpartition(".")[2] in ("bias", "in_proj_bias", "bias_k", "bias_v")
-    return not is_bias or (mask_bias and parameter_name not in ("bias_k", "bias_v"))
+    matrices = any(parameter.ndim > 1 for parameter in layer.parameters(recurse=False))
+    return unsupported if form is None and matrices else "not targeted"
