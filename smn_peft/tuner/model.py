@@ -1,19 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MaskModel`: masks injected into a model, with PEFT's life cycle.
 
-Hooks of PEFT that this package overrides, and why PEFT's own do not do:
-
-* `inject_adapter`: everything is checked before the model is touched, and taken back if it fails.
-* `_mark_only_adapters_as_trainable`: PEFT looks for `modules_to_save` right after it, by the ends of names, and must
-  not find parts of masked layers.
-* `_replace_module`: PEFT's copies `weight` and `bias` to what it unwraps, and here they may be masked.
-* `_unload_and_optionally_merge`: PEFT's leaves layers inside the wrappers that it takes off.
-* `_get_adapter_state_dict`, `_remove_adapter_name_from_key`, `_remap_adapter_state_dict_for_load`: scores become bits
-  in a file, and bits scores or buffers, checked.
-* `_enable_peft_forward_hooks`: mixed batches by `adapter_names`.
-* of layers, `_get_available_adapters` and `_move_adapter_to_device_of_base_layer`: PEFT's look at containers of
-  modules, and would cast scores to the base's dtype; of `nn.Module`, `_apply` (scores stay wide, the cache goes),
-  `_load_from_state_dict` (bits become scores) and `_replicate_for_data_parallel` (nothing may be left to do).
+What is overridden of PEFT's, and why: `inject_adapter` checks before the model is touched, and takes back what fails;
+`_mark_only_adapters_as_trainable` hides the parts of masked layers, since `modules_to_save` goes by the ends of names;
+`_replace_module` would copy `weight` and `bias`, which may be masked; `_unload_and_optionally_merge` leaves layers
+inside the wrappers that it takes off; scores become bits in a file, and bits scores or buffers, checked.
 """
 
 from __future__ import annotations
@@ -40,8 +31,6 @@ from .state_dict import bare_key, check_pair, entries_of, loaded_entries, reload
 from .targets import resolve_targets
 from .wrapper import AdapterLayer, adapter_layers
 
-__all__ = ["MaskModel"]
-
 COMBINATIONS = ("union", "intersection", "majority")
 
 
@@ -59,8 +48,6 @@ class MaskModel(BaseTuner):
         """Wrap a model: a dict of configurations comes from a `PeftModel`, one from `inject_adapter_in_model`."""
         self._is_native = not isinstance(peft_config, dict)  # then a loader may write to the model without PeftModel
         super().__init__(_uncompiled(model), peft_config, adapter_name, **kwargs)
-
-    # --- Injection ---------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter's layers to a model, as PEFT does; on any error the model is as it was."""
@@ -83,7 +70,8 @@ class MaskModel(BaseTuner):
             add_batch_norms(model, adapter_name, config, self.active_adapters)
             for encoder in (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)):
                 for _, layer in adapter_layers(encoder):
-                    _forbid_fast_path(layer)
+                    if not layer._forward_pre_hooks:  # a hook keeps torch from its fused layer of the frozen weights
+                        layer.register_forward_pre_hook(_no_hook)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)
 
@@ -92,22 +80,13 @@ class MaskModel(BaseTuner):
         _hide_parts(model, True)
 
     def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: MaskConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, peft_config: MaskConfig, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
     ) -> None:
         layer = target
         if not isinstance(layer, MaskLayer):
-            form = mask_layer_for(target)
-            if form is None:  # named by a state dict and not by the config, which was checked before
+            if (form := mask_layer_for(target)) is None:  # a state dict may name what the config does not
                 check_targets(self.model, [current_key])
-            assert form is not None
-            layer = form(target).train(target.training)
+            layer = form(target).train(target.training)  # type: ignore[misc]
             self._replace_module(parent, target_name, layer, target)
         may_load = self._is_native or peft_config.comes_from_file
         layer.update_layer(adapter_name, peft_config, current_key, may_load=may_load)
@@ -116,11 +95,7 @@ class MaskModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
     ) -> Any:
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         for name, layer in list(adapter_layers(model)):
@@ -129,16 +104,9 @@ class MaskModel(BaseTuner):
             _replace(model, name, layer.get_base_layer())
         return model
 
-    # --- State dicts -------------------------------------------------------------------------------------------------
-
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
-        cls,
-        model: nn.Module,
-        config: MaskConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+        cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         """Bits of the adapter, packed from the scores of the passed (gathered) state dict; statistics beside them."""
         return entries_of(model, config, adapter_name, state_dict)
@@ -161,15 +129,17 @@ class MaskModel(BaseTuner):
                 check_pair(config, state_dict)
                 entries = loaded_entries(model, adapter_name, state_dict)
             except Exception:
-                _discard(model, adapter_name)
+                tuner: Any = getattr(model, "base_model", None)
+                if isinstance(tuner, cls) and len(tuner.peft_config) > 1:
+                    model.delete_adapter(adapter_name)  # type: ignore[operator]
+                elif isinstance(tuner, cls):  # injected without a PeftModel, PEFT has nothing that could take it back
+                    tuner.unload()
                 raise
         else:
             entries = reload_entries(model, adapter_name, state_dict)
         for layer in layers:
             layer.mark_loaded(adapter_name)
         return entries
-
-    # --- What only masks have ----------------------------------------------------------------------------------------
 
     def masks(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Bool masks by weight name, of one adapter (the first active one if None)."""
@@ -212,31 +182,32 @@ class MaskModel(BaseTuner):
             combination_type: ``"union"``, ``"intersection"`` or ``"majority"`` (active where more than half of the
                 weight says so).
         """
-        names = list(adapters)
+        names, known = list(adapters), self.peft_config
+        votes = [1.0] * len(names) if weights is None else list(weights)
         if combination_type not in COMBINATIONS:
             raise ValueError(f"combination_type must be one of {', '.join(COMBINATIONS)}; got {combination_type!r}.")
-        if unknown := [name for name in names if name not in self.peft_config] or not names:
-            raise ValueError(f"Adapter(s) {unknown if names else '[]'} do not exist, only {list(self.peft_config)}.")
-        if adapter_name in self.peft_config:
+        if unknown := [name for name in names if name not in known] or not names:
+            raise ValueError(f"Adapter(s) {unknown if names else '[]'} do not exist, only {list(known)}.")
+        if adapter_name in known:
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
-        votes = [1.0] * len(names) if weights is None else list(weights)
         if len(votes) != len(names) or min(votes) < 0 or sum(votes) <= 0:
             raise ValueError(f"weights must be {len(names)} non-negative numbers, not all 0; got {votes}.")
-        layers = [layer for layer in self.model.modules() if isinstance(layer, MaskLayer)]
+        modules = list(self.model.modules())
+        layers = [module for module in modules if isinstance(module, MaskLayer)]
         if any(layer.slots_of(name) != layer.slots_of(names[0]) for layer in layers for name in names):
             raise ValueError(f"The adapters {names} do not mask the same weights and cannot be combined.")
-        saved = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-        if both := [module for module in saved if sum(name in module.modules_to_save for name in names) > 1]:
+        saved = [module.modules_to_save for module in modules if isinstance(module, ModulesToSaveWrapper)]
+        heads = [[(copies, copies[name]) for name in names if name in copies] for copies in saved]
+        if both := sum(len(found) > 1 for found in heads):
             raise ValueError(
                 "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-                f"{len(both)} such instance(s): masks combine, heads do not. Combine adapters without modules_to_save."
+                f"{both} such instance(s): masks combine, heads do not. Combine adapters without modules_to_save."
             )
-        configs: list[Any] = [self.peft_config[name] for name in names]
-        config: MaskConfig = copy.deepcopy(configs[0])
+        configs: list[Any] = [known[name] for name in names]
+        known[adapter_name] = config = copy.deepcopy(configs[0])
         config.inference_mode, config.save_scores = True, False
         config.batch_norm = "adapt" if any(other.batch_norm == "adapt" for other in configs) else "frozen"
         config.modules_to_save = list(dict.fromkeys(n for c in configs for n in c.modules_to_save or ())) or None
-        self.peft_config[adapter_name] = config
         try:
             with _whole_or_nothing(self.model, adapter_name):
                 self.inject_adapter(self.model, adapter_name)
@@ -247,12 +218,10 @@ class MaskModel(BaseTuner):
                         layer.set_mask(adapter_name, slot, combine_masks(masks, votes, combination_type))
                 for norm in (module for module in self.model.modules() if isinstance(module, BatchNorm)):
                     norm.average(adapter_name, names, votes)
-                for module in saved:
-                    for name in (name for name in names if name in module.modules_to_save):
-                        source = module.modules_to_save[name].state_dict()
-                        module.modules_to_save[adapter_name].load_state_dict(source)
+                for copies, source in (head for found in heads for head in found):
+                    copies[adapter_name].load_state_dict(source.state_dict())
         except Exception:
-            del self.peft_config[adapter_name]
+            del known[adapter_name]
             raise
 
     @contextmanager
@@ -264,7 +233,7 @@ class MaskModel(BaseTuner):
             return
         if self.training:
             raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode: call model.eval() first."
+                "Cannot pass `adapter_names` while the model is in training mode: call model.eval() first."
             )
         if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -341,14 +310,8 @@ def _hide_parts(model: nn.Module, hidden: bool) -> None:
         layer.hides_parts = hidden
 
 
-def _forbid_fast_path(layer: AdapterLayer) -> None:
-    """Disable torch's fused TransformerEncoderLayer, which reads the frozen weights: only a hook does that."""
-    if not layer._forward_pre_hooks:
-        layer.register_forward_pre_hook(_no_hook)
-
-
 def _no_hook(module: nn.Module, args: Any) -> None:
-    """See [`_forbid_fast_path`]."""
+    """See [`MaskModel.inject_adapter`]."""
 
 
 @contextmanager
@@ -366,14 +329,3 @@ def _whole_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
-
-
-def _discard(model: Any, adapter_name: str) -> None:
-    """Remove an adapter whose file is bad from a `PeftModel`; after the last one the bare base is left."""
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, BaseTuner):  # injected without a PeftModel: PEFT has nothing that could take it back
-        return
-    if len(tuner.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    else:
-        tuner.unload()
