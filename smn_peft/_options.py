@@ -33,12 +33,9 @@ _WRITTEN = ("preprocessing", "id2label", "format_version", "base_fingerprint", "
 
 
 def option(default: Any, help: str, **limits: float) -> Any:
-    """Declare a dataclass field with its help.
+    """Declare a dataclass field: a default, copied for each instance if it is mutable, or a class to call for one.
 
-    Args:
-        default: The default value, of which each instance gets a copy if it is mutable; or a class to call for it.
-        help: Help text, one or two sentences.
-        limits: Numbers that [`check_options`] compares the value with: `least`, `above`, `most`, `below`.
+    [`check_options`] compares the value with `limits`: `least`, `above`, `most`, `below`.
     """
     metadata = {"help": help, "limits": limits}
     if isinstance(default, (dict, list, set, type)):
@@ -79,9 +76,6 @@ def merged(*mappings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-# --- Values of YAML, JSON and the command line -----------------------------------------------------------------------
-
-
 def user_fields(kind: type) -> dict[str, Field[Any]]:
     """Fields that users set: those with help, without what a dataclass inherits from another library."""
     package = kind.__module__.partition(".")[0]
@@ -95,15 +89,8 @@ def read_values(
 ) -> dict[str, Any]:
     """Convert what YAML or JSON holds to the types of a dataclass's fields, strictly: no bool or fraction is an int.
 
-    Args:
-        kind: The dataclass.
-        values: Its values by name; those of a nested dataclass as a mapping.
-        where: What messages begin with, such as the file's name.
-        build: Construct nested dataclasses, and take every field, not only what users set.
-        prefix: Path of `kind` in an outer dataclass, such as "mask.".
-
-    Raises:
-        ValueError: For an unknown key, or a value of another type; names the field.
+    `where` begins messages, `prefix` is the path of `kind` in an outer dataclass. With `build`, nested dataclasses are
+    constructed and every field is taken, not only what users set. ValueError names the field that is wrong.
     """
     hints = get_type_hints(kind)
     known = [each.name for each in fields(kind)] if build else list(user_fields(kind))

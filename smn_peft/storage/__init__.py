@@ -38,7 +38,7 @@ from .files import (
     read_json,
     to_disk,
 )
-from .fingerprint import compare_fingerprints, fingerprint, tensor_digest
+from .fingerprint import fingerprint, tensor_digest
 from .hub_files import PICKLE_NAME, check_folder_weights, check_hub_weights, locate_adapter
 from .inspection import inspect_adapter, verify_adapter_file
 from .repack import (
@@ -72,7 +72,6 @@ __all__ = [
     "check_packed",
     "check_regular",
     "coded_masks",
-    "compare_fingerprints",
     "fingerprint",
     "inspect_adapter",
     "is_settings",

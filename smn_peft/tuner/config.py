@@ -224,7 +224,7 @@ class MaskConfig(PeftConfig):
             file.write(json.dumps(values, indent=2, sort_keys=True).encode())
 
 
-# One step through a pattern: digits, however many, an escape and a class of characters each stand for one character.
+# What counts as one character of a pattern: digits, however many, an escape, and a class of characters.
 _COUNT = r"\{(?:[0-9]+,?|,)[0-9]*\}"
 _CHARACTER = re.compile(rf"(?:\\d|\[0-9\])(?:[*+?]|{_COUNT})?[?+]?|\\.|\[\^?\]?(?:\\.|[^]\\])*\]", re.DOTALL)
 _GROUP = re.compile(rf"\((?:\?(?:[aimsu]*:|[aimsu]+|<?[=!]|P<\w+>)|(?!\?))([^()]*)\)(?:([*+]|{_COUNT})[?+]?)?")
