@@ -202,8 +202,9 @@ def unmasked_tensors(model: nn.Module, masked: Collection[str], config: Mapping[
         )
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             key = prefix + attribute
-            known = tensor is None or not tensor.is_floating_point() or attribute in left_out or key in masked
-            if not known and not _POSITIONS.search(key):
+            if tensor is None or not tensor.is_floating_point() or attribute in left_out or key in masked:
+                continue
+            if not _POSITIONS.search(key):
                 result.setdefault(id(tensor), (key, tensor))
     return dict(result.values())
 

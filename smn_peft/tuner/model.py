@@ -58,7 +58,7 @@ class MaskModel(BaseTuner):
         if any(adapter_name in layer.smn_info for _, layer in adapter_layers(model)):
             raise ValueError(f"Adapter with name {adapter_name!r} already exists: delete it or choose another name.")
         config = self.peft_config[adapter_name] = given.for_model()
-        with _whole_or_nothing(model, adapter_name):
+        with self._whole_or_nothing(model, adapter_name):
             _resolve(config, model)
             with bare_norms(model, config):
                 try:
@@ -74,6 +74,23 @@ class MaskModel(BaseTuner):
                         layer.register_forward_pre_hook(_no_hook)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)
+
+    @contextmanager
+    def _whole_or_nothing(self, model: nn.Module, adapter_name: str) -> Iterator[None]:
+        """Withdraw an adapter if the block fails: unwrap layers that no other uses, restore what was trainable."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            yield
+        except Exception:
+            self.peft_config.pop(adapter_name, None)
+            for name, layer in list(adapter_layers(model)):
+                if adapter_name in layer.smn_info:
+                    layer.delete_adapter(adapter_name)
+                if not layer.smn_info:
+                    _replace(model, name, layer.get_base_layer())
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            raise
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
@@ -208,21 +225,17 @@ class MaskModel(BaseTuner):
         config.inference_mode, config.save_scores = True, False
         config.batch_norm = "adapt" if any(other.batch_norm == "adapt" for other in configs) else "frozen"
         config.modules_to_save = list(dict.fromkeys(n for c in configs for n in c.modules_to_save or ())) or None
-        try:
-            with _whole_or_nothing(self.model, adapter_name):
-                self.inject_adapter(self.model, adapter_name)
-                for layer in layers:
-                    layer.mark_loaded(adapter_name)
-                    for slot in layer.slots_of(adapter_name):
-                        masks = torch.stack([layer.mask(name, slot) for name in names])
-                        layer.set_mask(adapter_name, slot, combine_masks(masks, votes, combination_type))
-                for norm in (module for module in self.model.modules() if isinstance(module, BatchNorm)):
-                    norm.average(adapter_name, names, votes)
-                for copies, source in (head for found in heads for head in found):
-                    copies[adapter_name].load_state_dict(source.state_dict())
-        except Exception:
-            del known[adapter_name]
-            raise
+        with self._whole_or_nothing(self.model, adapter_name):
+            self.inject_adapter(self.model, adapter_name)
+            for layer in layers:
+                layer.mark_loaded(adapter_name)
+                for slot in layer.slots_of(adapter_name):
+                    masks = torch.stack([layer.mask(name, slot) for name in names])
+                    layer.set_mask(adapter_name, slot, combine_masks(masks, votes, combination_type))
+            for norm in (module for module in self.model.modules() if isinstance(module, BatchNorm)):
+                norm.average(adapter_name, names, votes)
+            for copies, source in (head for found in heads for head in found):
+                copies[adapter_name].load_state_dict(source.state_dict())
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -312,20 +325,3 @@ def _hide_parts(model: nn.Module, hidden: bool) -> None:
 
 def _no_hook(module: nn.Module, args: Any) -> None:
     """See [`MaskModel.inject_adapter`]."""
-
-
-@contextmanager
-def _whole_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Withdraw an adapter if the block fails: unwrap layers that no other uses, restore what was trainable."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        yield
-    except Exception:
-        for name, layer in list(adapter_layers(model)):
-            if adapter_name in layer.smn_info:
-                layer.delete_adapter(adapter_name)
-            if not layer.smn_info:
-                _replace(model, name, layer.get_base_layer())
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise

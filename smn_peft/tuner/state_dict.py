@@ -64,8 +64,9 @@ class _Places(dict[str, tuple[MaskLayer, Slot]]):
     def __init__(self, model: nn.Module, adapter_name: str, shared: str) -> None:
         self.adapter_name, self.shared = adapter_name, shared.removeprefix(BASE_PREFIX)
         for layer, _, own in _named_layers(model):
-            for slot in layer.slots_of(adapter_name) if isinstance(layer, MaskLayer) else ():
-                self[f"{own}{slot.mask_name}".removeprefix(BASE_PREFIX)] = layer, slot
+            if isinstance(layer, MaskLayer):
+                for slot in layer.slots_of(adapter_name):
+                    self[f"{own}{slot.mask_name}".removeprefix(BASE_PREFIX)] = layer, slot
 
     def selected(self, name: str) -> NDArray[np.bool_] | None:
         """Which weights of a layer the adapter masks; None for all."""
@@ -103,8 +104,8 @@ def entries_of(
         for name, module in model.named_modules():
             prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}."
             if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT adds it to the file
-                own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-                rest += module.adapter_state_dict(adapter_name, own).values()  # type: ignore[call-arg]
+                held = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+                rest += module.adapter_state_dict(adapter_name, held).values()  # type: ignore[call-arg]
         prefix = BASE_PREFIX if any(key.startswith(BASE_PREFIX) for key in entries) else ""
         entries[f"{prefix}{SETTINGS_NAME}{suffix}"] = settings_tensor(config.to_dict(), rest)
     if config.codec == "bits" or not masks:

@@ -36,6 +36,10 @@ _OTHER_TASK = re.compile(r"^(?:decoder|predictor|pre_logits|aux\d?|AuxLogits)(?:
 _HEAD_NAMES = frozenset(
     {"head", "heads", "fc", "classifier", "last_linear", "distillation_classifier", "cls_classifier"}
 )
+_ADVICE = (
+    "Pass target_modules=…: a list of module names, a regex, 'all-linear' or 'all-conv'; explain_targets(model) lists "
+    "what can be masked."
+)
 
 
 def default_targets(model: nn.Module) -> str | list[str]:
@@ -45,7 +49,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
     """
     model = base_model_of(model)
     if not _is_known(model):
-        raise ValueError(_unknown(model, "has no default target modules"))
+        raise ValueError(f"{type_name(model)} has no default target modules. {_ADVICE}")
     prefix, core = _vision_core(model)
     heads = head_modules(model)
     layers = {
@@ -64,7 +68,7 @@ def default_targets(model: nn.Module) -> str | list[str]:
         return exact_targets(model, [prefix + name for name in convolutions + dense])
     if dense:
         return _regex_or_list(model, prefix, dense)
-    raise ValueError(_unknown(model, "has no layer in its blocks that can be masked"))
+    raise ValueError(f"{type_name(model)} has no layer in its blocks that can be masked. {_ADVICE}")
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
@@ -157,13 +161,6 @@ def _regex_or_list(model: nn.Module, prefix: str, names: list[str]) -> str | lis
         if set(matching_names(model, pattern)) == wanted:
             return pattern
     return exact_targets(model, [prefix + name for name in names])
-
-
-def _unknown(model: nn.Module, problem: str) -> str:
-    return (
-        f"{type(model).__module__}.{type(model).__qualname__} {problem}. Pass target_modules=…: a list of module "
-        "names, a regex, 'all-linear' or 'all-conv'; explain_targets(model) lists what can be masked."
-    )
 
 
 def resolve_targets(
