@@ -148,9 +148,10 @@ def round_extras(model: PeftModel, adapter_name: str = "default") -> int:
         elif isinstance(module, AuxiliaryTrainingWrapper):
             extras = module.adapter_state_dict(adapter_name, module.state_dict())  # type: ignore[call-arg]
         narrow = {f"{path}.{name}": tensor for name, tensor in extras.items()}
-        changed += _round(config.save_dtype, narrow, list(narrow))
-        for name, tensor in extras.items():
-            tensor.copy_(narrow[f"{path}.{name}"])
+        if count := _round(config.save_dtype, narrow, list(narrow)):
+            changed += count
+            for name, tensor in extras.items():
+                tensor.copy_(narrow[f"{path}.{name}"])
     return changed
 
 
