@@ -246,7 +246,7 @@ class MaskModel(BaseTuner):
             return
         if self.training:
             raise ValueError(
-                "Cannot pass `adapter_names` while the model is in training mode: call model.eval() first."
+                "Cannot pass `adapter_names` when the model is in training mode: call model.eval() first."
             )
         if unknown := sorted(set(names) - set(self.peft_config) - {"__base__"}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
