@@ -32,27 +32,22 @@ class _Application(Group):
         self, args: Sequence[str] | None = None, prog_name: str | None = "smn", **settings: Any
     ) -> None:
         words = list(sys.argv[1:] if args is None else args)
-        end = words.index("--") if "--" in words else len(words)
-        in_full = _TRACEBACK in words[:end]  # wherever it stands, so that it can be added at the line's end
-        words = [word for word in words[:end] if word != _TRACEBACK] + words[end:]
+        in_full = _TRACEBACK in words  # wherever it stands, so that it can be added at the line's end
+        words = [word for word in words if word != _TRACEBACK]
         try:
             with _short_warnings():
                 code = super().main(words, prog_name, **{**settings, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            code = error.exit_code
         except click.ClickException as error:
-            click.echo(f"error: {error.format_message()}", err=True)
+            is_help = isinstance(error, click.exceptions.NoArgsIsHelpError)
+            click.echo(f"{'' if is_help else 'error: '}{error.format_message()}", err=True)
             code = error.exit_code
         except click.Abort as error:
             if isinstance(error.__cause__, Interrupted):
                 click.echo(str(error.__cause__), err=True)
             code = 130
         except (ValueError, OSError, RuntimeError, ImportError) as error:
-            if in_full:
-                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-            else:
-                click.echo(f"error: {one_line(error)} (in full with {_TRACEBACK})", err=True)
+            short = f"error: {one_line(error)} (in full with {_TRACEBACK})\n"
+            click.echo("".join(traceback.format_exception(error)) if in_full else short, err=True, nl=False)
             code = 1
         sys.exit(code or 0)
 
