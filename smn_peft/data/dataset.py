@@ -45,7 +45,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     `dataset[i]` is ``{"image": (3, height, width) uint8 RGB, "label": int (if labelled), "index": i}``. An image that
     cannot be read raises `ImageError` with its file or row when it is asked for.
-
     """
 
     source: ImageSource
@@ -59,33 +58,29 @@ class ImageDataset(Dataset[dict[str, Any]]):
     _cache: dict[int, Tensor] = field(default_factory=dict)  # (height, width, 3) by row
 
     def __post_init__(self) -> None:
-        name, split, labels = self.name, self.split, self.labels
-        if len(self.rows) == 0:
-            raise ValueError(f"{name}, split {split!r}, has no images: check the name, the split and the indices.")
-        if labels is not None:
-            if len(labels) != len(self.rows):
-                raise ValueError(f"{name} has {len(self.rows)} images but {len(labels)} labels.")
-            labels = whole_numbers(labels, f"{name}, split {split!r}")
-            low, high = int(labels.min()), int(labels.max())
+        where, count = f"{self.name}, split {self.split!r}", len(self.rows)
+        if count == 0:
+            raise ValueError(f"{where}, has no images: check the name, the split and the indices.")
+        if self.labels is not None:
+            if len(self.labels) != count:
+                raise ValueError(f"{where}, has {count} images but {len(self.labels)} labels.")
+            self.labels = whole_numbers(self.labels, where)
+            low, high = int(self.labels.min()), int(self.labels.max())
             if low < 0:
-                what = f"{name}, split {split!r}, has the label {low}, which stands for an unknown class"
+                what = f"{where}, has the label {low}, which stands for an unknown class"
                 raise NoLabelsError(f"{what}: take another split, or {WITHOUT_LABELS}.")
             if self.classes is not None and high >= len(self.classes):
-                raise ValueError(f"{name} has the label {high} but only {len(self.classes)} class names.")
-            self.labels = labels
+                raise ValueError(f"{where}, has the label {high} but only {len(self.classes)} class names.")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} images; there is no index {index}.")
-        index %= len(self)
-        item: dict[str, Any] = {"image": self._image(index), "index": index}
-        if self.labels is not None:
-            item["label"] = int(self.labels[index])
-        return item
+        index = int(index) % len(self)
+        label = {} if self.labels is None else {"label": int(self.labels[index])}
+        return {"image": self._image(index), "index": index, **label}
 
     @property
     def num_classes(self) -> int | None:
