@@ -28,6 +28,8 @@ def load(
     **kwargs: Any,
 ) -> Backbone:
     """Load the model that extracts features, `config` being the checkpoint's; `kwargs` are `from_pretrained`'s."""
+    from transformers import AutoImageProcessor
+
     vision_config = getattr(config, "vision_config", None) or config
     if vision_config is not config and hasattr(config, "projection_dim"):
         vision_config.projection_dim = config.projection_dim
@@ -49,8 +51,9 @@ def load(
         check_loading(info, source)
     else:
         model = model_class(vision_config, **options).to(dtype)
-    processor = _processor(source, revision)
-    if processor is None:
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except OSError:
         processor = _default_processor(config, source)
         image_size = image_size or getattr(vision_config, "image_size", None)
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
@@ -95,15 +98,6 @@ def _without_dense_pooler(model_class: Any, vision_config: Any) -> dict[str, Any
     return {"add_pooling_layer": False} if hasattr(pooler, "dense") else {}
 
 
-def _processor(source: str, revision: str | None) -> Any:
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except OSError:
-        return None
-
-
 def _default_processor(config: Any, source: str) -> Any:
     """The processor of the architecture, for a checkpoint that does not say which it used."""
     from transformers import CONFIG_MAPPING
@@ -114,16 +108,12 @@ def _default_processor(config: Any, source: str) -> Any:
             found = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING[model_type]]
             classes = [found.get("pil"), found.get("torchvision")] if isinstance(found, dict) else found
             processor_class = [cls for cls in classes if cls is not None][-1]
-            warnings.warn(
-                f"{source} has no preprocessor_config.json: images are prepared as {processor_class.__name__} does by "
-                "default. Save the right processor beside the model with processor.save_pretrained(folder).",
-                stacklevel=4,
-            )
+            what = f"images are prepared as {processor_class.__name__} does by default"
+            fix = "Save the right processor beside the model with processor.save_pretrained(folder)"
+            warnings.warn(f"{source} has no preprocessor_config.json: {what}. {fix}.", stacklevel=4)
             return processor_class()
-    raise ValueError(
-        f"{source} does not say how its images are prepared: save the image processor beside the model, "
-        "AutoImageProcessor.from_pretrained('<original model>').save_pretrained(folder)."
-    )
+    what = f"{source} does not say how its images are prepared: save the image processor beside the model"
+    raise ValueError(f"{what}, AutoImageProcessor.from_pretrained('<original model>').save_pretrained(folder).")
 
 
 def _processed(processor: Any, overrides: dict[str, Any], image: Any) -> Tensor:
