@@ -85,9 +85,8 @@ def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[st
     import timm
 
     registered = timm.get_pretrained_cfg(architecture)
-    classifier = overlay.get("classifier") or (registered.classifier if registered else None) or ""
-    first = classifier if isinstance(classifier, str) else classifier[0]
-    head = weights.get(f"{first}.weight")
+    classifier: Any = overlay.get("classifier") or (registered.classifier if registered else None) or ""
+    head = weights.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     # The classes of the file on both sides: otherwise timm would load without `strict`.
     num_classes = 0 if head is None else head.shape[0]
     overlay = {**overlay, "state_dict": weights, "num_classes": num_classes, "custom_load": False}
@@ -96,8 +95,7 @@ def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[st
             architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **kwargs
         )
     except (RuntimeError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = "\n".join(f"  {line[:300]}{'…' if len(line) > 300 else ''}" for line in lines[:8])
+        reason = "\n".join(line[:300] for line in str(error).splitlines()[:8])
         fix = "name the architecture they were saved from"
         raise ValueError(f"The weights do not fit {architecture}: {fix}.\n{reason}") from error
     model.pretrained_cfg.pop("state_dict", None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._options import did_you_mean
 from ..storage import check_regular
+from . import from_timm, from_transformers
 from .backbone import Backbone, completed
 
 __all__ = ["explained", "load_backbone", "read_config"]
@@ -75,22 +76,17 @@ def load_backbone(
     options = {"image_size": image_size, "dtype": dtype, **kwargs}
     try:
         if not is_timm:
-            from . import from_transformers
-
             backbone = from_transformers.load(
                 source, config, pretrained=pretrained, revision=revision, projection=projection, **options
             )
+        elif published:
+            backbone = from_timm.load(source, revision=revision, **options)
+        elif config is None:
+            backbone = from_timm.create(source, state_dict=state_dict, **options)
         else:
-            from . import from_timm
-
-            if published:
-                backbone = from_timm.load(source, revision=revision, **options)
-            elif config is None:
-                backbone = from_timm.create(source, state_dict=state_dict, **options)
-            else:
-                cfg = getattr(config, "pretrained_cfg", None)
-                options = {**(config.model_args or {}), "pretrained_cfg": cfg, **options}
-                backbone = from_timm.create(config.architecture, state_dict=None, **options)
+            cfg = getattr(config, "pretrained_cfg", None)
+            options = {**(config.model_args or {}), "pretrained_cfg": cfg, **options}
+            backbone = from_timm.create(config.architecture, state_dict=None, **options)
     except OSError as error:
         raise explained(error, name) from error
     model: Any = backbone.model
@@ -135,9 +131,9 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds an adapter, not a backbone: {fix}.")
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: write the folder with model.save_pretrained(folder).")
-    files = [path.name for path in folder.iterdir()]
-    pickles = sorted(name for name in files if name.endswith(_PICKLES) and name != "training_args.bin")
-    if pickles and not any(name.endswith(".safetensors") for name in files):
+    names = [path.name for path in folder.iterdir() if path.name != "training_args.bin"]
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    if pickles and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} holds its weights as a pickle ({pickles[0]}). {_CONVERT}")
 
 

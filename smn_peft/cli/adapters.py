@@ -37,21 +37,19 @@ _backbone = click.option("--backbone", help="With --base: where it is, if not wh
 @click.option("--image-size", type=int, help="Side of the images in pixels.")
 @click.option("--projection", is_flag=True, help="CLIP's vision tower with its projection.")
 @click.pass_context
-def targets(
-    context: click.Context, name: str, revision: str | None, image_size: int | None, projection: bool, **_: Any
-) -> None:
+def targets(context: click.Context, name: str, **options: Any) -> None:
     """Show what would be masked in a model, layer by layer, and how large the adapter would be.
 
     NAME is a Hub id, timm name, folder, or your own file.py:function. Only the model's shape matters: no weights are
     downloaded.
     """
-    if is_file_spec(name):
-        if revision or image_size or projection:
-            raise ValueError(f"--revision, --image-size and --projection are for libraries' models, not for {name}.")
-        model = load_from_file(name).model
+    own = {option: options[option] for option in ("revision", "image_size", "projection")}
+    if not is_file_spec(name):
+        model = load_backbone(name, pretrained=False, **own).model
+    elif any(own.values()):
+        raise ValueError(f"--revision, --image-size and --projection are for libraries' models, not for {name}.")
     else:
-        options: dict[str, Any] = {"revision": revision, "image_size": image_size, "projection": projection}
-        model = load_backbone(name, pretrained=False, **options).model
+        model = load_from_file(name).model
     report = explain_targets(model, MaskConfig(**given(context, MaskConfig)), verbose=False)
     click.echo(str(report))
     if not report.masked_weights:
@@ -139,13 +137,13 @@ def push(folder: Path, repo_id: str, reports: Path | None, dry_run: bool, **opti
     FOLDER is an output folder of `smn train`, or a folder with an adapter; the repository is made where it does not
     exist. The token is HF_TOKEN, or that of `hf auth login`.
     """
-    shared = {name: options.pop(name) for name in ("subfolder", "license", "seeds", "revision")}
     if reports is not None:
-        shared["reports"] = read_reports(reports)
+        options["reports"] = read_reports(reports)
+    pushed = {name: options.pop(name) for name in ("private", "create_pr", "commit_message")}
     if dry_run:
-        plan = plan_push(folder, repo_id, **shared)
+        plan = plan_push(folder, repo_id, **options)
         click.echo(f"{plan.text()}\n\n{plan.card()}")
     else:
-        private = options.pop("private") or None  # None leaves a repository that exists as it is
-        info = push_run(folder, repo_id, private=private, **options, **shared)
+        pushed["private"] = pushed["private"] or None  # None leaves a repository that exists as it is
+        info = push_run(folder, repo_id, **pushed, **options)
         click.echo(info.pr_url or info.commit_url)

@@ -114,16 +114,12 @@ def _density(
 def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None, json_file: Path | None) -> None:
     """Which weights masks agree to switch off, against what masks of the same densities would by chance."""
     found = analysis.similarity_matrix(_masks(runs, backbone))
-    cells = [
-        {
-            "pair": f"{row.first}, {row.second}",
-            "Jaccard of the inactive %": f"{100 * row.jaccard:.2f}",
-            "by chance %": f"{100 * row.jaccard_chance:.2f}",
-            "weights that differ %": f"{100 * row.hamming:.2f}",
-            "by chance, %": f"{100 * row.hamming_chance:.2f}",
-        }
-        for row in found
-    ]
+    names = ("Jaccard of the inactive %", "by chance %", "weights that differ %", "by chance, %")
+    cells = []
+    for row in found:
+        values = (row.jaccard, row.jaccard_chance, row.hamming, row.hamming_chance)
+        shown = {name: f"{100 * value:.2f}" for name, value in zip(names, values, strict=True)}
+        cells.append({"pair": f"{row.first}, {row.second}", **shown})
     click.echo(markdown_table(cells))
     write_json(json_file, found)
     if plot is not None:

@@ -91,16 +91,14 @@ def _embed(folder: Path, dataset: str, output: Path, mode: Any, cpu: bool, **opt
     """Write the embeddings of a dataset, in its order, as `embeddings` (n, dim) and `labels` (n,)."""
     loaded = Cascade.load(folder, backbone=options["backbone"])
     images = load_images(dataset, options["split"], labelled=options["labelled"])
-    accelerator = Accelerator(cpu=cpu)
-    loading = {
-        name: getattr(loaded.arguments, name) if options[name] is None else options[name]
-        for name in ("batch_size", "num_workers")
-    }
+    accelerator, loading = Accelerator(cpu=cpu), {}
+    for name in ("batch_size", "num_workers"):
+        loading[name] = getattr(loaded.arguments, name) if options[name] is None else options[name]
     found = loaded.embed(images, mode, accelerator=accelerator, **loading)
     if accelerator.is_main_process:
-        tensors = {"embeddings": found.features.contiguous()}
+        labels = {} if found.labels is None else {"labels": found.labels}
         with atomic_write(output) as file:
-            file.write(save(tensors if found.labels is None else {**tensors, "labels": found.labels}))
+            file.write(save({"embeddings": found.features.contiguous(), **labels}))
         click.echo(f"{len(found)} embeddings of dim {found.features.shape[1]} in {output}")
 
 
