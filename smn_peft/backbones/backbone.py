@@ -84,7 +84,7 @@ def pooled_features(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Te
         pixel_values: Normalised images.
         kwargs: Passed to the model, such as `adapter_names`.
     """
-    base: Any = getattr(model, "get_base_model", lambda: model)()  # type: ignore[operator]
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     dtype = next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
     pixel_values = pixel_values.to(dtype)
     if hasattr(base, "forward_features") and hasattr(base, "forward_head"):

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ..training import Interrupted
-from . import adapters, analyze, bank, cascade, train
+from . import adapters, analyze, bank, train
 from .options import Group, one_line
 
 __all__ = ["app", "main"]
@@ -81,7 +81,7 @@ def app() -> None:
 
 for _command in (
     *(train.train, analyze.evaluate, adapters.push, adapters.pack, adapters.unpack, adapters.inspect, adapters.verify),
-    *(bank.bank, bank.serve, cascade.cascade, analyze.analyze, train.reproduce, train.recipes, adapters.targets),
+    *(bank.bank, bank.serve, train.cascade, analyze.analyze, train.reproduce, train.recipes, adapters.targets),
 ):
     app.add_command(_command)
 

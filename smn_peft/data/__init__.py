@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from .dataset import ImageDataset, NoLabelsError, NoSplitError
+from .dataset import ImageDataset, NoLabelsError, NoSplitError, held_out, label_subset
 from .decoding import ImageError
 from .loading import build_loader
 from .registry import dataset_spec, list_datasets
 from .sources import load_images
-from .subsets import held_out, label_subset
 from .transforms import (
     MultiCropOptions,
     SupervisedOptions,

@@ -126,7 +126,7 @@ def _load(name: str, split: str, revision: str | None, labelled: bool, columns: 
     table: Any = functools.partial(load_table, name=name, labelled=labelled, **columns)
     is_folder = os.path.isdir(name)
     if name.endswith(".parquet"):
-        return table("parquet", split, files=name)
+        return table("parquet", split, files={"train": [name]})
     if is_folder and revision is None and (tables := _parquet_files(Path(name))):
         return table("parquet", _standard_split(split), files=tables)
     if is_folder or name.endswith(".npz"):
@@ -262,9 +262,9 @@ def load_table(
     label_column: str | None = None,
     revision: str | None = None,
     labelled: bool = True,
-    files: str | Mapping[str, list[str]] | None = None,
+    files: Mapping[str, list[str]] | None = None,
 ) -> ImageDataset:
-    """Load a repository of the Hub, or parquet files ("parquet" with a pattern or files by split), by `datasets`."""
+    """Load a repository of the Hub, or parquet files ("parquet", with files or patterns by split), by `datasets`."""
     try:
         import datasets
     except ImportError as error:
@@ -288,23 +288,29 @@ def load_table(
         if column is not None and column not in features:
             raise ValueError(f"{name} has no column {column!r}; pass {argument}=, one of {there}.")
     if image_column is None:
-        found = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+        own = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
         # Parquet that was not written by `datasets` holds the same record without saying that it is an image.
-        found = found or [key for key, f in features.items() if isinstance(f, Mapping) and {"bytes", "path"} <= set(f)]
-        if len(found) != 1:
-            what = f"{name} has {len(found) or 'no'} columns of images"
-            raise ValueError(f"{what}; pass image_column=, one of {there}.")
-        image_column = found[0]
+        own = own or [key for key, f in features.items() if isinstance(f, Mapping) and {"bytes", "path"} <= set(f)]
+        if len(own) != 1:
+            raise ValueError(f"{name} has {len(own) or 'no'} columns of images; pass image_column=, one of {there}.")
+        image_column = own[0]
     labels, classes = _labels(table, label_column, name) if labelled else (None, None)
     checksums = table.info.download_checksums or {}
     commit = next((found[1] for key in checksums if (found := _COMMIT.search(key))), revision)
     # Bytes as they are stored: decoding is ours, so that an error can name the row.
     images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-    source, rows = TableImages(images, image_column, name, _own_folders(source, files)), torch.arange(len(table))
-    return ImageDataset(source, labels=labels, classes=classes, name=name, split=split, revision=commit, rows=rows)
+    return ImageDataset(
+        TableImages(images, image_column, name, _own_folders(source, files)),
+        labels=labels,
+        classes=classes,
+        name=name,
+        split=split,
+        revision=commit,
+        rows=torch.arange(len(table)),
+    )
 
 
-def _own_folders(source: str, files: str | Mapping[str, list[str]] | None) -> list[Path]:
+def _own_folders(source: str, files: Mapping[str, list[str]] | None) -> list[Path]:
     """Where files of the dataset lie: beside the table, or, of the Hub, where its own files are cached."""
     if files is None:
         import datasets
@@ -312,7 +318,7 @@ def _own_folders(source: str, files: str | Mapping[str, list[str]] | None) -> li
 
         own = Path(HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"
         return [own, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
-    named = [files] if isinstance(files, str) else [file for part in files.values() for file in part]
+    named = [file for part in files.values() for file in part]
     paths = [Path(re.split(r"[*?\[]", file, maxsplit=1)[0]) for file in named]  # what a pattern's wildcards follow
     return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
