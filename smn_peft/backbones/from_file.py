@@ -35,10 +35,9 @@ def name_read_from(where: str | os.PathLike[str], name: str, option: str = "--ba
     A function in a Python file is run only if the caller names it, by `option`, after doing what `first` says.
     """
     if is_file_spec(name):
-        raise ValueError(
-            f"{where} names {name!r}, a program, which is run only if you name it yourself: if you trust it, "
-            f"{first}add {option} {name} (in Python {option.lstrip('-').replace('-', '_')}={name!r})."
-        )
+        what = f"{where} names {name!r}, a program, which is run only if you name it yourself"
+        fix = f"{first}add {option} {name} (in Python {option.lstrip('-').replace('-', '_')}={name!r})"
+        raise ValueError(f"{what}: if you trust it, {fix}.")
     return name
 
 
@@ -66,11 +65,10 @@ def load_from_file(spec: str) -> Backbone:
     module = import_file(path)
     build = getattr(module, function, None)
     if not callable(build):
-        made_here = {
-            name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__
-        }
         own = [
-            name for name in vars(module) if name in made_here and name[0] != "_" and callable(getattr(module, name))
+            name
+            for name, value in vars(module).items()
+            if callable(value) and name[0] != "_" and getattr(value, "__module__", None) == module.__name__
         ]
         there = f" (it has {', '.join(own)})" if own else ""
         raise ValueError(f"{path} has no function {function!r}{there}.")
