@@ -6,8 +6,8 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -34,9 +34,10 @@ class _Application(Group):
         words = list(sys.argv[1:] if args is None else args)
         in_full = _TRACEBACK in words  # wherever it stands, so that it can be added at the line's end
         words = [word for word in words if word != _TRACEBACK]
+        python = warnings.formatwarning
+        warnings.formatwarning = partial(_short_warning, python)
         try:
-            with _short_warnings():
-                code = super().main(words, prog_name, **{**settings, "standalone_mode": False})
+            code = super().main(words, prog_name, **{**settings, "standalone_mode": False})
         except click.ClickException as error:
             is_help = isinstance(error, click.exceptions.NoArgsIsHelpError)
             click.echo(f"{'' if is_help else 'error: '}{error.format_message()}", err=True)
@@ -49,22 +50,14 @@ class _Application(Group):
             short = f"error: {one_line(error)} (in full with {_TRACEBACK})\n"
             click.echo("".join(traceback.format_exception(error)) if in_full else short, err=True, nl=False)
             code = 1
+        finally:
+            warnings.formatwarning = python
         sys.exit(code or 0)
 
 
-@contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Print warnings of the package in one line, without the place in the code."""
-    python = warnings.formatwarning
-
-    def short(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
-        return f"warning: {message}\n" if category is UserWarning else python(message, category, *place, **more)
-
-    warnings.formatwarning = short
-    try:
-        yield
-    finally:
-        warnings.formatwarning = python
+def _short_warning(python: Callable[..., str], message: Any, category: type[Warning], *rest: Any, **more: Any) -> str:
+    """Format a warning of the package as one line, without the place in the code."""
+    return f"warning: {message}\n" if category is UserWarning else python(message, category, *rest, **more)
 
 
 @click.group(

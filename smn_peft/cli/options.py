@@ -105,14 +105,8 @@ def _show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
         context.exit()
 
 
-help_all = click.option(
-    "--help-all",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_show_all,
-    help="Show every option and exit.",
-)
+_text = "Show every option and exit."
+help_all = click.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help=_text)
 
 
 def given(context: click.Context, kind: type) -> dict[str, Any]:
