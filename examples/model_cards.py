@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import quickstart
-import real_backbones
 import results
+from real_recipes import RESNET_MASK, VIT_MASK
 
 from smn_peft.evaluation import EvalReport
 from smn_peft.hub import AdapterFacts, render_card
@@ -106,9 +106,8 @@ def without_labels(backbone: str) -> AdapterFacts:
 def of_quickstart(method: str) -> AdapterFacts:
     """A mask of `make quickstart`."""
     record = results.load("quickstart")
-    rows = {row["method"]: row for row in record["rows"]}
+    rows, dataset = {row["method"]: row for row in record["rows"]}, "digits 5 to 9 of scikit-learn"
     row, full, chosen = rows[method], rows["full fine-tuning"], quickstart.METHODS[method]
-    dataset = "digits 5 to 9 of scikit-learn"
     frozen = {"knn": record["frozen"]["knn"], "linear_probe": record["frozen"]["probe"]}
     names = {"accuracy": "accuracy"} if chosen.labels else {"knn": "knn", "probe": "linear_probe"}
     baselines = [report("frozen base", metric, [value], dataset) for metric, value in frozen.items()]
@@ -135,8 +134,8 @@ def of_quickstart(method: str) -> AdapterFacts:
 def cards() -> dict[str, str]:
     """File name -> card."""
     facts = {
-        "vit-tiny-cifar10": with_labels("vit", real_backbones.VIT_MASK),
-        "resnetv2-50-cifar10": with_labels("resnet", real_backbones.RESNET_MASK),
+        "vit-tiny-cifar10": with_labels("vit", VIT_MASK),
+        "resnetv2-50-cifar10": with_labels("resnet", RESNET_MASK),
         "vit-tiny-cifar10-swav": without_labels("vit"),
         "resnetv2-50-cifar10-swav": without_labels("resnet"),
         "resnet18-digits": of_quickstart("mask, the defaults"),

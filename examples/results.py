@@ -12,15 +12,15 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import quickstart
 from PIL import Image
+from real_recipes import accuracy, chosen_runs, method_rows
 
 from smn_peft.analysis import low_shot_table
-from smn_peft.evaluation import EvalReport, format_fraction, markdown_table
+from smn_peft.evaluation import EvalReport, markdown_table
 from smn_peft.paper import ARTEFACTS, render
 from smn_peft.paper.claims import CLAIMS, claims_table
 
@@ -33,37 +33,6 @@ PAGES = (HERE / "RESULTS.md", HERE.parent / "README.md")
 def load(name: str) -> Any:
     """A record by its name."""
     return json.loads((RECORDS / f"{name}.json").read_text("utf-8"))
-
-
-def chosen_runs(runs: list[dict[str, Any]], recipe: str) -> list[dict[str, Any]]:
-    """The runs of a recipe at the learning rate that was best on validation."""
-    mine = [run for run in runs if run["recipe"] == recipe]
-    best = max((run for run in mine if run["seed"] == 0), key=lambda run: run["validation"])["lr"]
-    return [run for run in mine if run["lr"] == best]
-
-
-def _accuracy(fractions: Sequence[float]) -> str:
-    """Mean in percent, and the spread of several seeds."""
-    spread = statistics.stdev(fractions) if len(fractions) > 1 else None
-    return format_fraction(statistics.mean(fractions), spread)
-
-
-def method_rows(record: dict[str, Any]) -> list[dict[str, str]]:
-    """A row per method of a record of `real_backbones.py`, or per form that a method can be saved in."""
-    runs, columns = record["runs"], ("method", "learning rate", "test accuracy %", "density", "bytes")
-    frozen = {"k-NN": record["knn"], "linear probe": record["probe"]}
-    rows = [{"method": f"frozen, {name}", "test accuracy %": _accuracy([value])} for name, value in frozen.items()]
-    for recipe in dict.fromkeys(run["recipe"] for run in runs):
-        chosen = chosen_runs(runs, recipe)
-        density = f"{statistics.mean(run['density'] for run in chosen):.4f}" if "density" in chosen[0] else ""
-        for form in chosen[0].get("forms", {"": None}):
-            sizes = [run["forms"][form] if form else {"total": run["bytes"]} for run in chosen]
-            accuracies = [size.get("test", run["test"]) for size, run in zip(sizes, chosen, strict=True)]
-            size = f"{statistics.mean(size['total'] for size in sizes):,.0f}"
-            label = f"{recipe}, {form}" if form else recipe
-            cells = (label, f"{chosen[0]['lr']:g}", _accuracy(accuracies), density, size)
-            rows.append(dict(zip(columns, cells, strict=True)))
-    return [{column: row.get(column, "") for column in columns} for row in rows]
 
 
 def headline(record: dict[str, Any]) -> str:
@@ -92,8 +61,8 @@ def recipe_table(record: dict[str, Any]) -> str:
         table.append(
             {
                 "backbone": f"{name}, {mine[0]['image_size']} px",
-                before: _accuracy([mine[0]["before"]]),
-                reached: _accuracy([row["after"] for row in mine]),
+                before: accuracy([mine[0]["before"]]),
+                reached: accuracy([row["after"] for row in mine]),
                 "density": f"{statistics.mean(row['density'] for row in mine):.4f}",
                 "bytes": f"{mine[0]['bytes']:,}",
                 "steps": f"{mine[0]['steps']}",

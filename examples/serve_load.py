@@ -17,8 +17,9 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -78,15 +79,12 @@ def ask(connection: http.client.HTTPConnection, image: bytes, task: str) -> torc
     """The logits that the server gives."""
     body = {"image": base64.b64encode(image).decode(), "task": task, "logits": True}
     connection.request("POST", "/v1/predict", json.dumps(body), {"Content-Type": "application/json"})
-    answer = json.loads(connection.getresponse().read())
-    return torch.tensor(answer["results"][0]["logits"])
+    return torch.tensor(json.loads(connection.getresponse().read())["results"][0]["logits"])
 
 
 def memory(port: int) -> float:
     """MiB that the server has in memory."""
-    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     return float(re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)[1]) / (1 << 20)
 
 
@@ -110,11 +108,8 @@ def load(port: int, files: list[bytes], expected: dict[str, torch.Tensor], args:
                 problems.append(f"{task}: {error!r}")
                 connection.close()
 
-    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(args.clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(args.clients) as clients:
+        list(clients.map(client, range(args.clients)))
     seconds, (p50, p99) = time.monotonic() - started, 1000 * np.quantile(times or [np.nan], [0.5, 0.99])
     print(f"{len(names)} tasks, {args.clients} clients, {len(times)} requests in {seconds:.1f} s: ", end="")
     print(f"{len(times) / seconds:.1f} requests/s, p50 {p50:.1f} ms, p99 {p99:.1f} ms, {len(problems)} errors")
@@ -129,8 +124,7 @@ def main() -> None:
     parser.add_argument("bank", nargs="?", help="folder of a bank, or of adapters")
     for option, kind in {"base": str, "weights": str, "image-size": int}.items():
         parser.add_argument(f"--{option}", type=kind, help="as in smn serve")
-    parser.add_argument("--head", default="head", help="as in smn serve")
-    for option, default in {"seconds": 5.0, "clients": 8, "images": 4}.items():
+    for option, default in {"head": "head", "seconds": 5.0, "clients": 8, "images": 4}.items():
         parser.add_argument(f"--{option}", type=type(default), default=default)
     with tempfile.TemporaryDirectory() as folder:
         args = parser.parse_args()

@@ -84,8 +84,7 @@ def pooled_features(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Te
         pixel_values: Normalised images.
         kwargs: Passed to the model, such as `adapter_names`.
     """
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
-    base: Any = unwrap()
+    base: Any = getattr(model, "get_base_model", lambda: model)()
     dtype = next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
     pixel_values = pixel_values.to(dtype)
     if hasattr(base, "forward_features") and hasattr(base, "forward_head"):
@@ -101,9 +100,8 @@ def pooled_features(model: nn.Module, pixel_values: Tensor, **kwargs: Any) -> Te
     if pooled is not None and not hasattr(getattr(base, "pooler", None), "dense"):
         return pooled.flatten(1)
     hidden: Tensor = output.last_hidden_state
-    if hidden.ndim == 3 and getattr(getattr(base, "embeddings", None), "cls_token", None) is not None:
-        return hidden[:, 0]
-    return _over_positions(hidden)
+    has_class = hidden.ndim == 3 and getattr(getattr(base, "embeddings", None), "cls_token", None) is not None
+    return hidden[:, 0] if has_class else _over_positions(hidden)
 
 
 @contextmanager
@@ -119,9 +117,7 @@ def _peft_forward(model: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]
 
 def _over_positions(hidden: Tensor) -> Tensor:
     """Mean over tokens (batch, tokens, dim) or over pixels (batch, dim, height, width)."""
-    if hidden.ndim == 3:
-        return hidden.mean(dim=1)
-    return hidden.flatten(2).mean(dim=2) if hidden.ndim > 3 else hidden
+    return hidden.mean(dim=1) if hidden.ndim == 3 else hidden.flatten(2).mean(dim=2) if hidden.ndim > 3 else hidden
 
 
 def check_loading(info: Mapping[str, Any], source: str) -> None:
@@ -131,6 +127,15 @@ def check_loading(info: Mapping[str, Any], source: str) -> None:
         kinds = {"missing": missing, "of another shape": mismatched, "not used": sorted(info["unexpected_keys"])}
         parts = [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in kinds.items() if keys]
         raise ValueError(f"The weights of {source} do not fit its config: {'; '.join(parts)}.")
+
+
+def completed(backbone: Backbone, name: str, what: str) -> Backbone:
+    """The backbone under its name, in eval mode, with the size of its features, which one black image shows."""
+    size = backbone.image_size
+    features = probe_features(backbone.model.eval(), size, f"{what} does not take images of {size} pixels")
+    if features.ndim != 2:
+        raise ValueError(f"{what} must give features (batch, dim); got {tuple(features.shape)}.")
+    return replace(backbone, name=name, feature_dim=features.shape[1])
 
 
 @torch.no_grad()
@@ -156,12 +161,16 @@ def accept_size(backbone: Backbone, size: int) -> None:
     Raises:
         ValueError: If the model takes its own size only.
     """
-    model = backbone.model
-    interpolate_positions(model)
-    for module in model.modules():
-        _make_dynamic(module)
+    interpolate_positions(backbone.model)
+    for module in backbone.model.modules():
+        vit: Any = module
+        patches: Any = getattr(vit, "patch_embed", None)
+        is_fixed = getattr(patches, "strict_img_size", False) and getattr(vit, "dynamic_img_size", True) is False
+        if is_fixed and hasattr(vit, "pos_embed"):  # what ``dynamic_img_size=True`` sets when timm makes a ViT
+            vit.dynamic_img_size, patches.strict_img_size, patches.flatten = True, False, False
+            patches.output_fmt = type(patches.output_fmt)("NHWC")
     what = f"{backbone.name} takes images of {backbone.image_size} pixels, and none of {size} beside them"
-    probe_features(model, size, what)
+    probe_features(backbone.model, size, what)
 
 
 def interpolate_positions(model: nn.Module) -> None:
@@ -173,19 +182,7 @@ def interpolate_positions(model: nn.Module) -> None:
             module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _interpolate(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _interpolate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, index: int) -> tuple[Any, Any]:
     if index < len(args):
         return (*args[:index], True, *args[index + 1 :]), kwargs
     return args, {**kwargs, _INTERPOLATE: True}
-
-
-def _make_dynamic(module: Any) -> None:
-    """Set what ``dynamic_img_size=True`` sets when timm makes a ViT."""
-    patches: Any = getattr(module, "patch_embed", None)
-    if getattr(module, "dynamic_img_size", None) is not False or not hasattr(module, "pos_embed"):
-        return
-    if getattr(patches, "strict_img_size", False):
-        module.dynamic_img_size, patches.strict_img_size, patches.flatten = True, False, False
-        patches.output_fmt = type(patches.output_fmt)("NHWC")

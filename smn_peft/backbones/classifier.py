@@ -68,10 +68,8 @@ class Classifier(nn.Module):
         if isinstance(head, BaseTunerLayer):  # a masked layer computes without its base layer's hook
             plain: Any = head.get_base_layer()
             if plain.feature_mean.any() or (plain.feature_std != 1).any():
-                raise ValueError(
-                    "The head is masked and its input standardised, which cannot be combined: train the head with "
-                    "modules_to_save=['head'], or call set_head without mean and std."
-                )
+                fix = "train it with modules_to_save=['head'], or call set_head without mean and std"
+                raise ValueError(f"The head is masked and its input standardised, which cannot be combined: {fix}.")
         return head(features.to(head.weight.dtype))
 
     @torch.no_grad()
@@ -120,12 +118,9 @@ def load_classifier(
     Returns:
         The backbone with a `Classifier` as its `model`; `features` and `feature_dim` are those before the head.
     """
-    if not isinstance(name, Backbone):
-        backbone = load_backbone(name, **kwargs)
-    elif kwargs:
+    if isinstance(name, Backbone) and kwargs:
         raise ValueError(f"{', '.join(kwargs)}: {name.name} is loaded already; pass this to load_backbone.")
-    else:
-        backbone = name
+    backbone = name if isinstance(name, Backbone) else load_backbone(name, **kwargs)
     model = Classifier(backbone.model, backbone.feature_dim, num_classes, head_seed=head_seed)
     return replace(backbone, model=model)
 
@@ -145,6 +140,5 @@ def _seeded_head(feature_dim: int, num_classes: int, seed: int) -> nn.Linear:
     return head
 
 
-def _standardise(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    features, *rest = args
-    return ((features - head.feature_mean) / head.feature_std, *rest)
+def _standardise(head: nn.Module, args: tuple[Any, ...]) -> Tensor:
+    return (args[0] - head.feature_mean) / head.feature_std

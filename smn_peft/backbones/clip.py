@@ -16,6 +16,7 @@ from .load import explained, read_config
 
 __all__ = ["DEFAULT_TEMPLATES", "TEMPLATES", "clip_key_mapping", "templates_for", "text_embeddings"]
 
+BATCH = 256  # sentences per forward of the text tower
 DEFAULT_TEMPLATES: tuple[str, ...] = ("a photo of a {}.",)
 
 _CIFAR = ("a photo of a {}.", "a blurry photo of a {}.", "a low contrast photo of a {}.", "a photo of the {}.")
@@ -59,7 +60,6 @@ def text_embeddings(
     templates: Iterable[str] = DEFAULT_TEMPLATES,
     *,
     revision: str | None = None,
-    batch_size: int = 256,
 ) -> tuple[Tensor, float]:
     """Embed each class by its sentences: every sentence normalised, averaged over templates, normalised again.
 
@@ -68,7 +68,6 @@ def text_embeddings(
         class_names: Names of the classes, in the order of the labels.
         templates: Sentences with one "{}" each; `clip.templates_for(dataset)` gives a dataset's.
         revision: Git revision on the Hub.
-        batch_size: Sentences per forward of the text tower.
 
     Returns:
         Embeddings (classes, dim), fp32 and of length 1, on the CPU; and the factor that CLIP multiplies cosines by,
@@ -84,16 +83,14 @@ def text_embeddings(
         raise ValueError("class_names is empty: a zero-shot head needs the name of every class.")
     if repeated := sorted({name for name in class_names if class_names.count(name) > 1}):
         raise ValueError(f"class_names repeats {', '.join(map(repr, repeated[:5]))}: two classes would be one.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     model, tokenizer = _load(name, revision)
     # Labels of datasets have underscores ("golden_retriever").
     words = [class_name.replace("_", " ") for class_name in class_names]
     sentences = [template.replace("{}", word) for word in words for template in templates]
     limit = model.config.text_config.max_position_embeddings
     parts = []
-    for start in range(0, len(sentences), batch_size):
-        batch = sentences[start : start + batch_size]
+    for start in range(0, len(sentences), BATCH):
+        batch = sentences[start : start + BATCH]
         tokens = tokenizer(batch, padding=True, return_tensors="pt")
         if tokens["input_ids"].shape[1] > limit:
             longest = int(tokens["attention_mask"].sum(1).argmax())

@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,12 +18,10 @@ import torch
 from torch import nn
 
 from ..tuner.config import check_preprocessing
-from .backbone import Backbone, EvalTransform, probe_features
-from .from_timm import built_size
+from .backbone import Backbone, completed
+from .from_timm import built_size, prepared
 
 __all__ = ["import_file", "is_file_spec", "load_from_file", "name_read_from"]
-
-_IMAGENET = {"image_size": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def is_file_spec(name: str) -> bool:
@@ -38,10 +35,9 @@ def name_read_from(where: str | os.PathLike[str], name: str, option: str = "--ba
     A function in a Python file is run only if the caller names it, by `option`, after doing what `first` says.
     """
     if is_file_spec(name):
-        raise ValueError(
-            f"{where} names {name!r}, a program, which is run only if you name it yourself: if you trust it, "
-            f"{first}add {option} {name} (in Python {option.lstrip('-').replace('-', '_')}={name!r})."
-        )
+        what = f"{where} names {name!r}, a program, which is run only if you name it yourself"
+        fix = f"{first}add {option} {name} (in Python {option.lstrip('-').replace('-', '_')}={name!r})"
+        raise ValueError(f"{what}: if you trust it, {fix}.")
     return name
 
 
@@ -61,7 +57,7 @@ def load_from_file(spec: str) -> Backbone:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file or the function fails or does not exist, or what it returns gives no features.
+        ValueError: The file or function fails, there is no such function, or what it returns gives no features.
     """
     path, _, function = spec.rpartition(":")
     if not path.endswith(".py") or not function.isidentifier():
@@ -69,21 +65,22 @@ def load_from_file(spec: str) -> Backbone:
     module = import_file(path)
     build = getattr(module, function, None)
     if not callable(build):
-        raise ValueError(f"{path} has no function {function!r}{_functions_of(module)}.")
+        own = [
+            name
+            for name, value in vars(module).items()
+            if callable(value) and name[0] != "_" and getattr(value, "__module__", None) == module.__name__
+        ]
+        there = f" (it has {', '.join(own)})" if own else ""
+        raise ValueError(f"{path} has no function {function!r}{there}.")
     with _first_on_path(Path(path)):
         made = _call(build, spec)
     if not isinstance(made, (Backbone, nn.Module)):
         what = "None: does it lack a return?" if made is None else f"a {type(made).__name__}."
         raise ValueError(f"{spec} must return an nn.Module or a Backbone; it returned {what}")
     backbone = made if isinstance(made, Backbone) else _as_backbone(made, spec)
-    model: Any = backbone.model.eval()
-    if not getattr(model, "name_or_path", None):
-        model.name_or_path = spec
-    size = backbone.image_size
-    features = probe_features(model, size, f"The model of {spec} does not take images of {size} pixels")
-    if features.ndim != 2:
-        raise ValueError(f"The model of {spec} must give features (batch, dim); got {tuple(features.shape)}.")
-    return replace(backbone, name=spec, feature_dim=features.shape[1])
+    model: Any = backbone.model
+    model.name_or_path = getattr(model, "name_or_path", None) or spec
+    return completed(backbone, spec, f"The model of {spec}")
 
 
 def import_file(path: str | os.PathLike[str]) -> ModuleType:
@@ -124,36 +121,25 @@ def _call(function: Callable[[], Any], what: str) -> Any:
         raise ValueError(f"{what} {kind}: {error}") from error
 
 
-def _functions_of(module: ModuleType) -> str:
-    called = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
-    own = [name for name in called if callable(getattr(module, name)) and not name.startswith("_")]
-    return f" (it has {', '.join(own)})" if own else ""
-
-
 def _as_backbone(model: nn.Module, spec: str) -> Backbone:
     """The model with how images become its input: what it says itself, else timm's record of it, else ImageNet's."""
-    from timm.data import create_transform, resolve_data_config
+    from timm.data import resolve_data_config
 
-    known = {name: getattr(model, name, None) for name in ("mean", "std", "image_size")}
-    config: dict[str, Any] = {"interpolation": "bicubic", "crop_pct": 1.0}
-    if timm_config := getattr(model, "pretrained_cfg", None):
-        config = resolve_data_config({}, pretrained_cfg=timm_config)
-        own = {**config, "image_size": built_size(model) or config["input_size"][-1]}
-        known = {name: own[name] if value is None else value for name, value in known.items()}
-    if missing := [name for name, value in known.items() if value is None]:
+    timm_config = getattr(model, "pretrained_cfg", None)
+    config = resolve_data_config({}, pretrained_cfg=timm_config or {"crop_pct": 1.0})
+    own = {**config, "image_size": built_size(model) or config["input_size"][-1]}
+    said = {name: getattr(model, name, None) for name in ("mean", "std", "image_size")}
+    if missing := [name for name, value in said.items() if value is None and not timm_config]:
         warnings.warn(
             f"{spec} does not say its model's {', '.join(missing)}: ImageNet's mean and standard deviation and 224 "
             "pixels are taken. Set them as attributes of the module, as in model.mean = (0.5, 0.5, 0.5).",
             stacklevel=3,
         )
-    lists = {name: v.flatten().tolist() if isinstance(v, torch.Tensor) else v for name, v in known.items()}
-    given = {name: list(v) if isinstance(v, tuple) else v for name, v in lists.items() if v is not None}
+    known = {name: own[name] if value is None else value for name, value in said.items()}
+    known = {name: v.flatten().tolist() if isinstance(v, torch.Tensor) else v for name, v in known.items()}
     try:
-        settings = check_preprocessing({**_IMAGENET, **given})
+        known = check_preprocessing(known)
     except ValueError as error:
         wrong = str(error).removeprefix("preprocessing: ").partition(";")[0]
         raise ValueError(f"{spec}: {wrong}: correct this attribute of the module.") from error
-    size, mean, std = settings["image_size"], tuple(settings["mean"]), tuple(settings["std"])
-    config |= {"input_size": (3, size, size), "mean": mean, "std": std}
-    transform = EvalTransform(create_transform(**config, is_training=False))
-    return Backbone(model, transform, 0, spec, size, mean, std)
+    return prepared(model, {**config, "mean": known["mean"], "std": known["std"]}, known["image_size"])

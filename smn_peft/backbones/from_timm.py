@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, EvalTransform, check_loading
 
-__all__ = ["built_size", "create", "load"]
+__all__ = ["built_size", "create", "load", "prepared"]
 
 
 def load(source: str, *, revision: str | None, image_size: int | None, dtype: torch.dtype, **kwargs: Any) -> Backbone:
@@ -43,7 +43,7 @@ def load(source: str, *, revision: str | None, image_size: int | None, dtype: to
         source, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     check_loading(info, source)
-    return _backbone(model, model.timm_model, pretrained_cfg, image_size)
+    return _of_timm(model, model.timm_model, pretrained_cfg, image_size)
 
 
 def create(
@@ -68,7 +68,7 @@ def create(
         model: Any = timm.create_model(architecture, num_classes=0, pretrained_cfg_overlay=overlay, **kwargs)
     else:
         model = _create_with(architecture, _read(state_dict), overlay, kwargs)
-    made = _backbone(model.to(dtype), model, {}, image_size)
+    made = _of_timm(model.to(dtype), model, {}, image_size)
     known = filter_pretrained_cfg(model.pretrained_cfg, remove_source=True, remove_null=True)
     known.pop("num_classes", None)
     known["input_size"] = (3, made.image_size, made.image_size)
@@ -85,9 +85,8 @@ def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[st
     import timm
 
     registered = timm.get_pretrained_cfg(architecture)
-    classifier = overlay.get("classifier") or (registered.classifier if registered else None) or ""
-    first = classifier if isinstance(classifier, str) else classifier[0]
-    head = weights.get(f"{first}.weight")
+    classifier: Any = overlay.get("classifier") or (registered.classifier if registered else None) or ""
+    head = weights.get(f"{classifier if isinstance(classifier, str) else classifier[0]}.weight")
     # The classes of the file on both sides: otherwise timm would load without `strict`.
     num_classes = 0 if head is None else head.shape[0]
     overlay = {**overlay, "state_dict": weights, "num_classes": num_classes, "custom_load": False}
@@ -96,8 +95,7 @@ def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[st
             architecture, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **kwargs
         )
     except (RuntimeError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = "\n".join(f"  {line[:300]}{'…' if len(line) > 300 else ''}" for line in lines[:8])
+        reason = "\n".join(line[:300] for line in str(error).splitlines()[:8])
         fix = "name the architecture they were saved from"
         raise ValueError(f"The weights do not fit {architecture}: {fix}.\n{reason}") from error
     model.pretrained_cfg.pop("state_dict", None)
@@ -129,15 +127,21 @@ def _has_fixed_size(architecture: str, model_args: Mapping[str, Any], pretrained
     return bool(fixed) and not model_args.get("dynamic_img_size", False)
 
 
-def _backbone(model: nn.Module, inner: Any, pretrained_cfg: Mapping[str, Any], image_size: int | None) -> Backbone:
+def prepared(model: nn.Module, config: dict[str, Any], size: int) -> Backbone:
+    """The model with the image settings of a data config of timm, for images of `size` pixels."""
+    from timm.data import create_transform
+
+    transform = EvalTransform(create_transform(**{**config, "input_size": (3, size, size)}, is_training=False))
+    return Backbone(model, transform, 0, "", size, tuple(config["mean"]), tuple(config["std"]))
+
+
+def _of_timm(model: nn.Module, inner: Any, pretrained_cfg: Mapping[str, Any], image_size: int | None) -> Backbone:
     """The model with the image settings of timm's `inner`."""
-    from timm.data import create_transform, resolve_data_config
+    from timm.data import resolve_data_config
 
     known = {**inner.pretrained_cfg, **pretrained_cfg}
     size = image_size or built_size(inner) or known["input_size"][-1]
-    config = resolve_data_config({"input_size": (3, size, size)}, pretrained_cfg=known)
-    transform = EvalTransform(create_transform(**config, is_training=False))
-    return Backbone(model, transform, 0, "", size, tuple(config["mean"]), tuple(config["std"]))
+    return prepared(model, resolve_data_config({"input_size": (3, size, size)}, pretrained_cfg=known), size)
 
 
 def built_size(model: Any) -> int | None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from typing import Any
 
@@ -28,13 +27,26 @@ def load(
     **kwargs: Any,
 ) -> Backbone:
     """Load the model that extracts features, `config` being the checkpoint's; `kwargs` are `from_pretrained`'s."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
     vision_config = getattr(config, "vision_config", None) or config
     if vision_config is not config and hasattr(config, "projection_dim"):
         vision_config.projection_dim = config.projection_dim
     if hasattr(vision_config, "mask_ratio"):
         vision_config.mask_ratio = 0.0  # MAE hides patches in eval mode too
-    model_class = _model_class(vision_config, source, projection)
-    options = _without_dense_pooler(model_class, vision_config)
+    auto: Any = transformers.AutoModel
+    with torch.device("meta"):
+        is_known = type(vision_config) in MODEL_MAPPING
+        shape: Any = auto.from_config(vision_config, trust_remote_code=False) if is_known else None
+    if getattr(shape, "main_input_name", None) != "pixel_values":
+        kind = vision_config.model_type
+        raise ValueError(f"{source} ({kind}) is not a vision model: load_backbone needs one that takes pixel_values.")
+    model_class: Any = type(shape)
+    # Checkpoints of ViT and DeiT classifiers have no weights for a pooler with a Linear.
+    options = {"add_pooling_layer": False} if hasattr(getattr(shape, "pooler", None), "dense") else {}
+    if projection and (model_class := getattr(transformers, f"{model_class.__name__}WithProjection", None)) is None:
+        raise ValueError(f"{type(shape).__name__} has no form with a projection: leave out projection=True.")
     if pretrained:
         model, info = model_class.from_pretrained(
             source,
@@ -49,8 +61,10 @@ def load(
         check_loading(info, source)
     else:
         model = model_class(vision_config, **options).to(dtype)
-    processor = _processor(source, revision)
-    if processor is None:
+    processors: Any = transformers.AutoImageProcessor
+    try:
+        processor = processors.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except OSError:
         processor = _default_processor(config, source)
         image_size = image_size or getattr(vision_config, "image_size", None)
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
@@ -68,42 +82,6 @@ def load(
     return Backbone(model, transform, 0, "", image_size, tuple(processor.image_mean), tuple(processor.image_std))
 
 
-def _model_class(vision_config: Any, source: str, projection: bool) -> Any:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    model_class: Any = MODEL_MAPPING.get(type(vision_config), None)
-    if isinstance(model_class, (list, tuple)):
-        model_class = model_class[0]
-    if getattr(model_class, "main_input_name", None) != "pixel_values":
-        kind = vision_config.model_type
-        raise ValueError(f"{source} ({kind}) is not a vision model: load_backbone needs one that takes pixel_values.")
-    if not projection:
-        return model_class
-    projected = getattr(transformers, f"{model_class.__name__}WithProjection", None)
-    if projected is None:
-        raise ValueError(f"{model_class.__name__} has no form with a projection: leave out projection=True.")
-    return projected
-
-
-def _without_dense_pooler(model_class: Any, vision_config: Any) -> dict[str, Any]:
-    """Options without a pooler that has weights: checkpoints of ViT and DeiT classifiers have none for it."""
-    if "add_pooling_layer" not in inspect.signature(model_class.__init__).parameters:
-        return {}
-    with torch.device("meta"):
-        pooler = model_class(vision_config).pooler
-    return {"add_pooling_layer": False} if hasattr(pooler, "dense") else {}
-
-
-def _processor(source: str, revision: str | None) -> Any:
-    from transformers import AutoImageProcessor
-
-    try:
-        return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except OSError:
-        return None
-
-
 def _default_processor(config: Any, source: str) -> Any:
     """The processor of the architecture, for a checkpoint that does not say which it used."""
     from transformers import CONFIG_MAPPING
@@ -114,16 +92,12 @@ def _default_processor(config: Any, source: str) -> Any:
             found = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING[model_type]]
             classes = [found.get("pil"), found.get("torchvision")] if isinstance(found, dict) else found
             processor_class = [cls for cls in classes if cls is not None][-1]
-            warnings.warn(
-                f"{source} has no preprocessor_config.json: images are prepared as {processor_class.__name__} does by "
-                "default. Save the right processor beside the model with processor.save_pretrained(folder).",
-                stacklevel=4,
-            )
+            what = f"images are prepared as {processor_class.__name__} does by default"
+            fix = "Save the right processor beside the model with processor.save_pretrained(folder)"
+            warnings.warn(f"{source} has no preprocessor_config.json: {what}. {fix}.", stacklevel=4)
             return processor_class()
-    raise ValueError(
-        f"{source} does not say how its images are prepared: save the image processor beside the model, "
-        "AutoImageProcessor.from_pretrained('<original model>').save_pretrained(folder)."
-    )
+    what = f"{source} does not say how its images are prepared: save the image processor beside the model"
+    raise ValueError(f"{what}, AutoImageProcessor.from_pretrained('<original model>').save_pretrained(folder).")
 
 
 def _processed(processor: Any, overrides: dict[str, Any], image: Any) -> Tensor:

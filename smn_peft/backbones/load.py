@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from .._options import did_you_mean
 from ..storage import check_regular
-from .backbone import Backbone, probe_features
+from . import from_timm, from_transformers
+from .backbone import Backbone, completed
 
 __all__ = ["explained", "load_backbone", "read_config"]
 
@@ -62,7 +62,8 @@ def load_backbone(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
     if state_dict is not None and not isinstance(state_dict, Mapping):
         _check_weights_file(Path(state_dict))
-    source, is_timm = _source(name, pretrained=pretrained and state_dict is None)
+    published = pretrained and state_dict is None
+    source, is_timm = _source(name, pretrained=published)
     if state_dict is not None and not is_timm:
         what = f"state_dict needs the name of a timm architecture, not {name!r}"
         raise ValueError(f"{what}: load the weights of a transformers model from a folder with its config.json.")
@@ -73,33 +74,25 @@ def load_backbone(
     if projection and is_timm:
         raise ValueError(f"{name} is a timm model, which has no projection: projection=True is for CLIP.")
     options = {"image_size": image_size, "dtype": dtype, **kwargs}
-    published = pretrained and state_dict is None
     try:
         if not is_timm:
-            from . import from_transformers
-
             backbone = from_transformers.load(
                 source, config, pretrained=pretrained, revision=revision, projection=projection, **options
             )
+        elif published:
+            backbone = from_timm.load(source, revision=revision, **options)
+        elif config is None:
+            backbone = from_timm.create(source, state_dict=state_dict, **options)
         else:
-            from . import from_timm
-
-            if published:
-                backbone = from_timm.load(source, revision=revision, **options)
-            elif config is None:
-                backbone = from_timm.create(source, state_dict=state_dict, **options)
-            else:
-                options = {"pretrained_cfg": getattr(config, "pretrained_cfg", None), **options}
-                options = {**(config.model_args or {}), **options}
-                backbone = from_timm.create(config.architecture, state_dict=None, **options)
+            cfg = getattr(config, "pretrained_cfg", None)
+            options = {**(config.model_args or {}), "pretrained_cfg": cfg, **options}
+            backbone = from_timm.create(config.architecture, state_dict=None, **options)
     except OSError as error:
         raise explained(error, name) from error
-    model: Any = backbone.model.eval()
+    model: Any = backbone.model
     identity = source if published else name
     model.name_or_path = model.config._name_or_path = identity if published or state_dict is not None else ""
-    size = backbone.image_size
-    features = probe_features(model, size, f"{name} does not take images of {size} pixels")
-    return replace(backbone, name=identity, feature_dim=features.shape[1])
+    return completed(backbone, identity, name)
 
 
 def _source(name: str, *, pretrained: bool) -> tuple[str, bool]:
@@ -134,15 +127,13 @@ def _source(name: str, *, pretrained: bool) -> tuple[str, bool]:
 
 def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder} holds an adapter, not a backbone: load the base that its adapter_config.json names, then "
-            "PeftModel.from_pretrained(backbone.model, folder)."
-        )
+        fix = "load the base that its config names, then PeftModel.from_pretrained(backbone.model, folder)"
+        raise ValueError(f"{folder} holds an adapter, not a backbone: {fix}.")
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} has no config.json: write the folder with model.save_pretrained(folder).")
-    files = [path.name for path in folder.iterdir()]
-    pickles = sorted(name for name in files if name.endswith(_PICKLES) and name != "training_args.bin")
-    if pickles and not any(name.endswith(".safetensors") for name in files):
+    names = [path.name for path in folder.iterdir() if path.name != "training_args.bin"]
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    if pickles and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder} holds its weights as a pickle ({pickles[0]}). {_CONVERT}")
 
 
@@ -170,10 +161,8 @@ def read_config(source: str, revision: str | None) -> Any:
     for part in (config, *parts):
         kernel = getattr(part, "_attn_implementation", None)
         if isinstance(kernel, str) and "/" in kernel:  # code that transformers would fetch from the Hub and run
-            raise ValueError(
-                f"The config of {source!r} asks for the kernel {kernel!r}, code of the Hub, which is not run: load a "
-                "copy of the model without attn_implementation in its config.json."
-            )
+            what = f"The config of {source!r} asks for the kernel {kernel!r}, code of the Hub, which is not run"
+            raise ValueError(f"{what}: load a copy of the model without attn_implementation in its config.json.")
     return config
 
 
@@ -190,10 +179,8 @@ def explained(error: OSError, name: str) -> Exception:
     causes = (error, error.__cause__, error.__context__)
     if any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)) for cause in causes):
         why = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the Hub does not answer"
-        return OSError(
-            f"{name} is not in the local cache and cannot be downloaded ({why}). Go online once, or load a folder, or "
-            "pass state_dict=… with a timm architecture, or pretrained=False for random weights."
-        )
+        fix = "load a folder, or pass state_dict=… with a timm architecture, or pretrained=False for random weights"
+        return OSError(f"{name} is not in the local cache and cannot be downloaded ({why}). Go online once, or {fix}.")
     return ValueError(f"Unknown backbone {name!r}: {text.splitlines()[0] if text else error!r}.{_close_to(name)}")
 
 

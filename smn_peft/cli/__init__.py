@@ -6,14 +6,14 @@ from __future__ import annotations
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import click
 
 from ..training import Interrupted
-from . import adapters, analyze, bank, cascade, train
+from . import adapters, analyze, bank, train
 from .options import Group, one_line
 
 __all__ = ["app", "main"]
@@ -32,44 +32,32 @@ class _Application(Group):
         self, args: Sequence[str] | None = None, prog_name: str | None = "smn", **settings: Any
     ) -> None:
         words = list(sys.argv[1:] if args is None else args)
-        end = words.index("--") if "--" in words else len(words)
-        in_full = _TRACEBACK in words[:end]  # wherever it stands, so that it can be added at the line's end
-        words = [word for word in words[:end] if word != _TRACEBACK] + words[end:]
+        in_full = _TRACEBACK in words  # wherever it stands, so that it can be added at the line's end
+        words = [word for word in words if word != _TRACEBACK]
+        python = warnings.formatwarning
+        warnings.formatwarning = partial(_short_warning, python)
         try:
-            with _short_warnings():
-                code = super().main(words, prog_name, **{**settings, "standalone_mode": False})
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            code = error.exit_code
+            code = super().main(words, prog_name, **{**settings, "standalone_mode": False})
         except click.ClickException as error:
-            click.echo(f"error: {error.format_message()}", err=True)
+            is_help = isinstance(error, click.exceptions.NoArgsIsHelpError)
+            click.echo(f"{'' if is_help else 'error: '}{error.format_message()}", err=True)
             code = error.exit_code
         except click.Abort as error:
             if isinstance(error.__cause__, Interrupted):
                 click.echo(str(error.__cause__), err=True)
             code = 130
         except (ValueError, OSError, RuntimeError, ImportError) as error:
-            if in_full:
-                click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-            else:
-                click.echo(f"error: {one_line(error)} (in full with {_TRACEBACK})", err=True)
+            short = f"error: {one_line(error)} (in full with {_TRACEBACK})\n"
+            click.echo("".join(traceback.format_exception(error)) if in_full else short, err=True, nl=False)
             code = 1
+        finally:
+            warnings.formatwarning = python
         sys.exit(code or 0)
 
 
-@contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Print warnings of the package in one line, without the place in the code."""
-    python = warnings.formatwarning
-
-    def short(message: Any, category: type[Warning], *place: Any, **more: Any) -> str:
-        return f"warning: {message}\n" if category is UserWarning else python(message, category, *place, **more)
-
-    warnings.formatwarning = short
-    try:
-        yield
-    finally:
-        warnings.formatwarning = python
+def _short_warning(python: Callable[..., str], message: Any, category: type[Warning], *rest: Any, **more: Any) -> str:
+    """Format a warning of the package as one line, without the place in the code."""
+    return f"warning: {message}\n" if category is UserWarning else python(message, category, *rest, **more)
 
 
 @click.group(
@@ -86,7 +74,7 @@ def app() -> None:
 
 for _command in (
     *(train.train, analyze.evaluate, adapters.push, adapters.pack, adapters.unpack, adapters.inspect, adapters.verify),
-    *(bank.bank, bank.serve, cascade.cascade, analyze.analyze, train.reproduce, train.recipes, adapters.targets),
+    *(bank.bank, bank.serve, train.cascade, analyze.analyze, train.reproduce, train.recipes, adapters.targets),
 ):
     app.add_command(_command)
 

@@ -8,19 +8,9 @@ from typing import Any
 
 import click
 
+from .. import storage
 from ..backbones import is_file_spec, load_backbone, load_from_file
 from ..hub import plan_push, push_run
-from ..storage import (
-    MAX_UNPACKED,
-    adapter_sizes,
-    inspect_adapter,
-    locate_adapter,
-    pack_adapter,
-    read_config,
-    size_change,
-    unpack_adapter,
-    verify_adapter_file,
-)
 from ..training.saved import save_run_as, verify_run
 from ..tuner import MaskConfig, explain_targets
 from .options import PATH, backbone_option, field_options, given, place_options, read_reports
@@ -37,21 +27,19 @@ _backbone = click.option("--backbone", help="With --base: where it is, if not wh
 @click.option("--image-size", type=int, help="Side of the images in pixels.")
 @click.option("--projection", is_flag=True, help="CLIP's vision tower with its projection.")
 @click.pass_context
-def targets(
-    context: click.Context, name: str, revision: str | None, image_size: int | None, projection: bool, **_: Any
-) -> None:
+def targets(context: click.Context, name: str, **options: Any) -> None:
     """Show what would be masked in a model, layer by layer, and how large the adapter would be.
 
     NAME is a Hub id, timm name, folder, or your own file.py:function. Only the model's shape matters: no weights are
     downloaded.
     """
-    if is_file_spec(name):
-        if revision or image_size or projection:
-            raise ValueError(f"--revision, --image-size and --projection are for libraries' models, not for {name}.")
-        model = load_from_file(name).model
+    own = {option: options[option] for option in ("revision", "image_size", "projection")}
+    if not is_file_spec(name):
+        model = load_backbone(name, pretrained=False, **own).model
+    elif any(own.values()):
+        raise ValueError(f"--revision, --image-size and --projection are for libraries' models, not for {name}.")
     else:
-        options: dict[str, Any] = {"revision": revision, "image_size": image_size, "projection": projection}
-        model = load_backbone(name, pretrained=False, **options).model
+        model = load_from_file(name).model
     report = explain_targets(model, MaskConfig(**given(context, MaskConfig)), verbose=False)
     click.echo(str(report))
     if not report.masked_weights:
@@ -67,7 +55,7 @@ def inspect(adapter: str, as_json: bool, **place: str | None) -> None:
 
     ADAPTER is a safetensors file, a folder, or user/name on the Hub.
     """
-    report = inspect_adapter(locate_adapter(adapter, **place))
+    report = storage.inspect_adapter(storage.locate_adapter(adapter, **place))
     click.echo(report.to_json() if as_json else str(report))
 
 
@@ -81,8 +69,8 @@ def verify(adapter: str, backbone: str | None, file_only: bool, **place: str | N
 
     ADAPTER is a folder, a safetensors file, or user/name on the Hub.
     """
-    path = locate_adapter(adapter, **place)
-    for fact in verify_adapter_file(path):
+    path = storage.locate_adapter(adapter, **place)
+    for fact in storage.verify_adapter_file(path):
         click.echo(fact)
     if file_only:
         return
@@ -98,14 +86,14 @@ def verify(adapter: str, backbone: str | None, file_only: bool, **place: str | N
 @_backbone
 def pack(folder: Path, out: Path, base: bool, backbone: str | None) -> None:
     """Code an adapter's masks to about their entropy: smaller, exact, and read by PEFT as before."""
-    before = adapter_sizes(folder)
+    before = storage.adapter_sizes(folder)
     if base or backbone:
         after = save_run_as(folder, out, "entropy", backbone)
     else:
-        after = pack_adapter(folder, out)
-        if read_config(folder).get("trainable_fraction", 1.0) < 1.0:
+        after = storage.pack_adapter(folder, out)
+        if storage.read_config(folder).get("trainable_fraction", 1.0) < 1.0:
             click.echo("Weights that selective masking leaves on were coded too: --base leaves them out.", err=True)
-    click.echo(f"{out}: {size_change(before, after)}")
+    click.echo(f"{out}: {storage.size_change(before, after)}")
 
 
 @click.command("unpack")
@@ -113,12 +101,15 @@ def pack(folder: Path, out: Path, base: bool, backbone: str | None) -> None:
 @_out
 @click.option("--base", is_flag=True, help="Load the base: needed if only the weights that train are coded.")
 @_backbone
-@click.option("--max-bytes", type=int, default=MAX_UNPACKED, help="Refuse masks that unpack to more bytes.")
+@click.option("--max-bytes", type=int, default=storage.MAX_UNPACKED, help="Refuse masks that unpack to more bytes.")
 def unpack(folder: Path, out: Path, base: bool, backbone: str | None, max_bytes: int) -> None:
     """Write an adapter with one bit per weight, as transformers' own loader wants it."""
-    before = adapter_sizes(folder)
-    after = save_run_as(folder, out, "bits", backbone) if base or backbone else unpack_adapter(folder, out, max_bytes)
-    click.echo(f"{out}: {size_change(before, after)}")
+    before = storage.adapter_sizes(folder)
+    if base or backbone:
+        after = save_run_as(folder, out, "bits", backbone)
+    else:
+        after = storage.unpack_adapter(folder, out, max_bytes)
+    click.echo(f"{out}: {storage.size_change(before, after)}")
 
 
 @click.command("push")
@@ -139,13 +130,13 @@ def push(folder: Path, repo_id: str, reports: Path | None, dry_run: bool, **opti
     FOLDER is an output folder of `smn train`, or a folder with an adapter; the repository is made where it does not
     exist. The token is HF_TOKEN, or that of `hf auth login`.
     """
-    shared = {name: options.pop(name) for name in ("subfolder", "license", "seeds", "revision")}
     if reports is not None:
-        shared["reports"] = read_reports(reports)
+        options["reports"] = read_reports(reports)
+    pushed = {name: options.pop(name) for name in ("private", "create_pr", "commit_message")}
     if dry_run:
-        plan = plan_push(folder, repo_id, **shared)
+        plan = plan_push(folder, repo_id, **options)
         click.echo(f"{plan.text()}\n\n{plan.card()}")
     else:
-        private = options.pop("private") or None  # None leaves a repository that exists as it is
-        info = push_run(folder, repo_id, private=private, **options, **shared)
+        pushed["private"] = pushed["private"] or None  # None leaves a repository that exists as it is
+        info = push_run(folder, repo_id, **pushed, **options)
         click.echo(info.pr_url or info.commit_url)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from .options import (
 _runs = click.argument("runs", nargs=-1, required=True, type=PATH)
 
 
-def _plot(**options: Any) -> Any:
-    text = "Draw into this .png, .svg or .pdf file."
-    return click.option("--plot", type=PATH, callback=output_file, help=text, **options)
+_plot = partial(
+    click.option, "--plot", type=PATH, callback=output_file, help="Draw into this .png, .svg or .pdf file."
+)
 
 
 @click.command("eval")
@@ -54,11 +55,8 @@ def evaluate(folder: Path, base: bool, cpu: bool, json_file: Path | None, **opti
     FOLDER is an output folder of `smn train`, or a folder with an adapter.
     """
     accelerator = Accelerator(cpu=cpu)
-    reports = [
-        report
-        for frozen in ([True, False] if base else [False])
-        for report in evaluate_run(folder, base=frozen, accelerator=accelerator, **options)
-    ]
+    reports = evaluate_run(folder, base=True, accelerator=accelerator, **options) if base else []
+    reports += evaluate_run(folder, accelerator=accelerator, **options)
     if accelerator.is_main_process:
         click.echo(report_table(reports))
         write_json(json_file, [report.to_dict() for report in reports])
@@ -74,9 +72,8 @@ def analyze() -> None:
 
 def _labelled(folders: Sequence[Path]) -> dict[str, Path]:
     """The folders by their last names, or as given where two would be alike."""
-    names = [folder.resolve().name for folder in folders]
-    alike = len(set(names)) < len(names)
-    return {str(folder) if alike else name: folder for name, folder in zip(names, folders, strict=True)}
+    named = {folder.resolve().name: folder for folder in folders}
+    return named if len(named) == len(folders) else {str(folder): folder for folder in folders}
 
 
 def _masks(folders: Sequence[Path], backbone: str | None) -> dict[str, dict[str, Tensor]]:
@@ -98,12 +95,11 @@ def _density(
         groups = {f"mean of {len(groups)}": analysis.average_densities(list(groups.values()))}
     rows = []
     for label, layers in groups.items():
-        for layer in layers:
-            shown = format_fraction(layer.density, layer.spread)
-            rows.append({"run": label, "tensor": layer.name, "weights": f"{layer.weights:,}", "active %": shown})
         total = sum(layer.weights for layer in layers)
         active = sum(layer.weights * layer.density for layer in layers) / total
-        rows.append({"run": label, "tensor": "all", "weights": f"{total:,}", "active %": format_fraction(active)})
+        lines = [(layer.name, layer.weights, format_fraction(layer.density, layer.spread)) for layer in layers]
+        for name, weights, shown in [*lines, ("all", total, format_fraction(active))]:
+            rows.append({"run": label, "tensor": name, "weights": f"{weights:,}", "active %": shown})
     click.echo(markdown_table(rows))
     write_json(json_file, [layer for layers in groups.values() for layer in layers])
     if plot is not None:
@@ -118,16 +114,12 @@ def _density(
 def _similarity(runs: tuple[Path, ...], backbone: str | None, plot: Path | None, json_file: Path | None) -> None:
     """Which weights masks agree to switch off, against what masks of the same densities would by chance."""
     found = analysis.similarity_matrix(_masks(runs, backbone))
-    cells = [
-        {
-            "pair": f"{row.first}, {row.second}",
-            "Jaccard of the inactive %": f"{100 * row.jaccard:.2f}",
-            "by chance %": f"{100 * row.jaccard_chance:.2f}",
-            "weights that differ %": f"{100 * row.hamming:.2f}",
-            "by chance, %": f"{100 * row.hamming_chance:.2f}",
-        }
-        for row in found
-    ]
+    names = ("Jaccard of the inactive %", "by chance %", "weights that differ %", "by chance, %")
+    cells = []
+    for row in found:
+        values = (row.jaccard, row.jaccard_chance, row.hamming, row.hamming_chance)
+        shown = {name: f"{100 * value:.2f}" for name, value in zip(names, values, strict=True)}
+        cells.append({"pair": f"{row.first}, {row.second}", **shown})
     click.echo(markdown_table(cells))
     write_json(json_file, found)
     if plot is not None:
@@ -149,8 +141,8 @@ def _loss(runs: tuple[Path, ...], window: int, plot: Path | None, json_file: Pat
         values = analysis.smooth([line["loss"] for line in lines], window)
         steps = tuple(line["step"] for line in lines)
         curves.append(analysis.Series(label, steps, tuple(values)))
-        ends = {"first": f"{values[0]:.4f}", "last": f"{values[-1]:.4f}", "at step": f"{steps[-1]:g}"}
-        cells.append({"run": label, **ends})
+        first, last = f"{values[0]:.4f}", f"{values[-1]:.4f}"
+        cells.append({"run": label, "first": first, "last": last, "at step": f"{steps[-1]:g}"})
     click.echo(markdown_table(cells))
     write_json(json_file, curves)
     if plot is not None:
@@ -193,8 +185,7 @@ def _embedding(
             raise ValueError(f"{folder} names no training images: name an output folder of `smn train`.")
         if arguments.eval_split is None:
             raise ValueError(f"{folder} was trained without test images (eval_split): there is nothing to show.")
-        images = build_images(evaluation_arguments(arguments, loaded, folder, None, None, None)).test
-        assert images is not None
+        images: Any = build_images(evaluation_arguments(arguments, loaded, folder, None, None, None)).test
         features = extract_features(loaded.model, images, evaluation_of(loaded), batch_size=arguments.batch_size)
         maps.append(analysis.embedding_map(features, label, classes=classes, perplexity=perplexity, seed=seed))
         names = images.classes

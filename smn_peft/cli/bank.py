@@ -44,21 +44,18 @@ def _opened(path: Path, *, read_only: bool = False, create: bool = False) -> Ite
             raise ValueError(str(error.args[0]).replace("bank.names", f"smn bank ls {path}")) from error
 
 
-def _named(adapters: Sequence[str]) -> list[tuple[str, str]]:
+def _named(adapter: str) -> tuple[str, str]:
     """Split NAME=FOLDER; what is a folder as it stands has its last part as name."""
-    pairs = []
-    for adapter in adapters:
-        name, is_named, place = adapter.partition("=")
-        if not is_named or Path(adapter).is_dir():
-            name, place = Path(adapter).resolve().name, adapter
-        elif not (name and place):
-            raise ValueError(f"{adapter!r} lacks one of its halves: NAME=FOLDER, as in birds=runs/birds/adapter.")
-        pairs.append((name, place))
-    return pairs
+    name, is_named, place = adapter.partition("=")
+    if not is_named or Path(adapter).is_dir():
+        return Path(adapter).resolve().name, adapter
+    if not (name and place):
+        raise ValueError(f"{adapter!r} lacks one of its halves: NAME=FOLDER, as in birds=runs/birds/adapter.")
+    return name, place
 
 
-def _add(store: DiskStore, adapters: Sequence[str], replace: bool) -> None:
-    pairs = _named(adapters)
+def _add(store: DiskStore, adapters: Sequence[str], replace: bool = False) -> None:
+    pairs = [_named(adapter) for adapter in adapters]
     with tqdm(total=len(pairs), desc="adding", unit="task", disable=None) as bar:
         store.add_many(pairs, replace=replace, progress=bar.update)
     click.echo(f"{store.path}: {len(store):,} tasks, {store.summary().bytes:,} bytes")
@@ -72,7 +69,7 @@ def _build(bank: Path, adapters: tuple[str, ...]) -> None:
     with _opened(bank, create=True) as store:
         if len(store):
             raise ValueError(f"{bank} is a bank with {len(store):,} tasks: smn bank add puts adapters into it.")
-        _add(store, adapters, replace=False)
+        _add(store, adapters)
 
 
 @bank.command("add")
@@ -141,8 +138,7 @@ def _info(bank: Path, name: str | None, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=1))
         return
     for key, value in facts.items():
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        for part, inner in parts:
+        for part, inner in value.items() if isinstance(value, dict) else [("", value)]:
             click.echo(f"{f'{key} {part}'.strip():<32} {inner}")
 
 
@@ -151,15 +147,12 @@ def _info(bank: Path, name: str | None, as_json: bool) -> None:
 def _verify(bank: Path) -> None:
     """Check every task, down to its decoded masks, and the file; exit code 1 if something is damaged."""
     with _opened(bank, read_only=True) as store:
-        count, bad = 0, 0
-        for check in tqdm(store.verify(), total=len(store), desc="verifying", unit="task", disable=None):
-            count += 1
-            if check.error is not None:
-                bad += 1
-                click.echo(f"{check.name!r}: {check.error}", err=True)
+        checks = list(tqdm(store.verify(), total=len(store), desc="verifying", unit="task", disable=None))
+    bad = [f"{check.name!r}: {check.error}" for check in checks if check.error is not None]
     if bad:
-        raise ValueError(f"{bad:,} of {count:,} tasks are damaged: add them again with --replace, or rm.")
-    click.echo(f"{bank}: {count:,} tasks, all whole")
+        click.echo("\n".join(bad), err=True)
+        raise ValueError(f"{len(bad):,} of {len(checks):,} tasks are damaged: add them again with --replace, or rm.")
+    click.echo(f"{bank}: {len(checks):,} tasks, all whole")
 
 
 @bank.command("compact")
@@ -210,7 +203,7 @@ def _number(name: str, default: float, help: str, least: Any = 1, most: Any = No
 @_number("--grace", 10.0, "Seconds to finish what is under way at the end.", 0.001, 86_400)
 @_number("--ram-budget", 1024, "MiB that decoded tasks may take.", 0)
 @click.option("--allowed-hosts", multiple=True, help="Name that clients call the server by; repeatable, '*': any.")
-def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None, **options: Any) -> None:
+def serve(bank: Path, base: str, api_key_env: str | None, **options: Any) -> None:
     """Serve predictions and embeddings of a bank's tasks over HTTP, with a page to try them at /.
 
     BANK is the folder of a bank, of an adapter, or of several adapters' folders.
@@ -225,15 +218,14 @@ def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
     limits = Limits(**{name: options[name] for name in ("queue", "timeout", "grace")})
     key = key_from(api_key_env)
-    model = {"image_size": image_size, **{name: options[name] for name in ("weights", "head_name", "device")}}
+    model = {name: options[name] for name in ("weights", "head_name", "device", "image_size")}
     budget = options["ram_budget"] << 20
     opened, backbone, left_out = open_bank(bank, base, ram_budget=budget, read_only=key is None, **model)
     for name, why in left_out.items():
         click.echo(f"left out {name}: {why}", err=True)
     click.echo(f"{len(opened)} tasks over {backbone.name}", err=True)
     batches = {"max_batch": options["max_batch"], "max_wait": options["max_wait_ms"] / 1000}
-    service = Service(opened, backbone, limits=limits, image_size=image_size, **batches)
-    if warnings := service.warnings():
-        name, why = next(iter(warnings.items()))
+    service = Service(opened, backbone, limits=limits, image_size=options["image_size"], **batches)
+    for name, why in list((warnings := service.warnings()).items())[:1]:
         click.echo(f"warning: {len(warnings)} tasks are served otherwise than trained, as {name!r}: {why}", err=True)
-    serve(service, host=options["host"], port=options["port"], api_key=key, allowed_hosts=options["allowed_hosts"])
+    serve(service, api_key=key, **{name: options[name] for name in ("host", "port", "allowed_hosts")})

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import click
 import yaml
 from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from .._options import describe, from_words, is_list, members_of, user_fields
 from ..evaluation import EvalReport
@@ -34,65 +33,47 @@ class Group(click.Group):
         return list(self.commands)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Field:
-    """A field that users set, by its dotted name, as in "mask.density"."""
-
-    path: str
-    hint: Any
-    default: Any
-    help: str
-
-    @property
-    def parameter(self) -> str:
-        """The name of the option among a command's parameters."""
-        return self.path.replace(".", "__")
-
-    def option(self, hidden: bool) -> Callable[[Any], Any]:
-        """The decorator that gives a command this field's option."""
-        flag = f"--{self.path.replace('_', '-')}"
-        unsaid = self.default is False or self.default in (None, "", (), [], {})
-        text = self.help if unsaid else f"{self.help} [{self.default}]"
-        settings: dict[str, Any] = {"help": text, "hidden": hidden, "default": None}
-        if self.hint is bool:
-            return click.option(self.parameter, f"{flag}/--no-{flag[2:]}", **settings)
-        fixed = get_origin(self.hint) is tuple and not is_list(self.hint)
-        return click.option(
-            self.parameter,
-            flag,
-            **settings,
-            metavar=f"<{describe(self.hint)}>",
-            nargs=len(get_args(self.hint)) if fixed else 1,
-            multiple=any(is_list(member) or get_origin(member) is dict for member in members_of(self.hint)),
-            callback=self._convert,
-            shell_complete=self._complete,
-        )
-
-    def _convert(self, context: click.Context, parameter: click.Parameter, words: Any) -> Any:
-        given = [words] if isinstance(words, str) else words
-        try:
-            return from_words(given, self.hint) if given else None
-        except (ValueError, yaml.YAMLError) as error:
-            raise click.BadParameter(f"must be {describe(self.hint)}; got {' '.join(given)!r}.") from error
-
-    def _complete(self, context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """The values of Literals, and "none" where None is one."""
-        members = members_of(self.hint)
-        choices = [value for member in members if get_origin(member) is Literal for value in get_args(member)]
-        choices += ["none"] * (NoneType in members)
-        return [CompletionItem(choice) for choice in choices if choice.startswith(incomplete)]
-
-
-def _fields_of(kind: type, prefix: str = "") -> Iterator[_Field]:
-    """Every field that users set, nested ones by their dotted names."""
+def _fields_of(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Path, as in "mask.density", type and field of all that users set."""
     hints = get_type_hints(kind)
     for name, field in user_fields(kind).items():
         if dataclasses.is_dataclass(hints[name]):
             yield from _fields_of(hints[name], f"{prefix}{name}.")
         else:
-            factory: Any = field.default_factory
-            default = field.default if factory is dataclasses.MISSING else factory()
-            yield _Field(f"{prefix}{name}", hints[name], default, field.metadata["help"])
+            yield f"{prefix}{name}", hints[name], field
+
+
+def _option(path: str, hint: Any, field: dataclasses.Field[Any], hidden: bool) -> Callable[[Any], Any]:
+    """The decorator that gives a command a field's option."""
+    flag, members, text = f"--{path.replace('_', '-')}", members_of(hint), field.metadata["help"]
+    factory: Any = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    if default is not False and default not in (None, "", (), [], {}):
+        text = f"{text} [{default}]"
+    settings: dict[str, Any] = {"help": text, "hidden": hidden, "default": None}
+    if hint is bool:
+        return click.option(_parameter(path), f"{flag}/--no-{flag[2:]}", **settings)
+
+    def convert(context: click.Context, parameter: click.Parameter, words: Any) -> Any:
+        given = [words] if isinstance(words, str) else words
+        try:
+            return from_words(given, hint) if given else None
+        except (ValueError, yaml.YAMLError) as error:
+            raise click.BadParameter(f"must be {describe(hint)}; got {' '.join(given)!r}.") from error
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+        choices = [value for member in members if get_origin(member) is Literal for value in get_args(member)]
+        choices += ["none"] * (NoneType in members)
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    fixed = get_origin(hint) is tuple and not is_list(hint)
+    settings |= {"metavar": f"<{describe(hint)}>", "nargs": len(get_args(hint)) if fixed else 1}
+    settings["multiple"] = any(is_list(member) or get_origin(member) is dict for member in members)
+    return click.option(_parameter(path), flag, **settings, callback=convert, shell_complete=complete)
+
+
+def _parameter(path: str) -> str:
+    return path.replace(".", "__")
 
 
 def combined(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -111,9 +92,9 @@ def field_options(kind: type, *, only: Sequence[str] = (), shown: Sequence[str] 
 
     `only` are the fields to offer, if not all; `shown` those in `--help`, if not all: [`help_all`] shows the others.
     """
-    fields = {field.path: field for field in _fields_of(kind)}
+    fields = {path: (hint, field) for path, hint, field in _fields_of(kind)}
     order = only or [*shown, *(path for path in fields if path not in shown)]
-    return combined(*(fields[path].option(hidden=bool(shown) and path not in shown) for path in order))
+    return combined(*(_option(path, *fields[path], hidden=bool(shown) and path not in shown) for path in order))
 
 
 def _show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -124,26 +105,20 @@ def _show_all(context: click.Context, _: click.Parameter, wanted: bool) -> None:
         context.exit()
 
 
-help_all = click.option(
-    "--help-all",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_show_all,
-    help="Show every option and exit.",
-)
+_text = "Show every option and exit."
+help_all = click.option("--help-all", is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help=_text)
 
 
 def given(context: click.Context, kind: type) -> dict[str, Any]:
     """What the command line says of a dataclass, nested as in a recipe."""
     values: dict[str, Any] = {}
-    for field in _fields_of(kind):
-        if context.get_parameter_source(field.parameter) is ParameterSource.COMMANDLINE:
-            *outer, name = field.path.split(".")
+    for path, _, _ in _fields_of(kind):
+        if context.get_parameter_source(_parameter(path)) is ParameterSource.COMMANDLINE:
+            *outer, name = path.split(".")
             inner = values
             for part in outer:
                 inner = inner.setdefault(part, {})
-            inner[name] = context.params[field.parameter]
+            inner[name] = context.params[_parameter(path)]
     return values
 
 

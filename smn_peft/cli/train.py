@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn train`, `recipes` and `reproduce`: runs from options, a recipe or tasks, in one process or several."""
+"""`smn train`, `cascade`, `recipes` and `reproduce`: from options, a recipe or tasks, in one process or several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,28 +17,40 @@ from typing import Any
 import click
 import torch
 import yaml
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import save
 
 from .._options import merged, read_values
+from ..cascade import MODES, Cascade, CascadeArguments, cascade_sizes, evaluate_cascade, prepare, train_experts
+from ..cascade.evaluate import METRICS
+from ..data import load_images
 from ..data.loading import STOP_SIGNALS
+from ..evaluation import report_table
 from ..paper import ARTEFACTS, SCALES, artefact_named, listing, scale_named
 from ..paper import reproduce as reproduce_artefact
+from ..storage import atomic_write
 from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
 from ..training.checkpoint import latest_checkpoint
 from ..training.recipes import read_recipe
 from ..training.run import EXPECTED, check_tasks
-from .options import PATH, field_options, given, help_all, one_line
+from .options import (
+    PATH,
+    Group,
+    backbone_option,
+    evaluation_options,
+    field_options,
+    given,
+    help_all,
+    loading_options,
+    one_line,
+    write_json,
+)
 
 # The options of TrainArguments that `--help` shows.
 SHOWN = (
     "backbone dataset output_dir adapt objective image_size epochs batch_size lr head_lr eval_split seed cpu resume"
 ).split()
-_TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-# --- Several processes -----------------------------------------------------------------------------------------------
-
 # accelerate's own way in, without the traceback for a process that failed: that process has said why.
 # The processes are waited for, since they save and then end. Several get their signals from accelerate's agent, which
 # knows no SIGUSR1; a single one has had its own already.
@@ -57,8 +69,6 @@ except ChildFailedError as failure:
 except subprocess.CalledProcessError as failure:
     sys.exit(failure.returncode)
 """
-
-_HANG_UP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))  # the terminal was closed
 
 launch_option = click.option(
     "--launch", is_flag=True, help="Run through `accelerate launch`; options unknown here are passed on to it."
@@ -93,6 +103,8 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
     processes = launch_command_parser().parse_known_args([*extra, "-m", "smn_peft.cli"])[0].num_processes or 1
     several = ["--multi_gpu"] if cpu and processes > 1 and "--multi_gpu" not in extra else []
     line = [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
+    # On the CPU each process would otherwise look for a GPU and take itself for the only one.
+    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if cpu else {})}
     interrupted: list[int] = []
     started: list[subprocess.Popen[bytes]] = []
 
@@ -102,12 +114,11 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, *_HANG_UP)}
-    # On the CPU each process would otherwise look for a GPU and take itself for the only one.
-    environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if cpu else {})}
+    hang_up = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []  # the terminal was closed
+    before = {number: signal.signal(number, pass_on) for number in (*STOP_SIGNALS, *hang_up)}
     try:
-        # In a session of their own the processes get each signal once, from here, whoever else its sender meant; here
-        # they are waited for, since they save and then end.
+        # In a session of their own the processes get each signal once, from here, whoever else its sender meant; they
+        # are waited for, since they save and then end.
         started.append(subprocess.Popen(line, env=environment, start_new_session=True))
         for number in list(interrupted):  # it came while they were started
             pass_on(number)
@@ -117,8 +128,6 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
             signal.signal(number, handler)
     return 130 if interrupted else code
 
-
-# --- smn train -------------------------------------------------------------------------------------------------------
 
 recipe_option = click.option("--recipe", help="Name of a recipe (`smn recipes` lists them), or a YAML file.")
 
@@ -154,16 +163,17 @@ def train(
     arguments = TrainArguments(**values)
     if launch:
         context.exit(launch_processes(["train"], context.args, cpu=arguments.cpu))
-    chosen = {"": arguments} if tasks is None else _read_tasks(tasks, part, values)
-    if options["dry_run"]:
-        if sum([_show_plan(name, task) for name, task in chosen.items()]):
-            context.exit(1)
-        return
-    new = tasks is None and arguments.resume and latest_checkpoint(arguments.output_dir) is None
-    if new and os.environ.get("RANK", "0") == "0":
-        click.echo(f"{arguments.output_dir} holds no checkpoint to resume: the run starts at step 0.", err=True)
-    results = run_many(chosen) if tasks is not None else [("", run(arguments))]
-    if sum(_show_result(name, result) for name, result in results):
+    results: Iterable[tuple[str, str | RunSummary | Exception]]
+    if tasks is not None:
+        chosen = _read_tasks(tasks, part, values)
+        results = _plans(chosen) if options["dry_run"] else run_many(chosen)
+    elif options["dry_run"]:
+        results = [("", plan(arguments))]
+    else:
+        if arguments.resume and latest_checkpoint(arguments.output_dir) is None and os.environ.get("RANK", "0") == "0":
+            click.echo(f"{arguments.output_dir} holds no checkpoint to resume: the run starts at step 0.", err=True)
+        results = [("", run(arguments))]
+    if sum(_show(name, result) for name, result in results):
         context.exit(1)
 
 
@@ -174,20 +184,19 @@ def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict
     folder = Path(shared.get("output_dir", TrainArguments.output_dir))
     tasks = {}
     for name, changes in read_recipe(path).items():
-        where = f"{path}: task {name!r}"
-        if not _TASK_NAME.fullmatch(str(name)):
+        where, changes = f"{path}: task {name!r}", {} if changes is None else changes
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name)):
             raise ValueError(f"{where}: a name is a folder's, of letters, digits, '.', '_' and '-'.")
-        if not isinstance(changes, dict | None):
+        if not isinstance(changes, dict):
             raise ValueError(f"{where} must hold a mapping, such as {{seed: 1}}; it holds {changes!r}.")
-        if "output_dir" in (changes or {}):
+        if "output_dir" in changes:
             raise ValueError(f"{where}: output_dir is the name's folder in --output-dir; leave it out.")
-        values = merged(shared, read_values(TrainArguments, changes or {}, where))
+        values = merged(shared, read_values(TrainArguments, changes, where))
         tasks[str(name)] = TrainArguments(**{**values, "output_dir": str(folder / str(name))})
     if not tasks:
         raise ValueError(f"{path} holds no task.")
     if part is not None:  # the jobs 1/N to N/N share the tasks
-        found = re.fullmatch(r"(\d+)/(\d+)", part)
-        index, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        index, count = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
         if not 1 <= index <= count:
             raise ValueError(f"--part is I/N with I from 1 to N, such as 1/4; got {part!r}.")
         tasks = dict(list(tasks.items())[index - 1 :: count])
@@ -195,27 +204,107 @@ def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict
     return tasks
 
 
-def _show_plan(name: str, arguments: TrainArguments) -> bool:
-    """Print what a run would do; returns whether it cannot."""
-    try:
-        click.echo(f"{name}\n{plan(arguments)}".lstrip())
-    except EXPECTED as error:
-        if not name:
-            raise
-        return _show_result(name, error)
-    return False
+def _plans(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, str | Exception]]:
+    for name, task in tasks.items():
+        try:
+            yield name, plan(task)
+        except EXPECTED as error:
+            yield name, error
 
 
-def _show_result(name: str, result: RunSummary | Exception) -> bool:
-    """Print how a run ended; returns whether it failed."""
-    failed = isinstance(result, Exception)
+def _show(name: str, result: str | RunSummary | Exception) -> bool:
+    """Print what a run would do, or how it ended; returns whether it failed."""
     if PartialState().is_main_process:
-        text = one_line(result) if isinstance(result, Exception) else result.text()
-        click.echo(f"{name}: {text}" if name else text, err=failed)
-    return failed
+        text = result.text() if isinstance(result, RunSummary) else result
+        if isinstance(result, Exception):
+            text = one_line(result)
+        between = "\n" if isinstance(result, str) else ": "
+        click.echo(f"{name}{between}{text}" if name else text, err=isinstance(result, Exception))
+    return isinstance(result, Exception)
 
 
-# --- smn recipes, smn reproduce --------------------------------------------------------------------------------------
+_cascade_folder = click.argument("folder", type=PATH)
+
+
+@click.group("cascade", cls=Group)
+def cascade() -> None:
+    """Several masks for one dataset: a dispatcher, a router, an expert per cluster.
+
+    FOLDER is the output folder of `smn cascade train`, or a saved cascade.
+    """
+
+
+@cascade.command("train", cls=Launchable)
+@recipe_option
+@field_options(CascadeArguments)
+@field_options(TrainArguments, shown=[name for name in SHOWN if name not in ("adapt", "resume")])
+@click.option("--prepare", "prepare_only", is_flag=True, help="Train the dispatcher and fit the router only.")
+@click.option("--expert", type=int, multiple=True, help="Train this expert alone, after --prepare; may be repeated.")
+@launch_option
+@help_all
+@click.pass_context
+def _train_cascade(
+    context: click.Context, recipe: str | None, prepare_only: bool, expert: tuple[int, ...], launch: bool, **_: Any
+) -> None:
+    """Train what is not trained yet, and fit the embedding; the same line again goes on where it was.
+
+    An expert per job: once with --prepare, then a job each with --expert 0, --expert 1 …, then without either.
+    """
+    arguments = TrainArguments(**merged(recipe_values(recipe), given(context, TrainArguments)))
+    options = CascadeArguments(**given(context, CascadeArguments))
+    if launch:
+        context.exit(launch_processes(["cascade", "train"], context.args, cpu=arguments.cpu))
+    if expert and prepare_only:
+        raise click.UsageError("--prepare comes before --expert: give one of them.")
+    if expert:
+        train_experts(arguments, options, expert)
+        text = f"done: {', '.join(f'expert {number}' for number in expert)}"
+    elif prepare_only:
+        router, images = prepare(arguments, options)
+        text = f"{len(images)} images in clusters of {', '.join(map(str, router.sizes))}"
+    else:
+        fitted = Cascade.fit(arguments, options)
+        assert fitted.router is not None
+        clusters, sizes = ", ".join(map(str, fitted.router.sizes)), cascade_sizes(arguments.output_dir).text()
+        text = f"clusters of {clusters}\n{arguments.output_dir}: {sizes}"
+    if PartialState().is_main_process:
+        click.echo(text)
+
+
+@cascade.command("embed")
+@_cascade_folder
+@click.option("--dataset", required=True, help="Dataset to embed, as `smn train` takes it.")
+@click.option("--output", type=PATH, required=True, help="The safetensors file to write.")
+@click.option("--split", default="test", help="Split of the dataset.")
+@click.option("--mode", type=click.Choice(MODES), default="conditional", help="Which embedding.")
+@click.option("--labelled/--no-labelled", default=True, help="Write the labels too.")
+@backbone_option
+@loading_options
+def _embed(folder: Path, dataset: str, output: Path, mode: Any, cpu: bool, **options: Any) -> None:
+    """Write the embeddings of a dataset, in its order, as `embeddings` (n, dim) and `labels` (n,)."""
+    loaded = Cascade.load(folder, backbone=options["backbone"])
+    images = load_images(dataset, options["split"], labelled=options["labelled"])
+    accelerator, loading = Accelerator(cpu=cpu), {}
+    for name in ("batch_size", "num_workers"):
+        loading[name] = getattr(loaded.arguments, name) if options[name] is None else options[name]
+    found = loaded.embed(images, mode, accelerator=accelerator, **loading)
+    if accelerator.is_main_process:
+        labels = {} if found.labels is None else {"labels": found.labels}
+        with atomic_write(output) as file:
+            file.write(save({"embeddings": found.features.contiguous(), **labels}))
+        click.echo(f"{len(found)} embeddings of dim {found.features.shape[1]} in {output}")
+
+
+@cascade.command("eval")
+@_cascade_folder
+@evaluation_options(METRICS, "All")
+def _evaluate(folder: Path, metrics: tuple[str, ...], cpu: bool, json_file: Path | None, **options: Any) -> None:
+    """Compare the cascade's embeddings with its dispatcher's, whitened or not, and with an ensemble of seeds."""
+    accelerator = Accelerator(cpu=cpu)
+    reports = evaluate_cascade(folder, metrics=metrics or METRICS, accelerator=accelerator, **options)
+    if accelerator.is_main_process:
+        click.echo(report_table(reports))
+        write_json(json_file, [report.to_dict() for report in reports])
 
 
 @click.command("recipes")

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from .augmentation import MultiCropOptions, SupervisedOptions
-from .dataset import ImageDataset, NoLabelsError, NoSplitError
+from .dataset import ImageDataset, NoLabelsError, NoSplitError, held_out, label_subset
 from .decoding import ImageError
 from .loading import build_loader
 from .registry import dataset_spec, list_datasets
 from .sources import load_images
-from .subsets import held_out, label_subset
 from .transforms import (
-    ForeignTransform,
+    MultiCropOptions,
+    SupervisedOptions,
     check_preprocessing,
     evaluation_transform,
     multi_crop_transform,
@@ -20,7 +19,6 @@ from .transforms import (
 )
 
 __all__ = [
-    "ForeignTransform",
     "ImageDataset",
     "ImageError",
     "MultiCropOptions",

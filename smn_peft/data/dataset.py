@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ImageDataset`: images by index, as uint8 RGB tensors with their labels, wherever they are stored."""
+"""`ImageDataset`: images by index, as uint8 RGB tensors with their labels, wherever they are; subsets by label."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from torch.utils.data import Dataset
 from ..functional.features import whole_numbers
 from .decoding import decode_rgb
 
-__all__ = ["WITHOUT_LABELS", "ImageDataset", "ImageSource", "NoLabelsError", "NoSplitError"]
+__all__ = [
+    "WITHOUT_LABELS",
+    "ImageDataset",
+    "ImageSource",
+    "NoLabelsError",
+    "NoSplitError",
+    "held_out",
+    "label_subset",
+]
 
 WITHOUT_LABELS = "labelled=False to use the images without labels"
 
@@ -45,7 +53,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     `dataset[i]` is ``{"image": (3, height, width) uint8 RGB, "label": int (if labelled), "index": i}``. An image that
     cannot be read raises `ImageError` with its file or row when it is asked for.
-
     """
 
     source: ImageSource
@@ -59,33 +66,29 @@ class ImageDataset(Dataset[dict[str, Any]]):
     _cache: dict[int, Tensor] = field(default_factory=dict)  # (height, width, 3) by row
 
     def __post_init__(self) -> None:
-        name, split, labels = self.name, self.split, self.labels
-        if len(self.rows) == 0:
-            raise ValueError(f"{name}, split {split!r}, has no images: check the name, the split and the indices.")
-        if labels is not None:
-            if len(labels) != len(self.rows):
-                raise ValueError(f"{name} has {len(self.rows)} images but {len(labels)} labels.")
-            labels = whole_numbers(labels, f"{name}, split {split!r}")
-            low, high = int(labels.min()), int(labels.max())
+        where, count = f"{self.name}, split {self.split!r}", len(self.rows)
+        if count == 0:
+            raise ValueError(f"{where}, has no images: check the name, the split and the indices.")
+        if self.labels is not None:
+            if len(self.labels) != count:
+                raise ValueError(f"{where}, has {count} images but {len(self.labels)} labels.")
+            self.labels = whole_numbers(self.labels, where)
+            low, high = int(self.labels.min()), int(self.labels.max())
             if low < 0:
-                what = f"{name}, split {split!r}, has the label {low}, which stands for an unknown class"
+                what = f"{where}, has the label {low}, which stands for an unknown class"
                 raise NoLabelsError(f"{what}: take another split, or {WITHOUT_LABELS}.")
             if self.classes is not None and high >= len(self.classes):
-                raise ValueError(f"{name} has the label {high} but only {len(self.classes)} class names.")
-            self.labels = labels
+                raise ValueError(f"{where}, has the label {high} but only {len(self.classes)} class names.")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} images; there is no index {index}.")
-        index %= len(self)
-        item: dict[str, Any] = {"image": self._image(index), "index": index}
-        if self.labels is not None:
-            item["label"] = int(self.labels[index])
-        return item
+        index = int(index) % len(self)
+        label = {} if self.labels is None else {"label": int(self.labels[index])}
+        return {"image": self._image(index), "index": index, **label}
 
     @property
     def num_classes(self) -> int | None:
@@ -151,3 +154,62 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if row in self._cache:
             return self._cache[row].permute(2, 0, 1)
         return decode_rgb(*self.source.read(row))
+
+
+def label_subset(labels: Tensor, fraction: float, *, balanced: bool = True, seed: int = 0) -> Tensor:
+    """Choose the images whose labels may be used, for low-shot learning (the paper's 10 … 0.25 %).
+
+    With the same seed a smaller subset lies in every larger one of the same kind.
+
+    Args:
+        labels: (n,) whole numbers; a class is a value that occurs.
+        fraction: Part of the images, in (0, 1]; at least one image, per class if balanced.
+        balanced: Take the same number from every class, all of a class that has fewer than the fraction asks for;
+            else so many at random, so that a class may be missing.
+        seed: Seed of the random order.
+
+    Returns:
+        Sorted indices, (m,) int64.
+
+    Raises:
+        ValueError: No labels, or a fraction out of range.
+    """
+    if labels.ndim != 1 or len(labels) == 0:
+        raise ValueError(f"labels must be a vector of at least one label; got the shape {tuple(labels.shape)}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must lie in (0, 1]; got {fraction}. 1 % is 0.01.")
+    labels, total = whole_numbers(labels, "labels"), len(labels)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    if not balanced:
+        return order[: max(1, round(fraction * total))].sort().values
+    classes, shuffled = labels.unique(), labels[order]
+    number = max(1, round(fraction * total / len(classes)))
+    return torch.cat([order[shuffled == label][:number] for label in classes]).sort().values
+
+
+def held_out(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
+    """Choose images to evaluate on, evenly of every class, one at least and never all; the rest is to train on.
+
+    Args:
+        labels: (n,) whole numbers.
+        fraction: Part of the images, in (0, 1).
+        seed: Seed of the choice.
+
+    Returns:
+        Sorted indices, (m,) int64.
+
+    Raises:
+        ValueError: The fraction is out of range, or no class has two images.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"A fraction to hold out must lie in (0, 1); got {fraction}. 20 % is 0.2.")
+    labels = whole_numbers(labels, "labels")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled, found = labels[order], []
+    for label in labels.unique():
+        of_class = order[shuffled == label]
+        count = len(of_class)
+        found.append(of_class[: min(max(1, round(fraction * count)), count - 1)])
+    if not sum(map(len, found)):
+        raise ValueError("No class has two images, so none can be held out to evaluate on.")
+    return torch.cat(found).sort().values

@@ -21,7 +21,6 @@ __all__ = ["STOP_SIGNALS", "AugmentedDataset", "PatientLoader", "ShardedBatches"
 
 
 def _seed_of(*parts: int | str) -> int:
-    """Hash all parts to a seed."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -77,10 +76,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
     transform gives a list, with ``"labels"`` where the images have them: stacked by torch's default collation, a batch
     of an objective.
 
-    Args:
-        dataset: `ImageDataset`, or any map-style dataset of such items.
-        transform: Called with the image and a generator that is seeded for this sample.
-        seed: Of the run.
+    The `dataset` is an `ImageDataset`, or any map-style one of such items.
     """
 
     def __init__(self, dataset: Any, transform: ImageTransform, seed: int = 0) -> None:
@@ -108,14 +104,7 @@ class ShardedBatches(Sampler[list[int]]):
 
     The batches of the `n` samples depend on `batch_size`, `seed` and the epoch only; process r of p takes the r-th of
     p contiguous parts of each, so that the joined batch is the same for any number of processes. A last batch that is
-    not full is left out.
-
-    Args:
-        n: Number of samples.
-        batch_size: Size of the joined batch, over all processes.
-        seed: Seed of the order.
-        num_processes: Must divide `batch_size`.
-        process_index: From 0.
+    not full is left out. `batch_size` is the joined batch's, which `num_processes` must divide.
     """
 
     def __init__(
@@ -129,10 +118,8 @@ class ShardedBatches(Sampler[list[int]]):
             what = f"The joined batch of {batch_size} cannot be divided among {num_processes} processes"
             raise ValueError(f"{what}: take a multiple, such as {-(-batch_size // num_processes) * num_processes}.")
         if n < batch_size:
-            most = n - n % num_processes or num_processes
-            raise ValueError(
-                f"{n} images are fewer than one batch of {batch_size}: set the batch size to {most} or less."
-            )
+            fix = f"set the batch size to {n - n % num_processes or num_processes} or less"
+            raise ValueError(f"{n} images are fewer than one batch of {batch_size}: {fix}.")
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.num_processes, self.process_index = num_processes, process_index
         self.epoch, self.start_batch = 0, 0
@@ -149,11 +136,9 @@ class ShardedBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(_seed_of("order", self.seed, self.epoch))
-        order = torch.randperm(self.n, generator=generator)
-        part = self.batch_size // self.num_processes
-        for batch in range(self.start_batch, self.n // self.batch_size):
-            start = batch * self.batch_size + self.process_index * part
-            yield order[start : start + part].tolist()
+        batches = torch.randperm(self.n, generator=generator).split(self.batch_size)
+        for batch in batches[self.start_batch : self.n // self.batch_size]:
+            yield batch.chunk(self.num_processes)[self.process_index].tolist()
 
 
 class TrainingLoader(PatientLoader):
@@ -186,11 +171,10 @@ def build_loader(
     [`AugmentedDataset`], [`ShardedBatches`] and torch's `DataLoader`.
     """
     check_map_style(dataset)
+    processes = {"num_processes": num_processes, "process_index": process_index}
     return TrainingLoader(
         AugmentedDataset(dataset, transform, seed),
-        batch_sampler=ShardedBatches(
-            len(dataset), batch_size, seed=seed, num_processes=num_processes, process_index=process_index
-        ),
+        batch_sampler=ShardedBatches(len(dataset), batch_size, seed=seed, **processes),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

@@ -15,13 +15,11 @@ __all__ = ["DATASETS", "DatasetSpec", "dataset_spec", "list_datasets"]
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One dataset of the paper; sizes are numbers of training and test images as cards and papers say, not counted."""
+    """One dataset of the paper."""
 
     name: str
     hub_id: str | None  # repository on the Hub; None where no copy is known, then it is loaded from a folder
     num_classes: int
-    sizes: tuple[int, int] | None = None  # of the copy on the Hub
-    paper: tuple[int, int] | None = None  # of the paper's own parts
     image_column: str = "image"
     label_column: str = "label"
     train: str = "train"  # split expression of the training images, validation included where the paper's is
@@ -30,41 +28,37 @@ class DatasetSpec:
 
 
 _SPECS = (
-    DatasetSpec("cifar10", "uoft-cs/cifar10", 10, (50_000, 10_000), (50_000, 10_000), image_column="img"),
+    DatasetSpec("cifar10", "uoft-cs/cifar10", 10, image_column="img"),
     DatasetSpec(
-        "cifar100", "uoft-cs/cifar100", 100, (50_000, 10_000), (50_000, 10_000), "img", "fine_label",
+        "cifar100", "uoft-cs/cifar100", 100, "img", "fine_label",
         notes="The column coarse_label holds the 20 superclasses.",
     ),
     DatasetSpec(
-        "dtd", "tanganke/dtd", 47, (3_760, 1_880), (3_948, 1_692),
+        "dtd", "tanganke/dtd", 47,
         notes="The authors' first split with training and validation joined; CoOp drew its own.",
     ),
     DatasetSpec(
-        "eurosat", "blanchon/EuroSAT_RGB", 10, (21_600, 5_400), (18_900, 8_100), train="train+validation",
+        "eurosat", "blanchon/EuroSAT_RGB", 10, train="train+validation",
         notes="Split 60/20/20; EuroSAT has no split of its own and CoOp drew another.",
     ),
     DatasetSpec(
-        "flowers102", "dpdl-benchmark/oxford_flowers102", 102, (2_040, 6_149), (5_726, 2_463),
-        train="train+validation",
+        "flowers102", "dpdl-benchmark/oxford_flowers102", 102, train="train+validation",
         notes="The authors' split, whose training part is the small one; CoOp drew its own with 2.8 times as many.",
     ),
+    DatasetSpec("pets", "timm/oxford-iiit-pet", 37, notes="The authors' trainval and test, which CoOp keeps."),
     DatasetSpec(
-        "pets", "timm/oxford-iiit-pet", 37, (3_680, 3_669), (3_680, 3_669),
-        notes="The authors' trainval and test, which CoOp keeps.",
-    ),
-    DatasetSpec(
-        "sun397", "tanganke/sun397", 397, (19_850, 19_850), (19_850, 19_850),
+        "sun397", "tanganke/sun397", 397,
         notes="50 training and 50 test images per class, as in CoOp; that both take the authors' first partition "
         "was not checked.",
     ),
     DatasetSpec(
-        "ucf101", None, 101, paper=(9_537, 3_783),
+        "ucf101", None, 101,
         notes="The middle frame of every video (UCF-101-midframes of CoOp's list of datasets, split 1 of the "
         "authors). flwrlabs/ucf101 on the Hub holds all frames, not the middle ones. Put the frames into "
         "FOLDER/train/CLASS and FOLDER/test/CLASS and pass FOLDER.",
     ),
     DatasetSpec(
-        "food101", "ethz/food101", 101, (75_750, 25_250), (70_700, 30_300), test="validation",
+        "food101", "ethz/food101", 101, test="validation",
         notes="The authors' split, whose test part is called validation on the Hub; CoOp drew its own.",
     ),
     DatasetSpec(

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,8 @@ class TableImages:
 
     def read(self, row: int) -> tuple[bytes, str]:
         """The bytes of a row's image, and the name of the row and its file."""
-        value: Mapping[str, Any] | None = self._table[row][self._column]
-        where = f"{self._name}, row {row}"
-        if value is None:
-            return b"", where
-        if value["path"]:
-            where += f" ({value['path']})"
+        value: Mapping[str, Any] = self._table[row][self._column] or {"bytes": b"", "path": None}
+        where = f"{self._name}, row {row}" + (f" ({value['path']})" if value["path"] else "")
         if value["bytes"] is not None:
             return value["bytes"], where
         for folder in self._folders:
@@ -80,10 +76,8 @@ class TableImages:
                     return read_bytes(found, _MAX_FILE), where
                 except ValueError as error:
                     raise ImageError(f"{where}: {error}") from error
-        raise ImageError(
-            f"{where}: the row has no bytes, and names a file that is not below {self._folders[0]}, the dataset's own "
-            "folder, where alone it is read. Put the bytes into the table, or the files beside it."
-        )
+        what = f"the row has no bytes, and names a file that is not below {self._folders[0]}, the dataset's own folder"
+        raise ImageError(f"{where}: {what}. Put the bytes into the table, or the files beside it.")
 
 
 def load_images(
@@ -120,11 +114,9 @@ def load_images(
     dataset = _load(name, split, revision, labelled, {"image_column": image_column, "label_column": label_column})
     if dataset.labels is not None and bool((dataset.labels == dataset.labels[0]).all()):
         label = int(dataset.labels[0])
+        what = f"All {len(dataset)} images of {name}, split {split!r}, are of one class"
         shown = dataset.classes[label] if dataset.classes else label
-        raise NoLabelsError(
-            f"All {len(dataset)} images of {name}, split {split!r}, are of one class ({shown}), so nothing can be "
-            f"told apart: check the labels, or pass {WITHOUT_LABELS}."
-        )
+        raise NoLabelsError(f"{what} ({shown}): check the labels, or pass {WITHOUT_LABELS}.")
     if cache is False:
         return dataset
     return dataset.cached() if cache is True else dataset.cached(cache)
@@ -132,15 +124,15 @@ def load_images(
 
 def _load(name: str, split: str, revision: str | None, labelled: bool, columns: dict[str, Any]) -> ImageDataset:
     table: Any = functools.partial(load_table, name=name, labelled=labelled, **columns)
+    is_folder = os.path.isdir(name)
     if name.endswith(".parquet"):
-        return table("parquet", split, files=name)
-    if os.path.isdir(name) and revision is None and (tables := _parquet_files(Path(name))):
+        return table("parquet", split, files={"train": [name]})
+    if is_folder and revision is None and (tables := _parquet_files(Path(name))):
         return table("parquet", _standard_split(split), files=tables)
-    if os.path.isdir(name) or name.endswith(".npz"):
-        given = [key for key, value in {**columns, "revision": revision}.items() if value is not None]
-        if given:
+    if is_folder or name.endswith(".npz"):
+        if given := [key for key, value in {**columns, "revision": revision}.items() if value is not None]:
             raise ValueError(f"{name} is no table and no repository: leave out {', '.join(given)}.")
-        return _load_folder(Path(name), split, labelled) if os.path.isdir(name) else _load_npz(name, split, labelled)
+        return _load_folder(Path(name), split, labelled) if is_folder else _load_npz(name, split, labelled)
     if os.path.exists(name):
         raise ValueError(f"{name} is a file of an unknown kind: pass a folder, a .parquet or a .npz file.")
     if "/" in name:
@@ -163,42 +155,38 @@ def _load_folder(root: Path, split: str, labelled: bool) -> ImageDataset:
     """
     splits = {folder.name: folder for folder in _folders(root) if folder.name.lower() in sum(_SPLITS.values(), ())}
     names = (split, *_SPLITS.get(_standard_split(split), ()))
-    start = next((splits[name] for name in names if name in splits), None)
-    if start is None:
-        if splits or split != "train":
-            there = ", ".join(splits) if splits else "no folders of splits, so only split='train'"
-            raise NoSplitError(f"{root} has no split {split!r}: it has {there}.", splits or ("train",))
-        start = root
+    start = next((splits[name] for name in names if name in splits), root)
+    if start is root and (splits or split != "train"):
+        there = ", ".join(splits) if splits else "no folders of splits, so only split='train'"
+        raise NoSplitError(f"{root} has no split {split!r}: it has {there}.", splits or ("train",))
     classes = None
     if labelled:
-        parts = list(splits.values()) or [root]
-        classes = sorted({folder.name for part in parts for folder in _folders(part) if _images(folder)})
+        folders = [folder for part in splits.values() or [root] for folder in _folders(part)]
+        classes = sorted({folder.name for folder in folders if any(_files(folder))})
         if not classes:
             what = f"{start} has no folders of classes, so no labels"
             raise NoLabelsError(f"{what}: put every class into its own folder, or pass {WITHOUT_LABELS}.")
-        found = [(str(file), label) for label, name in enumerate(classes) for file in _images(start / name)]
+        found = [(str(file), label) for label, name in enumerate(classes) for file in sorted(_files(start / name))]
     else:
-        found = [(str(file), 0) for file in _images(start)]
+        found = [(str(file), 0) for file in sorted(_files(start))]
     if not found:
         raise ValueError(f"{root}, split {split!r}, has no images ({', '.join(sorted(_SUFFIXES))}).")
-    return ImageDataset(
-        ImageFiles([file for file, _ in found]),
-        labels=torch.tensor([label for _, label in found]) if labelled else None,
-        classes=classes,
-        name=str(root),
-        split=split,
-        rows=torch.arange(len(found)),
-    )
+    labels = torch.tensor([label for _, label in found]) if labelled else None
+    source, rows = ImageFiles([file for file, _ in found]), torch.arange(len(found))
+    return ImageDataset(source, labels=labels, classes=classes, name=str(root), split=split, rows=rows)
 
 
 def _folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(path: Path) -> list[Path]:
-    """All image files below a folder, sorted."""
-    found = (Path(folder) / file for folder, _, files in os.walk(path, followlinks=True) for file in files)
-    return sorted(file for file in found if file.suffix.lower() in _SUFFIXES and not file.name.startswith("."))
+def _files(root: Path, suffixes: Collection[str] = _SUFFIXES) -> Iterator[Path]:
+    """The files below a folder that end so, without hidden ones."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in files:
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in suffixes:
+                yield Path(folder, file)
 
 
 def _standard_split(split: str) -> str:
@@ -211,23 +199,18 @@ def _parquet_files(root: Path) -> dict[str, list[str]]:
 
     Where no path tells a split, all are "train".
     """
+    if any(_files(root)):
+        return {}
     splits: dict[str, list[str]] = {}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if any(Path(file).suffix.lower() in _SUFFIXES for file in files):
-            return {}
-        for file in sorted(files):
-            if file.endswith(".parquet") and file[0] != ".":
-                path = Path(folder) / file
-                words = re.split(r"[^a-z]+", str(path.relative_to(root)).lower())
-                split = next((key for key, names in _SPLITS.items() if {*names} & {*words}), "")
-                splits.setdefault(split, []).append(str(path))
+    for file in sorted(_files(root, {".parquet"})):
+        words = {*re.split(r"[^a-z]+", str(file.relative_to(root)).lower())}
+        split = next((key for key, names in _SPLITS.items() if words & {*names}), "")
+        splits.setdefault(split, []).append(str(file))
     unknown = splits.pop("", [])
     if unknown and splits:
-        raise ValueError(
-            f"{root}: the name of {unknown[0]} tells no split, and that of {next(iter(splits.values()))[0]} does: "
-            "name a file, or a pattern such as 'folder/train-*.parquet'."
-        )
+        told = next(iter(splits.values()))[0]
+        what = f"{root}: the name of {unknown[0]} tells no split, and that of {told} does"
+        raise ValueError(f"{what}: name a file, or a pattern such as 'folder/train-*.parquet'.")
     return {"train": unknown} if unknown else splits
 
 
@@ -263,14 +246,10 @@ def _load_npz(name: str, split: str, labelled: bool) -> ImageDataset:
     rows = torch.from_numpy(np.flatnonzero(parts == ("train", "test").index(split)))
     if len(rows) == 0:
         raise NoSplitError(f"{name}, split {split!r}, has no images.", {"train", "test"} - {split})
-    return ImageDataset(
-        EncodedImages(torch.from_numpy(jpeg), torch.from_numpy(offsets), name),
-        labels=whole_numbers(arrays["label"], name)[rows] if labelled else None,
-        classes=[str(label) for label in arrays["classes"]] if labelled and "classes" in arrays else None,
-        name=name,
-        split=split,
-        rows=rows,
-    )
+    labels = whole_numbers(arrays["label"], name)[rows] if labelled else None
+    classes = list(map(str, arrays["classes"])) if labelled and "classes" in arrays else None
+    source = EncodedImages(torch.from_numpy(jpeg), torch.from_numpy(offsets), name)
+    return ImageDataset(source, labels=labels, classes=classes, name=name, split=split, rows=rows)
 
 
 def load_table(
@@ -283,9 +262,9 @@ def load_table(
     label_column: str | None = None,
     revision: str | None = None,
     labelled: bool = True,
-    files: str | Mapping[str, list[str]] | None = None,
+    files: Mapping[str, list[str]] | None = None,
 ) -> ImageDataset:
-    """Load a repository of the Hub, or parquet files ("parquet" with a pattern or files by split), by `datasets`."""
+    """Load a repository of the Hub, or parquet files ("parquet", with files or patterns by split), by `datasets`."""
     try:
         import datasets
     except ImportError as error:
@@ -301,18 +280,21 @@ def load_table(
     except datasets.exceptions.DatasetNotFoundError as error:
         raise OSError(f"{name} is not on the Hub, or cannot be read without hf auth login: {error}") from error
     except ConnectionError as error:
-        raise OSError(
-            f"{name} is not in the local cache and the Hub cannot be reached ({error}). Go online once (unset "
-            "HF_HUB_OFFLINE), or copy the cache of a machine that has it."
-        ) from error
-    there = ", ".join(table.column_names)
+        what = f"{name} is not in the local cache and the Hub cannot be reached ({error})"
+        fix = "Go online once (unset HF_HUB_OFFLINE), or copy the cache of a machine that has it"
+        raise OSError(f"{what}. {fix}.") from error
+    features, there = table.features, ", ".join(table.column_names)
     for argument, column in (("image_column", image_column), ("label_column", label_column if labelled else None)):
-        if column is not None and column not in table.features:
+        if column is not None and column not in features:
             raise ValueError(f"{name} has no column {column!r}; pass {argument}=, one of {there}.")
-    image_column = image_column or _image_column(table, name, there)
-    labels, classes = (
-        _labels(table, label_column or _label_column(table, name, there), name) if labelled else (None, None)
-    )
+    if image_column is None:
+        own = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
+        # Parquet that was not written by `datasets` holds the same record without saying that it is an image.
+        own = own or [key for key, f in features.items() if isinstance(f, Mapping) and {"bytes", "path"} <= set(f)]
+        if len(own) != 1:
+            raise ValueError(f"{name} has {len(own) or 'no'} columns of images; pass image_column=, one of {there}.")
+        image_column = own[0]
+    labels, classes = _labels(table, label_column, name) if labelled else (None, None)
     checksums = table.info.download_checksums or {}
     commit = next((found[1] for key in checksums if (found := _COMMIT.search(key))), revision)
     # Bytes as they are stored: decoding is ours, so that an error can name the row.
@@ -328,7 +310,7 @@ def load_table(
     )
 
 
-def _own_folders(source: str, files: str | Mapping[str, list[str]] | None) -> list[Path]:
+def _own_folders(source: str, files: Mapping[str, list[str]] | None) -> list[Path]:
     """Where files of the dataset lie: beside the table, or, of the Hub, where its own files are cached."""
     if files is None:
         import datasets
@@ -336,46 +318,28 @@ def _own_folders(source: str, files: str | Mapping[str, list[str]] | None) -> li
 
         own = Path(HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}"
         return [own, Path(datasets.config.DOWNLOADED_DATASETS_PATH)]
-    named = [files] if isinstance(files, str) else [file for part in files.values() for file in part]
+    named = [file for part in files.values() for file in part]
     paths = [Path(re.split(r"[*?\[]", file, maxsplit=1)[0]) for file in named]  # what a pattern's wildcards follow
     return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
 
-def _image_column(table: Any, name: str, there: str) -> str:
-    import datasets
-
-    found = [key for key, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    # Parquet that was not written by `datasets` holds the same record without saying that it is an image.
-    records = [key for key, f in table.features.items() if isinstance(f, Mapping) and {"bytes", "path"} <= set(f)]
-    found = found or records
-    if len(found) != 1:
-        raise ValueError(f"{name} has {len(found) or 'no'} columns of images; pass image_column=, one of {there}.")
-    return found[0]
-
-
-def _label_column(table: Any, name: str, there: str) -> str:
-    import datasets
-
-    found = [key for key, feature in table.features.items() if isinstance(feature, datasets.ClassLabel)]
-    if len(found) != 1:
-        found = [key for key in _LABEL_NAMES if key in table.features]
-    if not found:
-        raise NoLabelsError(f"{name} has no label column; it has {there}: pass label_column=, or {WITHOUT_LABELS}.")
-    return found[0]
-
-
-def _labels(table: Any, column: str, name: str) -> tuple[Tensor, list[str] | None]:
+def _labels(table: Any, column: str | None, name: str) -> tuple[Tensor, list[str] | None]:
     """Labels and names of the classes; strings are numbered in alphabetical order."""
+    import datasets
+
+    features, there = table.features, ", ".join(table.column_names)
+    if column is None:
+        classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        column = next(iter(classes if len(classes) == 1 else [key for key in _LABEL_NAMES if key in features]), None)
+    if column is None:
+        raise NoLabelsError(f"{name} has no label column; it has {there}: pass label_column=, or {WITHOUT_LABELS}.")
     values = table.select_columns([column])[:][column]
     if any(value is None for value in values):
         raise NoLabelsError(f"{name} has rows without a value in {column!r}: filter them, or pass {WITHOUT_LABELS}.")
     if values and isinstance(values[0], str):
-        classes = sorted(set(values))
-        numbers = {label: number for number, label in enumerate(classes)}
-        return torch.tensor([numbers[value] for value in values]), classes
+        numbers = {label: number for number, label in enumerate(sorted(set(values)))}
+        return torch.tensor([numbers[value] for value in values]), list(numbers)
     if values and not isinstance(values[0], int):
-        there = ", ".join(table.column_names)
         what = f"The column {column!r} of {name} holds {type(values[0]).__name__}, no class"
         raise ValueError(f"{what}; pass label_column=, one of {there}.")
-    names = getattr(table.features[column], "names", None)
-    return torch.tensor(values, dtype=torch.int64), None if names is None else list(names)
+    return torch.tensor(values, dtype=torch.int64), getattr(features[column], "names", None)

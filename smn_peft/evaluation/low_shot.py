@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.subsets import label_subset
+from ..data.dataset import label_subset
 from .features import Features, check_classes, check_pair
 from .linear_probe import fit_linear_probe
 from .report import EvalReport

@@ -11,7 +11,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
 from smn_peft.data import MultiCropOptions, SupervisedOptions
-from smn_peft.data.augmentation import Draws, augmented_crop, blur, crop_box, hue
+from smn_peft.data.transforms import Draws, augmented_crop, blur, crop_box, hue
 
 RATIO = (3 / 4, 4 / 3)
 OFF = {"flip": 0.0, "jitter_probability": 0.0, "grayscale": 0.0, "solarize": 0.0}

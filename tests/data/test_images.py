@@ -140,6 +140,3 @@ def test_the_registry_has_the_papers_datasets():
     assert classes == [10, 100, 47, 10, 102, 101, 500, 37, 397, 101]
     for spec in map(dataset_spec, list_datasets()):
         assert spec.hub_id is None or re.fullmatch(r"[\w-]+/[\w-]+", spec.hub_id)
-        # A copy whose sizes differ from the paper's says so.
-        if spec.hub_id and spec.paper != spec.sizes:
-            assert "CoOp" in spec.notes, spec.name
