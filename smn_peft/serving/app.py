@@ -7,12 +7,11 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import ipaddress
 import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from importlib.resources import files
@@ -30,6 +29,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import models
+from .bank import add_task
+from .batching import Output
 from .limits import ServingError, explained, limited
 from .models import NAME_LENGTH, NewTask, Question
 from .service import Service
@@ -50,7 +51,7 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.get_running_loop().run_in_executor(None, service.close)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="smn_peft",
@@ -60,8 +61,8 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         responses=_errors(403, 500, 503, 504),
     )
     app.add_middleware(_Watched, service=service, allowed_hosts=allowed_hosts)
-    for kind in (ServingError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _error)
+    app.add_exception_handler(RequestValidationError, _error)
+    app.add_exception_handler(HTTPException, _error)
     page = (files(__package__) / "index.html").read_text("utf-8")
     policy = {"Content-Security-Policy": content_policy(page), "Referrer-Policy": "no-referrer"}
     limits = service.limits
@@ -84,16 +85,17 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
     async def in_time(work: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(work, limits.timeout)
-        except (TimeoutError, asyncio.TimeoutError) as error:
+        except asyncio.TimeoutError as error:
             fix = "Try again, with fewer tasks at a time."
             raise ServingError(504, f"There was no answer within {limits.timeout:g} s.", fix) from error
 
-    async def answered(request: Request, answer: Callable[[Question], Awaitable[bytes]]) -> Response:
+    async def answered(request: Request, result: Callable[[Question, Output], dict[str, Any]]) -> Response:
         with limited(request, limits.body_bytes, limits.pause, service.bodies) as bounded:
             question = await in_time(models.read(Question, bounded, limits.body_bytes))
             # Only now: whoever sends slowly takes nobody's place.
             with service.place(question):
-                return Response(await in_time(answer(question)), media_type="application/json")
+                answer = await in_time(service.answer(question, result))
+        return Response(answer, media_type="application/json")
 
     asking: dict[str, Any] = {
         "responses": _errors(400, 404, 408, 413, 415, 422, 429),
@@ -115,15 +117,15 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         """Figures for Prometheus."""
         return Response(service.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    @app.post("/v1/predict", response_model=models.Predictions, **asking)
+    @app.post("/v1/predict", response_model=models.Results[models.Prediction], **asking)
     async def predict(request: Request) -> Response:
         """Name the likeliest classes of an image under each task."""
-        return await answered(request, service.predict)
+        return await answered(request, service.prediction)
 
-    @app.post("/v1/embed", response_model=models.Embeddings, **asking)
+    @app.post("/v1/embed", response_model=models.Results[models.Embedding], **asking)
     async def embed(request: Request) -> Response:
         """Give the features of an image under each task."""
-        return await answered(request, service.embed)
+        return await answered(request, service.embedding)
 
     @app.get("/v1/tasks", response_model=models.TaskNames, responses=_errors(422))
     async def tasks(
@@ -132,18 +134,18 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> Response:
         """List names of tasks."""
-        return _json(await in_time(service.tasks(q, offset, limit)))
+        return _json(await in_time(service.lookups.run(service.tasks, q, offset, limit)))
 
     @app.get("/v1/tasks/{name:path}", response_model=models.TaskFacts, responses=_errors(404, 422))
     async def task(name: Name) -> Response:
         """Describe a task: density, classes, size, and how images are prepared for it."""
-        return _json(await in_time(service.task(name)))
+        return _json(await in_time(service.lookups.run(service.task, name)))
 
     @app.post(
         "/v1/tasks",
         status_code=201,
         response_model=models.Added,
-        responses=_errors(400, 401, 408, 409, 413, 415, 422, 502),
+        responses=_errors(400, 401, 408, 409, 413, 415, 422),
         openapi_extra=_body(NewTask),
         dependencies=[Depends(check_key)],
     )
@@ -151,7 +153,7 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         """Add a task."""
         with limited(request, limits.adapter_bytes, limits.pause) as bounded:
             new = await in_time(models.read(NewTask, bounded, limits.adapter_bytes))
-        return _json(await service.add(new), 201)
+        return _json(await service.writer.run(add_task, service.bank, new), 201)
 
     @app.delete(
         "/v1/tasks/{name:path}",
@@ -161,7 +163,7 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
     )
     async def remove(name: Name) -> Response:
         """Remove a task."""
-        return _json(await service.remove(name))
+        return _json(await service.writer.run(service.remove, name))
 
     return app
 
@@ -177,26 +179,24 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
 
 
-def _json(content: Any, status: int = 200) -> Response:
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     # In ASCII, unlike JSONResponse: an adapter's config may hold half a character, which UTF-8 cannot.
-    return Response(json.dumps(content), status, media_type="application/json")
+    return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
 async def _error(_: Request, error: Exception) -> Response:
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        error = ServingError(422, f"{first['loc'][-1]}: {first['msg']}", "Correct the request.")
-    elif isinstance(error, HTTPException):
+    """Answer what FastAPI and Starlette refuse themselves."""
+    if isinstance(error, HTTPException):
         fix = "GET /openapi.json lists the routes."
-        error = ServingError(error.status_code, str(error.detail), fix, error.headers)
-    return _refusal(error)
+        return _refusal(ServingError(error.status_code, str(error.detail), fix, error.headers))
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _refusal(ServingError(422, f"{first['loc'][-1]}: {first['msg']}", "Correct the request."))
 
 
 def _refusal(error: BaseException) -> Response:
     found = explained(error)
-    response = _json(found.body, found.status)
-    response.headers.update(found.headers)
-    return response
+    return _json(found.body, found.status, found.headers)
 
 
 class _Watched:
@@ -239,7 +239,7 @@ class _Watched:
 
 def _stopping() -> ServingError:
     fix = "Ask another server, or this one after its restart."
-    return ServingError(503, "The server is stopping.", fix, {"Connection": "close", "Retry-After": "5"})
+    return ServingError(503, "The server is stopping.", fix, {"Connection": "close"})
 
 
 def _check_origin(method: str, headers: Headers, allowed: Sequence[str]) -> None:
@@ -251,7 +251,8 @@ def _check_origin(method: str, headers: Headers, allowed: Sequence[str]) -> None
     """
     host = headers.get("host", "").lower()
     name = _host_name(host)
-    if name != "localhost" and not _is_address(name) and not _among(name, allowed):
+    is_address = ":" in name or name.replace(".", "").isdecimal()
+    if name != "localhost" and not is_address and not _among(name, allowed):
         fix = "Use its address, or start it with --allowed-hosts and this name."
         raise ServingError(403, f"The server is not called {host[:100]!r}.", fix)
     origin = headers.get("origin")
@@ -268,14 +269,6 @@ def _host_name(netloc: str) -> str:
         return urlsplit(f"//{netloc}").hostname or ""
     except ValueError:
         return ""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _among(name: str, allowed: Sequence[str]) -> bool:

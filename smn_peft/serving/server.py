@@ -21,7 +21,7 @@ from .app import build_app
 from .limits import Limits
 from .service import Service
 
-__all__ = ["make_server", "serve"]
+__all__ = ["make_server"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,58 +30,25 @@ _SPARE = 16  # connections beyond the limit, which are answered with 503
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol with a time for every client to send a header and to read its answer.
-
-    uvicorn itself ends only connections that wait for another request; `limited` bounds the time for bodies.
-    """
+    """uvicorn's protocol, which drops connections far beyond their limit at once."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a header; far beyond the limit of connections drop this one."""
         super().connection_made(transport)
-        self._unread: asyncio.TimerHandle | None = None
-        self._deadline = self.loop.time() + self.timeout_keep_alive
         if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency + _SPARE:
             transport.abort()
-        else:
-            self._wait()
-
-    def data_received(self, data: bytes) -> None:
-        """Read on; bytes that complete no header gain no time."""
-        super().data_received(data)
-        self._wait()
-
-    def on_response_complete(self) -> None:
-        """Wait for the next header."""
-        self._deadline = self.loop.time() + self.timeout_keep_alive
-        super().on_response_complete()
-
-    def _wait(self) -> None:
-        asked = self.cycle is not None and not self.cycle.response_complete
-        if not asked and self.timeout_keep_alive_task is None and not self.transport.is_closing():
-            self.timeout_keep_alive_task = self.loop.call_at(self._deadline, self.transport.abort)
-
-    def timeout_keep_alive_handler(self) -> None:
-        """End the connection, whatever of the last answer is unread."""
-        self.transport.abort()
-
-    def pause_writing(self) -> None:
-        """Give the client some time to read."""
-        super().pause_writing()
-        self._unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Write on; also called when the connection is lost."""
-        super().resume_writing()
-        if self._unread is not None:
-            self._unread.cancel()
 
 
 class _Server(uvicorn.Server):
-    """Between the signal and the end it still answers, so that clients learn why they are turned away."""
+    """uvicorn's server, which ends connections that do nothing, and on a signal first finishes what it has.
+
+    Between the signal and the end it still answers, so that clients learn why they are turned away. uvicorn itself
+    ends only connections that wait for another request; `limited` bounds the time for bodies.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service, self._end, self._last_line = service, math.inf, -math.inf
+        self._idle: dict[tuple[Any, Any], float] = {}  # (connection, its last request) -> since when
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, with few words for a lack of descriptors."""
@@ -105,12 +72,24 @@ class _Server(uvicorn.Server):
         self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """End once nothing is left to answer, or the time for it is over."""
-        left = self._end - time.monotonic()
-        if self._service.draining and (self._service.places.held == 0 or left <= 0):
-            self.config.timeout_graceful_shutdown = max(1, math.ceil(min(left, self._service.limits.grace)))
+        """Ten times a second: end connections in which nothing moves, and after a signal the server."""
+        now, limits = time.monotonic(), self._service.limits
+        connections: list[Any] = list(self.server_state.connections)
+        still = [one for one in connections if not _is_answering(one)]
+        self._idle = {(one, one.cycle): self._idle.get((one, one.cycle), now) for one in still}
+        for (connection, _), since in self._idle.items():
+            if now - since > limits.idle:
+                connection.transport.abort()
+        if self._service.draining and (self._service.places.held == 0 or now >= self._end):
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(min(self._end - now, limits.grace)))
             self.should_exit = True
         return await super().on_tick(counter)
+
+
+def _is_answering(connection: Any) -> bool:
+    """Whether it has a request, and its client reads the answer."""
+    cycle = connection.cycle
+    return cycle is not None and not cycle.response_complete and not connection.flow.write_paused
 
 
 def _bounds(limits: Limits) -> tuple[int, int]:
@@ -162,8 +141,3 @@ def make_server(
         timeout_graceful_shutdown=math.ceil(limits.grace),
     )
     return _Server(config, service)
-
-
-def serve(service: Service, **options: Any) -> None:
-    """Serve until SIGTERM or Ctrl-C, with the options of [`make_server`]; SystemExit if the address is taken."""
-    make_server(service, **options).run()

@@ -74,7 +74,7 @@ def test_while_another_writes_changes_are_put_off(stored, saved, monkeypatch):
                 assert answer.status_code == 503, answer.text
                 assert answer.json() == {
                     "error": "Another process is writing to the bank.",
-                    "fix": "Nothing was changed: try again when it is done.",
+                    "fix": "Nothing was changed: try again when it ends.",
                 }
                 assert int(answer.headers["retry-after"]) > 0
             predict(client, "birds")
