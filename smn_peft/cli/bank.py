@@ -219,7 +219,7 @@ def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None
         from ..serving.app import key_from
         from ..serving.bank import open_bank
         from ..serving.limits import Limits
-        from ..serving.server import serve
+        from ..serving.server import make_server
         from ..serving.service import Service
     except ImportError as error:
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
@@ -236,4 +236,5 @@ def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None
     if warnings := service.warnings():
         name, why = next(iter(warnings.items()))
         click.echo(f"warning: {len(warnings)} tasks are served otherwise than trained, as {name!r}: {why}", err=True)
-    serve(service, host=options["host"], port=options["port"], api_key=key, allowed_hosts=options["allowed_hosts"])
+    address = {name: options[name] for name in ("host", "port", "allowed_hosts")}
+    make_server(service, api_key=key, **address).run()
