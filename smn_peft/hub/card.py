@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation import EvalReport, format_fraction, markdown_table, report_table
 from ..storage import atomic_write
-from .facts import AdapterFacts, as_code, as_span, as_text, dataset_id, facts_of_folder, shown_name
+from .facts import AdapterFacts, as_code, as_options, as_span, as_text, dataset_id, facts_of_folder, shown_name
 
 CARD_NAME = "README.md"
 EVAL_FOLDER = ".eval_results"
@@ -64,8 +64,7 @@ def render_card(
 
 def loading_code(base: str, where: str, subfolder: str | None = None, revision: str | None = None) -> str:
     """Whole code of a card: imports, the base by the lines `base`, and PEFT's loader of an adapter at `where`."""
-    place = {"subfolder": subfolder, "revision": revision}
-    options = "".join(f", {name}={as_code(value)}" for name, value in place.items() if value)
+    options = as_options(subfolder=subfolder or None, revision=revision or None)
     return (
         "import smn_peft  # registers masks with PEFT; without it loading fails: KeyError: 'SMN'\n"
         f"from peft import PeftModel\n{base}\n\n"
@@ -192,7 +191,7 @@ def model_index(reports: Sequence[EvalReport]) -> list[EvalResult]:
         texts |= {"dataset_split": report.split, "dataset_revision": report.revision or ""}
         texts |= {"metric_type": "accuracy", "metric_name": metric_name(report)}
         lines: dict[str, Any] = {key: " ".join(text.split()) or None for key, text in texts.items()}
-        values = {"metric_value": _percent(report.value), "metric_args": {**args, **spread} or None}
+        values: dict[str, Any] = {"metric_value": _percent(report.value), "metric_args": {**args, **spread} or None}
         found.append(EvalResult(task_type="image-classification", **lines, **values))
     return found
 
@@ -244,7 +243,7 @@ def collection_card(text: str | None, repo_id: str, tasks: Mapping[str, AdapterF
     else:
         card.text = f"{card.text.rstrip()}\n\n## Tasks\n\n{block}\n"
     bases = [facts.base_id for facts in tasks.values() if facts.base_id]
-    datasets = [found for facts in tasks.values() if (found := dataset_id(facts.dataset))]
+    datasets = [name for facts in tasks.values() if (name := dataset_id(facts.dataset))]
     tags = ["smn", "mask", *(f"base_model:adapter:{base}" for base in bases)]
     for name, new in (("base_model", bases), ("datasets", datasets), ("tags", tags)):
         old = card.data.get(name) or []

@@ -42,7 +42,6 @@ _FILES = (".npz", ".parquet", ".safetensors")
 _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 # What is no id on the Hub: a timm name, or the last part of a path, perhaps with a function.
 _OWN_NAME = re.compile(r"[\w.-]+(\.py:\w+)?", re.ASCII)
-_UNKNOWN_BASE = "\nbase = ...  # the model that the mask was learned on, loaded as it was then"
 
 
 @dataclass(frozen=True)
@@ -216,50 +215,45 @@ def base_code(folder: Path, config: Mapping[str, Any], arguments: Mapping[str, A
     kind, library = (mapping.get(key) or "" for key in ("base_model_class", "parent_library"))
     name = arguments.get("backbone") or config.get("base_model_name_or_path")
     repository, shown = hub_id(name), shown_name(name)
-    if not repository and not _OWN_NAME.fullmatch(shown):
-        return _UNKNOWN_BASE
-    if arguments or library.startswith("smn_peft."):
-        return _backbone_code(folder, name, config, arguments, kind)
-    is_class = kind.isascii() and kind.isidentifier() and not keyword.iskeyword(kind)
-    if library.startswith("transformers.") and repository and is_class:
-        revision = f", revision={as_code(config['revision'])}" if config.get("revision") else ""
-        return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({as_code(name)}{revision})"
-    if library.startswith("timm."):
-        shown = as_code(f"hf-hub:{repository}" if repository else shown)
-        return f"import timm\n\nbase = timm.create_model({shown}, pretrained=True)  # with the same head"
-    return _UNKNOWN_BASE
+    if repository or _OWN_NAME.fullmatch(shown):
+        if arguments or library.startswith("smn_peft."):
+            return _backbone_code(folder, str(name), config, arguments, kind)
+        is_class = kind.isascii() and kind.isidentifier() and not keyword.iskeyword(kind)
+        if library.startswith("transformers.") and repository and is_class:
+            options = as_options(revision=config.get("revision") or None)
+            return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({as_code(name)}{options})"
+        if library.startswith("timm."):
+            shown = as_code(f"hf-hub:{repository}" if repository else shown)
+            return f"import timm\n\nbase = timm.create_model({shown}, pretrained=True)  # with the same head"
+    return "\nbase = ...  # the model that the mask was learned on, loaded as it was then"
 
 
-def _backbone_code(
-    folder: Path, name: str | None, config: Mapping[str, Any], arguments: Mapping[str, Any], kind: str
-) -> str:
+def _backbone_code(folder: Path, name: str, config: Mapping[str, Any], arguments: Mapping[str, Any], kind: str) -> str:
     """Load the base by this package's own loaders, as `smn train` does."""
-    own_file = bool(name) and is_file_spec(str(name))
-    loader, weights = "load_from_file" if own_file else "load_backbone", arguments.get("weights")
-    options: dict[str, Any] = {}
-    if not own_file:
-        options = {
-            "pretrained": None if weights or arguments.get("pretrained", True) else False,
-            "state_dict": shown_name(weights) or None,
-            "image_size": arguments.get("image_size"),
-            "revision": arguments.get("backbone_revision") or config.get("revision"),
-            "projection": True if arguments.get("objective") == "zero_shot" or "WithProjection" in kind else None,
-        }
-    shown = "".join(f", {key}={as_code(value)}" for key, value in options.items() if value is not None)
+    weights, seed = arguments.get("weights"), arguments.get("seed", 0)
+    made = not (weights or arguments.get("pretrained", True))
+    loader, options = "load_from_file", ""
+    if not is_file_spec(name):
+        loader = "load_backbone"
+        options = as_options(
+            pretrained=False if made else None,
+            state_dict=shown_name(weights) or None,
+            image_size=arguments.get("image_size"),
+            revision=arguments.get("backbone_revision") or config.get("revision"),
+            projection=True if arguments.get("objective") == "zero_shot" or "WithProjection" in kind else None,
+        )
     classes = arguments.get("head_classes")
     if not arguments:
         key = f"{BASE_PREFIX}head.weight"
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             classes = file.get_slice(key).get_shape()[0] if key in file.keys() else None
     lines = [f"from smn_peft.backbones import {loader}" + (", load_classifier" if classes else ""), ""]
-    if options.get("pretrained") is False or own_file:
-        seed = as_code(arguments.get("seed", 0))
-        seeding = f"torch.manual_seed({seed})  # as in training, for weights that no file gives"
+    if made or loader == "load_from_file":
+        seeding = f"torch.manual_seed({as_code(seed)})  # as in training, for weights that no file gives"
         lines = ["import torch", *lines, seeding]
-    lines.append(f"backbone = {loader}({as_code(shown_name(name))}{shown})")
+    lines.append(f"backbone = {loader}({as_code(shown_name(name))}{options})")
     if classes:
-        seed = f", head_seed={as_code(arguments['seed'])}" if arguments.get("seed") else ""
-        lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{seed})")
+        lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{as_options(head_seed=seed or None)})")
     return "\n".join([*lines, "base = backbone.model"])
 
 
@@ -303,3 +297,8 @@ def as_code(value: Any) -> str:
     """A JSON value as a Python literal, which also leaves the block of code that it stands in as it is."""
     text = json.dumps(value) if isinstance(value, str) else repr(value)
     return text.replace("`", "\\x60").replace("<", "\\x3c")  # both are found in texts only
+
+
+def as_options(**options: Any) -> str:
+    """Further arguments of a call, those that are not None."""
+    return "".join(f", {name}={as_code(value)}" for name, value in options.items() if value is not None)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -221,43 +222,36 @@ def _send(
     description: str | None = None,
 ) -> CommitInfo:
     """Send a plan in one commit; arguments and errors as of [`push_run`]."""
-    api = HfApi(library_name="smn_peft", token=token)
-    repo_id = patiently(lambda: api.create_repo(plan.repo_id, private=private, exist_ok=True), plan.repo_id).repo_id
-    if private and patiently(lambda: api.model_info(repo_id), repo_id).private is False:
-        fix = "Choose another name, or make it private on its page."
-        raise HubError(f"{repo_id} exists and is public: nothing was sent. {fix}")
-    if revision is not None and not revision.startswith("refs/"):
-        patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
-    # The root's card is shared with other tasks, and with who edits it on the Hub's page.
-    existing, parent = _root_card(api, repo_id, revision)
-    files, text = dict(plan.files), existing
-    if CARD_NAME in files:
-        text = files[CARD_NAME].decode()
-        if not own_words(text):  # nobody wrote into it on this side
-            text = merged_with(ModelCard(text), existing)
-    tasks = {folder: facts for folder, facts in plan.facts.items() if folder}
-    files[CARD_NAME] = collection_card(text, repo_id, tasks, existing).encode()
+    api, tasks = HfApi(library_name="smn_peft", token=token), {f: facts for f, facts in plan.facts.items() if f}
 
-    def commit(over_http: bool = False) -> CommitInfo:
-        wrap = BytesIO if over_http else bytes  # the client sends streams over plain HTTP
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=wrap(data)) for name, data in files.items()],
-            commit_message=message,
-            commit_description=description,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=parent,
-        )
+    def send() -> CommitInfo:
+        repo_id = api.create_repo(plan.repo_id, private=private, exist_ok=True).repo_id
+        if private and api.model_info(repo_id).private is False:
+            fix = "Choose another name, or make it private on its page."
+            raise HubError(f"{repo_id} exists and is public: nothing was sent. {fix}")
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # The root's card is shared with other tasks, and with who edits it on the Hub's page.
+        existing, parent = _root_card(api, repo_id, revision)
+        files, text = dict(plan.files), existing
+        if CARD_NAME in files:
+            text = files[CARD_NAME].decode()
+            if not own_words(text):  # nobody wrote into it on this side
+                text = merged_with(ModelCard(text), existing)
+        files[CARD_NAME] = collection_card(text, repo_id, tasks, existing).encode()
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": parent}
+        options |= {"commit_message": message, "commit_description": description}
+        for wrap in (bytes, BytesIO):  # the client sends streams over plain HTTP
+            content = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=wrap(files[name])) for name in files]
+            try:
+                return api.create_commit(repo_id, content, **options)
+            except (OSError, RuntimeError) as error:
+                if constants.HF_HUB_DISABLE_XET or isinstance(error, HTTPError) or wrap is BytesIO:
+                    raise
+                logger.warning(f"Uploading through Xet failed, going on over plain HTTP: {error}")
+        raise AssertionError("unreachable")
 
-    try:
-        return patiently(commit, repo_id)
-    except (HubError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, HubError) else error
-        if constants.HF_HUB_DISABLE_XET or isinstance(cause, HTTPError):
-            raise
-        logger.warning(f"Uploading through Xet failed, going on over plain HTTP: {cause}")
-    return patiently(lambda: commit(over_http=True), repo_id)
+    return patiently(send, plan.repo_id)
 
 
 def _full_name(repo_id: str, token: str | bool | None, create_pr: bool, revision: str | None) -> str:
@@ -279,14 +273,13 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _root_card(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, str | None]:
     """README.md of the branch, None if it has none, and the commit that it is of."""
-    sha = patiently(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
+    sha = api.model_info(repo_id, revision=revision).sha
     try:
-        path = patiently(lambda: api.hf_hub_download(repo_id, CARD_NAME, revision=sha), repo_id)
-    except HubError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):
-            return None, sha
+        return Path(api.hf_hub_download(repo_id, CARD_NAME, revision=sha)).read_text("utf-8"), sha
+    except LocalEntryNotFoundError:  # the Hub cannot be reached
         raise
-    return Path(path).read_text("utf-8"), sha
+    except EntryNotFoundError:
+        return None, sha
 
 
 def _refuse_links(folder: Path) -> None:
@@ -312,8 +305,9 @@ def patiently(call: Callable[[], T], repo_id: str) -> T:
         except (HTTPError, OSError, RuntimeError) as error:
             # The client wraps what ends an upload in a RuntimeError.
             cause: Any = error if isinstance(error, (HTTPError, OSError)) else error.__cause__
-            if isinstance(cause, (FileNotFoundError, PermissionError)) or not isinstance(cause, (HTTPError, OSError)):
-                raise  # of this disk, or a bug
+            known = isinstance(cause, (HTTPError, OSError))
+            if not known or isinstance(cause, (FileNotFoundError, PermissionError, HubError)):
+                raise  # a bug, of this disk, or explained already
             wait = _seconds_to_wait(cause)
             if wait is None or wait > _LONGEST or attempt == _TRIES:
                 raise HubError(_explanation(cause, repo_id, wait)) from error
