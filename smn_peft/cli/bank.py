@@ -216,10 +216,9 @@ def serve(bank: Path, base: str, image_size: int | None, api_key_env: str | None
     BANK is the folder of a bank, of an adapter, or of several adapters' folders.
     """
     try:
-        from ..serving.app import key_from
+        from ..serving.app import key_from, make_server
         from ..serving.bank import open_bank
         from ..serving.limits import Limits
-        from ..serving.server import make_server
         from ..serving.service import Service
     except ImportError as error:
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error

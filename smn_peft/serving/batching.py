@@ -171,6 +171,6 @@ class Batcher:
         seconds = time.perf_counter() - started
         self.seconds_each += 0.1 * (seconds / len(batch) - self.seconds_each)
         self._watch(len(batch), len(tasks), seconds)
-        for sample, *rows in zip(batch, logits, features, strict=True):
+        for sample, scores, own in zip(batch, logits, features, strict=True):
             waited = started - sample.since
-            sample.future.set_result(Output(*rows, tasks[sample.task], waited, seconds, len(batch)))
+            sample.future.set_result(Output(scores, own, tasks[sample.task], waited, seconds, len(batch)))

@@ -60,12 +60,7 @@ class ServingError(Exception):
 # Errors that mean the same wherever they are raised: status, what is wrong ("": as the error says), and the remedy.
 _MEANINGS: tuple[tuple[Any, int, str, str], ...] = (
     ((MemoryError, torch.OutOfMemoryError), 503, "The server is out of memory.", "Try again later."),
-    (
-        StoreBusyError,
-        503,
-        "Another process is writing to the bank.",
-        "Nothing was changed: try again when it ends.",
-    ),
+    (StoreBusyError, 503, "Another process writes to the bank.", "Nothing was changed: try again when it is done."),
     (TooManyPixelsError, 413, "", "Shrink the image."),
     (UnknownFormatError, 415, "", "Send an image in one of these formats."),
     (ImageError, 422, "", "Send a whole image file."),

@@ -181,17 +181,12 @@ class TaskFacts(_Answer):
     warning: str | None = Field(None, description="How images are prepared otherwise than it was trained.")
 
 
-class Removed(_Answer):
-    """A task that was removed."""
+class Changed(_Answer):
+    """A task that was added or removed."""
 
     name: str
     total: int = Field(description="Tasks in the bank now.")
-
-
-class Added(Removed):
-    """A task that was added."""
-
-    replaced: bool
+    replaced: bool | None = Field(None, description="Whether an added task took the place of another.")
 
 
 class Health(_Answer):

@@ -79,6 +79,7 @@ class Service:
     ) -> None:
         self.bank, self.limits, self.draining = bank, limits or Limits(), False
         self._backbone, self._size = backbone, image_size
+        self._preprocessing = check_preprocessing(backbone.preprocessing)
         decoders = min(4, os.cpu_count() or 1)
         self._decoders = Workers(decoders, "smn-decode")
         self._large = Workers(max(1, decoders // 2), "smn-decode-large")
@@ -113,8 +114,7 @@ class Service:
         images = await pool.run(_prepared, image, ways)
         del image
         prepared = time.perf_counter()
-        asked = [self._output(*each) for each in zip(images, question.tasks, strict=True)]
-        outputs = await asyncio.gather(*asked, return_exceptions=True)
+        outputs = await asyncio.gather(*map(self._output, images, question.tasks), return_exceptions=True)
 
         def rendered() -> bytes:
             results, errors = [], []
@@ -155,7 +155,8 @@ class Service:
 
     def _used(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """How images are prepared for the task of this config: as it says, else as the base; in the server's size."""
-        used = check_preprocessing(config.get(_PREPROCESSING) or self._backbone.preprocessing)
+        own = config.get(_PREPROCESSING)
+        used = check_preprocessing(own) if own else self._preprocessing
         return used if self._size is None else {**used, "image_size": self._size}
 
     def _way_of(self, config: Mapping[str, Any]) -> str:
@@ -248,7 +249,7 @@ class Service:
         return found
 
     def remove(self, name: str) -> dict[str, Any]:
-        """Remove a task; `Removed`."""
+        """Remove a task; `Changed`."""
         if name not in self.bank:
             raise self._unknown(name)
         try:
@@ -300,7 +301,6 @@ def _ms(seconds: float) -> float:
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Metrics(Collector):
@@ -311,10 +311,10 @@ class Metrics(Collector):
         registry = self._registry = CollectorRegistry()
         histogram = functools.partial(Histogram, registry=registry)
         self._requests = Counter("smn_requests", "Requests answered", ["method", "route", "status"], registry=registry)
-        self._seconds = histogram("smn_request_seconds", "Time to answer", ["route"], buckets=_SECONDS)
+        self._seconds = histogram("smn_request_seconds", "Time to answer", ["route"])
         self._samples = histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES)
         self._tasks = histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES)
-        self._batch_seconds = histogram("smn_batch_seconds", "Time per forward", buckets=_SECONDS)
+        self._batch_seconds = histogram("smn_batch_seconds", "Time per forward")
         registry.register(self)
         ProcessCollector(registry=registry)
 
