@@ -39,7 +39,7 @@ _KINDS_OF_ARGUMENTS = {
     **{"objective": str, "objective_options": dict, "pretrained": bool},
 }
 _FILES = (".npz", ".parquet", ".safetensors")
-_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 # What is no id on the Hub: a timm name, or the last part of a path, perhaps with a function.
 _OWN_NAME = re.compile(r"[\w.-]+(\.py:\w+)?", re.ASCII)
 
