@@ -3,12 +3,7 @@
 
 from __future__ import annotations
 
-from .masks import (
-    average_densities,
-    embedding_map,
-    layer_densities,
-    similarity_matrix,
-)
+from .masks import average_densities, embedding_map, layer_densities, similarity_matrix
 from .plots import (
     Series,
     low_shot_series,

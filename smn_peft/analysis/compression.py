@@ -70,21 +70,17 @@ def compression_table(masks: Mapping[str, NDArray[np.uint8]], weights: bytes | N
     packed = b"".join(masks[name].tobytes() for name in sorted(masks))
     counts = [(int(np.unpackbits(mask).sum()), 8 * len(mask)) for mask in masks.values()]
     total, missing = 8 * len(packed), []
-    rows = [CompressionRow("uncompressed", len(packed), 1.0, None if weights is None else len(weights))]
+    sizes = {"uncompressed": (len(packed), None if weights is None else len(weights))}
     for method, compress in _COMPRESSORS.items():
         try:
-            size = len(compress(packed))
+            sizes[method] = len(compress(packed)), None if weights is None else len(compress(weights))
         except ImportError:
             missing.append(method)
-        else:
-            of_weights = None if weights is None else len(compress(weights))
-            rows.append(CompressionRow(method, size, 8 * size / total, of_weights))
-    coded = len(encode_masks(masks))
-    rows.append(CompressionRow("smn_peft", coded, 8 * coded / total))
+    sizes["smn_peft"] = len(encode_masks(masks)), None
     return CompressionTable(
-        rows=tuple(rows),
+        rows=tuple(CompressionRow(name, size, 8 * size / total, of) for name, (size, of) in sizes.items()),
         mask_weights=total,
-        weight_count=0 if weights is None else len(weights) // 4,
+        weight_count=len(weights or b"") // 4,
         density=sum(active for active, _ in counts) / total,
         entropy=sum(binary_entropy(active / bits) * bits for active, bits in counts if bits) / total,
         missing=tuple(missing),

@@ -84,23 +84,17 @@ def mask_similarity(
         differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
         where = f", such as {differing[0][0]}" if differing else ""
         raise ValueError(f"{names[0]} and {names[1]} mask other tensors{where}: name runs of one backbone and layers.")
-    off = both = total = 0
-    by_chance = 0.0
+    off = measured = total = 0
+    chance = 0.0
     for name, mask in first.items():
         one, two = ~mask.cpu(), ~second[name].cpu()
         counts = int(one.count_nonzero()), int(two.count_nonzero())
-        both += int((one & two).count_nonzero())
-        by_chance += counts[0] * counts[1] / max(1, one.numel())
+        measured += int((one & two).count_nonzero())
+        chance += counts[0] * counts[1] / max(1, one.numel())
         off += sum(counts)
         total += one.numel()
-
-    def jaccard(common: float) -> float:
-        return common / (off - common) if off else 1.0
-
-    def hamming(common: float) -> float:
-        return (off - 2 * common) / total
-
-    return Similarity(*names, jaccard(both), jaccard(by_chance), hamming(both), hamming(by_chance))
+    jaccard = [both / (off - both) if off else 1.0 for both in (measured, chance)]
+    return Similarity(*names, *jaccard, *((off - 2 * both) / total for both in (measured, chance)))
 
 
 def similarity_matrix(masks: Mapping[str, Mapping[str, Tensor]]) -> list[Similarity]:

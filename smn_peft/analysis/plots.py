@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +75,7 @@ def _label_fraction(report: EvalReport) -> float:
 
 def low_shot_series(reports: Sequence[EvalReport]) -> list[Series]:
     """A line per label: accuracy over the labelled fraction, in percent; ValueError for other reports."""
-    series = []
-    for label in dict.fromkeys(report.label for report in reports):
-        mine = sorted((report for report in reports if report.label == label), key=_label_fraction)
-        x, y = [100 * _label_fraction(report) for report in mine], [100 * report.value for report in mine]
-        known = all(report.spread is not None for report in mine)
-        series.append(Series(label, tuple(x), tuple(y), tuple(100 * (r.spread or 0.0) for r in mine) if known else ()))
-    return series
+    return share_series([(r.label, _label_fraction(r), value) for r in reports for value in r.values])
 
 
 def low_shot_table(reports: Sequence[EvalReport]) -> str:
@@ -94,20 +88,11 @@ def low_shot_table(reports: Sequence[EvalReport]) -> str:
     return markdown_table(list(rows.values()))
 
 
-@dataclass(frozen=True)
-class SelectiveRow:
-    """Accuracy of a run, and the share of the maskable weights that its mask may touch; both from 0 to 1."""
-
-    label: str
-    share: float
-    accuracy: float
-
-
-def selective_series(rows: Sequence[SelectiveRow]) -> list[Series]:
-    """A line per label: accuracy in percent over the share in percent, averaged over runs of one share."""
+def share_series(points: Iterable[tuple[str, float, float]]) -> list[Series]:
+    """A line per label, of (label, share, accuracy) from 0 to 1: in percent, averaged over points of one share."""
     lines: dict[str, dict[float, list[float]]] = {}
-    for row in rows:
-        lines.setdefault(row.label, {}).setdefault(100 * row.share, []).append(100 * row.accuracy)
+    for label, share, accuracy in points:
+        lines.setdefault(label, {}).setdefault(100 * share, []).append(100 * accuracy)
     return [_averaged(label, values) for label, values in lines.items()]
 
 
@@ -138,11 +123,16 @@ def _legend_outside(axes: Any, **options: Any) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, **options)
 
 
-def _draw_points(axes: Any, series: Sequence[Series]) -> None:
+def _style(index: int) -> dict[str, Any]:
+    """Colour and line of the n-th line of a plot."""
+    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": "-" if index < len(_COLOURS) else "--"}
+
+
+def _draw_points(axes: Any, series: Sequence[Series], **options: Any) -> None:
     """Draw lines with markers and error bars."""
     for index, line in enumerate(series):
-        colour, marker = _COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)]
-        axes.errorbar(line.x, line.y, line.spread or None, marker=marker, color=colour, capsize=2, label=line.label)
+        style = {**_style(index), "marker": _MARKERS[index % len(_MARKERS)], "capsize": 2, **options}
+        axes.errorbar(line.x, line.y, line.spread or None, label=line.label, **style)
 
 
 def _draw_bands(axes: Any, series: Sequence[Series]) -> None:
@@ -183,30 +173,22 @@ def plot_curves(
 def plot_low_shot(series: Sequence[Series], path: PathLike, *, title: str = "") -> None:
     """Draw accuracy over the labelled fraction, on a logarithmic axis (Figure 3)."""
     with canvas(path) as (axes,):
-        _draw_points(axes, series)
         axes.set(xlabel="labelled training images (%)", ylabel="test accuracy (%)", title=title)
-        _logarithmic(axes, sorted({x for line in series for x in line.x}))
+        _draw_over_shares(axes, series, sorted({x for line in series for x in line.x}))
 
 
-def plot_selective(
-    series: Sequence[Series],
-    path: PathLike,
-    *,
-    frozen: float | None = None,
-    title: str = "",
-    ylabel: str = "k-NN accuracy (%)",
-) -> None:
+def plot_selective(series: Sequence[Series], path: PathLike, *, frozen: float | None = None) -> None:
     """Draw accuracy over the share of maskable weights (Figures 8, 9); `frozen` (0 to 1) is drawn as a level."""
     with canvas(path) as (axes,):
-        _draw_points(axes, series)
+        axes.set(xlabel="weights that a mask may touch (%)", ylabel="k-NN accuracy (%)")
         if frozen is not None:
             axes.axhline(100 * frozen, color="0.4", linestyle=":", label="frozen base")
-        axes.set(xlabel="weights that a mask may touch (%)", ylabel=ylabel, title=title)
         least = min(x for line in series for x in line.x)
-        _logarithmic(axes, [tick for tick in (0.1, 1, 10, 100) if tick >= least / 2])
+        _draw_over_shares(axes, series, [tick for tick in (0.1, 1, 10, 100) if tick >= least / 2])
 
 
-def _logarithmic(axes: Any, ticks: Sequence[float]) -> None:
+def _draw_over_shares(axes: Any, series: Sequence[Series], ticks: Sequence[float]) -> None:
+    _draw_points(axes, series)
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
@@ -230,19 +212,12 @@ def plot_densities(groups: Mapping[str, Sequence[LayerDensity]], path: PathLike,
         ticks = {i: block or "outside" for i, block in enumerate(blocks)}
         for row in first:
             lines.setdefault(row.kind, []).append((blocks.index(row.block), row))
+    series = []
+    for label, points in lines.items():
+        rows = [(float(x), 100 * row.density, 100 * (row.spread or 0.0)) for x, row in points]
+        series.append(Series(label, *zip(*rows, strict=True)))
     with canvas(path, size=(9.0, 4.5)) as (axes,):
-        for index, (label, points) in enumerate(lines.items()):
-            axes.errorbar(
-                [x for x, _ in points],
-                [100 * row.density for _, row in points],
-                [100 * (row.spread or 0.0) for _, row in points],
-                marker=_MARKERS[index % len(_MARKERS)],
-                color=_COLOURS[index % len(_COLOURS)],
-                linestyle="-" if index < len(_COLOURS) else "--",
-                markersize=4,
-                capsize=2,
-                label=label,
-            )
+        _draw_points(axes, series, markersize=4)
         axes.set_xticks(list(ticks), list(ticks.values()), rotation=90)
         axes.set(xlabel="block, from the input to the output", ylabel="active weights (%)", title=title)
         _legend_outside(axes, title=None if others else "tensor", borderaxespad=0.0)
@@ -277,8 +252,7 @@ def plot_clusters(clusters: Sequence[ClusterComposition], path: PathLike, *, tit
         x = range(1, classes + 1)
         for index, cluster in enumerate(clusters):
             label = f"cluster {cluster.cluster + 1}: {cluster.images:,} images"
-            style = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": "-" if index < len(_COLOURS) else "--"}
-            axes.plot(x, [100 * share for share in cluster.cumulative], label=label, **style)
+            axes.plot(x, [100 * share for share in cluster.cumulative], label=label, **_style(index))
         axes.plot(x, [100 * count / classes for count in x], color="0.4", linestyle=":", label="all classes alike")
         axes.set(xlabel="most common classes of the cluster", ylabel="images of the cluster (%)", title=title)
         axes.set_ylim(0, 103)

@@ -209,10 +209,9 @@ def serve(bank: Path, base: str, api_key_env: str | None, **options: Any) -> Non
     BANK is the folder of a bank, of an adapter, or of several adapters' folders.
     """
     try:
-        from ..serving.app import key_from
+        from ..serving.app import key_from, make_server
         from ..serving.bank import open_bank
         from ..serving.limits import Limits
-        from ..serving.server import serve
         from ..serving.service import Service
     except ImportError as error:
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
@@ -226,6 +225,8 @@ def serve(bank: Path, base: str, api_key_env: str | None, **options: Any) -> Non
     click.echo(f"{len(opened)} tasks over {backbone.name}", err=True)
     batches = {"max_batch": options["max_batch"], "max_wait": options["max_wait_ms"] / 1000}
     service = Service(opened, backbone, limits=limits, image_size=options["image_size"], **batches)
-    for name, why in list((warnings := service.warnings()).items())[:1]:
+    if warnings := service.warnings():
+        name, why = next(iter(warnings.items()))
         click.echo(f"warning: {len(warnings)} tasks are served otherwise than trained, as {name!r}: {why}", err=True)
-    serve(service, api_key=key, **{name: options[name] for name in ("host", "port", "allowed_hosts")})
+    address = {name: options[name] for name in ("host", "port", "allowed_hosts")}
+    make_server(service, api_key=key, **address).run()

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from .card import render_card, write_card
-from .errors import HubError
 from .facts import RUN_NAME, AdapterFacts
-from .push import full_bytes, plan_push, push_model, push_run
+from .push import HubError, full_bytes, plan_push, push_model, push_run
 
 __all__ = [
     "RUN_NAME",

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 
 from ..backbones import is_file_spec
@@ -32,20 +31,17 @@ _SHOWN_OF_MASK = (
 _MAY_DIFFER = frozenset(
     "seed output_dir resume log_every checkpoint_every keep_checkpoints log_with num_workers cache_images cpu".split()
 )
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict),
-    "density": (int, float),
-}
-_KINDS_OF_ARGUMENTS: dict[str, Any] = {
+# Of the values that become text and code of a card.
+_KINDS = {**dict.fromkeys(("arguments", "before", "after", "sizes", "versions"), dict), "density": (int, float)}
+_KINDS_OF_ARGUMENTS = {
     **dict.fromkeys(("backbone", "backbone_revision", "weights", "dataset", "dataset_revision", "eval_split"), str),
     **dict.fromkeys(("head_classes", "seed", "image_size", "eval_limit", "knn_k"), int),
     **{"objective": str, "objective_options": dict, "pretrained": bool},
 }
 _FILES = (".npz", ".parquet", ".safetensors")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_REPOSITORY = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 # What is no id on the Hub: a timm name, or the last part of a path, perhaps with a function.
 _OWN_NAME = re.compile(r"[\w.-]+(\.py:\w+)?", re.ASCII)
-_UNKNOWN_BASE = "\nbase = ...  # the model that the mask was learned on, loaded as it was then"
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,6 @@ def facts_of_folder(
 
 
 def _read_run(path: Path) -> dict[str, Any]:
-    """Read ``run.json`` and check the kinds of its values, which become text and code of a card."""
     try:
         run = read_json(path)
     except FileNotFoundError:
@@ -142,26 +137,25 @@ def _checked(part: Mapping[str, Any], kinds: Mapping[str, Any], path: Path) -> d
 def _reports(run: Mapping[str, Any], frozen: bool = False) -> list[EvalReport]:
     """Evaluations at the end of training, or of the frozen base before it."""
     arguments = run.get("arguments", {})
+    values = dict(run.get("before" if frozen else "after", {}))
     if not arguments.get("dataset") or not arguments.get("eval_split"):
         return []
-    found = []
-    for metric, value in run.get("before" if frozen else "after", {}).items():
-        if frozen and metric == "accuracy" and arguments.get("objective") != "zero_shot":
-            continue  # of a head that nothing has trained
-        found.append(
-            EvalReport(
-                label="frozen base" if frozen else "this adapter",
-                dataset=arguments["dataset"],
-                split=arguments["eval_split"],
-                metric=metric,
-                values=(value,),
-                seeds=() if frozen else (arguments.get("seed", 0),),
-                revision=arguments.get("dataset_revision"),
-                settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
-                versions=run.get("versions", {}),
-            )
+    if frozen and arguments.get("objective") != "zero_shot":
+        values.pop("accuracy", None)  # of a head that nothing has trained
+    return [
+        EvalReport(
+            label="frozen base" if frozen else "this adapter",
+            dataset=arguments["dataset"],
+            split=arguments["eval_split"],
+            metric=metric,
+            values=(value,),
+            seeds=() if frozen else (arguments.get("seed", 0),),
+            revision=arguments.get("dataset_revision"),
+            settings={"k": arguments["knn_k"]} if metric == "knn" and "knn_k" in arguments else {},
+            versions=run.get("versions", {}),
         )
-    return found
+        for metric, value in values.items()
+    ]
 
 
 def _over_seeds(run: Mapping[str, Any], seeds: Sequence[str | Path]) -> list[EvalReport]:
@@ -169,15 +163,15 @@ def _over_seeds(run: Mapping[str, Any], seeds: Sequence[str | Path]) -> list[Eva
     found, arguments = _reports(run), run.get("arguments", {})
     for path in (Path(folder) / RUN_NAME for folder in seeds):
         other = _read_run(path)
-        others = other.get("arguments", {})
+        others = other["arguments"]
         names = sorted((set(arguments) | set(others)) - _MAY_DIFFER)
         if different := [name for name in names if arguments.get(name) != others.get(name)]:
             raise ValueError(f"{path} is no other seed of the same run: {', '.join(different)} differ.")
         by_metric = {report.metric: report for report in _reports(other)}
-        if missing := [report.metric for report in found if report.metric not in by_metric]:
-            raise ValueError(f"{path} has no {missing[0]}: it is no other seed of the same run.")
         try:
             found = [merge_reports([report, by_metric[report.metric]]) for report in found]
+        except KeyError as error:
+            raise ValueError(f"{path} has no {error}: it is no other seed of the same run.") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return found
@@ -200,11 +194,9 @@ def _cell(value: Any) -> str:
 
 def _notes(arguments: Mapping[str, Any]) -> list[str]:
     notes = []
-    if arguments.get("weights"):
-        notes.append(
-            f"The base's weights came from a file ({shown_name(arguments['weights'])}), not from the Hub; where they "
-            "differ from the Hub's by a bit, the adapter is refused."
-        )
+    if weights := shown_name(arguments.get("weights")):
+        what = f"The base's weights came from a file ({weights}), not from the Hub"
+        notes.append(f"{what}; where they differ from the Hub's by a bit, the adapter is refused.")
     if not arguments.get("pretrained", True):
         notes.append("The base has random weights: this adapter is a test, not a result.")
     if (limit := arguments.get("eval_limit")) is not None:
@@ -212,9 +204,6 @@ def _notes(arguments: Mapping[str, Any]) -> list[str]:
     if (spec := DATASETS.get(arguments.get("dataset", ""))) is not None and spec.notes:
         notes.append(f"The dataset: {spec.notes}")
     return notes
-
-
-# --- The code that loads the base ------------------------------------------------------------------------------------
 
 
 def base_code(folder: Path, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
@@ -226,54 +215,46 @@ def base_code(folder: Path, config: Mapping[str, Any], arguments: Mapping[str, A
     kind, library = (mapping.get(key) or "" for key in ("base_model_class", "parent_library"))
     name = arguments.get("backbone") or config.get("base_model_name_or_path")
     repository, shown = hub_id(name), shown_name(name)
-    if not repository and not _OWN_NAME.fullmatch(shown):
-        return _UNKNOWN_BASE
-    if arguments or library.startswith("smn_peft."):
-        return _backbone_code(folder, name, config, arguments, kind)
-    is_class = kind.isascii() and kind.isidentifier() and not keyword.iskeyword(kind)
-    if library.startswith("transformers.") and repository and is_class:
-        revision = f", revision={as_code(config['revision'])}" if config.get("revision") else ""
-        return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({as_code(name)}{revision})"
-    if library.startswith("timm."):
-        shown = as_code(f"hf-hub:{repository}" if repository else shown)
-        return f"import timm\n\nbase = timm.create_model({shown}, pretrained=True)  # with the same head"
-    return _UNKNOWN_BASE
+    if repository or _OWN_NAME.fullmatch(shown):
+        if arguments or library.startswith("smn_peft."):
+            return _backbone_code(folder, str(name), config, arguments, kind)
+        is_class = kind.isascii() and kind.isidentifier() and not keyword.iskeyword(kind)
+        if library.startswith("transformers.") and repository and is_class:
+            options = as_options(revision=config.get("revision") or None)
+            return f"from transformers import {kind}\n\nbase = {kind}.from_pretrained({as_code(name)}{options})"
+        if library.startswith("timm."):
+            shown = as_code(f"hf-hub:{repository}" if repository else shown)
+            return f"import timm\n\nbase = timm.create_model({shown}, pretrained=True)  # with the same head"
+    return "\nbase = ...  # the model that the mask was learned on, loaded as it was then"
 
 
-def _backbone_code(
-    folder: Path, name: str | None, config: Mapping[str, Any], arguments: Mapping[str, Any], kind: str
-) -> str:
+def _backbone_code(folder: Path, name: str, config: Mapping[str, Any], arguments: Mapping[str, Any], kind: str) -> str:
     """Load the base by this package's own loaders, as `smn train` does."""
-    own_file = bool(name) and is_file_spec(str(name))
-    loader, weights = "load_from_file" if own_file else "load_backbone", arguments.get("weights")
-    options: dict[str, Any] = {}
-    if not own_file:
-        options = {
-            "pretrained": None if weights or arguments.get("pretrained", True) else False,
-            "state_dict": shown_name(weights) or None,
-            "image_size": arguments.get("image_size"),
-            "revision": arguments.get("backbone_revision") or config.get("revision"),
-            "projection": True if arguments.get("objective") == "zero_shot" or "WithProjection" in kind else None,
-        }
-    shown = "".join(f", {key}={as_code(value)}" for key, value in options.items() if value is not None)
+    weights, seed = arguments.get("weights"), arguments.get("seed", 0)
+    made = not (weights or arguments.get("pretrained", True))
+    loader, options = "load_from_file", ""
+    if not is_file_spec(name):
+        loader = "load_backbone"
+        options = as_options(
+            pretrained=False if made else None,
+            state_dict=shown_name(weights) or None,
+            image_size=arguments.get("image_size"),
+            revision=arguments.get("backbone_revision") or config.get("revision"),
+            projection=True if arguments.get("objective") == "zero_shot" or "WithProjection" in kind else None,
+        )
     classes = arguments.get("head_classes")
     if not arguments:
         key = f"{BASE_PREFIX}head.weight"
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
             classes = file.get_slice(key).get_shape()[0] if key in file.keys() else None
     lines = [f"from smn_peft.backbones import {loader}" + (", load_classifier" if classes else ""), ""]
-    if options.get("pretrained") is False or own_file:
-        seed = as_code(arguments.get("seed", 0))
-        seeding = f"torch.manual_seed({seed})  # as in training, for weights that no file gives"
+    if made or loader == "load_from_file":
+        seeding = f"torch.manual_seed({as_code(seed)})  # as in training, for weights that no file gives"
         lines = ["import torch", *lines, seeding]
-    lines.append(f"backbone = {loader}({as_code(shown_name(name))}{shown})")
+    lines.append(f"backbone = {loader}({as_code(shown_name(name))}{options})")
     if classes:
-        seed = f", head_seed={as_code(arguments['seed'])}" if arguments.get("seed") else ""
-        lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{seed})")
+        lines.append(f"backbone = load_classifier(backbone, {as_code(classes)}{as_options(head_seed=seed or None)})")
     return "\n".join([*lines, "base = backbone.model"])
-
-
-# --- Names and values on a page that anybody reads -------------------------------------------------------------------
 
 
 def _is_local(name: str) -> bool:
@@ -286,10 +267,6 @@ def hub_id(name: str | None) -> str | None:
     if not name or _is_local(name):
         return None
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
     return name if _REPOSITORY.fullmatch(name) else None
 
 
@@ -320,3 +297,8 @@ def as_code(value: Any) -> str:
     """A JSON value as a Python literal, which also leaves the block of code that it stands in as it is."""
     text = json.dumps(value) if isinstance(value, str) else repr(value)
     return text.replace("`", "\\x60").replace("<", "\\x3c")  # both are found in texts only
+
+
+def as_options(**options: Any) -> str:
+    """Further arguments of a call, those that are not None."""
+    return "".join(f", {name}={as_code(value)}" for name, value in options.items() if value is not None)

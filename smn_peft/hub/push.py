@@ -6,14 +6,23 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants
-from huggingface_hub.errors import EntryNotFoundError, HTTPError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 from peft import PeftModel
 
@@ -21,12 +30,21 @@ from ..evaluation import EvalReport
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, parse_adapter_file, read_bytes
 from ..tuner import MaskConfig
 from ..tuner.config import SMN
-from .card import CARD_NAME, collection_card, eval_result_files, merged_with, own_words, render_card
-from .errors import HubError, patiently
+from .card import CARD_NAME, collection_card, eval_result_files, merged_with, own_words, read_card, render_card
 from .facts import AdapterFacts, facts_of_folder, hub_id
 
 _FOLDER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*")
+_BUSY = (429, 503)
+_TRIES = 4
+_LONGEST = 120.0  # seconds; a longer wait is the user's to decide
+_RESET = re.compile(r"\bt\s*=\s*(\d+)")
+
+T = TypeVar("T")
 logger = logging.get_logger(__name__)
+
+
+class HubError(OSError):
+    """The Hub refused, or could not be reached; the message says what to do."""
 
 
 @dataclass
@@ -87,10 +105,8 @@ def plan_push(
     """
     _check_repo_id(repo_id)
     if subfolder is not None and not _FOLDER.fullmatch(subfolder):
-        raise ValueError(
-            f"subfolder={subfolder!r}: a task's folder has letters, digits, '-', '_' and '.', parts divided by '/', "
-            "each beginning with a letter or digit, as in cifar100 or vit/cifar100."
-        )
+        wanted = "a task's folder has letters, digits, '-', '_' and '.', each part beginning with a letter or digit"
+        raise ValueError(f"subfolder={subfolder!r}: {wanted}, as in cifar100 or vit/cifar100.")
     folder = Path(folder)
     _refuse_links(folder)
     if facts is None:
@@ -105,18 +121,16 @@ def plan_push(
     plan = PushPlan(repo_id, {subfolder or "": facts})
     base = config.get("base_model_name_or_path")
     if base and not hub_id(base) and "/" in base:
-        plan.notes.append(
-            f"the base is a path on this disk ({base}): it is left out, and who loads the adapter has to have the base"
-        )
+        what = f"the base is a path on this disk ({base})"
+        plan.notes.append(f"{what}: it is left out, and who loads the adapter has to have the base")
         content = json.dumps({**config, "base_model_name_or_path": None}, indent=2, sort_keys=True).encode()
     if license is None:
         plan.notes.append("no licence is named; --license apache-2.0 names one")
     branch = None if revision is None or revision.startswith("refs/") else revision
     card = render_card(facts, repo_id, subfolder=subfolder, revision=branch, license=license, tags=tags)
-    own = folder / CARD_NAME
     prefix = f"{subfolder}/" if subfolder else ""
     plan.files = {
-        prefix + CARD_NAME: merged_with(card, own.read_text("utf-8") if own.is_file() else None).encode(),
+        prefix + CARD_NAME: merged_with(card, read_card(folder)).encode(),
         prefix + CONFIG_NAME: content,
         prefix + WEIGHTS_NAME: weights,
         **eval_result_files(facts.reports, subfolder),
@@ -152,7 +166,7 @@ def push_run(
     """
     plan = plan_push(folder, _full_name(repo_id, token, create_pr, revision), revision=revision, **options)
     message = commit_message or f"Upload mask {options.get('subfolder') or Path(folder).resolve().name}"
-    return _send(plan, message, private=private, revision=revision, create_pr=create_pr, token=token)
+    return _send(plan, message, private, revision, create_pr, token)
 
 
 def push_model(
@@ -184,9 +198,8 @@ def push_model(
             plan = plan_push(folder, whole.repo_id, subfolder=subfolder, **options)
             whole.facts |= plan.facts
             whole.files |= plan.files
-        message = commit_message or f"Upload mask {', '.join(model.peft_config)}"
-        commit: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
-        return _send(whole, message, commit_description, **commit)
+    message = commit_message or f"Upload mask {', '.join(model.peft_config)}"
+    return _send(whole, message, private, revision, create_pr, token, commit_description)
 
 
 def full_bytes(model: PeftModel) -> int:
@@ -202,55 +215,43 @@ def full_bytes(model: PeftModel) -> int:
 def _send(
     plan: PushPlan,
     message: str,
-    description: str | None = None,
-    *,
     private: bool | None,
     revision: str | None,
     create_pr: bool,
     token: str | bool | None,
+    description: str | None = None,
 ) -> CommitInfo:
     """Send a plan in one commit; arguments and errors as of [`push_run`]."""
-    api = HfApi(library_name="smn_peft", token=token)
-    made = patiently(lambda: api.create_repo(plan.repo_id, private=private, exist_ok=True), plan.repo_id)
-    repo_id = plan.repo_id = made.repo_id
-    info = patiently(lambda: api.model_info(repo_id), repo_id)
-    if private and info.private is False:
-        raise HubError(
-            f"{repo_id} exists and is public: nothing was sent. Choose another name, or make it private on its page."
-        )
-    if revision is not None and not revision.startswith("refs/"):
-        patiently(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
-    # The root's card is shared with other tasks, and with who edits it on the Hub's page.
-    existing, parent = _root_card(api, repo_id, revision)
-    files = dict(plan.files)
-    text = existing
-    if CARD_NAME in files:
-        text = files[CARD_NAME].decode()
-        if not own_words(text):  # nobody wrote into it on this side
-            text = merged_with(ModelCard(text), existing)
-    tasks = {folder: facts for folder, facts in plan.facts.items() if folder}
-    files[CARD_NAME] = collection_card(text, repo_id, tasks, existing).encode()
+    api, tasks = HfApi(library_name="smn_peft", token=token), {f: facts for f, facts in plan.facts.items() if f}
 
-    def commit(over_http: bool = False) -> CommitInfo:
-        wrap = BytesIO if over_http else bytes  # the client sends streams over plain HTTP
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=wrap(data)) for name, data in files.items()],
-            commit_message=message,
-            commit_description=description,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=parent,
-        )
+    def send() -> CommitInfo:
+        repo_id = api.create_repo(plan.repo_id, private=private, exist_ok=True).repo_id
+        if private and api.model_info(repo_id).private is False:
+            fix = "Choose another name, or make it private on its page."
+            raise HubError(f"{repo_id} exists and is public: nothing was sent. {fix}")
+        if revision is not None and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # The root's card is shared with other tasks, and with who edits it on the Hub's page.
+        existing, parent = _root_card(api, repo_id, revision)
+        files, text = dict(plan.files), existing
+        if CARD_NAME in files:
+            text = files[CARD_NAME].decode()
+            if not own_words(text):  # nobody wrote into it on this side
+                text = merged_with(ModelCard(text), existing)
+        files[CARD_NAME] = collection_card(text, repo_id, tasks, existing).encode()
+        options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": parent}
+        options |= {"commit_message": message, "commit_description": description}
+        for wrap in (bytes, BytesIO):  # the client sends streams over plain HTTP
+            content = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=wrap(files[name])) for name in files]
+            try:
+                return api.create_commit(repo_id, content, **options)
+            except (OSError, RuntimeError) as error:
+                if constants.HF_HUB_DISABLE_XET or isinstance(error, HTTPError) or wrap is BytesIO:
+                    raise
+                logger.warning(f"Uploading through Xet failed, going on over plain HTTP: {error}")
+        raise AssertionError("unreachable")
 
-    try:
-        return patiently(commit, repo_id)
-    except (HubError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, HubError) else error
-        if constants.HF_HUB_DISABLE_XET or isinstance(cause, HTTPError):
-            raise
-        logger.warning(f"Uploading through Xet failed, going on over plain HTTP: {cause}")
-    return patiently(lambda: commit(over_http=True), repo_id)
+    return patiently(send, plan.repo_id)
 
 
 def _full_name(repo_id: str, token: str | bool | None, create_pr: bool, revision: str | None) -> str:
@@ -272,14 +273,13 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _root_card(api: HfApi, repo_id: str, revision: str | None) -> tuple[str | None, str | None]:
     """README.md of the branch, None if it has none, and the commit that it is of."""
-    sha = patiently(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
+    sha = api.model_info(repo_id, revision=revision).sha
     try:
-        path = patiently(lambda: api.hf_hub_download(repo_id, CARD_NAME, revision=sha), repo_id)
-    except HubError as error:
-        if isinstance(error.__cause__, EntryNotFoundError):
-            return None, sha
+        return Path(api.hf_hub_download(repo_id, CARD_NAME, revision=sha)).read_text("utf-8"), sha
+    except LocalEntryNotFoundError:  # the Hub cannot be reached
         raise
-    return Path(path).read_text("utf-8"), sha
+    except EntryNotFoundError:
+        return None, sha
 
 
 def _refuse_links(folder: Path) -> None:
@@ -289,3 +289,63 @@ def _refuse_links(folder: Path) -> None:
         target = path.resolve()
         if path.is_symlink() and not any(place in target.parents for place in allowed):
             raise ValueError(f"{path} is a link to {target}, outside its folder: put the file itself there.")
+
+
+def patiently(call: Callable[[], T], repo_id: str) -> T:
+    """Call the Hub; where it is busy, wait as long as it says and try again, which the client does for uploads alone.
+
+    Only answers that say that nothing was done are tried again. `repo_id` is for messages.
+
+    Raises:
+        HubError: The Hub refuses, is busy for longer than two minutes, or cannot be reached.
+    """
+    for attempt in range(1, _TRIES + 1):
+        try:
+            return call()
+        except (HTTPError, OSError, RuntimeError) as error:
+            # The client wraps what ends an upload in a RuntimeError.
+            cause: Any = error if isinstance(error, (HTTPError, OSError)) else error.__cause__
+            known = isinstance(cause, (HTTPError, OSError))
+            if not known or isinstance(cause, (FileNotFoundError, PermissionError, HubError)):
+                raise  # a bug, of this disk, or explained already
+            wait = _seconds_to_wait(cause)
+            if wait is None or wait > _LONGEST or attempt == _TRIES:
+                raise HubError(_explanation(cause, repo_id, wait)) from error
+            logger.warning(f"The Hub is busy: trying again in {wait:g} seconds ({attempt} of {_TRIES - 1}).")
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _seconds_to_wait(error: Exception) -> float | None:
+    """Seconds that the Hub asks to wait; None for an answer that will not change."""
+    response = getattr(error, "response", None)
+    if response is None or response.status_code not in _BUSY:
+        return None
+    stated, reset = response.headers.get("Retry-After", ""), _RESET.search(response.headers.get("RateLimit", ""))
+    return float(stated) if stated.strip().isdigit() else float(reset[1]) if reset else 10.0
+
+
+def _explanation(error: Exception, repo_id: str, wait: float | None) -> str:
+    if not isinstance(error, HfHubHTTPError):
+        what = f"The Hub cannot be reached, or the connection broke ({type(error).__name__}: {error})."
+        return f"{what} Check the network and push again: what is uploaded already is not sent again."
+    status, token = error.response.status_code, "a token with write access (huggingface.co/settings/tokens)"
+    said = f" The Hub says: {' '.join(error.server_message.split())}" if error.server_message else ""
+    if isinstance(error, RevisionNotFoundError):
+        fix = f"{repo_id} has no such revision: name a branch of it, or leave --revision out."
+    elif isinstance(error, GatedRepoError):
+        fix = f"{repo_id} is gated: ask for access on its page, then push again."
+    elif isinstance(error, RepositoryNotFoundError) or status == 404:
+        private = "a private repository needs `hf auth login` with an account that may see it"
+        fix = f"The Hub shows no {repo_id}: check the spelling of user and name; {private}."
+    elif status in _BUSY:
+        fix = f"The Hub takes no more requests for now: push again in {wait:g} seconds."
+    elif status == 401:
+        fix = f"The Hub does not know you: log in by `hf auth login`, or set HF_TOKEN to {token}."
+    elif status == 403:
+        fix = f"Your token may not write to {repo_id}: take {token}, your own user name, or --create-pr to propose it."
+    elif status == 412:
+        fix = f"{repo_id} was changed by somebody else meanwhile: push again."
+    else:
+        fix = f"The Hub answered {status} for {repo_id}." + ("" if said else f" {' '.join(str(error).split())}")
+    return fix + said

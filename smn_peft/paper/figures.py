@@ -167,11 +167,11 @@ def _draw_selective(record: Record, stem: Path) -> list[Path]:
     for row, accuracies in values.items():
         label, _, rest = row.partition(": ")
         share = float(rest[:-2]) / 100 if rest.endswith(" %") else (record["details"] or {}).get(row)
-        rows += [plots.SelectiveRow(label, share, accuracy) for accuracy in accuracies if share is not None]
-    labels = dict.fromkeys(row.label for row in rows)
-    rows += [plots.SelectiveRow(label, 1.0, accuracy) for label in labels for accuracy in values["all weights"]]
+        rows += [(label, share, accuracy) for accuracy in accuracies if share is not None]
+    labels = dict.fromkeys(label for label, _, _ in rows)
+    rows += [(label, 1.0, accuracy) for label in labels for accuracy in values["all weights"]]
     frozen = next(iter(values["frozen base"]), None)
-    return _picture(stem, plots.plot_selective, plots.selective_series(rows), frozen=frozen)
+    return _picture(stem, plots.plot_selective, plots.share_series(rows), frozen=frozen)
 
 
 @artefact("figure8", details=_stage_shares, draw=_draw_selective)

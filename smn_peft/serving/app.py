@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The routes of the server, who may use them, and how errors are answered."""
+"""The routes of the server, who may use them, and how errors are answered; and the process, on uvicorn."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import hmac
-import ipaddress
 import json
+import logging
+import math
 import os
 import re
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
+import uvicorn
 from fastapi import Depends, FastAPI, Path, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
@@ -28,16 +33,23 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import models
-from .limits import ServingError, explained, limited
+from .bank import add_task
+from .batching import Output
+from .limits import Limits, ServingError, explained, limited
 from .models import NAME_LENGTH, NewTask, Question
 from .service import Service
 
-__all__ = ["build_app", "content_policy", "key_from"]
+__all__ = ["build_app", "content_policy", "key_from", "make_server"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Name = Annotated[str, Path(max_length=NAME_LENGTH)]
+_BACKLOG = 128
+_SPARE = 16  # connections beyond the limit, which are answered with 503
 _GONE = 499  # for a client that went, as nginx counts it
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _KEY_HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
@@ -50,7 +62,7 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.get_running_loop().run_in_executor(None, service.close)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="smn_peft",
@@ -60,8 +72,8 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         responses=_errors(403, 500, 503, 504),
     )
     app.add_middleware(_Watched, service=service, allowed_hosts=allowed_hosts)
-    for kind in (ServingError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _error)
+    app.add_exception_handler(RequestValidationError, _error)
+    app.add_exception_handler(HTTPException, _error)
     page = (files(__package__) / "index.html").read_text("utf-8")
     policy = {"Content-Security-Policy": content_policy(page), "Referrer-Policy": "no-referrer"}
     limits = service.limits
@@ -84,16 +96,17 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
     async def in_time(work: Awaitable[T]) -> T:
         try:
             return await asyncio.wait_for(work, limits.timeout)
-        except (TimeoutError, asyncio.TimeoutError) as error:
+        except asyncio.TimeoutError as error:
             fix = "Try again, with fewer tasks at a time."
             raise ServingError(504, f"There was no answer within {limits.timeout:g} s.", fix) from error
 
-    async def answered(request: Request, answer: Callable[[Question], Awaitable[bytes]]) -> Response:
+    async def answered(request: Request, result: Callable[[Question, Output], dict[str, Any]]) -> Response:
         with limited(request, limits.body_bytes, limits.pause, service.bodies) as bounded:
             question = await in_time(models.read(Question, bounded, limits.body_bytes))
             # Only now: whoever sends slowly takes nobody's place.
             with service.place(question):
-                return Response(await in_time(answer(question)), media_type="application/json")
+                answer = await in_time(service.answer(question, result))
+        return Response(answer, media_type="application/json")
 
     asking: dict[str, Any] = {
         "responses": _errors(400, 404, 408, 413, 415, 422, 429),
@@ -115,15 +128,15 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         """Figures for Prometheus."""
         return Response(service.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    @app.post("/v1/predict", response_model=models.Predictions, **asking)
+    @app.post("/v1/predict", response_model=models.Results[models.Prediction], **asking)
     async def predict(request: Request) -> Response:
         """Name the likeliest classes of an image under each task."""
-        return await answered(request, service.predict)
+        return await answered(request, service.prediction)
 
-    @app.post("/v1/embed", response_model=models.Embeddings, **asking)
+    @app.post("/v1/embed", response_model=models.Results[models.Embedding], **asking)
     async def embed(request: Request) -> Response:
         """Give the features of an image under each task."""
-        return await answered(request, service.embed)
+        return await answered(request, service.embedding)
 
     @app.get("/v1/tasks", response_model=models.TaskNames, responses=_errors(422))
     async def tasks(
@@ -132,18 +145,18 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> Response:
         """List names of tasks."""
-        return _json(await in_time(service.tasks(q, offset, limit)))
+        return _json(await in_time(service.lookups.run(service.tasks, q, offset, limit)))
 
     @app.get("/v1/tasks/{name:path}", response_model=models.TaskFacts, responses=_errors(404, 422))
     async def task(name: Name) -> Response:
         """Describe a task: density, classes, size, and how images are prepared for it."""
-        return _json(await in_time(service.task(name)))
+        return _json(await in_time(service.lookups.run(service.task, name)))
 
     @app.post(
         "/v1/tasks",
         status_code=201,
-        response_model=models.Added,
-        responses=_errors(400, 401, 408, 409, 413, 415, 422, 502),
+        response_model=models.Changed,
+        responses=_errors(400, 401, 408, 409, 413, 415, 422),
         openapi_extra=_body(NewTask),
         dependencies=[Depends(check_key)],
     )
@@ -151,17 +164,17 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         """Add a task."""
         with limited(request, limits.adapter_bytes, limits.pause) as bounded:
             new = await in_time(models.read(NewTask, bounded, limits.adapter_bytes))
-        return _json(await service.add(new), 201)
+        return _json(await service.writer.run(add_task, service.bank, new), 201)
 
     @app.delete(
         "/v1/tasks/{name:path}",
-        response_model=models.Removed,
+        response_model=models.Changed,
         responses=_errors(401, 404, 422),
         dependencies=[Depends(check_key)],
     )
     async def remove(name: Name) -> Response:
         """Remove a task."""
-        return _json(await service.remove(name))
+        return _json(await service.writer.run(service.remove, name))
 
     return app
 
@@ -177,26 +190,24 @@ def _body(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}}
 
 
-def _json(content: Any, status: int = 200) -> Response:
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     # In ASCII, unlike JSONResponse: an adapter's config may hold half a character, which UTF-8 cannot.
-    return Response(json.dumps(content), status, media_type="application/json")
+    return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
 async def _error(_: Request, error: Exception) -> Response:
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        error = ServingError(422, f"{first['loc'][-1]}: {first['msg']}", "Correct the request.")
-    elif isinstance(error, HTTPException):
+    """Answer what FastAPI and Starlette refuse themselves."""
+    if isinstance(error, HTTPException):
         fix = "GET /openapi.json lists the routes."
-        error = ServingError(error.status_code, str(error.detail), fix, error.headers)
-    return _refusal(error)
+        return _refusal(ServingError(error.status_code, str(error.detail), fix, error.headers))
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _refusal(ServingError(422, f"{first['loc'][-1]}: {first['msg']}", "Correct the request."))
 
 
 def _refusal(error: BaseException) -> Response:
     found = explained(error)
-    response = _json(found.body, found.status)
-    response.headers.update(found.headers)
-    return response
+    return _json(found.body, found.status, found.headers)
 
 
 class _Watched:
@@ -239,7 +250,7 @@ class _Watched:
 
 def _stopping() -> ServingError:
     fix = "Ask another server, or this one after its restart."
-    return ServingError(503, "The server is stopping.", fix, {"Connection": "close", "Retry-After": "5"})
+    return ServingError(503, "The server is stopping.", fix, {"Connection": "close"})
 
 
 def _check_origin(method: str, headers: Headers, allowed: Sequence[str]) -> None:
@@ -251,7 +262,8 @@ def _check_origin(method: str, headers: Headers, allowed: Sequence[str]) -> None
     """
     host = headers.get("host", "").lower()
     name = _host_name(host)
-    if name != "localhost" and not _is_address(name) and not _among(name, allowed):
+    is_address = ":" in name or name.replace(".", "").isdecimal()
+    if name != "localhost" and not is_address and not _among(name, allowed):
         fix = "Use its address, or start it with --allowed-hosts and this name."
         raise ServingError(403, f"The server is not called {host[:100]!r}.", fix)
     origin = headers.get("origin")
@@ -268,14 +280,6 @@ def _host_name(netloc: str) -> str:
         return urlsplit(f"//{netloc}").hostname or ""
     except ValueError:
         return ""
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _among(name: str, allowed: Sequence[str]) -> bool:
@@ -303,3 +307,117 @@ def content_policy(html: str) -> str:
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src blob: data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, which drops connections far beyond their limit at once."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency + _SPARE:
+            transport.abort()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which ends connections that do nothing, and on a signal first finishes what it has.
+
+    Between the signal and the end it still answers, so that clients learn why they are turned away. uvicorn itself
+    ends only connections that wait for another request; `limited` bounds the time for bodies.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service, self._end, self._last_line = service, math.inf, -math.inf
+        self._idle: dict[tuple[Any, Any], float] = {}  # (connection, its last request) -> since when
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, with few words for a lack of descriptors."""
+        asyncio.get_running_loop().set_exception_handler(self._log_failure)
+        await super().startup(sockets)
+
+    def _log_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log one line a minute for failing accepts, of which asyncio logs thousands a second with traceback."""
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self._last_line > 60:
+            self._last_line = time.monotonic()
+            logger.error("no connection is accepted: the process has no file descriptors left (ulimit -n)")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal, end at the second."""
+        if self._service.draining:
+            super().handle_exit(sig, frame)
+        else:
+            self._end = time.monotonic() + self._service.limits.grace
+        self._service.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: end connections in which nothing moves, and after a signal the server."""
+        now, limits = time.monotonic(), self._service.limits
+        connections: list[Any] = list(self.server_state.connections)
+        still = [one for one in connections if not _is_answering(one)]
+        self._idle = {(one, one.cycle): self._idle.get((one, one.cycle), now) for one in still}
+        for (connection, _), since in self._idle.items():
+            if now - since > limits.idle:
+                connection.transport.abort()
+        if self._service.draining and (self._service.places.held == 0 or now >= self._end):
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(min(self._end - now, limits.grace)))
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def _is_answering(connection: Any) -> bool:
+    """Whether it has a request, and its client reads the answer."""
+    cycle = connection.cycle
+    return cycle is not None and not cycle.response_complete and not connection.flow.write_paused
+
+
+def _bounds(limits: Limits) -> tuple[int, int]:
+    """Connections and backlog for the descriptors that there are: as many as the backlog are accepted at a time."""
+    try:
+        import resource
+
+        free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/dev/fd"))
+    except (ImportError, OSError):
+        return limits.connections, _BACKLOG
+    return min(limits.connections, max(1, free // 2)), min(_BACKLOG, max(1, free // 4))
+
+
+def make_server(
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    log_level: str | None = None,
+) -> uvicorn.Server:
+    """Make a uvicorn server within a service's limits.
+
+    Args:
+        service: What answers; it is closed at the end.
+        host: Address to listen at.
+        port: 0 takes a free port, which the log names.
+        api_key: Key that changes need; None: nothing can be changed.
+        allowed_hosts: Names of this server beside its address, and of sites whose pages may post to it;
+            "*.example.com" for all below, "*" for everything.
+        log_level: uvicorn's.
+    """
+    limits = service.limits
+    connections, backlog = _bounds(limits)
+    config = uvicorn.Config(
+        # A server that listens at a name is called by it.
+        build_app(service, api_key=api_key, allowed_hosts=(*allowed_hosts, host)),
+        host=host,
+        port=port,
+        http=_Protocol,
+        ws="none",
+        log_level=log_level,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=connections,
+        backlog=backlog,
+        timeout_keep_alive=math.ceil(limits.idle),
+        timeout_graceful_shutdown=math.ceil(limits.grace),
+    )
+    return _Server(config, service)

@@ -6,35 +6,29 @@ Nothing of an adapter is ever run: it is one JSON and one safetensors file, both
 
 from __future__ import annotations
 
-import errno
-import functools
 import json
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
 from ..backbones import Backbone, base_name, is_file_spec, load_backbone, load_from_file, pooled_features
 from ..bank.bank import MaskBank
-from ..bank.database import StoreBusyError
+from ..bank.source import MemorySource
+from ..bank.store import DiskStore
 from ..data import check_preprocessing
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, read_config
+from ..storage import CONFIG_NAME, WEIGHTS_NAME, locate_adapter, read_config
 from .limits import ServingError, explained
 from .models import NewTask
 
-__all__ = ["ServedModel", "add_folder", "add_task", "class_name", "class_names", "open_bank", "refused_change"]
+__all__ = ["ServedModel", "add_folder", "add_task", "class_name", "class_names", "open_bank"]
 
 _CLASSES = "id2label"  # of adapter_config.json, as in transformers: {"0": "cat", …}
 _LABEL_LENGTH = 1000
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-# Errors of the operating system for a path that cannot be one.
-_NO_PATH = frozenset({errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EINVAL})
 _ASKED_FOR_SIZE = 10  # adapters that are read for the size they were trained on
 
 
@@ -109,57 +103,46 @@ def open_bank(
     from_file = is_file_spec(base)
     if from_file and (weights is not None or image_size is not None):
         raise ValueError(f"--weights and --image-size are for libraries' models, not for {base}.")
+    folders = [where] if (where / CONFIG_NAME).is_file() else sorted(p.parent for p in where.glob(f"*/{CONFIG_NAME}"))
+    source = MemorySource() if folders else DiskStore(where, read_only=read_only)
 
-    def load(size: int | None) -> Backbone:
-        backbone = load_from_file(base) if from_file else load_backbone(base, state_dict=weights, image_size=size)
-        model = ServedModel(backbone.model, backbone.feature_dim, head_name)
-        return replace(backbone, model=model.to(device))
-
-    def trained_size(configs: Iterable[Callable[[], Mapping[str, Any]]]) -> int | None:
-        for read in [] if image_size or from_file else configs:
+    def trained_size() -> int | None:
+        for one in (folders or source.names())[:_ASKED_FOR_SIZE]:
             try:
-                return int(check_preprocessing(read()["preprocessing"])["image_size"])
+                config = read_config(one) if isinstance(one, Path) else source.read(one).config
+                return int(check_preprocessing(config["preprocessing"])["image_size"])
             except (ValueError, OSError, KeyError):  # not said; or a damaged adapter, which is said when it is used
                 continue
         return None
 
-    folders = [where] if (where / CONFIG_NAME).is_file() else sorted(p.parent for p in where.glob(f"*/{CONFIG_NAME}"))
-    if folders:
-        size = trained_size(functools.partial(read_config, folder) for folder in folders[:_ASKED_FOR_SIZE])
-        backbone = load(image_size or size)
-        bank = MaskBank.open([], backbone.model, ram_budget=ram_budget, exclusive=True)
-        left_out = {}
-        for folder in folders:
-            name = folder.resolve().name
-            try:
-                add_folder(bank, name, folder)
-            except (ValueError, TypeError, OSError) as error:
-                left_out[name] = str(error)
-        if not len(bank):
-            name, why = next(iter(left_out.items()))
-            raise ValueError(f"None of the {len(folders)} adapters in {where} can be served; {name}: {why}")
-        return bank, backbone, left_out
-    options: dict[str, Any] = {"ram_budget": ram_budget, "exclusive": True, "read_only": read_only}
-    backbone = load(image_size)
-    bank = MaskBank.open(where, backbone.model, **options)
-    size = trained_size(functools.partial(bank.config, name) for name in bank.names[:_ASKED_FOR_SIZE])
-    if size not in (None, backbone.image_size):
+    if from_file:
+        backbone = load_from_file(base)
+    else:
         # Position embeddings are resampled when a model is loaded: the tasks' base is the one of their size.
-        bank.close()
-        backbone = load(size)
-        bank = MaskBank.open(where, backbone.model, **options)
-    return bank, backbone, {}
+        backbone = load_backbone(base, state_dict=weights, image_size=image_size or trained_size())
+    model = ServedModel(backbone.model, backbone.feature_dim, head_name).to(device)
+    bank = MaskBank(source, model, ram_budget=ram_budget, exclusive=True)
+    left_out = {}
+    for folder in folders:
+        name = folder.resolve().name
+        try:
+            add_folder(bank, name, folder)
+        except (ValueError, TypeError, OSError) as error:
+            left_out[name] = str(error)
+    if folders and not len(bank):
+        name, why = next(iter(left_out.items()))
+        raise ValueError(f"None of the {len(folders)} adapters in {where} can be served; {name}: {why}")
+    return bank, replace(backbone, model=model), left_out
 
 
 def add_folder(
     bank: MaskBank, name: str, folder: Path, *, classes: Sequence[str] | None = None, replace: bool = False
 ) -> None:
     """Add an adapter of this machine, with other names of its classes if some are given; raises as `MaskBank.add`."""
-    config = read_config(folder)
     if not classes:
         bank.add(name, folder, replace=replace)
         return
-    config[_CLASSES] = {str(index): label for index, label in enumerate(classes)}
+    config = {**read_config(folder), _CLASSES: {str(index): label for index, label in enumerate(classes)}}
     with tempfile.TemporaryDirectory() as staged:
         (Path(staged) / CONFIG_NAME).write_text(json.dumps(config), "utf-8")
         os.symlink((folder / WEIGHTS_NAME).resolve(), Path(staged) / WEIGHTS_NAME)
@@ -167,42 +150,24 @@ def add_folder(
 
 
 def add_task(bank: MaskBank, new: NewTask) -> dict[str, Any]:
-    """Add a client's task; `ServingError` 409 if the name is taken, else of [`refused_change`]."""
-    name, replaced = new.name, new.name in bank
+    """Add a client's task; `ServingError` 409 if the name is taken, else of [`explained`]."""
+    replaced = new.name in bank
     if replaced and not new.replace:
-        raise ServingError(409, f"There is a task {name!r} already.", "Send replace=true, or another name.")
+        raise ServingError(409, f"There is a task {new.name!r} already.", "Send replace=true, or another name.")
     try:
-        if new.config is not None and new.weights is not None:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / CONFIG_NAME).write_bytes(new.config)
-                (Path(folder) / WEIGHTS_NAME).write_bytes(new.weights)
-                add_folder(bank, name, Path(folder), classes=new.classes, replace=new.replace)
-        elif new.hub_id is not None:
-            if not _HUB_ID.fullmatch(new.hub_id):
-                raise ValueError(f"{new.hub_id!r} is not an id on the Hub: it reads user/name.")
-            if os.path.isdir(new.hub_id):
-                raise ValueError(f"{new.hub_id} is a folder where the server runs: send it as 'folder'.")
-            bank.add(name, new.hub_id, replace=new.replace, revision=new.revision)
-        else:
-            add_folder(bank, name, Path(new.folder or ""), classes=new.classes, replace=new.replace)
+        with tempfile.TemporaryDirectory() as uploads:
+            folder = Path(uploads if new.folder is None else new.folder)
+            if new.config is not None and new.weights is not None:
+                (folder / CONFIG_NAME).write_bytes(new.config)
+                (folder / WEIGHTS_NAME).write_bytes(new.weights)
+            elif new.hub_id is not None:
+                folder = locate_adapter(new.hub_id, new.revision)
+            if not os.path.isfile(folder / CONFIG_NAME):  # also of a path that cannot be one
+                raise FileNotFoundError(f"there is no adapter in {folder}: name a folder with {CONFIG_NAME}.")
+            add_folder(bank, new.name, folder, classes=new.classes, replace=new.replace)
     except Exception as error:
-        raise refused_change(error, name) from error
-    return {"name": name, "replaced": replaced, "total": len(bank)}
-
-
-def refused_change(error: Exception, name: str) -> ServingError:
-    """What the client is told of an error while a task is added or removed."""
-    if isinstance(error, HfHubHTTPError):
-        return ServingError(502, f"The Hub refused: {error}", "Check the id and the server's access to it.")
-    if isinstance(error, FileNotFoundError):
-        return ServingError(422, f"There is no adapter: {error}", f"Name a folder with {CONFIG_NAME}.")
-    if isinstance(error, PermissionError):
-        return ServingError(403, f"Task {name!r} was not changed: {error}", "Give the server access to its files.")
-    if isinstance(error, StoreBusyError) or not isinstance(error, (ValueError, TypeError, OSError)):
-        return explained(error)
-    if isinstance(error, OSError) and error.errno not in _NO_PATH:
-        return ServingError(503, f"Task {name!r} was not changed: {error}", "Try again later.", {"Retry-After": "5"})
-    return ServingError(422, f"Task {name!r} was not added: {error}", "Send an adapter made for the base.")
+        raise explained(error, new.name, change=True) from error
+    return {"name": new.name, "replaced": replaced, "total": len(bank)}
 
 
 def class_name(config: Mapping[str, Any], index: int) -> str:

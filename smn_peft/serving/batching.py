@@ -32,7 +32,6 @@ class Workers:
 
     def __init__(self, count: int, name: str) -> None:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (future, function, arguments), or None to end
-        self._count = count
         for _ in range(count):
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
@@ -44,8 +43,7 @@ class Workers:
 
     def close(self) -> None:
         """End the threads after what was put before."""
-        for _ in range(self._count):
-            self._queue.put(None)
+        self._queue.put(None)
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -56,6 +54,7 @@ class Workers:
                 except BaseException as error:
                     future.set_exception(error)
             del job, future, function, arguments  # not held while waiting for the next
+        self._queue.put(None)  # for the next thread
 
 
 @dataclass(frozen=True)
@@ -139,12 +138,9 @@ class Batcher:
         """The next batch, and whether another follows."""
         batch: list[_Sample] = []
         while len(batch) < self._max_batch:
+            left = max(0.0, batch[0].since + self._max_wait - time.perf_counter()) if batch else None
             try:
-                if not batch:
-                    sample = self._queue.get()
-                else:
-                    wait = batch[0].since + self._max_wait - time.perf_counter()
-                    sample = self._queue.get(timeout=wait) if wait > 0 else self._queue.get_nowait()
+                sample = self._queue.get(timeout=left)
             except queue.Empty:
                 break
             if sample is None:
@@ -152,46 +148,29 @@ class Batcher:
             batch.append(sample)
         return batch, True
 
-    def _run(self, batch: list[_Sample]) -> None:
+    def _run(self, batch: Sequence[_Sample]) -> None:
+        """Run samples of one shape together; task by task if that fails, so that a failure is one task's."""
         started = time.perf_counter()
-        tasks: dict[str, Task | None] = {}
-        for name in dict.fromkeys(sample.task for sample in batch):
-            try:
-                tasks[name] = None if name == BASE else self._bank.task(name)
-            except Exception as error:  # this task alone
-                _fail([sample for sample in batch if sample.task == name], error)
-        batch = [sample for sample in batch if sample.task in tasks]
-        if not batch:
-            return
+        names = list(dict.fromkeys(sample.task for sample in batch))
         try:
-            outputs = self._forward(batch, tasks, started)
+            tasks = {name: None if name == BASE else self._bank.task(name) for name in names}
+            images = torch.stack([sample.image for sample in batch]).to(self._device)
+            output = self._bank.forward(images, [tasks[sample.task] for sample in batch])
+            # Rows are copies: one that is kept must not keep the batch.
+            logits = [row.float().cpu().clone() for row in output["logits"]]
+            features = [row.float().cpu().clone().flatten() for row in output["features"]]
         except Exception as error:
-            if len(tasks) == 1:
-                _fail(batch, error)
-                return
-            logger.warning("a batch of %d tasks failed (%r) and is run task by task", len(tasks), error)
-            for name in tasks:
-                self._run([sample for sample in batch if sample.task == name])
+            if len(names) > 1:
+                logger.warning("a batch of %d tasks failed (%r) and is run task by task", len(names), error)
+                for name in names:
+                    self._run([sample for sample in batch if sample.task == name])
+            else:
+                for sample in batch:
+                    sample.future.set_exception(error)
             return
         seconds = time.perf_counter() - started
         self.seconds_each += 0.1 * (seconds / len(batch) - self.seconds_each)
         self._watch(len(batch), len(tasks), seconds)
-        for sample, output in zip(batch, outputs, strict=True):
-            sample.future.set_result(output)
-
-    def _forward(self, batch: Sequence[_Sample], tasks: dict[str, Task | None], started: float) -> list[Output]:
-        images = torch.stack([sample.image for sample in batch]).to(self._device)
-        output = self._bank.forward(images, [tasks[sample.task] for sample in batch])
-        # Rows are copies: one that is kept must not keep the batch.
-        logits = [row.float().cpu().clone() for row in output["logits"]]
-        features = [row.float().cpu().clone().flatten() for row in output["features"]]
-        ran = time.perf_counter() - started
-        return [
-            Output(logits[i], features[i], tasks[sample.task], started - sample.since, ran, len(batch))
-            for i, sample in enumerate(batch)
-        ]
-
-
-def _fail(samples: Sequence[_Sample], error: Exception) -> None:
-    for sample in samples:
-        sample.future.set_exception(error)
+        for sample, scores, own in zip(batch, logits, features, strict=True):
+            waited = started - sample.since
+            sample.future.set_result(Output(scores, own, tasks[sample.task], waited, seconds, len(batch)))

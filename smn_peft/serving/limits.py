@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from starlette.requests import Request
@@ -48,33 +49,41 @@ class Limits:
 
 
 class ServingError(Exception):
-    """A refusal: HTTP status, what is wrong, what to do about it, and headers of the response."""
+    """A refusal: HTTP status, what is wrong, what to do about it, and headers; 503 asks to come back in 5 s."""
 
     def __init__(self, status: int, error: str, fix: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(error)
-        self.status, self.headers = status, dict(headers or {})
-        self.body = {"error": error, "fix": fix}
+        self.status, self.body = status, {"error": error, "fix": fix}
+        self.headers = {**({"Retry-After": "5"} if status == 503 else {}), **(headers or {})}
 
 
-def explained(error: BaseException, task: str | None = None) -> ServingError:
-    """Make a refusal of any error, which the use of `task` raised if one is given; an unknown one is logged."""
+# Errors that mean the same wherever they are raised: status, what is wrong ("": as the error says), and the remedy.
+_MEANINGS: tuple[tuple[Any, int, str, str], ...] = (
+    ((MemoryError, torch.OutOfMemoryError), 503, "The server is out of memory.", "Try again later."),
+    (StoreBusyError, 503, "Another process writes to the bank.", "Nothing was changed: try again when it is done."),
+    (TooManyPixelsError, 413, "", "Shrink the image."),
+    (UnknownFormatError, 415, "", "Send an image in one of these formats."),
+    (ImageError, 422, "", "Send a whole image file."),
+)
+
+
+def explained(error: BaseException, task: str | None = None, *, change: bool = False) -> ServingError:
+    """Make a refusal of any error, raised by the use of a `task`, or its `change`; an unknown one is logged."""
     if isinstance(error, ServingError):
         return error
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return ServingError(503, "The server is out of memory.", "Try again later.", {"Retry-After": "5"})
-    if isinstance(error, StoreBusyError):
-        logger.warning("the store is busy: %s", error)
-        fix = "Nothing was changed: try again when it is done."
-        return ServingError(503, "Another process is writing to the bank.", fix, {"Retry-After": "5"})
-    if isinstance(error, TooManyPixelsError):
-        return ServingError(413, str(error), "Shrink the image.")
-    if isinstance(error, UnknownFormatError):
-        return ServingError(415, str(error), "Send an image in one of these formats.")
-    if isinstance(error, ImageError):
-        return ServingError(422, str(error), "Send a whole image file.")
-    if task is not None and isinstance(error, KeyError):
+    for kind, status, what, fix in _MEANINGS:
+        if isinstance(error, kind):
+            return ServingError(status, what or str(error), fix)
+    if change:
+        if isinstance(error, PermissionError):
+            return ServingError(403, f"Task {task!r} was not changed: {error}", "Give the server access to its files.")
+        if isinstance(error, (ValueError, TypeError, FileNotFoundError)):
+            return ServingError(422, f"Task {task!r} was not added: {error}", "Send an adapter made for the base.")
+        if isinstance(error, OSError):
+            return ServingError(503, f"Task {task!r} was not changed: {error}", "Try again later.")
+    elif task is not None and isinstance(error, KeyError):
         return ServingError(404, f"There is no task {task!r}.", "GET /v1/tasks lists the tasks.")
-    if task is not None and isinstance(error, (ValueError, TypeError, OSError)):
+    elif task is not None and isinstance(error, (ValueError, TypeError, OSError)):
         what, fix = f"Task {task!r} cannot be used: {error}", "Add one that was made for the server's base."
         if isinstance(error, AdapterFileError):
             what = f"Task {task!r} is damaged: {error}"
@@ -82,8 +91,8 @@ def explained(error: BaseException, task: str | None = None) -> ServingError:
         logger.error(what)
         return ServingError(500, what, f"Other tasks are served. {fix}")
     logger.error("a request failed", exc_info=error)
-    what = f"The server failed ({type(error).__name__})."
-    return ServingError(500, what, "Try again; the server's log has the details.")
+    fix = "Try again; the server's log has the details."
+    return ServingError(500, f"The server failed ({type(error).__name__}).", fix)
 
 
 class Budget:
@@ -107,7 +116,7 @@ def limited(request: Request, limit: int, pause: float, bodies: Budget | None = 
     count until the context ends, is spent.
     """
     too_large = ServingError(413, f"The request is larger than {limit} bytes.", "Send a smaller one.")
-    too_many = ServingError(503, "Too many requests are being read.", "Try again.", {"Retry-After": "1"})
+    too_many = ServingError(503, "Too many requests are being read.", "Try again.")
     declared = request.headers.get("content-length", "0")
     if declared.isdecimal() and int(declared) > limit:
         raise too_large
@@ -117,7 +126,7 @@ def limited(request: Request, limit: int, pause: float, bodies: Budget | None = 
         nonlocal read
         try:
             message = await asyncio.wait_for(request.receive(), pause)
-        except (TimeoutError, asyncio.TimeoutError) as error:
+        except asyncio.TimeoutError as error:
             raise ServingError(408, f"No byte of the body came for {pause:g} s.", "Send it at once.") from error
         count = len(message.get("body", b""))
         if read + count > limit:

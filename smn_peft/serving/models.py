@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -27,7 +25,7 @@ def _image(value: Any) -> bytes:
     if isinstance(value, str):
         try:
             value = base64.b64decode(value.partition(";base64,")[2] or value, validate=True)
-        except (binascii.Error, ValueError):
+        except ValueError:
             raise PydanticCustomError("base64", "it is not base64") from None
     if not isinstance(value, bytes) or not value:
         raise PydanticCustomError("image", "There is no image")
@@ -35,10 +33,8 @@ def _image(value: Any) -> bytes:
 
 
 def _from_json(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
     try:
-        return from_json(value)
+        return from_json(value) if isinstance(value, str) else value
     except ValueError as error:
         raise PydanticCustomError("json_invalid", str(error)) from None
 
@@ -77,7 +73,7 @@ class NewTask(_Sent):
     max_parts = 200_000
     name: Name
     folder: str | None = Field(None, max_length=4096, description="Folder of an adapter where the server runs.")
-    hub_id: Id | None = Field(None, description="Repository on the Hub, user/name.")
+    hub_id: Id | None = Field(None, pattern=r"^\w[\w.-]*/\w[\w.-]*$", description="Repository on the Hub, user/name.")
     revision: Id | None = Field(None, description="Git revision on the Hub.")
     config: bytes | None = Field(None, description="The file adapter_config.json.")
     weights: bytes | None = Field(None, description="The file adapter_model.safetensors.")
@@ -90,10 +86,8 @@ class NewTask(_Sent):
     def _one_source(self) -> NewTask:
         uploaded = self.config is not None and self.weights is not None
         if sum([self.folder is not None, self.hub_id is not None, uploaded]) != 1:
-            what = (
-                "it is not said where the adapter is: one of 'folder', 'hub_id', and the files 'config' and 'weights'"
-            )
-            raise PydanticCustomError("source", what)
+            one = "one of 'folder', 'hub_id', and the files 'config' and 'weights'"
+            raise PydanticCustomError("source", f"it is not said where the adapter is: {one}")
         return self
 
 
@@ -115,23 +109,9 @@ class TaskError(Error):
     status: int = Field(description="HTTP status that this task alone would have given.")
 
 
-class SampleTime(_Answer):
-    """Milliseconds of one sample."""
-
-    queue: float = Field(description="Until its batch started.")
-    model: float = Field(description="In its batch.")
-
-
-class RequestTime(_Answer):
-    """Milliseconds of the request."""
-
-    decode: float = Field(description="Until the image was prepared.")
-    total: float
-
-
 class _Result(_Answer):
     task: str
-    latency_ms: SampleTime
+    latency_ms: dict[Literal["queue", "model"], float] = Field(description="Until its batch began, and in it.")
     batch: int = Field(description="Samples in its batch.")
     warning: str | None = Field(None, description="How the image was prepared otherwise than the task was trained.")
 
@@ -157,18 +137,14 @@ class Embedding(_Result):
     embedding: list[float]
 
 
-class Predictions(_Answer):
+R = TypeVar("R", Prediction, Embedding)
+
+
+class Results(_Answer, Generic[R]):
     """One result per task, in the order of the question."""
 
-    results: list[Prediction | TaskError]
-    latency_ms: RequestTime
-
-
-class Embeddings(_Answer):
-    """One result per task, in the order of the question."""
-
-    results: list[Embedding | TaskError]
-    latency_ms: RequestTime
+    results: list[R | TaskError]
+    latency_ms: dict[Literal["decode", "total"], float] = Field(description="Until the image was ready, and all.")
 
 
 class TaskNames(_Answer):
@@ -205,17 +181,12 @@ class TaskFacts(_Answer):
     warning: str | None = Field(None, description="How images are prepared otherwise than it was trained.")
 
 
-class Removed(_Answer):
-    """A task that was removed."""
+class Changed(_Answer):
+    """A task that was added or removed."""
 
     name: str
     total: int = Field(description="Tasks in the bank now.")
-
-
-class Added(Removed):
-    """A task that was added."""
-
-    replaced: bool
+    replaced: bool | None = Field(None, description="Whether an added task took the place of another.")
 
 
 class Health(_Answer):
@@ -233,13 +204,12 @@ async def read(model: type[M], request: Request, limit: int) -> M:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     charset = options.get(b"charset", b"utf-8").lower()
     if charset not in (b"utf-8", b"utf8"):  # some of Python's codecs take quadratic time
-        what = f"The body's charset is {charset.decode('latin-1')[:100]!r}."
-        raise ServingError(415, what, "Send text in UTF-8.")
+        raise ServingError(415, f"The body's charset is {charset[:100].decode('latin-1')!r}.", "Send text in UTF-8.")
     try:
         if kind == b"multipart/form-data":
             return model.model_validate(await _form(request, limit))
         if kind != b"application/json":
-            what = f"The body is {kind.decode('latin-1')[:100]!r}." if kind else "The body's type is not said."
+            what = f"The body is {kind[:100].decode('latin-1')!r}." if kind else "The body's type is not said."
             raise ServingError(415, what, "Send multipart/form-data or application/json.")
         return await run_in_threadpool(_parsed, model, await request.body())
     except ValidationError as error:
@@ -253,7 +223,7 @@ def _parsed(model: type[M], body: bytes) -> M:
     return model.model_validate_json(body)
 
 
-async def _form(request: Request, limit: int) -> Mapping[str, Any]:
+async def _form(request: Request, limit: int) -> dict[str, Any]:
     values: dict[str, Any] = {}
     try:
         async with request.form(max_files=4, max_fields=200, max_part_size=limit) as form:
@@ -268,13 +238,12 @@ async def _form(request: Request, limit: int) -> Mapping[str, Any]:
 def _refusal(error: ValidationError, model: type[BaseModel]) -> ServingError:
     """The first error of a body; what its field wants is the remedy."""
     found = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    field = str(found["loc"][0]) if found["loc"] else ""
+    kind, why, field = found["type"], found["msg"][:200], str(found["loc"][0]) if found["loc"] else ""
     what = repr(field) if field else "The body"
-    if found["type"] == "json_invalid":
-        if "hex escape" in found["msg"]:
-            return ServingError(422, f"{what} holds half a character (a lone surrogate).", "Send text in UTF-8.")
-        return ServingError(400, f"{what} is no JSON: {found['msg'][:200]}", "Send JSON.")
+    if "hex escape" in why:
+        return ServingError(422, f"{what} holds half a character (a lone surrogate).", "Send text in UTF-8.")
+    if kind == "json_invalid":
+        return ServingError(400, f"{what} is no JSON: {why}", "Send JSON.")
     wanted = model.model_fields.get("tasks" if field == "task" else field)
     fix = f"Send {what}. {wanted.description or ''}".strip() if wanted else "Send the fields of /openapi.json."
-    error_text = f"{what} is missing." if found["type"] == "missing" else f"{what}: {found['msg'][:200]}."
-    return ServingError(422, error_text, fix)
+    return ServingError(422, f"{what} is missing." if kind == "missing" else f"{what}: {why}.", fix)

@@ -24,12 +24,13 @@ from torch import Tensor
 from .._options import did_you_mean
 from ..backbones import Backbone
 from ..bank.bank import BASE, MaskBank
+from ..bank.task import Task
 from ..data import check_preprocessing, preprocessing_transform
 from ..data.decoding import open_image, to_rgb
-from .bank import add_task, class_name, class_names, refused_change
+from .bank import class_name, class_names
 from .batching import Batcher, Output, Workers
 from .limits import Budget, Limits, ServingError, explained
-from .models import NewTask, Question
+from .models import Question
 
 __all__ = ["Metrics", "Service"]
 
@@ -42,7 +43,8 @@ _LARGE_BYTES, _LARGE_PIXELS = 2 << 20, 4_000_000
 _PREPARED_PIXELS = 4096**2  # of one image in the sizes of all tasks
 _PREPROCESSING = "preprocessing"
 
-Way = dict[str, Any] | ServingError
+Way = str | ServingError
+"""How an image is prepared for a task, as JSON; or why it cannot be."""
 
 
 class Service:
@@ -60,6 +62,8 @@ class Service:
         metrics: Figures for Prometheus.
         places: Samples that are waiting or worked on.
         bodies: Bytes of the questions that are being read or answered.
+        lookups: Threads for what is read of the bank.
+        writer: The thread for its changes, one at a time.
         draining: Whether the server finishes what it has and takes nothing more.
     """
 
@@ -79,8 +83,8 @@ class Service:
         decoders = min(4, os.cpu_count() or 1)
         self._decoders = Workers(decoders, "smn-decode")
         self._large = Workers(max(1, decoders // 2), "smn-decode-large")
-        self._lookups = Workers(2, "smn-lookup")
-        self._writer = Workers(1, "smn-write")
+        self.lookups = Workers(2, "smn-lookup")
+        self.writer = Workers(1, "smn-write")
         self.places, self.bodies = Budget(self.limits.queue), Budget(self.limits.bodies_bytes)
         self.metrics = Metrics(self)
         self.batcher = Batcher(bank, max_batch=max_batch, max_wait=max_wait, watch=self.metrics.batch)
@@ -100,15 +104,8 @@ class Service:
         finally:
             self.places.held -= count
 
-    async def predict(self, question: Question) -> bytes:
-        """The likeliest classes under each task; `Predictions` as JSON."""
-        return await self._answer(question, self._prediction)
-
-    async def embed(self, question: Question) -> bytes:
-        """The features under each task, before its head; `Embeddings` as JSON."""
-        return await self._answer(question, self._embedding)
-
-    async def _answer(self, question: Question, result: Callable[[Question, Output], dict[str, Any]]) -> bytes:
+    async def answer(self, question: Question, result: Callable[[Question, Output], dict[str, Any]]) -> bytes:
+        """`Results` as JSON, of [`prediction`] or [`embedding`] under each task."""
         started = time.perf_counter()
         pool = self._large if len(question.image) > _LARGE_BYTES else self._decoders
         image, ways = await pool.run(self._opened, question)
@@ -117,8 +114,7 @@ class Service:
         images = await pool.run(_prepared, image, ways)
         del image
         prepared = time.perf_counter()
-        asked = [self._output(*each) for each in zip(images, question.tasks, strict=True)]
-        outputs = await asyncio.gather(*asked, return_exceptions=True)
+        outputs = await asyncio.gather(*map(self._output, images, question.tasks), return_exceptions=True)
 
         def rendered() -> bytes:
             results, errors = [], []
@@ -137,7 +133,7 @@ class Service:
             parts = (json.dumps(each, separators=(",", ":")) for each in results)
             return f'{{"results":[{",".join(parts)}],"latency_ms":{json.dumps(latency)}}}'.encode()
 
-        return await self._lookups.run(rendered)
+        return await self.lookups.run(rendered)
 
     def _opened(self, question: Question) -> tuple[Image.Image, list[Way]]:
         """The image, its header checked and nothing decoded, and how it is prepared for each task."""
@@ -153,15 +149,18 @@ class Service:
 
     def _way(self, task: str) -> Way:
         try:
-            return self._used({} if task == BASE else self.bank.config(task))
+            return self._way_of({} if task == BASE else self.bank.config(task))
         except Exception as error:  # this task alone
             return explained(error, task)
 
     def _used(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """How images are prepared for the task of this config: as it says, else as the base; in the server's size."""
         own = config.get(_PREPROCESSING)
-        size = {} if self._size is None else {"image_size": self._size}
-        return {**(check_preprocessing(own) if own else self._preprocessing), **size}
+        used = check_preprocessing(own) if own else self._preprocessing
+        return used if self._size is None else {**used, "image_size": self._size}
+
+    def _way_of(self, config: Mapping[str, Any]) -> str:
+        return json.dumps(self._used(config), sort_keys=True)
 
     def _warning(self, config: Mapping[str, Any]) -> dict[str, str]:
         """What the server does otherwise than the task was trained, as the field "warning" of an answer."""
@@ -180,96 +179,84 @@ class Service:
         facts = {"latency_ms": {"queue": _ms(output.waited), "model": _ms(output.ran)}, "batch": output.batch}
         if output.task is None:
             return facts
-        if self._used(output.task.info) != way:
-            what = f"Task {output.task.name!r} was replaced meanwhile."
-            raise ServingError(503, what, "Ask again.", {"Retry-After": "1"})
+        if self._way_of(output.task.info) != way:
+            raise ServingError(503, f"Task {output.task.name!r} was replaced meanwhile.", "Ask again.")
         return {**facts, **self._warning(output.task.info)}
 
-    def _prediction(self, question: Question, output: Output) -> dict[str, Any]:
-        if output.task is None or f"{self._backbone.model.head_name}.weight" not in output.task.tensors:
-            what = "The base" if output.task is None else f"Task {output.task.name!r}"
+    def prediction(self, question: Question, output: Output) -> dict[str, Any]:
+        """The likeliest classes."""
+        task, logits = output.task, output.logits
+        if task is None or self._head(task) is None:
+            what = "The base" if task is None else f"Task {task.name!r}"
             raise ServingError(422, f"{what} has no classes.", "Ask /v1/embed for its features.")
-        if question.logits and len(output.logits) > self.limits.classes:
-            what = f"Task {output.task.name!r} has {len(output.logits)} classes."
-            raise ServingError(422, what, f"Logits are given up to {self.limits.classes}: ask for the 'top' alone.")
-        _check_finite(output.logits, output)
-        probabilities = output.logits.softmax(0)
-        top = probabilities.topk(min(question.top, len(probabilities)))
+        if question.logits and len(logits) > self.limits.classes:
+            fix = f"Logits are given up to {self.limits.classes}: ask for the 'top' alone."
+            raise ServingError(422, f"Task {task.name!r} has {len(logits)} classes.", fix)
+        _check_finite(logits, output)
+        best = logits.softmax(0).topk(min(question.top, len(logits)))
         found = [
-            {"index": index, "label": class_name(output.task.info, index), "probability": round(value, 6)}
-            for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+            {"index": index, "label": class_name(task.info, index), "probability": round(value, 6)}
+            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        return {"top": found, **({"logits": output.logits.tolist()} if question.logits else {})}
+        return {"top": found, **({"logits": logits.tolist()} if question.logits else {})}
 
     @staticmethod
-    def _embedding(_: Question, output: Output) -> dict[str, Any]:
+    def embedding(_: Question, output: Output) -> dict[str, Any]:
+        """The features, before the head."""
         _check_finite(output.features, output)
         return {"embedding": output.features.tolist()}
 
-    async def tasks(self, query: str, offset: int, limit: int) -> dict[str, Any]:
+    def _head(self, task: Task) -> Tensor | None:
+        return task.tensors.get(f"{self._backbone.model.head_name}.weight")
+
+    def tasks(self, query: str, offset: int, limit: int) -> dict[str, Any]:
         """`TaskNames`: names that contain a text, sorted, a page of them."""
+        names, part = self.bank.names, query.casefold()
+        found = [name for name in names if part in name.casefold()]
+        page = {"total": len(names), "matched": len(found), "tasks": found[offset : offset + limit]}
+        return {**page, "base": self._backbone.name, "image_size": self._used({})["image_size"]}
 
-        def find() -> dict[str, Any]:
-            names, part = self.bank.names, query.casefold()
-            found = [name for name in names if part in name.casefold()]
-            return {"total": len(names), "matched": len(found), "tasks": found[offset : offset + limit]}
-
-        answer = await self._lookups.run(find)
-        return {**answer, "base": self._backbone.name, "image_size": self._used({})["image_size"]}
-
-    async def task(self, name: str) -> dict[str, Any]:
+    def task(self, name: str) -> dict[str, Any]:
         """`TaskFacts` of a task."""
-
-        def describe() -> dict[str, Any]:
-            if name not in self.bank:
-                raise self._unknown(name)
-            try:
-                task = self.bank.task(name)
-                preparation = {"preprocessing": self._used(task.info), **self._warning(task.info)}
-            except Exception as error:
-                raise explained(error, name) from error
-            head = task.tensors.get(f"{self._backbone.model.head_name}.weight")
-            classes = None if head is None else len(head)
-            return {
-                "name": name,
-                "density": task.density,
-                "decoded_bytes": task.nbytes,
-                "classes": classes,
-                "labels": class_names(task.info, min(_LABELS, classes or 0)),
-                "base": task.info.get("base_model_name_or_path"),
-                "base_fingerprint": task.info.get("base_fingerprint"),
-                **preparation,
-            }
-
-        return await self._lookups.run(describe)
+        if name not in self.bank:
+            raise self._unknown(name)
+        try:
+            task = self.bank.task(name)
+            preparation = {"preprocessing": self._used(task.info), **self._warning(task.info)}
+        except Exception as error:
+            raise explained(error, name) from error
+        head = self._head(task)
+        return {
+            "name": name,
+            "density": task.density,
+            "decoded_bytes": task.nbytes,
+            "classes": None if head is None else len(head),
+            "labels": class_names(task.info, min(_LABELS, 0 if head is None else len(head))),
+            "base": task.info.get("base_model_name_or_path"),
+            "base_fingerprint": task.info.get("base_fingerprint"),
+            **preparation,
+        }
 
     def warnings(self, first: int = 1000) -> dict[str, str]:
         """What the server does otherwise than tasks were trained, by name, among the first tasks."""
         found = {}
         for name in self.bank.names[:first]:
             try:
-                found[name] = self._warning(self.bank.config(name)).get("warning", "")
+                if warning := self._warning(self.bank.config(name)):
+                    found[name] = warning["warning"]
             except Exception as error:  # told to whoever asks for the task
                 found[name] = str(explained(error, name))
-        return {name: why for name, why in found.items() if why}
+        return found
 
-    async def add(self, new: NewTask) -> dict[str, Any]:
-        """Add a task, one change at a time; `Added`."""
-        return await self._writer.run(add_task, self.bank, new)
-
-    async def remove(self, name: str) -> dict[str, Any]:
-        """Remove a task, one change at a time; `Removed`."""
-
-        def work() -> dict[str, Any]:
-            try:
-                self.bank.remove(name)
-            except KeyError:
-                raise self._unknown(name) from None
-            except Exception as error:
-                raise refused_change(error, name) from error
-            return {"name": name, "total": len(self.bank)}
-
-        return await self._writer.run(work)
+    def remove(self, name: str) -> dict[str, Any]:
+        """Remove a task; `Changed`."""
+        if name not in self.bank:
+            raise self._unknown(name)
+        try:
+            self.bank.remove(name)
+        except Exception as error:
+            raise explained(error, name, change=True) from error
+        return {"name": name, "total": len(self.bank)}
 
     def _unknown(self, name: str) -> ServingError:
         names = self.bank.names
@@ -279,7 +266,7 @@ class Service:
 
     def close(self) -> None:
         """Finish what was submitted and close the bank; what hangs is left behind."""
-        for workers in (self._decoders, self._large, self._lookups, self._writer):
+        for workers in (self._decoders, self._large, self.lookups, self.writer):
             workers.close()
         if self.batcher.close(self.limits.grace):
             self.bank.close()
@@ -289,17 +276,16 @@ def _prepared(image: Image.Image, ways: Sequence[Way]) -> list[Tensor | ServingE
     """Decode an image and prepare it in each way, once for all that are the same."""
     with image:
         pixels = to_rgb(image, "The image")
-    keys = [way if isinstance(way, ServingError) else json.dumps(way, sort_keys=True) for way in ways]
-    distinct = {key for key in keys if isinstance(key, str)}
-    if sum(json.loads(key)["image_size"] ** 2 for key in distinct) > _PREPARED_PIXELS:
+    distinct = {way for way in ways if isinstance(way, str)}
+    if sum(json.loads(way)["image_size"] ** 2 for way in distinct) > _PREPARED_PIXELS:
         raise ServingError(422, "The tasks want the image in too many sizes.", "Ask fewer tasks at a time.")
-    done = {key: _transform(key)(pixels) for key in distinct}
-    return [done[key] if isinstance(key, str) else key for key in keys]
+    done = {way: _transform(way)(pixels) for way in distinct}
+    return [done[way] if isinstance(way, str) else way for way in ways]
 
 
 @functools.lru_cache(64)
-def _transform(preprocessing: str) -> Any:
-    return preprocessing_transform(json.loads(preprocessing))
+def _transform(way: str) -> Any:
+    return preprocessing_transform(json.loads(way))
 
 
 def _check_finite(values: Tensor, output: Output) -> None:
@@ -315,7 +301,6 @@ def _ms(seconds: float) -> float:
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Metrics(Collector):
@@ -326,10 +311,10 @@ class Metrics(Collector):
         registry = self._registry = CollectorRegistry()
         histogram = functools.partial(Histogram, registry=registry)
         self._requests = Counter("smn_requests", "Requests answered", ["method", "route", "status"], registry=registry)
-        self._seconds = histogram("smn_request_seconds", "Time to answer", ["route"], buckets=_SECONDS)
+        self._seconds = histogram("smn_request_seconds", "Time to answer", ["route"])
         self._samples = histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES)
         self._tasks = histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES)
-        self._batch_seconds = histogram("smn_batch_seconds", "Time per forward", buckets=_SECONDS)
+        self._batch_seconds = histogram("smn_batch_seconds", "Time per forward")
         registry.register(self)
         ProcessCollector(registry=registry)
 

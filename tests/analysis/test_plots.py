@@ -26,12 +26,11 @@ from smn_peft.analysis.masks import (
     Similarity,
 )
 from smn_peft.analysis.plots import (
-    SelectiveRow,
     canvas,
     mean_curve,
     plot_clusters,
     plot_selective,
-    selective_series,
+    share_series,
 )
 from smn_peft.evaluation import EvalReport
 
@@ -78,11 +77,11 @@ def report(label: str, fraction: float | None, *values: float) -> EvalReport:
 
 REPORTS = [report("probe", 0.1, 0.5, 0.7), report("probe", 0.01, 0.3, 0.3), report("mask", 0.1, 0.8)]
 SELECTIVE = [
-    SelectiveRow("random", 0.5, 0.9),
-    SelectiveRow("random", 0.01, 0.6),
-    SelectiveRow("random", 0.01, 0.7),
-    SelectiveRow("random", 0.5, 0.8),
-    SelectiveRow("first stages", 0.009, 0.79),
+    ("random", 0.5, 0.9),
+    ("random", 0.01, 0.6),
+    ("random", 0.01, 0.7),
+    ("random", 0.5, 0.8),
+    ("first stages", 0.009, 0.79),
 ]
 
 
@@ -100,7 +99,7 @@ def test_lines_over_the_labelled_fraction():
 
 
 def test_lines_over_the_share_of_the_weights():
-    random, stages = selective_series(SELECTIVE)
+    random, stages = share_series(SELECTIVE)
     assert (random.x, random.y) == ((1.0, 50.0), pytest.approx((65.0, 85.0)))
     assert random.spread == pytest.approx((10 / 2**0.5,) * 2)
     assert (stages.y, stages.spread) == ((79.0,), ())
@@ -125,7 +124,7 @@ PICTURES = {
         "probe|mask|CIFAR-10|labelled training images (%)|test accuracy (%)|10|1",
     ),
     "selective": (
-        lambda path: plot_selective(selective_series(SELECTIVE), path, frozen=0.5),
+        lambda path: plot_selective(share_series(SELECTIVE), path, frozen=0.5),
         "random|first stages|frozen base|weights that a mask may touch (%)|k-NN accuracy (%)",
     ),
     "kinds of layers": (

@@ -11,7 +11,7 @@ from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 from transformers.utils import hub as transformers_hub
 
-from smn_peft.hub import errors
+from smn_peft.hub import push
 from tests.hub.server import serving
 from tests.hub.state import TOKEN, LocalHub
 
@@ -43,7 +43,7 @@ def hub(waits, monkeypatch, tmp_path) -> Iterator[LocalHub]:
         monkeypatch.setattr(transformers_hub, "_hf_api", None)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         clock = types.SimpleNamespace(sleep=waits.append)
-        for module in (_http, file_download, errors):
+        for module in (_http, file_download, push):
             monkeypatch.setattr(module, "time", clock)
         _http.close_session()
         yield local

@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import HfApi, constants, hf_hub_download
 from peft import PeftModel
 
-from smn_peft.hub import HubError, errors, push_run
-from smn_peft.hub.errors import patiently
+from smn_peft.hub import HubError, push_run
+from smn_peft.hub.push import patiently
 from tests.hub.folders import X, base, write_run
 from tests.hub.state import OTHER_TOKEN
 
@@ -150,4 +150,4 @@ def test_what_is_not_the_hub_s_comes_as_it_is():
     for error in (FileNotFoundError("own file"), RuntimeError("own bug"), ValueError("own value")):
         with pytest.raises(type(error), match="own"):
             patiently(lambda error=error: (_ for _ in ()).throw(error), "user/x")
-    assert issubclass(errors.HubError, OSError)
+    assert issubclass(HubError, OSError)

@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import closing, contextmanager
 
-from smn_peft.serving.server import make_server
+from smn_peft.serving.app import make_server
 
 
 @contextmanager

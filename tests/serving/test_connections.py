@@ -19,8 +19,8 @@ from contextlib import ExitStack, suppress
 import pytest
 
 from smn_peft.serving import batching
+from smn_peft.serving.app import make_server
 from smn_peft.serving.limits import Limits
-from smn_peft.serving.server import make_server
 from tests.processes import context, leave_the_test
 from tests.serving.running import post, running
 from tests.serving.tiny import IMAGES, service

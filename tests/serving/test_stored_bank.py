@@ -73,7 +73,7 @@ def test_while_another_writes_changes_are_put_off(stored, saved, monkeypatch):
             ):
                 assert answer.status_code == 503, answer.text
                 assert answer.json() == {
-                    "error": "Another process is writing to the bank.",
+                    "error": "Another process writes to the bank.",
                     "fix": "Nothing was changed: try again when it is done.",
                 }
                 assert int(answer.headers["retry-after"]) > 0
