@@ -200,7 +200,7 @@ OWN = Path(__file__).resolve().parents[2] / "examples" / "custom_objective.py"
 @pytest.fixture
 def registry(monkeypatch):
     """What a file registers goes with the test."""
-    monkeypatch.setattr(base, "_OBJECTIVES", dict(base._OBJECTIVES))
+    monkeypatch.setattr(base, "OBJECTIVES", dict(base.OBJECTIVES))
 
 
 @pytest.mark.usefixtures("registry")
