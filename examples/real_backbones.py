@@ -259,7 +259,7 @@ def saved(adapted: Any, recipe: Recipe, test: Images) -> dict[str, Any]:
                 parameter.copy_(parameter.bfloat16())
         path = Path(folder) / WEIGHTS_NAME
         save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
-        accuracy = evaluate_accuracy(outputs(adapted, test)).top1
+        accuracy = evaluate_accuracy(outputs(adapted, test))
         forms["bfloat16"] = {**lora_sizes(folder), "test": accuracy}
     return {"bytes": forms["float32"]["total"], "forms": forms}
 
@@ -288,7 +288,7 @@ def main() -> None:
             model.head.reset_parameters()
         adapted, loss = train(model, task["train"], recipe, lr, seed, setting.targets)
         row = {"recipe": recipe.label, "lr": lr, "seed": seed, "loss": loss}
-        row |= {name: evaluate_accuracy(outputs(adapted, task[name])).top1 for name in ("validation", "test")}
+        row |= {name: evaluate_accuracy(outputs(adapted, task[name])) for name in ("validation", "test")}
         row |= saved(adapted, recipe, task["test"])
         if not options.experiment.endswith("bytes"):
             row.pop("forms", None)

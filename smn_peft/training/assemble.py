@@ -233,7 +233,7 @@ def evaluator_of(
         if arguments.eval_probe:
             values["linear_probe"] = linear_probe(voting, tested, seed=arguments.subset_seed)
         if task.objective.needs_labels:
-            values["accuracy"] = evaluate_accuracy(Features(task.logits_of(tested.features), tested.labels)).top1
+            values["accuracy"] = evaluate_accuracy(Features(task.logits_of(tested.features), tested.labels))
         return values
 
     def evaluate(task: TrainingTask) -> dict[str, Any]:

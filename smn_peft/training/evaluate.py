@@ -21,7 +21,6 @@ from ..evaluation import (
     evaluate_knn,
     extract_features,
     linear_probe,
-    low_shot_probe,
     low_shot_reports,
 )
 from ..objectives import list_objectives
@@ -130,15 +129,16 @@ def evaluate_run(
         elif metric == "linear_probe":
             value = linear_probe(bank, test, seed=arguments.subset_seed)
         else:
-            value = evaluate_accuracy(Features(task.logits_of(test.features), test.labels)).top1
+            value = evaluate_accuracy(Features(task.logits_of(test.features), test.labels))
         facts = {**settings, **more}
         reports.append(EvalReport.of(images.test, label=label, metric=metric, values=(value,), settings=facts))
     for fraction in dict.fromkeys(low_shot):
         per_class = fraction * len(bank) / (images.num_classes or 1)
         options: dict[str, Any] = {"decays": [PAPER_DECAY]} if per_class < 1.5 else {}  # none left to choose on
-        rows = low_shot_probe(bank, test, fractions=[fraction], seeds=list(range(seeds)), **options)
-        where = {name: getattr(images.test, name) for name in ("split", "revision")} | {"dataset": images.test.name}
-        reports += low_shot_reports(rows, metric=f"linear_probe@{fraction:g}", label=label, settings=settings, **where)
+        where: dict[str, Any] = {name: getattr(images.test, name) for name in ("split", "revision")}
+        where |= {"dataset": images.test.name, "label": label, "metric": f"linear_probe@{fraction:g}"}
+        more = {"seeds": range(seeds), "probe": options, "settings": settings}
+        reports += low_shot_reports(bank, test, fractions=[fraction], **more, **where)
     return reports
 
 
