@@ -21,8 +21,7 @@ from real_backbones import VIT_WEIGHTS, assets_folder
 from smn_peft.analysis import low_shot_series, low_shot_table, plot_low_shot
 from smn_peft.evaluation import EvalReport, extract_features, low_shot_reports, merge_reports
 from smn_peft.training import TrainArguments, load_recipe, run
-from smn_peft.training.assemble import evaluation_of, load_base
-from smn_peft.training.images import build_images
+from smn_peft.training.assemble import build_images, evaluation_of, load_base
 from smn_peft.training.saved import load_run
 
 FRACTIONS = (0.1, 0.04, 0.01)
