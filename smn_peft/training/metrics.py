@@ -11,7 +11,6 @@ rates. A line of an evaluation has ``step``, ``epoch``, the metrics and ``evalua
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import threading
@@ -50,12 +49,9 @@ class MetricsLog:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinity become null, since JSON has neither."""
+        finite = json.loads(json.dumps(line), parse_constant=lambda name: None)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: value if _is_finite(value) else None for key, value in line.items()}) + "\n")
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+            file.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -190,7 +190,8 @@ def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
     to_disk(folder)
     lines = read_metrics(folder / METRICS_NAME)
     losses = [line for line in lines if "loss" in line]
-    after = next((line for line in reversed(trainer.history) if "knn" in line), {})  # not an earlier session's
+    # Not an earlier session's, of other images perhaps.
+    after: dict[str, Any] = next((line for line in reversed(trainer.history) if "knn" in line), {})
     alike = (line for line in lines if line.get("evaluation") == after.get("evaluation", "") and line["step"] == 0)
     summary = RunSummary(
         arguments=trainer.facts,

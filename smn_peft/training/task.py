@@ -146,7 +146,9 @@ def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim
     if not groups:
         fix = "Wrap the model with get_peft_model(model, MaskConfig(…)), or call model.requires_grad_(True)."
         raise ValueError(f"Nothing to train: every parameter is frozen. {fix}")
-    options = {"lr": arguments.lr} | ({"momentum": arguments.momentum} if arguments.optimizer == "sgd" else {})
+    options: dict[str, Any] = {"lr": arguments.lr}
+    if arguments.optimizer == "sgd":
+        options["momentum"] = arguments.momentum
     if arguments.score_dtype == "bfloat16":
         groups[0]["rounding_seed"] = arguments.seed
         return (NarrowSGD if arguments.optimizer == "sgd" else NarrowAdamW)(groups, **options)
