@@ -19,10 +19,9 @@ import numpy as np
 from real_backbones import VIT_WEIGHTS, assets_folder
 
 from smn_peft.analysis import low_shot_series, low_shot_table, plot_low_shot
-from smn_peft.evaluation import EvalReport, extract_features, low_shot_probe, low_shot_reports, merge_reports
+from smn_peft.evaluation import EvalReport, extract_features, low_shot_reports, merge_reports
 from smn_peft.training import TrainArguments, load_recipe, run
-from smn_peft.training.assemble import evaluation_of, load_base
-from smn_peft.training.images import build_images
+from smn_peft.training.assemble import build_images, evaluation_of, load_base
 from smn_peft.training.saved import load_run
 
 FRACTIONS = (0.1, 0.04, 0.01)
@@ -71,8 +70,8 @@ def arguments_for(folder: Path, dataset: Path, smoke: bool) -> dict[str, Any]:
 def probes(label: str, backbone: Any, images: Any, seeds: list[int]) -> list[EvalReport]:
     """Linear probes on the features of a backbone, one per fraction and seed."""
     train, test = (extract_features(backbone, part, evaluation_of(backbone)) for part in (images.train, images.test))
-    rows = low_shot_probe(train, test, fractions=FRACTIONS, seeds=seeds, **PROBE)
-    return low_shot_reports(rows, label=label, dataset="CIFAR-10", split="test", metric="accuracy")
+    fields = {"label": label, "dataset": "CIFAR-10", "split": "test", "metric": "accuracy"}
+    return low_shot_reports(train, test, fractions=FRACTIONS, seeds=seeds, probe=PROBE, **fields)
 
 
 def supervised(adapt: str, lr: float, shared: dict[str, Any], fraction: float, seed: int, smoke: bool) -> float:

@@ -92,7 +92,7 @@ def pretrain(folder: Path, epochs: int) -> float:
 def measure(model: nn.Module, head: bool, train: ImageDataset, test: ImageDataset) -> dict[str, float]:
     """Accuracy of a classifier; of a model without head k-NN and a linear probe on its features."""
     if head:
-        return {"accuracy": evaluate_accuracy(extract_features(model, test, PLAIN, function=model)).top1}
+        return {"accuracy": evaluate_accuracy(extract_features(model, test, PLAIN, function=model))}
     seen, new = (extract_features(model, part, PLAIN) for part in (train, test))
     knn, knn_20 = (evaluate_knn(seen, new, k=k) for k in (200, 20))
     return {"knn": knn, "knn_20": knn_20, "probe": linear_probe(seen, new)}

@@ -103,7 +103,7 @@ def main() -> None:
             model.head.reset_parameters()
         adapted, loss = train(model, task["train"], recipe, lr, seed, setting.targets)
         row = {"recipe": recipe.label, "lr": lr, "seed": seed, "loss": loss}
-        row |= {name: evaluate_accuracy(outputs(adapted, task[name])).top1 for name in ("validation", "test")}
+        row |= {name: evaluate_accuracy(outputs(adapted, task[name])) for name in ("validation", "test")}
         row |= saved(adapted, recipe, task["test"])
         if not options.experiment.endswith("bytes"):
             row.pop("forms", None)

@@ -132,6 +132,6 @@ def saved(adapted: Any, recipe: Recipe, test: Images) -> dict[str, Any]:
                 parameter.copy_(parameter.bfloat16())
         path = Path(folder) / WEIGHTS_NAME
         save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
-        accuracy = evaluate_accuracy(outputs(adapted, test)).top1
+        accuracy = evaluate_accuracy(outputs(adapted, test))
         forms["bfloat16"] = {**lora_sizes(folder), "test": accuracy}
     return {"bytes": forms["float32"]["total"], "forms": forms}

@@ -37,7 +37,7 @@ def run_example(name: str, *arguments: object, folder: Path) -> str:
         patch.syspath_prepend(str(EXAMPLES))
         patch.chdir(folder)
         patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        patch.setattr(base, "_OBJECTIVES", dict(base._OBJECTIVES))  # what it registers goes with it
+        patch.setattr(base, "OBJECTIVES", dict(base.OBJECTIVES))  # what it registers goes with it
         try:
             runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         except SystemExit as error:

@@ -10,8 +10,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..evaluation import EvalReport, Features, evaluate_knn, linear_probe
-from ..training.evaluate import check_metrics, evaluation_arguments
-from ..training.images import build_images
+from ..training.assemble import build_images
+from ..training.saved import check_metrics, evaluation_arguments
 from .cascade import ENSEMBLE, Cascade, Mode
 from .folder import CASCADE_NAME
 

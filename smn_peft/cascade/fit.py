@@ -15,14 +15,13 @@ from torch import Tensor
 from .._options import check_options, option
 from ..data import ImageDataset
 from ..evaluation import extract_features
-from ..storage import atomic_write
+from ..storage import atomic_write, tensor_digest
 from ..training import TrainArguments, load_run, run
 from ..training.arguments import objective_kind
-from ..training.assemble import evaluation_of
+from ..training.assemble import build_images, evaluation_of, read_indices
 from ..training.checkpoint import latest_checkpoint, start_digest
-from ..training.images import build_images, read_indices
 from ..training.processes import build_accelerator
-from ..training.run import finished_run, indices_digest
+from ..training.run import finished_run
 from .folder import CASCADE_NAME
 from .router import ROUTER_NAME, Router, check_clusters, fit_router
 
@@ -167,7 +166,7 @@ def train_once(arguments: TrainArguments, images: ImageDataset | None = None, *,
 
     A run on other `images` than its `indices_file` chose before is refused like other settings.
     """
-    more = {"indices": indices_digest(images)} if images is not None else {}
+    more = {"indices": tensor_digest(images.rows)} if images is not None else {}
     # A run that is done needs the checkpoint that it started from no more.
     if arguments.init_from is not None and latest_checkpoint(arguments.init_from) is not None:
         more["start"] = start_digest(arguments.init_from)

@@ -17,10 +17,9 @@ from ..analysis.compression import adapter_compression, format_compression
 from ..evaluation import extract_features, format_fraction, markdown_table, report_table
 from ..storage import locate_adapter
 from ..training import load_masks, load_run
-from ..training.assemble import evaluation_of
-from ..training.evaluate import METRICS, evaluate_run, evaluation_arguments
-from ..training.images import build_images
+from ..training.assemble import METRICS, build_images, evaluation_of
 from ..training.metrics import METRICS_NAME, read_metrics
+from ..training.saved import evaluate_run, evaluation_arguments
 from .options import (
     PATH,
     Group,

@@ -31,8 +31,8 @@ from ..paper import ARTEFACTS, SCALES, artefact_named, listing, scale_named
 from ..paper import reproduce as reproduce_artefact
 from ..storage import atomic_write
 from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
+from ..training.arguments import read_recipe
 from ..training.checkpoint import latest_checkpoint
-from ..training.recipes import read_recipe
 from ..training.run import EXPECTED, check_tasks
 from .options import (
     PATH,

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from .accuracy import evaluate_accuracy, evaluate_knn
 from .features import Features, extract_features
-from .linear_probe import PAPER_DECAY, fit_linear_probe, linear_probe
-from .low_shot import FRACTIONS, low_shot, low_shot_probe, low_shot_reports
+from .linear_probe import FRACTIONS, PAPER_DECAY, fit_linear_probe, linear_probe, low_shot_reports
 from .report import EvalReport, format_fraction, library_versions, markdown_table, merge_reports, report_table
 
 __all__ = [
@@ -21,8 +20,6 @@ __all__ = [
     "format_fraction",
     "library_versions",
     "linear_probe",
-    "low_shot",
-    "low_shot_probe",
     "low_shot_reports",
     "markdown_table",
     "merge_reports",

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from ..functional.features import require_finite_rows, whole_numbers
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Features", "check_classes", "check_pair", "extract_features"]
+__all__ = ["Features", "extract_features"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +35,8 @@ class Features:
             raise ValueError(f"Features must be (n, dim); got {(*self.features.shape,)}. Pool or flatten them first.")
         object.__setattr__(self, "features", self.features.detach().float().cpu())
         if self.labels is not None:
-            if self.labels.shape != self.features.shape[:1]:
-                n, found = len(self.features), tuple(self.labels.shape)
-                raise ValueError(f"{n} features need as many labels, ({n},); got {found}.")
+            if (n := len(self.features),) != self.labels.shape:
+                raise ValueError(f"{n} features need as many labels, ({n},); got {tuple(self.labels.shape)}.")
             object.__setattr__(self, "labels", whole_numbers(self.labels.detach().cpu(), "Features"))
         require_finite_rows(self.features, "Features")
 
@@ -56,27 +54,25 @@ class Features:
         return self.labels
 
 
+@dataclass
 class _Inputs(Dataset[dict[str, Any]]):
-    """Transformed images at some indices of a dataset, and labels where there are some."""
+    """Transformed images of a dataset, and labels where there are some."""
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], indices: range) -> None:
-        self.dataset, self.transform, self.indices = dataset, transform, indices
+    dataset: Any
+    transform: Callable[[Any], Tensor]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # Beyond the end the last sample fills up, so that every process has as many; the surplus is cut off later.
-        item = self.dataset[min(self.indices[index], len(self.dataset) - 1)]
+        item = self.dataset[index]
         image = item["image"]
         if isinstance(self.transform, EvalTransform) and isinstance(image, Tensor):
             from torchvision.transforms.functional import to_pil_image
 
             image = to_pil_image(image)  # the model's own library reads PIL images
-        found: dict[str, Any] = {"pixel_values": self.transform(image)}
-        if item.get("label") is not None:
-            found["label"] = int(whole_numbers(item["label"], "An image"))
-        return found
+        label = {} if item.get("label") is None else {"label": int(whole_numbers(item["label"], "An image"))}
+        return {"pixel_values": self.transform(image), **label}
 
 
 def extract_features(
@@ -112,10 +108,13 @@ def extract_features(
     check_map_style(dataset)
     if not len(dataset):
         raise ValueError("The dataset is empty: there is nothing to extract features of. Check its split.")
-    count, processes = len(dataset), accelerator.num_processes if accelerator else 1
+    count, processes, process = len(dataset), 1, 0
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if accelerator is not None:
+        processes, process, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     share = -(-count // processes)
-    start = share * (accelerator.process_index if accelerator else 0)
-    device = accelerator.device if accelerator else next((p.device for p in model.parameters()), torch.device("cpu"))
+    # Beyond the end the last sample fills up, so that every process has as many; the surplus is cut off later.
+    indices = [min(index, count - 1) for index in range(share * process, share * (process + 1))]
 
     def gathered(part: Tensor) -> Tensor:
         """Equally many rows of every process, (processes, rows, …)."""
@@ -123,54 +122,24 @@ def extract_features(
         return whole.view(processes, *part.shape).cpu()
 
     loader = PatientLoader(
-        _Inputs(dataset, transform, range(start, start + share)),
+        _Inputs(dataset, transform),
         batch_size,
+        sampler=indices,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the loader draws a seed: not from the caller's stream
     )
     run = function or (lambda pixel_values: pooled_features(model, pixel_values))
-    features, labels = [], []
-    # Not inference_mode: what a layer caches there could not be used in training.
-    with _eval_mode(model), torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        for batch in loader:
-            features.append(gathered(run(batch["pixel_values"].to(device, non_blocking=True)).float()))
-            if "label" in batch:
-                labels.append(gathered(batch["label"]))
-    return Features(*(torch.cat(parts, dim=1).flatten(0, 1)[:count] for parts in (features, labels) if parts))
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into eval mode, and back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
+    features, labels, modes = [], [], [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        yield
+        # Not inference_mode: what a layer caches there could not be used in training.
+        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            for batch in loader:
+                features.append(gathered(run(batch["pixel_values"].to(device, non_blocking=True)).float()))
+                if "label" in batch:
+                    labels.append(gathered(batch["label"]))
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def check_classes(labels: Tensor, what: str) -> None:
-    """Refuse labels (n,) that cannot be learned from: none, negative ones, or all of one class."""
-    if not len(labels):
-        raise ValueError(f"{what} has no samples to learn from: check the split or the subset.")
-    if int(labels.min()) < 0:
-        missing = int((labels < 0).sum())
-        raise ValueError(f"{what}: {missing} of {len(labels)} labels are negative. Drop the samples without a label.")
-    if bool((labels == labels[0]).all()):
-        same = f"all {len(labels)} samples to learn from are of class {int(labels[0])}"
-        raise ValueError(f"{what} needs two classes at least, and {same}. Shuffle before taking a part.")
-
-
-def check_pair(train: Features, test: Features, what: str) -> tuple[Tensor, Tensor]:
-    """The labels of both, once features to learn from and features to test on can be compared."""
-    labels, truth = train.labels_for(what), test.labels_for(what)
-    check_classes(labels, what)
-    if not len(test):
-        raise ValueError(f"{what} has no samples to test on: check the split.")
-    if train.features.shape[1] != test.features.shape[1]:
-        dims = f"{train.features.shape[1]} and is tested on dim {test.features.shape[1]}"
-        raise ValueError(f"{what} learns from features of dim {dims}: extract both with the same model.")
-    return labels, truth
+    return Features(*(torch.cat(parts, dim=1).flatten(0, 1)[:count] for parts in (features, labels) if parts))

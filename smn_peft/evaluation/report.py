@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from .._options import from_mapping, read_values
+
 __all__ = ["EvalReport", "format_fraction", "library_versions", "markdown_table", "merge_reports", "report_table"]
 
 _FORMAT = 1
-_DERIVED = ("value", "spread")
 
 
 def format_fraction(value: float, spread: float | None = None) -> str:
@@ -30,15 +31,13 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     """A Markdown table that reads in a terminal too; its columns are the keys of the first of the rows."""
     if not rows:
         raise ValueError("A table needs at least one row.")
-    lines = [list(rows[0]), *([row[key] for key in rows[0]] for row in rows)]
-    lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
-    cells = [
-        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (cells[0], rule, *cells[1:]))
+    columns = []
+    for i, key in enumerate(rows[0]):
+        cells = [cell.replace("|", "\\|") for cell in (key, *(row[key] for row in rows))]
+        width = max(3, *map(len, cells))
+        head, *rest = (cell.rjust(width) if i else cell.ljust(width) for cell in cells)
+        columns.append([head, "-" * (width - 1) + ":" if i else "-" * width, *rest])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def library_versions() -> dict[str, str]:
@@ -67,34 +66,23 @@ class EvalReport:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        for name, value in read_values(type(self), vars(self), "Evaluation report", build=True).items():
+            object.__setattr__(self, name, value)
         for name in ("label", "dataset", "split", "metric"):
-            if not isinstance(text := getattr(self, name), str) or not text:
-                raise ValueError(f"{name} must be a text, got {text!r}: a table has to name what it shows.")
-        if self.revision is not None and not isinstance(self.revision, str):
-            raise ValueError(f"revision must be a text or None, got {self.revision!r}.")
-        for name in ("values", "seeds"):
-            given = getattr(self, name)
-            if isinstance(given, str) or not isinstance(given, Sequence):
-                raise ValueError(f"{name} must be a sequence of numbers, got {given!r}.")
-            object.__setattr__(self, name, tuple(given))
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty: a table has to name what it shows.")
         for value in self.values:
-            if not _is_number(value) or not 0 <= value <= 1:
+            if not 0 <= value <= 1:
                 raise ValueError(f"values must be fractions from 0 to 1, got {value!r}: 92 % is 0.92, NaN no result.")
-        object.__setattr__(self, "values", tuple(map(float, self.values)))
-        if not all(type(seed) is int for seed in self.seeds) or len(set(self.seeds)) != len(self.seeds):
+        if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds must be integers, each once; got {list(self.seeds)}.")
         if len(self.values) != (len(self.seeds) or 1):
             counts = f"{len(self.values)} entries for {len(self.seeds)} seeds"
             raise ValueError(f"values has {counts}: give one per seed, or one value and no seeds if nothing is drawn.")
-        for name in ("settings", "versions"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r}.")
-            try:  # as it comes back from a file, so that a report equals the one that was saved
-                object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name), allow_nan=False)))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{name} must hold what JSON can: texts, finite numbers, lists; {error}.") from error
-        if not all(isinstance(version, str) for version in self.versions.values()):
-            raise ValueError(f"versions must map names to texts, got {dict(self.versions)}.")
+        try:  # as it comes back from a file, so that a report equals the one that was saved
+            object.__setattr__(self, "settings", json.loads(json.dumps(self.settings, allow_nan=False)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"settings must hold what JSON can: texts, finite numbers, lists; {error}.") from error
 
     @classmethod
     def of(cls, dataset: Any, **kwargs: Any) -> EvalReport:
@@ -119,7 +107,7 @@ class EvalReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report in JSON's types, with `value` and `spread` for other readers."""
-        return {"format": _FORMAT, **asdict(self), **{name: getattr(self, name) for name in _DERIVED}}
+        return {"format": _FORMAT, **asdict(self), "value": self.value, "spread": self.spread}
 
     def to_json(self) -> str:
         """The report as JSON, for [`from_json`]."""
@@ -134,16 +122,14 @@ class EvalReport:
             raise ValueError(f"This is no JSON, so no evaluation report: {error}.") from error
         if not isinstance(found, dict) or found.pop("format", None) != _FORMAT:
             raise ValueError(f"This is no evaluation report of format {_FORMAT}; smn_peft's newest version reads all.")
-        known = {item.name for item in fields(cls)}.union(_DERIVED)
-        for what, names in (("lacks", known - set(found)), ("has the unknown", set(found) - known)):
-            if names:
-                raise ValueError(f"The evaluation report {what} {', '.join(sorted(names))}: write it anew by to_json.")
-        derived = {name: found.pop(name) for name in _DERIVED}
-        report = cls(**found)
+        derived = {name: found.pop(name) for name in ("value", "spread") if name in found}
+        if missing := {"value", "spread", *(item.name for item in fields(cls))} - {*derived, *found}:
+            raise ValueError(f"The evaluation report lacks {', '.join(sorted(missing))}: write it anew by to_json.")
+        report = from_mapping(cls, found, "The evaluation report")
         for name, stated in derived.items():
             expected = getattr(report, name)
-            numbers = _is_number(stated) and expected is not None
-            if not (math.isclose(stated, expected, abs_tol=1e-9) if numbers else stated is expected is None):
+            known = isinstance(stated, float) and expected is not None
+            if not (math.isclose(stated, expected, abs_tol=1e-9) if known else stated is expected is None):
                 raise ValueError(f"The report says {name} {stated}, but its values give {expected}: it was edited.")
         return report
 
@@ -187,7 +173,3 @@ def report_table(reports: Sequence[EvalReport]) -> str:
     return markdown_table(
         [{"method": label, **{column: row.get(column, "–") for column in columns}} for label, row in cells.items()]
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

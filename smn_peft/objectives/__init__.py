@@ -13,9 +13,8 @@ from .base import (
     objective_class,
     register_objective,
 )
-from .cross_entropy import CrossEntropy, CrossEntropyOptions
+from .supervised import CrossEntropy, CrossEntropyOptions, ZeroShot
 from .swav import SwAV, SwAVOptions
-from .zero_shot import ZeroShot
 
 __all__ = [
     "Batch",

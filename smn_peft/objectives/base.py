@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .._options import did_you_mean, from_mapping
@@ -18,8 +17,11 @@ Batch = Mapping[str, Any]
 Model = Callable[[Tensor], Tensor]
 """Images (batch, 3, H, W) in; features (batch, dim) or logits (batch, classes) out, as the objective consumes."""
 
-Views = Literal["one", "crops"]
-Consumes = Literal["features", "logits"]
+_FIXES = {
+    "pixel_values": "use a transform that gives one view, such as supervised_transform.",
+    "labels": "use a data set with labels (label_column), or an objective without.",
+    "crops": "use a transform with several views, such as multi_crop_transform.",
+}
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Objective(nn.Module):
     """
 
     name: ClassVar[str] = ""
-    views: ClassVar[Views]
+    views: ClassVar[Literal["one", "crops"]]
     needs_labels: ClassVar[bool]
-    consumes: ClassVar[Consumes]
+    consumes: ClassVar[Literal["features", "logits"]]
     run_state: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[Any]] = NoOptions
 
@@ -61,11 +63,7 @@ class Objective(nn.Module):
         self.options = options
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Compute the loss of a batch.
-
-        Returns:
-            ``"loss"``, the mean over this process's batch, and detached scalars to log.
-        """
+        """Compute ``"loss"``, the mean over this process's batch, and detached scalars to log."""
         raise NotImplementedError(f"{type(self).__name__} has to define forward(model, batch).")
 
     def begin(self, total_steps: int) -> None:
@@ -86,10 +84,26 @@ class Objective(nn.Module):
         """Describe the collapse that the averaged outputs of `forward` show, with advice; None if they show none."""
         return None
 
+    def entry(self, batch: Batch, key: str) -> Any:
+        """``batch[key]``; ValueError if it is missing."""
+        if key not in batch:
+            raise ValueError(f"{self.name} needs batch[{key!r}], and the batch has {sorted(batch)}: {_FIXES[key]}")
+        return batch[key]
+
+    def features(self, model: Model, images: Tensor) -> Tensor:
+        """The model's features; ValueError if their shape is not (batch, feature_dim)."""
+        features = model(images)
+        if features.ndim != 2 or features.shape[1] != self.feature_dim:
+            made = f"{self.name} was made for features of shape (batch, {self.feature_dim}), and the model returned"
+            fix = "pass the model's pooled features, or its feature_dim when the objective is created"
+            raise ValueError(f"{made} {tuple(features.shape)}: {fix}.")
+        return features
+
 
 AnyObjective = TypeVar("AnyObjective", bound=type[Objective])
 
-_OBJECTIVES: dict[str, type[Objective]] = {}
+OBJECTIVES: dict[str, type[Objective]] = {}
+"""The registered classes by name."""
 
 
 def register_objective(name: str) -> Callable[[AnyObjective], AnyObjective]:
@@ -103,17 +117,15 @@ def register_objective(name: str) -> Callable[[AnyObjective], AnyObjective]:
     def register(cls: AnyObjective) -> AnyObjective:
         if not (isinstance(cls, type) and issubclass(cls, Objective)):
             raise TypeError(f"{cls!r} cannot be registered as {name!r}: derive the class from Objective.")
-        attributes = {"views": get_args(Views), "needs_labels": (False, True), "consumes": get_args(Consumes)}
+        attributes = {"views": ("one", "crops"), "needs_labels": (False, True), "consumes": ("features", "logits")}
         for attribute, allowed in attributes.items():
             if getattr(cls, attribute, None) not in allowed:
                 raise TypeError(f"{cls.__name__} has to set the class attribute {attribute} to one of {allowed}.")
-        other = _OBJECTIVES.get(name)
-        # A notebook cell that is run again defines the same class anew.
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            owner = f"{other.__module__}.{other.__qualname__}"
+        owner, new = (f"{each.__module__}.{each.__qualname__}" for each in (OBJECTIVES.get(name, cls), cls))
+        if owner != new:  # a notebook cell that is run again defines the same class anew
             raise ValueError(f"The objective name {name!r} belongs to {owner}: take another name.")
         cls.name = name
-        _OBJECTIVES[name] = cls
+        OBJECTIVES[name] = cls
         return cls
 
     return register
@@ -121,15 +133,15 @@ def register_objective(name: str) -> Callable[[AnyObjective], AnyObjective]:
 
 def list_objectives() -> list[str]:
     """Names of all registered objectives, sorted."""
-    return sorted(_OBJECTIVES)
+    return sorted(OBJECTIVES)
 
 
 def objective_class(name: str) -> type[Objective]:
     """The class registered under a name; ValueError if there is none."""
-    if name not in _OBJECTIVES:
-        known = f"{did_you_mean(name, _OBJECTIVES)} Known: {', '.join(list_objectives())}"
+    if name not in OBJECTIVES:
+        known = f"{did_you_mean(name, OBJECTIVES)} Known: {', '.join(list_objectives())}"
         raise ValueError(f"Unknown objective {name!r}.{known}. Your own: decorate it with @register_objective.")
-    return _OBJECTIVES[name]
+    return OBJECTIVES[name]
 
 
 def create_objective(
@@ -155,65 +167,10 @@ def create_objective(
         TypeError: If `options` are those of another objective.
     """
     cls = objective_class(name)
-    if not options:
-        options = cls.Options()
-    elif isinstance(options, Mapping):
-        options = from_mapping(cls.Options, options, f"Options of {name!r}")
+    if options is None or isinstance(options, Mapping):
+        options = from_mapping(cls.Options, options or {}, f"Options of {name!r}")
     elif not isinstance(options, cls.Options):
         raise TypeError(f"{name!r} takes {cls.Options.__name__} or a mapping, got {type(options).__name__}.")
     if cls.needs_labels and num_classes is None:
         raise ValueError(f"The objective {name!r} learns from labels: pass num_classes.")
     return cls(feature_dim, num_classes, options, **arguments)
-
-
-# --- What objectives read of a batch, checked ------------------------------------------------------------------------
-
-_FIXES = {
-    "pixel_values": "use a transform that gives one view, such as supervised_transform.",
-    "labels": "use a data set with labels (label_column), or an objective without.",
-    "crops": "use a transform with several views, such as multi_crop_transform.",
-}
-
-
-def entry(batch: Batch, key: str, name: str) -> Any:
-    """``batch[key]``; a ValueError names objective `name` if it is missing."""
-    if key not in batch:
-        raise ValueError(f"{name} needs batch[{key!r}], and the batch has {sorted(batch)}: {_FIXES[key]}")
-    return batch[key]
-
-
-def crops_of(batch: Batch, name: str, global_crops: int) -> list[Tensor]:
-    """``batch["crops"]``: at least two tensors (batch, 3, h, w), the global crops first, all of one size."""
-    crops = list(entry(batch, "crops", name))
-    needed = max(global_crops, 2)
-    if len(crops) < needed:
-        found = f"the batch has {len(crops)}: make more crops, or lower global_crops"
-        raise ValueError(f"{name} needs {global_crops} global crops and {needed} crops in all, {found}.")
-    if len({len(crop) for crop in crops}) > 1:
-        raise ValueError(f"Every crop must hold the same images, got batch sizes {[len(crop) for crop in crops]}.")
-    sizes = [tuple(crop.shape[-2:]) for crop in crops]
-    if len(set(sizes[:global_crops])) > 1:
-        raise ValueError(f"The first {global_crops} crops must be the global ones, of one size; got sizes {sizes}.")
-    return crops
-
-
-def check_features(features: Tensor, dim: int, name: str) -> Tensor:
-    """Return the features; a ValueError names objective `name` if their shape is not (batch, `dim`)."""
-    if features.ndim != 2 or features.shape[1] != dim:
-        raise ValueError(
-            f"{name} was made for features of shape (batch, {dim}), and the model returned {tuple(features.shape)}: "
-            "pass the model's pooled features, or its feature_dim when the objective is created."
-        )
-    return features
-
-
-def features_of_crops(model: Model, crops: Sequence[Tensor], dim: int, name: str) -> Tensor:
-    """Features of all crops, (crops · batch, dim), crop by crop; crops of one size share a forward."""
-    groups: dict[torch.Size, list[int]] = {}
-    for i, crop in enumerate(crops):
-        groups.setdefault(crop.shape, []).append(i)
-    found: dict[int, Tensor] = {}
-    for members in groups.values():
-        features = check_features(model(torch.cat([crops[i] for i in members])), dim, name)
-        found.update(zip(members, features.chunk(len(members)), strict=True))
-    return torch.cat([found[i] for i in range(len(crops))])

@@ -8,7 +8,7 @@ what one process computes on the joined batch: Sinkhorn's sums and the queue run
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .._options import check_options, option
 from ..functional.distributed import all_reduce, gather_rows, process_count, process_index, sinkhorn
-from .base import Batch, Model, Objective, crops_of, features_of_crops, register_objective
+from .base import Batch, Model, Objective, register_objective
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,10 @@ class SwAVOptions:
 
 
 def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """SwAV's loss (Eq. 2, over several crops): ``−Σ_k q_s^k · log softmax_k(z_tᵀc / τ)``.
+    """SwAV's loss (Eq. 2): the mean of ``−Σ_k q_s^k · log softmax_k(z_tᵀc / τ)``, 0-dim.
 
-    Args:
-        scores: Similarities ``z_tᵀc`` of every view, (views, batch, prototypes), fp32.
-        codes: Codes q of the global crops, which are the first views, (global crops, batch, prototypes).
-        temperature: τ.
-
-    Returns:
-        The mean over images, global crops s and all other views t, 0-dim.
+    It is over images, global crops s and all other views t. `scores` are similarities ``z_tᵀc``, fp32 (views, batch,
+    prototypes); `codes` are q of the global crops, which are the first views, (global crops, batch, prototypes).
     """
     log_predictions = (scores / temperature).log_softmax(2)
     others = log_predictions.sum(0) - log_predictions[: len(codes)]
@@ -64,18 +59,14 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
 
 
 class ProjectionHead(nn.Module):
-    """Project features (batch, feature_dim) to embeddings (batch, output_dim) of length 1, fp32.
-
-    `kind` is ``"linear"``, the paper's, or ``"mlp"``, SwAV's own, with a hidden layer of `hidden_dim`.
-    """
+    """Project features (batch, feature_dim) to embeddings (batch, output_dim) of length 1, fp32."""
 
     def __init__(self, kind: str, feature_dim: int, hidden_dim: int, output_dim: int) -> None:
         super().__init__()
-        if kind == "linear":
-            self.projection: nn.Module = nn.Linear(feature_dim, output_dim)
-        else:
-            hidden = nn.Linear(feature_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU()
-            self.projection = nn.Sequential(*hidden, nn.Linear(hidden_dim, output_dim))
+        self.projection: nn.Module = nn.Linear(feature_dim, output_dim if kind == "linear" else hidden_dim)
+        if kind == "mlp":
+            rest = nn.BatchNorm1d(hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, output_dim)
+            self.projection = nn.Sequential(self.projection, *rest)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project and normalise."""
@@ -89,11 +80,6 @@ class Prototypes(nn.Module):
     def __init__(self, dim: int, count: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(F.normalize(torch.randn(count, dim), dim=1))
-
-    @torch.no_grad()
-    def normalise(self) -> None:
-        """Scale every prototype back to length 1, in place."""
-        self.weight.copy_(F.normalize(self.weight, dim=1))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """(batch, dim) -> cosine similarities (batch, K), fp32 also under autocast."""
@@ -125,9 +111,8 @@ class SwAV(Objective):
         # Oldest row first; every process holds all rows.
         self.register_buffer("queue", torch.zeros(options.global_crops, options.queue_length, options.output_dim))
         self.register_buffer("queue_filled", torch.zeros((), dtype=torch.int64))
-        self._queue_full = False  # remembered, so that later steps do not wait for the device
         self._queue_from = options.queue_from_step
-        self._step = self._half = 0
+        self._queue_full, self._step, self._half = False, 0, 0
 
     def begin(self, total_steps: int) -> None:
         """Convert `queue_from` to a step; see [`Objective.begin`]."""
@@ -135,17 +120,16 @@ class SwAV(Objective):
         if self.options.queue_from_step is None:
             self._queue_from = round(self.options.queue_from * total_steps)
 
+    @torch.no_grad()
     def before_step(self, step: int) -> None:
         """Normalise the prototypes; see [`Objective.before_step`]."""
         if self.options.queue_length and self._queue_from is None:
-            raise RuntimeError(
-                "SwAV's queue starts at a fraction of the run (queue_from), whose length is not known: call "
-                "begin(total_steps) before training, or set queue_from_step."
-            )
+            unknown = "SwAV's queue starts at a fraction of the run (queue_from), whose length is not known"
+            raise RuntimeError(f"{unknown}: call begin(total_steps) before training, or set queue_from_step.")
         self._step = step
         # Frozen ones are left alone: normalising again could move a last bit.
         if step > self.options.freeze_prototypes_steps:
-            self.prototypes.normalise()
+            self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
     def after_backward(self, step: int) -> None:
         """Drop the prototypes' gradient while they are frozen; see [`Objective.after_backward`]."""
@@ -159,27 +143,27 @@ class SwAV(Objective):
 
         Returns:
             ``"loss"``; ``"codes_entropy"``, the mean entropy of a code in nats, ln K for uniform codes; and
-            ``"prototypes_used"``, the number of prototypes that are the argmax of some global crop of the joined
-            batch.
+            ``"prototypes_used"``, how many are the argmax of some global crop of the joined batch.
         """
         options: SwAVOptions = self.options
-        crops = crops_of(batch, self.name, options.global_crops)
+        crops = self._crops(batch)
         images = len(crops[0]) * process_count()
         rows = images + options.queue_length
         if rows < options.prototypes and not options.allow_few_rows:
-            raise ValueError(
-                f"{options.prototypes} prototypes cannot each get an image: the batch has {images} images over all "
-                f"processes and the queue {options.queue_length} rows. Set prototypes to {rows} or less, enlarge the "
-                "batch or queue_length, or set allow_few_rows=True."
-            )
-        embeddings = self.head(features_of_crops(model, crops, self.feature_dim, self.name))
+            found = f"the batch has {images} images over all processes and the queue {options.queue_length} rows"
+            fix = f"Set prototypes to {rows} or less, enlarge the batch or queue_length, or set allow_few_rows=True."
+            raise ValueError(f"{options.prototypes} prototypes cannot each get an image: {found}. {fix}")
+        embeddings = self.head(self._features(model, crops))
         with torch.autocast(embeddings.device.type, enabled=False):
             scores: Tensor = self.prototypes(embeddings).unflatten(0, (len(crops), -1))
             codes = self._codes(scores.detach()[: options.global_crops])
             loss = swapped_prediction_loss(scores, codes, options.temperature)
         if self.training and options.queue_length and self._step >= (self._queue_from or 0):
             self._enqueue(embeddings.detach().unflatten(0, (len(crops), -1))[: options.global_crops])
-        return {"loss": loss, **_describe(codes)}
+        used = torch.zeros(options.prototypes, device=codes.device)
+        used[codes.argmax(2).flatten()] = 1
+        entropy = torch.special.entr(codes).sum(2).mean()
+        return {"loss": loss, "codes_entropy": entropy, "prototypes_used": all_reduce(used, "max").sum()}
 
     @property
     def grace_steps(self) -> int:
@@ -191,29 +175,46 @@ class SwAV(Objective):
         uniform = math.log(self.options.prototypes)
         if logs["codes_entropy"] < 0.99 * uniform or logs["loss"] < 0.99 * uniform:
             return None
-        return (
-            f"SwAV has collapsed: loss {logs['loss']:.3f} and the codes' entropy {logs['codes_entropy']:.3f} stand at "
-            f"ln K = {uniform:.3f} for K = {self.options.prototypes}, so all images look the same to the prototypes. "
-            "Try projection='mlp', fewer prototypes (at most batch + queue), a smaller epsilon, or another learning "
-            "rate of the scores or the head."
-        )
+        found = f"loss {logs['loss']:.3f} and the codes' entropy {logs['codes_entropy']:.3f} stand at ln K"
+        fix = "Try projection='mlp', fewer prototypes, a smaller epsilon, or another learning rate of scores or head."
+        return f"SwAV has collapsed: {found} = {uniform:.3f} for K = {self.options.prototypes}. {fix}"
+
+    def _crops(self, batch: Batch) -> list[Tensor]:
+        """``batch["crops"]``: at least two tensors (batch, 3, h, w), the global crops first, all of one size."""
+        crops, count = list(self.entry(batch, "crops")), self.options.global_crops
+        needed = max(count, 2)
+        if len(crops) < needed:
+            found = f"the batch has {len(crops)}: make more crops, or lower global_crops"
+            raise ValueError(f"{self.name} needs {count} global crops and {needed} crops in all, {found}.")
+        if len({len(crop) for crop in crops}) > 1:
+            raise ValueError(f"Every crop must hold the same images, got batch sizes {[len(crop) for crop in crops]}.")
+        sizes = [tuple(crop.shape[-2:]) for crop in crops]
+        if len(set(sizes[:count])) > 1:
+            raise ValueError(f"The first {count} crops must be the global ones, of one size; got sizes {sizes}.")
+        return crops
+
+    def _features(self, model: Model, crops: Sequence[Tensor]) -> Tensor:
+        """Features of all crops, (crops · batch, dim), crop by crop; crops of one size share a forward."""
+        found: dict[int, Tensor] = {}
+        for shape in dict.fromkeys(crop.shape for crop in crops):
+            members = [i for i, crop in enumerate(crops) if crop.shape == shape]
+            features = self.features(model, torch.cat([crops[i] for i in members]))
+            found.update(zip(members, features.chunk(len(members)), strict=True))
+        return torch.cat([found[i] for i in range(len(crops))])
 
     @torch.no_grad()
     def _codes(self, scores: Tensor) -> Tensor:
         """(global crops, batch, K) similarities -> codes; the queue's rows join the Sinkhorn and are dropped."""
         options: SwAVOptions = self.options
         rows = scores
-        if self.training and options.queue_length and self._is_queue_full():
+        if self.training and options.queue_length:  # to look is to wait for the device
+            self._queue_full = self._queue_full or int(self.queue_filled) == options.queue_length
+        if self.training and self._queue_full:
             # Each process brings its share, so that the joined rows hold the queue once.
             share = self.queue.tensor_split(process_count(), dim=1)[process_index()]
             rows = torch.cat([self.prototypes(share), scores], dim=1)
         codes = [sinkhorn(r, options.epsilon, options.sinkhorn_iterations) for r in rows]
         return torch.stack(codes)[:, -scores.shape[1] :]
-
-    def _is_queue_full(self) -> bool:
-        if not self._queue_full:
-            self._queue_full = int(self.queue_filled) == self.queue.shape[1]
-        return self._queue_full
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -226,14 +227,3 @@ class SwAV(Objective):
         new = gather_rows(embeddings, dim=1)[:, -length:]
         self.queue.copy_(torch.cat([self.queue[:, new.shape[1] :], new], dim=1))
         self.queue_filled.add_(new.shape[1]).clamp_(max=length)
-
-
-@torch.no_grad()
-def _describe(codes: Tensor) -> dict[str, Tensor]:
-    """Scalars that show a collapse, from codes (global crops, batch, K)."""
-    used = torch.zeros(codes.shape[2], device=codes.device)
-    used[codes.argmax(2).flatten()] = 1
-    return {
-        "codes_entropy": torch.special.entr(codes).sum(2).mean(),
-        "prototypes_used": all_reduce(used, "max").sum(),
-    }

@@ -15,7 +15,7 @@ import yaml
 
 from ..evaluation import library_versions, markdown_table
 from ..storage import atomic_write
-from ..training.images import share
+from ..training.assemble import share
 from .runs import RunSpec, RunStore, missing_files
 from .scales import Scale
 

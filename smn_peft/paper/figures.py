@@ -14,8 +14,7 @@ from ..analysis import masks, plots
 from ..cascade import Cascade
 from ..evaluation import extract_features
 from ..training import load_masks
-from ..training.assemble import evaluation_of, load_base
-from ..training.images import build_images
+from ..training.assemble import build_images, evaluation_of, load_base
 from ..training.metrics import METRICS_NAME, read_metrics
 from .artefact import Cell, Record, artefact, by_section
 from .runs import RunStore

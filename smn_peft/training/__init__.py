@@ -3,19 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from .arguments import LoopArguments, TrainArguments
-from .evaluate import evaluate_run
-from .guards import TrainingFailure
-from .recipes import list_recipes, load_recipe
+from .arguments import LoopArguments, TrainArguments, list_recipes, load_recipe
+from .metrics import TrainingFailure
 from .run import RunSummary, plan, run, run_many
-from .saved import load_masks, load_run
+from .saved import evaluate_run, load_masks, load_run
 from .task import TrainingTask
-from .trainer import Interrupted, Trainer
-
-if TYPE_CHECKING:
-    from .trainer_callback import ExactResumeCallback
+from .trainer import ExactResumeCallback, Interrupted, Trainer
 
 __all__ = [
     "ExactResumeCallback",
@@ -35,12 +28,3 @@ __all__ = [
     "run",
     "run_many",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "ExactResumeCallback":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Imported on use: transformers' training side takes a while.
-    from .trainer_callback import ExactResumeCallback
-
-    return ExactResumeCallback

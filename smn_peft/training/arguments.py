@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`TrainArguments`: a whole run as the command line takes it; and whether two runs have the same settings."""
+"""`TrainArguments`: a whole run as the command line takes it; recipes; and whether two runs have the same settings."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from .._options import check_options, from_mapping, option
-from ..backbones.from_file import import_file, is_file_spec
+import yaml
+
+from .._options import check_options, did_you_mean, from_mapping, option, read_values
+from ..backbones import is_file_spec, name_read_from
+from ..backbones.from_file import import_file
 from ..data import MultiCropOptions, SupervisedOptions
 from ..objectives import Objective, list_objectives, objective_class
 from ..tuner import MaskConfig
@@ -139,25 +142,72 @@ class TrainArguments(LoopArguments):
 
 def absolute(name: str) -> str:
     """Resolve the path of an existing file or folder, parquet pattern or "file.py:function"; leave other names."""
-    path, function = name, ""
-    if is_file_spec(name) and not name.endswith(".py"):
-        path, _, function = name.rpartition(":")
-    start = re.split(r"[*?\[]", path, maxsplit=1)[0] if path.endswith(".parquet") else path
-    if not os.path.exists(path) and not (start != path and os.path.isdir(os.path.dirname(start) or os.curdir)):
+    path, _, function = name.rpartition(":") if is_file_spec(name) and not name.endswith(".py") else (name, "", "")
+    start, pattern, _ = path.partition("*")
+    matches = pattern and path.endswith(".parquet") and os.path.isdir(os.path.dirname(start) or os.curdir)
+    if not (matches or os.path.exists(path)):
         return name
     return os.path.abspath(path) + (f":{function}" if function else "")
 
 
 def objective_kind(arguments: TrainArguments) -> type[Objective]:
     """Class of the objective, by name or from the user's file that registers it: ``file.py:name``."""
-    name = arguments.objective
-    if is_file_spec(name):
-        path, _, name = name.rpartition(":")
-        if name not in list_objectives():
-            import_file(path)
+    path, _, name = arguments.objective.rpartition(":")
+    if is_file_spec(arguments.objective) and name not in list_objectives():
+        import_file(path)
         if name not in list_objectives():
             raise ValueError(f"{path} registers no objective {name!r}: decorate its class with @register_objective.")
     return objective_class(name)
+
+
+# --- Recipes: YAML files of arguments that carry the results to expect of them ---------------------------------------
+
+_RECIPES = Path(__file__).parent / "recipes"
+_NOTES = ("description", "source", "expected")  # what a recipe holds beside arguments
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """Read the mapping of a recipe, notes included, or of another YAML file; raises as [`load_recipe`]."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = _RECIPES / f"{name}.yaml"
+        if path.stem not in (known := list_recipes()):
+            hint = did_you_mean(str(name), known)
+            raise ValueError(f"Unknown recipe {name!r}; there are {', '.join(known)}, or a .yaml file.{hint}")
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} is not a YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} must hold a mapping, such as 'epochs: 10'; it holds {type(content).__name__}.")
+    _refuse_programs(content, name)
+    return content
+
+
+def _refuse_programs(content: Any, where: str | Path) -> None:
+    """Refuse a base or objective that is a file, at any depth: a recipe may come from anybody."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if key in ("backbone", "objective") and isinstance(value, str):
+            name_read_from(where, value, f"--{key}", first="take it out there, and ")
+        _refuse_programs(value, where)
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """Read a recipe of the package by name, or a YAML file, as training arguments: as they are written, but checked.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: For an unknown name or argument, a value of another type, or a file that is not YAML, not a
+            mapping, or names a program.
+    """
+    content = {key: value for key, value in read_recipe(name).items() if key not in _NOTES}
+    read_values(TrainArguments, content, f"Recipe {name}")
+    return content  # unconverted: hashes of runs are of what is written
 
 
 # --- Settings of a run as facts that JSON holds ---------------------------------------------------------------------
@@ -178,9 +228,11 @@ _MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest o
 
 def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Convert the arguments and `more` to what JSON gives back: lists for tuples, sorted lists for sets."""
-    told = {**asdict(arguments), **(more or {})}
-    text = json.dumps(told, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-    facts: dict[str, Any] = json.loads(text)
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set) else str(value)
+
+    facts: dict[str, Any] = json.loads(json.dumps({**asdict(arguments), **(more or {})}, default=plain))
     return facts
 
 
@@ -190,11 +242,7 @@ def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
     left_out = {name for name in ("classes", *_CONTENT) if saved.get(name) is None or wanted.get(name) is None}
     left_out |= {path for name, paths in _CONTENT.items() if name not in left_out for path in paths}
     names = sorted((set(saved) | set(wanted)) - _HARMLESS - left_out)
-    if differing := [name for name in names if saved.get(name) != wanted.get(name)]:
-        lines = "\n".join(
-            f"  {_MEANING.get(name, name)}: was {saved.get(name)!r}, is {wanted.get(name)!r}" for name in differing
-        )
-        raise ValueError(
-            f"{where} was written by a run with other settings, so going on would not be the same run:\n{lines}\n"
-            "Resume with the old ones, or start anew in another output_dir."
-        )
+    pairs = ((_MEANING.get(name, name), saved.get(name), wanted.get(name)) for name in names)
+    if differing := "".join(f"  {name}: was {was!r}, is {now!r}\n" for name, was, now in pairs if was != now):
+        what = f"{where} was written by a run with other settings, so going on would not be the same run"
+        raise ValueError(f"{what}:\n{differing}Resume with the old ones, or start anew in another output_dir.")

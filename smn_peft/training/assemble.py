@@ -1,28 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to parts: base model, adapter (mask or LoRA), objective, loader and evaluation, all checked."""
+"""From arguments to parts: images, base model, adapter (mask or LoRA), objective, loader and evaluation, checked."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from ..backbones import Backbone, accept_size, load_backbone, load_classifier
+from ..backbones import Backbone, accept_size, is_file_spec, load_backbone, load_classifier, load_from_file
 from ..backbones.clip import templates_for, text_embeddings
-from ..backbones.from_file import is_file_spec, load_from_file
 from ..data import (
     ImageDataset,
     MultiCropOptions,
+    NoLabelsError,
     build_loader,
+    held_out,
+    label_subset,
+    load_images,
     multi_crop_transform,
     preprocessing_transform,
     supervised_transform,
@@ -37,14 +45,155 @@ from ..evaluation import (
     linear_probe,
 )
 from ..objectives import Objective, create_objective
-from ..storage import WEIGHTS_NAME, fingerprint, tensor_digest
+from ..storage import WEIGHTS_NAME, check_regular, fingerprint, tensor_digest
 from ..tuner import MaskConfig, explain_targets
 from ..tuner.batch_norm import has_statistics
 from ..tuner.targets import resolve_targets, stage_targets
 from .arguments import TrainArguments, objective_kind
 from .checkpoint import latest_checkpoint, start_from
-from .images import Images, base_features
 from .task import TrainingTask
+
+METRICS = ("knn", "linear_probe", "accuracy")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run: to train on, and, where labels are known, to vote in k-NN and to be tested on."""
+
+    train: ImageDataset
+    bank: ImageDataset | None
+    test: ImageDataset | None
+    num_classes: int | None = None  # of the whole training split, of which `train` may lack some
+
+
+def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
+    """Open the images; if they lack labels and the run needs none, without evaluation and with a warning."""
+    try:
+        return arguments, build_images(arguments)
+    except NoLabelsError as error:
+        if objective_kind(arguments).needs_labels or arguments.eval_split is None:
+            raise
+        reason = str(error).partition(": ")[0]
+        warnings.warn(f"{reason}: nothing is evaluated, as with --eval-split none.", stacklevel=3)
+    arguments = replace(arguments, eval_split=None, eval_fraction=None)
+    return arguments, build_images(arguments)
+
+
+def build_images(arguments: TrainArguments) -> Images:
+    """Open the dataset and choose the subsets that the arguments ask for; NoLabelsError if labels are missing."""
+    needs_labels, seed = objective_kind(arguments).needs_labels, arguments.subset_seed
+    labelled = needs_labels or arguments.eval_split is not None
+    names = ("dataset", "image_column", "label_column", "dataset_revision", "class_limit", "eval_fraction")
+    key = (*(getattr(arguments, name) for name in names), labelled, seed)
+    train = full = _load(arguments, arguments.train_split, labelled)
+    held: ImageDataset | None = None
+    if arguments.eval_fraction is not None:
+        assert full.labels is not None  # eval_split is not None either
+        chosen = held_out(full.labels, arguments.eval_fraction, seed=seed)
+        rest = torch.ones(len(full), dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
+        train, held = full.subset(rest), full.subset(chosen)
+    train = _limited(train, arguments.limit, seed)
+    if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
+        train = _cached("train", (*key, arguments.train_split, arguments.limit), train)
+    bank = train
+    if arguments.fraction < 1.0:
+        labels = torch.zeros(len(train), dtype=torch.int64) if train.labels is None else train.labels
+        options: dict[str, Any] = {"balanced": arguments.balanced, "seed": arguments.fraction_seed}
+        train = train.subset(label_subset(labels, fraction=arguments.fraction, **options))
+    if arguments.indices_file is not None:
+        train = train.subset(read_indices(arguments.indices_file, len(train)))
+    if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
+        what = f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images"
+        raise ValueError(f"{what} are all of one class: take another split, or more images.")
+    if (split := arguments.eval_split) is None:
+        return Images(train, None, None, full.num_classes)
+    try:
+        test = _limited(held or _load(arguments, split, True), arguments.eval_limit, seed)
+    except NoLabelsError:
+        raise
+    except ValueError as error:
+        fix = "name another; hold images of the training split out, by --eval-fraction 0.2; or pass --eval-split none"
+        raise ValueError(f"{error} It was opened to evaluate on: {fix}.") from error
+    if arguments.cache_images:
+        test = _cached("test", (*key, split, arguments.eval_limit), test)
+    return Images(train, _limited(bank, arguments.knn_limit, seed), test, full.num_classes)
+
+
+def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset:
+    options: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    options |= {"revision": arguments.dataset_revision, "labelled": labelled or arguments.class_limit is not None}
+    try:
+        found = load_images(arguments.dataset, split, **options)
+    except NoLabelsError as error:
+        raise NoLabelsError(f"{error} In training: an objective such as swav, and --eval-split none.") from error
+    return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)
+
+
+def _limited(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
+    """A seeded choice of `limit` images, in their order."""
+    if limit is None or limit >= len(images):
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images.subset(sorted(order[:limit].tolist()))
+
+
+def read_indices(path: str | Path, count: int) -> Tensor:
+    """Read image numbers, int64 (n,), from a ``.npy`` file of distinct integers from 0 to `count` − 1."""
+    try:
+        check_regular(path)
+        found = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"indices_file={path} does not exist.") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"indices_file={path} is not a .npy file of integers: {error}") from error
+    if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu" or not len(found):
+        shown = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "several arrays"
+        raise ValueError(f"indices_file={path} must hold one row of integers, one at least; it holds {shown}.")
+    if found.min() < 0 or found.max() >= count or len(np.unique(found)) < len(found):
+        held = f"it holds {len(found)} from {found.min()} to {found.max()}"
+        raise ValueError(f"indices_file={path} must hold each number once, from 0 to {count - 1}; {held}.")
+    return torch.from_numpy(found.astype(np.int64))
+
+
+# --- What successive runs of a process share -------------------------------------------------------------------------
+
+_SHARED: ContextVar[dict[str, tuple[Hashable, ImageDataset]]] = ContextVar("what runs share")
+
+
+@contextmanager
+def share() -> Iterator[None]:
+    """Keep decoded images, and so the frozen base's features of them, from one run to the next in this context."""
+    token = _SHARED.set(_SHARED.get({}))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def _cached(purpose: str, key: Hashable, images: ImageDataset) -> ImageDataset:
+    """The images decoded; inside [`share`], those that were last for this purpose if they were of the same key."""
+    held = _SHARED.get({})
+    if purpose not in held or held[purpose][0] != key:
+        held.pop(purpose, None)  # free its memory first
+        held[purpose] = key, images.cached()
+    return held[purpose][1]
+
+
+_FEATURES: WeakKeyDictionary[ImageDataset, tuple[Hashable, Features]] = WeakKeyDictionary()
+
+
+def base_features(arguments: TrainArguments, images: ImageDataset, extract: Callable[[], Features]) -> Features:
+    """Features of the frozen base by `extract`, or those that it gave last for the same base and the same images."""
+    names = ("backbone", "weights", "pretrained", "backbone_revision", "image_size", "batch_size", "channels_last")
+    # A zero-shot run's features are projected; weights that no file gives are drawn from the seed.
+    base = *(getattr(arguments, name) for name in names), arguments.objective == "zero_shot", arguments.seed
+    known = _FEATURES.get(images)
+    if known is None or known[0] != base:
+        known = _FEATURES[images] = base, extract()
+    return known[1]
+
+
+# --- Model, objective, loader and evaluation -------------------------------------------------------------------------
 
 
 def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
@@ -104,8 +253,7 @@ def build_objective(
         templates = arguments.templates or templates_for(arguments.dataset)
         revision = arguments.backbone_revision
         embeddings, scale = text_embeddings(arguments.backbone, classes, templates, revision=revision)
-        extra = {"class_embeddings": embeddings, "logit_scale": torch.tensor(scale)}
-        num_classes = len(classes)
+        extra, num_classes = {"class_embeddings": embeddings, "logit_scale": scale}, len(classes)
     name, options = objective_kind(arguments).name, dict(arguments.objective_options)
     return create_objective(name, feature_dim=backbone.feature_dim, num_classes=num_classes, options=options, **extra)
 
@@ -129,12 +277,10 @@ def _accept_crops(crops: MultiCropOptions, backbone: Backbone) -> None:
 
 def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, classes: list[str] | None) -> nn.Module:
     model: Any = backbone.model
-    if arguments.adapt == "full":
-        return model.requires_grad_(True)
-    if arguments.adapt in ("head", "statistics"):
+    if arguments.adapt in ("full", "head", "statistics"):
         if arguments.adapt == "statistics" and not any(has_statistics(module) for module in model.modules()):
             raise ValueError(f"adapt='statistics' needs BatchNorm, and {arguments.backbone} has none.")
-        model.requires_grad_(False)
+        model.requires_grad_(arguments.adapt == "full")
         if has_head:
             model.head.requires_grad_(True)
         return model
@@ -145,11 +291,6 @@ def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, clas
     config.seed = config.seed or arguments.seed
     if arguments.mask_stages is not None:
         config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
-    if arguments.adapt == "lora":
-        in_full, rank, alpha = ["head"] if has_head else None, arguments.lora_rank, arguments.lora_alpha
-        lora = lora_config(model, config, rank=rank, alpha=alpha, modules_to_save=in_full)
-        torch.manual_seed(arguments.seed)  # PEFT draws the factors from the global stream
-        return get_peft_model(model, lora)
     if has_head and arguments.head == "masked":
         targets = resolve_targets(model, config.target_modules)
         if isinstance(targets, str):
@@ -157,7 +298,11 @@ def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, clas
         config.target_modules = [*targets, "head"]
     elif has_head:
         config.modules_to_save = [*(config.modules_to_save or []), "head"]
-    return get_peft_model(model, config)
+    if arguments.adapt == "mask":
+        return get_peft_model(model, config)
+    lora = lora_config(model, config, rank=arguments.lora_rank, alpha=arguments.lora_alpha)
+    torch.manual_seed(arguments.seed)  # PEFT draws the factors from the global stream
+    return get_peft_model(model, lora)
 
 
 def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
@@ -206,6 +351,18 @@ def build_train_loader(
     )
 
 
+def measure(
+    metrics: Iterable[str], train: Features, test: Features, arguments: TrainArguments, task: TrainingTask | None
+) -> dict[str, float]:
+    """Values of some of `METRICS`, by features to learn from and to test on; accuracy is of the task's head."""
+    known: dict[str, Callable[[], float]] = {
+        "knn": lambda: evaluate_knn(train, test, k=arguments.knn_k),
+        "linear_probe": lambda: linear_probe(train, test, seed=arguments.subset_seed),
+        "accuracy": lambda: evaluate_accuracy(Features(task.logits_of(test.features), test.labels)),  # type: ignore
+    }
+    return {name: known[name]() for name in metrics}
+
+
 def evaluator_of(
     arguments: TrainArguments, images: Images, backbone: Backbone, accelerator: Accelerator
 ) -> Callable[[TrainingTask], dict[str, Any]] | None:
@@ -217,34 +374,30 @@ def evaluator_of(
     bank, test = images.bank, images.test
     if test is None or bank is None:
         return None
-    transform, fresh = evaluation_of(backbone), latest_checkpoint(arguments.output_dir) is None
+    fresh = latest_checkpoint(arguments.output_dir) is None
     names = ("eval_split", "eval_limit", "knn_k", "knn_limit")
     evaluation = ", ".join(f"{name}={getattr(arguments, name)}" for name in names)
-
-    def measure(task: TrainingTask, shared: bool) -> dict[str, Any]:
-        def features_of(part: ImageDataset) -> Features:
-            size, workers = arguments.batch_size, arguments.num_workers
-            loading: dict[str, Any] = {"batch_size": size, "num_workers": workers, "accelerator": accelerator}
-            extract = partial(extract_features, task.model, part, transform, **loading)
-            return base_features(arguments, part, extract) if shared else extract()
-
-        voting, tested = features_of(bank), features_of(test)
-        values = {"evaluation": evaluation, "knn": evaluate_knn(voting, tested, k=arguments.knn_k)}
-        if arguments.eval_probe:
-            values["linear_probe"] = linear_probe(voting, tested, seed=arguments.subset_seed)
-        if task.objective.needs_labels:
-            values["accuracy"] = evaluate_accuracy(Features(task.logits_of(tested.features), tested.labels)).top1
-        return values
+    loading: dict[str, Any] = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+    loading |= {"transform": evaluation_of(backbone), "accelerator": accelerator}
 
     def evaluate(task: TrainingTask) -> dict[str, Any]:
         nonlocal fresh
         first, fresh = fresh, False
-        alone = accelerator.num_processes == 1
         moved = arguments.init_from is not None or task.density() not in (None, 1)  # it does not start at the base
-        if first and moved and isinstance(task.model, PeftModel):
-            with task.model.disable_adapter():
-                return measure(task, alone)
-        return measure(task, alone and first and not moved)
+        bare = task.model.disable_adapter() if first and moved and isinstance(task.model, PeftModel) else nullcontext()
+        of_base = first and (not moved or isinstance(task.model, PeftModel)) and accelerator.num_processes == 1
+
+        def features_of(part: ImageDataset) -> Features:
+            extract = partial(extract_features, task.model, part, **loading)
+            return base_features(arguments, part, extract) if of_base else extract()
+
+        labelled = task.objective.needs_labels
+        metrics = ["knn", *["linear_probe"] * arguments.eval_probe, *["accuracy"] * labelled]
+        with bare:
+            return {
+                "evaluation": evaluation,
+                **measure(metrics, features_of(bank), features_of(test), arguments, task),
+            }
 
     return evaluate
 
@@ -253,12 +406,7 @@ def evaluator_of(
 
 
 def lora_config(
-    model: nn.Module,
-    mask: MaskConfig,
-    *,
-    rank: int | None = None,
-    alpha: float | None = None,
-    modules_to_save: list[str] | None = None,
+    model: nn.Module, mask: MaskConfig, *, rank: int | None = None, alpha: float | None = None
 ) -> LoraConfig:
     """Configure LoRA on the layers that a mask would take; None: the rank that matches it, alpha = 2 · rank."""
     rank = matched_lora_rank(model, mask) if rank is None else rank
@@ -271,7 +419,7 @@ def lora_config(
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes any number
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=mask.exclude_modules,
-        modules_to_save=modules_to_save,
+        modules_to_save=mask.modules_to_save,
         **where,
     )
 
@@ -290,10 +438,7 @@ def matched_lora_rank(model: nn.Module, mask: MaskConfig) -> int:
 
 def lora_sizes(folder: str | Path) -> dict[str, int]:
     """Bytes of a saved LoRA adapter: of its ``factors``, of the ``head`` and others in full, and ``total``."""
-    path = Path(folder) / WEIGHTS_NAME
-    sums = {"factors": 0, "head": 0}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():
-            tensor = file.get_tensor(name)
-            sums["factors" if ".lora_" in name else "head"] += tensor.numel() * tensor.element_size()
+    path, sums = Path(folder) / WEIGHTS_NAME, {"factors": 0, "head": 0}
+    for name, tensor in load_file(path).items():
+        sums["factors" if ".lora_" in name else "head"] += tensor.nbytes
     return {**sums, "total": path.stat().st_size}

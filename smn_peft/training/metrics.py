@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""metrics.jsonl, one line of numbers per logged step, and the progress bar.
+"""metrics.jsonl, one line of numbers per logged step, the progress bar, and what stops a run early.
 
 A line of training covers the steps since the line before in its epoch: ``loss`` and the objective's other outputs,
 means over steps and processes; ``images_per_second`` of all processes; ``waiting_for_data``, the share of time, 0 to
@@ -11,21 +11,30 @@ rates. A line of an evaluation has ``step``, ``epoch``, the metrics and ``evalua
 from __future__ import annotations
 
 import json
-import math
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..data.loading import STOP_SIGNALS
+from ..functional.distributed import read_flags
 from ..storage import atomic_write
+from .task import TrainingTask
 
 METRICS_NAME = "metrics.jsonl"
+_COLLAPSED_LINES = 5  # lines of the log in a row
+_SAME_REQUEST = 1.0  # seconds
+_ADVICE = "Lower lr or head_lr, warm up longer, or, under fp16, train in bf16. A last checkpoint is from before."
 
 
 class MetricsLog:
@@ -38,15 +47,11 @@ class MetricsLog:
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, line: Mapping[str, Any]) -> None:
         """Append one line; NaN and infinity become null, since JSON has neither."""
-
-        def finite(value: Any) -> Any:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        line = {"step": step, **{key: finite(value) for key, value in values.items()}}
+        finite = json.loads(json.dumps(line), parse_constant=lambda name: None)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -86,26 +91,78 @@ class Window:
 
     def summary(self) -> dict[str, Any]:
         """Means and rates of the window (see the module); every process takes part."""
-        names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.count
+        means = torch.stack([*self.sums.values()]) / self.count
         # Filled in on the device: copying the number there would wait once more.
         waited = means.new_full((1,), self.waited / (time.perf_counter() - self.started))
-        values = self.accelerator.reduce(torch.cat([means, waited]), "mean").tolist()
-        seconds = time.perf_counter() - self.started
-        return {
-            **dict(zip(names, values[:-1], strict=True)),
-            "images_per_second": self.images * self.accelerator.num_processes / seconds,
-            "waiting_for_data": values[-1],
-        }
+        *values, share = self.accelerator.reduce(torch.cat([means, waited]), "mean").tolist()
+        rate = self.images * self.accelerator.num_processes / (time.perf_counter() - self.started)
+        return {**dict(zip(self.sums, values, strict=True)), "images_per_second": rate, "waiting_for_data": share}
 
 
-def postfix(values: Mapping[str, Any]) -> str:
-    """Format a line for the progress bar."""
-    forms = {
-        "loss": "loss {:.3f}",
-        "density": "density {:.4f}",
-        "images_per_second": "images/s {:.0f}",
-        "waiting_for_data": "waiting {:.0%}",
-    }
-    found = ((form, values[name]) for name, form in forms.items())
-    return ", ".join(form.format(value) for form, value in found if value is not None and math.isfinite(value))
+# --- What stops a run early: NaN, an empty mask, collapsed codes, signals --------------------------------------------
+
+
+class TrainingFailure(RuntimeError):
+    """Training cannot go on usefully; the message names the step and the remedy."""
+
+
+def check_training(task: TrainingTask, loss: Tensor, step: int) -> None:
+    """Raise TrainingFailure if the loss or what trains is not finite, or a layer is masked whole.
+
+    Scores that are NaN count as off, and then the loss stays finite.
+    """
+    parameters = {name: parameter for name, parameter, _ in task.trainable()}
+    finite = read_flags([torch.isfinite(tensor).all() for tensor in (*parameters.values(), loss)])
+    broken = [name for name, good in zip(parameters, finite, strict=False) if not good]
+    what = f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity" if broken else "every parameter is finite"
+    if not finite[-1]:
+        raise TrainingFailure(f"The loss is {float(loss.mean())} at step {step}; {what}. {_ADVICE}")
+    if broken:
+        raise TrainingFailure(f"{what} at step {step}. {_ADVICE}")
+    masks = {} if task.mask_config is None else task.model.masks()
+    some_left = read_flags([mask.any() for mask in masks.values()])
+    if empty := [name for name, some in zip(masks, some_left, strict=True) if not some]:
+        what = f"The mask of {empty[0]} is empty at step {step} ({len(empty)} such layers): nothing after it can learn"
+        raise TrainingFailure(f"{what}. Lower lr, warm up longer, or leave the layer out with exclude_modules.")
+
+
+def check_collapse(steps: Sequence[int], problem: str, least: int, grace_steps: int, verbose: bool = True) -> None:
+    """Warn of a collapse that the line of the log at ``steps[-1]`` shows, and those in a row before it.
+
+    TrainingFailure once it has lasted, since many runs leave it again: after five lines in a row that span `least`
+    steps, once step `grace_steps` is reached.
+    """
+    since, step = steps[0], steps[-1]
+    if verbose and len(steps) == 1:
+        warnings.warn(f"Step {step}: {problem} The run is stopped if this lasts.", stacklevel=4)
+    if len(steps) >= _COLLAPSED_LINES and step - since >= least and step >= grace_steps:
+        raise TrainingFailure(f"Step {step}, and since step {since}: {problem}")
+
+
+class StopRequest:
+    """Context in which a first SIGINT, SIGTERM or SIGUSR1 sets `requested`, and a later one acts as it would outside.
+
+    Signals within a second of the first are the same request: a launcher repeats what the terminal has sent to all.
+    Outside the main thread, where Python allows no handlers, nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self.requested:
+            self.requested, self._since = True, time.perf_counter()
+        elif time.perf_counter() - self._since > _SAME_REQUEST:
+            self.__exit__()
+            signal.raise_signal(number)

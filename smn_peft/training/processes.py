@@ -32,12 +32,10 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
         # Statistics are per adapter and synchronised where they are computed; frozen ones never differ.
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != str(accelerator.num_processes):
-        raise ValueError(
-            f"{started} processes were started (WORLD_SIZE), but accelerate has {accelerator.num_processes} on "
-            f"{accelerator.device}: pass --cpu (cpu=True), or unset WORLD_SIZE if this is the only process."
-        )
+    started, there = os.environ.get("WORLD_SIZE", "1"), accelerator.num_processes
+    if started != str(there):
+        found = f"{started} processes were started (WORLD_SIZE), but accelerate has {there} on {accelerator.device}"
+        raise ValueError(f"{found}: pass --cpu (cpu=True), or unset WORLD_SIZE if this is the only process.")
     return accelerator
 
 
@@ -53,33 +51,27 @@ def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
         result = act()
     except Exception as error:  # of any kind: the other processes have to learn of it
         problem = error
-    failures = [None if problem is None else f"{_name(accelerator)}: {problem}"]
-    others = [text for text in gather_object(failures) if text is not None]
+    failures = gather_object([] if problem is None else [f"{_name(accelerator)}: {problem}"])
     if problem is not None:
         raise problem
-    if others:
-        raise RuntimeError(f"Another process cannot go on, so this one ends too. {others[0]}")
+    if failures:
+        raise RuntimeError(f"Another process cannot go on, so this one ends too. {failures[0]}")
     return result
 
 
 def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
     """Check that every process, on its own disk, starts from the main process's checkpoint, base and images."""
-    mine: dict[str, Any] = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), "facts": dict(facts)}
-    decided = [mine]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(decided)
-    main: dict[str, Any] = decided[0]
+    mine: dict[str, Any] = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), **facts}
+    main, *_ = broadcast_object_list([mine]) if accelerator.num_processes > 1 else [mine]
 
     def compare() -> None:
         if mine["from"] != main["from"]:
-            here, there = (Path(each["facts"]["output_dir"]).absolute() for each in (mine, main))
-            raise ValueError(
-                f"{main['who']} starts from {main['from'] or 'no checkpoint'} in {there}, and {mine['who']} has "
-                f"{mine['from'] or 'none'} in {here}: put output_dir on a disk that all share, or copy the main "
-                "process's folder to every machine."
-            )
+            here, there = (Path(each["output_dir"]).absolute() for each in (mine, main))
+            fix = "put output_dir on a disk that all share, or copy the main process's folder to every machine"
+            starts = f"{main['who']} starts from {main['from'] or 'no checkpoint'} in {there}"
+            raise ValueError(f"{starts}, and {mine['who']} has {mine['from'] or 'none'} in {here}: {fix}.")
         for name, what in (("base", "weights of the base"), ("data", "training images")):
-            if mine["facts"].get(name) != main["facts"].get(name):
+            if mine.get(name) != main.get(name):
                 raise ValueError(f"{mine['who']} reads other {what} than {main['who']}: copy them to every machine.")
 
     together(accelerator, compare)
@@ -101,14 +93,13 @@ class SynchronisedBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, channels, …) -> the same, normalised by the joined batch in train mode."""
-        synchronise = self.training and process_count() > 1
-        x = self._normalise(input) if synchronise else super().forward(input)
+        x = self._joined(input) if self.training and process_count() > 1 else super().forward(input)
         for name in ("drop", "act"):
             layer = self._modules.get(name)
             x = x if layer is None else layer(x)
         return x
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _joined(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         momentum = self.momentum or 0.0
         mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
@@ -128,15 +119,14 @@ def synchronise_batch_norm(module: nn.Module) -> nn.Module:
     """
     from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 
-    known = {kind.forward for kind in (_BatchNorm, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)}
-    found = ((name, norm) for name, norm in module.named_modules() if isinstance(norm, _BatchNorm))
-    norms: dict[str, Any] = {name: norm for name, norm in found if not isinstance(norm, SynchronisedBatchNorm)}
+    kinds = (_BatchNorm, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, SynchronisedBatchNorm)
+    known = {kind.forward for kind in kinds}
+    norms: dict[str, Any] = {name: norm for name, norm in module.named_modules() if isinstance(norm, _BatchNorm)}
     for name, norm in norms.items():
         if type(norm).forward not in known or nn.parameter.is_lazy(norm.weight):
-            raise TypeError(
-                f"{name or 'The module'} is a {type(norm).__name__}, which cannot be synchronised over processes: use "
-                "nn.BatchNorm (a lazy one after its first forward), or sync_batch_norm=False with frozen statistics."
-            )
+            what = f"{name or 'The module'} is a {type(norm).__name__}, which cannot be synchronised over processes"
+            fix = "use nn.BatchNorm (after its first forward if lazy), or sync_batch_norm=False with frozen statistics"
+            raise TypeError(f"{what}: {fix}.")
     for norm in norms.values():
         tensors = [tensor for tensor in (norm.weight, norm.running_mean) if tensor is not None]
         norm.__class__ = SyncBatchNormAct if tensors and tensors[0].is_cuda else SynchronisedBatchNorm

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,13 @@ from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import save
 
-from ..data import ImageDataset
+from ..evaluation import library_versions
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, read_json, tensor_digest, to_disk
 from .arguments import TrainArguments, as_facts, check_same
-from .assemble import build_task, build_train_loader, evaluator_of, lora_sizes
+from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, lora_sizes, share
 from .checkpoint import latest_checkpoint, start_digest
-from .guards import TrainingFailure
-from .images import images_of_run, share
-from .metrics import METRICS_NAME, read_metrics
+from .metrics import METRICS_NAME, TrainingFailure, read_metrics
 from .processes import build_accelerator, together
 from .task import TrainingTask
 from .trainer import Trainer
@@ -113,7 +110,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
         loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
         facts = {
             **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
-            **({"indices": indices_digest(images.train)} if arguments.indices_file is not None else {}),
+            **({"indices": tensor_digest(images.train.rows)} if arguments.indices_file is not None else {}),
             "base": task.base,
             # Labels that the run does not need are known only where something is evaluated.
             "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
@@ -134,17 +131,16 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
 
 def _check_folder(arguments: TrainArguments) -> None:
     """Refuse an `output_dir` that cannot be written to or holds something finished, before anything is loaded."""
-    folder = Path(arguments.output_dir)
-    if (folder / RUN_NAME).is_file() and not (arguments.resume and latest_checkpoint(folder)):
+    folder, checkpoint = Path(arguments.output_dir), latest_checkpoint(arguments.output_dir)
+    finished = (folder / RUN_NAME).is_file()
+    if finished and not (arguments.resume and checkpoint):
         what = f"{RUN_NAME} of a finished run{', and no checkpoint' * arguments.resume}"
         raise ValueError(f"{folder} holds {what}: choose another output_dir, or delete it.")
-    ours = any((folder / name).is_file() for name in (RUN_NAME, METRICS_NAME)) or latest_checkpoint(folder)
-    if (folder / CONFIG_NAME).is_file() and not ours:
+    if (folder / CONFIG_NAME).is_file() and not (finished or checkpoint or (folder / METRICS_NAME).is_file()):
         raise ValueError(f"{folder} holds an adapter ({CONFIG_NAME}) that no run wrote: choose another output_dir.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         text = f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
         raise OSError(error.errno, text) from error
@@ -153,7 +149,7 @@ def _check_folder(arguments: TrainArguments) -> None:
 @contextmanager
 def run_lock(folder: str | Path) -> Iterator[None]:
     """Hold the lock of an output folder; RuntimeError if another run does. The system releases it however it ends."""
-    path, owner = Path(folder) / ".run.lock", Path(folder) / ".run.owner"
+    path = Path(folder) / ".run.lock"
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -161,18 +157,17 @@ def run_lock(folder: str | Path) -> Iterator[None]:
             lock.release()
             lock.acquire(timeout=0)
     except Timeout:
-        held_by = owner.read_text("utf-8") if owner.is_file() else "another run"
+        held_by = path.read_text("utf-8") if path.is_file() else ""
         fix = "wait for it, stop it, or choose another output_dir"
-        raise RuntimeError(f"{folder} is in use by {held_by}: {fix}.") from None
+        raise RuntimeError(f"{folder} is in use by {held_by or 'another run'}: {fix}.") from None
     except (OSError, NotImplementedError) as error:
         warnings.warn(f"{folder} cannot be locked ({error}): start no other run in it.", stacklevel=3)
         yield
         return
     try:
-        owner.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
+        path.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
         yield
     finally:
-        owner.unlink(missing_ok=True)
         with suppress(OSError):  # Windows keeps what is open
             path.unlink(missing_ok=True)
         lock.release()
@@ -193,38 +188,28 @@ def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
         with atomic_write(folder / MODEL_NAME) as file:
             file.write(save(tensors))
     to_disk(folder)
-
-    def metrics(line: Mapping[str, Any]) -> dict[str, float]:
-        return {name: line[name] for name in ("knn", "linear_probe", "accuracy") if name in line}
-
     lines = read_metrics(folder / METRICS_NAME)
     losses = [line for line in lines if "loss" in line]
-    after = [line for line in trainer.history if "knn" in line]  # not an earlier session's, of other images perhaps
-    before = [line for line in lines if "knn" in line and line["step"] == 0 and after]
-    before = [line for line in before if line["evaluation"] == after[-1]["evaluation"]]
-    rates, waits = ([line[name] for line in losses] for name in ("images_per_second", "waiting_for_data"))
+    # Not an earlier session's, of other images perhaps.
+    after: dict[str, Any] = next((line for line in reversed(trainer.history) if "knn" in line), {})
+    alike = (line for line in lines if line.get("evaluation") == after.get("evaluation", "") and line["step"] == 0)
     summary = RunSummary(
         arguments=trainer.facts,
-        before=metrics(before[0]) if before else {},
-        after=metrics(after[-1]) if after else {},
+        before={name: value for name, value in next(alike, {}).items() if name in METRICS},
+        after={name: value for name, value in after.items() if name in METRICS},
         loss=losses[-1]["loss"] if losses else None,
         density=task.density(),
         steps=trainer.step,
         seconds=trainer.seconds,
-        images_per_second=statistics.median(rates) if rates else None,
+        images_per_second=statistics.median(line["images_per_second"] for line in losses) if losses else None,
         sizes=sizes,
-        versions={"smn_peft": installed_version("smn_peft"), "torch": torch.__version__},
-        waiting_for_data=statistics.median(waits) if waits else None,
+        versions={name: library_versions()[name] for name in ("smn_peft", "torch")},
+        waiting_for_data=statistics.median(line["waiting_for_data"] for line in losses) if losses else None,
     )
     summary.save(folder)
     if task.mask_config is not None:
         write_card(folder)
     return summary
-
-
-def indices_digest(images: ImageDataset) -> str:
-    """Digest of which images of their source these are, by which a run knows its `indices_file` again."""
-    return tensor_digest(images.rows)
 
 
 def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
@@ -244,26 +229,24 @@ def plan(arguments: TrainArguments) -> str:
     loader = build_train_loader(arguments, images, backbone, 1, 0)
     steps = arguments.max_steps or arguments.epochs * (len(loader) // arguments.accumulate)
     task.objective.begin(steps)
+    task.objective.before_step(0)
     loader.set_epoch(0)
-    task.before_step(0, 0.0)
     with torch.no_grad():
-        outputs = task.train()(next(iter(loader)))
-    counts = {True: 0, False: 0}
-    for _, parameter, adapted in task.trainable():
-        counts[adapted] += parameter.numel()
+        loss = float(task.train()(next(iter(loader)))["loss"])
+    scores = sum(parameter.numel() for _, parameter, adapted in task.trainable() if adapted)
+    others = sum(parameter.numel() for _, parameter, adapted in task.trainable() if not adapted)
     tested = "none" if images.test is None else f"{len(images.test)} of {images.test.name} ({images.test.split})"
-    return "\n".join(
-        [
-            f"backbone    {backbone.name}, {backbone.image_size} px, {backbone.feature_dim} features",
-            f"training    {len(images.train)} images of {images.train.name} ({images.train.split})",
-            f"evaluation  {tested}",
-            f"objective   {task.objective.name}, loss of the first batch {float(outputs['loss']):.3f}",
-            f"trainable   {counts[True]:,} {'scores' if task.mask_config else 'weights'}, {counts[False]:,} others",
-            f"schedule    {steps} steps of {arguments.batch_size} images, learning rates {arguments.lr:g} and "
-            f"{arguments.head_lr:g}",
-            f"output      {arguments.output_dir}",
-        ]
-    )
+    rates = f"learning rates {arguments.lr:g} and {arguments.head_lr:g}"
+    lines = {
+        "backbone": f"{backbone.name}, {backbone.image_size} px, {backbone.feature_dim} features",
+        "training": f"{len(images.train)} images of {images.train.name} ({images.train.split})",
+        "evaluation": tested,
+        "objective": f"{task.objective.name}, loss of the first batch {loss:.3f}",
+        "trainable": f"{scores:,} {'scores' if task.mask_config else 'weights'}, {others:,} others",
+        "schedule": f"{steps} steps of {arguments.batch_size} images, {rates}",
+        "output": arguments.output_dir,
+    }
+    return "\n".join(f"{name:10}  {line}" for name, line in lines.items())
 
 
 def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSummary | Exception]]:
@@ -295,7 +278,7 @@ def check_tasks(tasks: Mapping[str, TrainArguments]) -> None:
     folders: dict[str, str] = {}
     first = next(iter(tasks.values()), None)
     for name, arguments in tasks.items():
-        if (other := folders.setdefault(str(arguments.output_dir), name)) != name:
+        if (other := folders.setdefault(arguments.output_dir, name)) != name:
             raise ValueError(f"Tasks {other!r} and {name!r} have the same output_dir: {arguments.output_dir}.")
         for key in ("mixed_precision", "cpu"):
             if getattr(arguments, key) != getattr(first, key):

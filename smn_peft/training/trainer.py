@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Trainer`: one loop over accelerate for every objective, on one process or many, that resumes exactly."""
+"""`Trainer`: one loop over accelerate for every objective, on any number of processes, that resumes exactly."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply, send_to_device, set_seed
 from tqdm import tqdm
+from transformers import TrainerCallback
 
-from ..tuner import round_extras
-from .arguments import LoopArguments, as_facts, check_same
-from .checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
-from .guards import CollapseWatch, StopRequest, check_loss, check_masks
-from .metrics import MetricsLog, Window, postfix
-from .optimizer import build_optimizer, cast_scores, warmup_cosine
+from ..tuner import MaskConfig, round_extras
+from .arguments import LoopArguments, as_facts
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .metrics import MetricsLog, StopRequest, Window, check_collapse, check_training
 from .processes import agree_on_start, build_accelerator, synchronise_batch_norm, together
-from .task import TrainingTask, enable_gradient_checkpointing
+from .task import TrainingTask, build_optimizer, cast_scores, enable_gradient_checkpointing, warmup_cosine
 
 _ASK_EVERY = 10  # steps between two checks on a GPU whether any process was told to stop, since each one waits for it
 Evaluate = Callable[[TrainingTask], Mapping[str, Any]]
@@ -80,15 +79,15 @@ class Trainer:
         if self.steps_per_epoch == 0:
             raise ValueError(f"An epoch has only {len(loader)} batches: lower accumulate={arguments.accumulate}.")
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
-        warmup, epochs = arguments.warmup_epochs, self.total_steps / self.steps_per_epoch
-        if self.accelerator.is_main_process and warmup >= epochs:
+        main, epochs = self.accelerator.is_main_process, self.total_steps / self.steps_per_epoch
+        if main and (warmup := arguments.warmup_epochs) >= epochs:
             text = f"warmup_epochs={warmup:g} is the whole run of {epochs:g} epochs: its learning rate only rises."
             warnings.warn(f"{text} Shorten the warm-up, or train longer.", stacklevel=2)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._earlier, self._started = 0.0, time.perf_counter()
         self._loss = torch.zeros(())
-        self._watch = CollapseWatch(self.steps_per_epoch, verbose=self.accelerator.is_main_process)
+        self._collapsed: list[int] = []  # steps of the newest lines in a row that show a collapse
         task.objective.begin(self.total_steps)
         found = latest_checkpoint(arguments.output_dir)
         agree_on_start(self.accelerator, found, self.facts)
@@ -100,9 +99,8 @@ class Trainer:
         self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)
         if found is not None:  # after wrapping, which creates the scaler of fp16
             together(self.accelerator, lambda: self._resume(found))
-        self.log = MetricsLog(arguments.output_dir, self.step) if self.accelerator.is_main_process else None
-        if arguments.log_with is not None:
-            self.accelerator.init_trackers("smn_peft", config={k: str(v) for k, v in self.facts.items()})
+        self.log = MetricsLog(arguments.output_dir, self.step) if main else None
+        self.accelerator.init_trackers("smn_peft", config={name: str(value) for name, value in self.facts.items()})
 
     def train(self) -> list[dict[str, Any]]:
         """Train to the end and return `history`.
@@ -118,14 +116,9 @@ class Trainer:
             with torch.no_grad(), self.accelerator.autocast():
                 self.task.eval()(self._on_device(next(iter(self.loader))))
             self._evaluate()
-        shown = tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            unit="step",
-            desc=self.task.objective.name,
-            disable=None if self.accelerator.is_main_process else True,
-        )
-        with StopRequest() as stop, shown as bar:
+        options = {"total": self.total_steps, "initial": self.step, "unit": "step", "desc": self.task.objective.name}
+        hidden = not self.accelerator.is_main_process or None  # None: where there is no terminal
+        with StopRequest() as stop, tqdm(**options, disable=hidden) as bar:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
         self.task.set_progress(1.0)  # for a run that is resumed at its end
@@ -134,8 +127,8 @@ class Trainer:
         if self.arguments.score_dtype == "bfloat16":
             cast_scores(self.task, torch.float32)  # no mask changes
         self._evaluate()
-        if self.arguments.log_with is not None:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would also end the processes' group
+            tracker.finish()
         return self.history
 
     def _epoch(self, bar: Any, stop: StopRequest) -> None:
@@ -145,15 +138,13 @@ class Trainer:
         with window.waiting():  # workers start here
             batches = iter(self.loader)
         self._wrapped.train()
-        while self.step < self.total_steps and done < self.steps_per_epoch:
+        for _ in range(done, min(self.steps_per_epoch, done + self.total_steps - self.step)):
             self._one_step(batches, window)
-            done += 1
             bar.update()
             if self.step % arguments.log_every == 0 or self.step == self.total_steps:
                 self._log(window, bar)
                 window = Window(self.accelerator)
-            every = arguments.checkpoint_every
-            if every is not None and self.step % every == 0:
+            if arguments.checkpoint_every is not None and self.step % arguments.checkpoint_every == 0:
                 self.save()
             if self._stop(stop):
                 path = self.save()
@@ -175,7 +166,8 @@ class Trainer:
         # Seeded per step, so that a resumed run draws what the uninterrupted one does.
         seed = np.random.SeedSequence([arguments.seed, self.step, accelerator.process_index])
         set_seed(int(seed.generate_state(1)[0]))
-        self.task.before_step(self.step, self.step / max(1, self.total_steps - 1))
+        self.task.objective.before_step(self.step)
+        self.task.set_progress(self.step / max(1, self.total_steps - 1))
         losses = []
         for _ in range(arguments.accumulate):
             with window.waiting():
@@ -186,8 +178,9 @@ class Trainer:
             window.add(outputs, len(batch["index"]))
             losses.append(outputs["loss"].detach())
         self._loss = torch.stack(losses)
-        if accelerator.device.type == "cpu":  # elsewhere this would wait for the device: see _log and save
-            check_loss(self.task, self._loss, self.step)
+        # On a GPU this would wait for it: there _log and save look.
+        if accelerator.device.type == "cpu" and not self._loss.isfinite().all():
+            check_training(self.task, self._loss, self.step)
         self.task.objective.after_backward(self.step)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -209,11 +202,8 @@ class Trainer:
             self.accelerator.set_trigger()
         return bool(self.accelerator.check_trigger())
 
-    # --- Checkpoints -------------------------------------------------------------------------------------------------
-
     def _resume(self, path: Path) -> None:
-        check_same(read_state(path)["facts"], self.facts, path)
-        state = load_checkpoint(path, self.task.training_state(), self.optimizer)
+        state = load_checkpoint(path, self.task.training_state(), self.optimizer, self.facts)
         self.step, self._earlier = state["step"], state["seconds"]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -227,20 +217,14 @@ class Trainer:
         if self.arguments.keep_checkpoints < 1:
             return None
         path = Path(self.arguments.output_dir) / f"checkpoint-{self.step}"
-        check_loss(self.task, self._loss, self.step)
-        check_masks(self.task, self.step)  # scores that are NaN count as off, and the loss stays finite
+        check_training(self.task, self._loss, self.step)
 
         def write() -> None:
-            if not self.accelerator.is_main_process or latest_checkpoint(path.parent) == path:
-                return
-            scaler = self.accelerator.scaler
-            state = {
-                "facts": self.facts,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "seconds": self.seconds,
-            }
-            tensors, keep = self.task.training_state(), self.arguments.keep_checkpoints
-            save_checkpoint(path.parent, self.step, tensors, self.optimizer, state, keep)
+            if self.accelerator.is_main_process and latest_checkpoint(path.parent) != path:
+                scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+                state = {"facts": self.facts, "scaler": scaler, "seconds": self.seconds}
+                tensors, keep = self.task.training_state(), self.arguments.keep_checkpoints
+                save_checkpoint(path.parent, self.step, tensors, self.optimizer, state, keep)
 
         together(self.accelerator, write)
         return path
@@ -250,27 +234,63 @@ class Trainer:
         """Time of the loop, evaluations included, and that of earlier sessions until their last checkpoint."""
         return self._earlier + time.perf_counter() - self._started
 
-    # --- Numbers -----------------------------------------------------------------------------------------------------
-
     def _log(self, window: Window, bar: Any) -> None:
-        check_loss(self.task, self._loss, self.step)
-        check_masks(self.task, self.step)
-        values = window.summary()
-        objective = self.task.objective
-        self._watch.record(self.step, objective.collapsed(values), objective.grace_steps)
-        values["epoch"] = self.step / self.steps_per_epoch
+        check_training(self.task, self._loss, self.step)
+        values, objective = window.summary(), self.task.objective
+        problem, main = objective.collapsed(values), self.accelerator.is_main_process
+        self._collapsed = [*self._collapsed, self.step] if problem else []
+        if problem:
+            check_collapse(self._collapsed, problem, self.steps_per_epoch, objective.grace_steps, verbose=main)
         values["density"] = self.task.density()
         values.update({f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
-        bar.set_postfix_str(postfix(values))
+        shown = ("loss", "density", "images_per_second", "waiting_for_data")
+        bar.set_postfix({name: values[name] for name in shown if values[name] is not None})
         self._write(values)
 
     def _evaluate(self) -> None:
         if self.evaluate is not None:
-            self._write({"epoch": self.step / self.steps_per_epoch, **self.evaluate(self.task)})
+            self._write(self.evaluate(self.task))
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        self.history.append({"step": self.step, **values})
+        line = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **values}
+        self.history.append(line)
         if self.log is not None:
-            self.log.write(self.step, values)
-        if self.arguments.log_with is not None:
-            self.accelerator.log({key: value for key, value in values.items() if value is not None}, step=self.step)
+            self.log.write(line)
+        known = {name: value for name, value in line.items() if name != "step" and value is not None}
+        self.accelerator.log(known, step=self.step)
+
+
+class ExactResumeCallback(TrainerCallback):
+    """Keep the scores in the checkpoints of transformers' `Trainer`, and out of what is saved after training.
+
+    The `Trainer` writes a checkpoint with `save_pretrained`, which stores one bit per weight, and resumes with
+    `load_adapter(is_trainable=True)`, which has to invent the scores: the run continues from the same mask along
+    another path. This callback switches ``save_scores`` on while training, so that checkpoints are 32 times larger and
+    an interrupted run ends in the same mask. `trainer.save_model()` afterwards exports bits.
+
+    ```python
+    trainer = Trainer(model, arguments, callbacks=[ExactResumeCallback()], …)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model("adapter")
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._switched: list[MaskConfig] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Switch ``save_scores`` on for every mask adapter that trains; a ValueError says if there is none."""
+        self.on_train_end()  # of a run that was interrupted
+        configs = getattr(kwargs.get("model"), "peft_config", {}).values()
+        masks = [config for config in configs if isinstance(config, MaskConfig) and not config.inference_mode]
+        if not masks:
+            fix = "wrap the model with get_peft_model(model, MaskConfig(…)) first, or leave the callback out"
+            raise ValueError(f"ExactResumeCallback found no mask adapter that trains: {fix}.")
+        self._switched = [config for config in masks if not config.save_scores]
+        for config in self._switched:
+            config.save_scores = True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """Set ``save_scores`` back."""
+        while self._switched:
+            self._switched.pop().save_scores = False

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from recording import Recorder
 from torch import nn
 
-from smn_peft.training.optimizer import NarrowSGD
+from smn_peft.training.task import NarrowSGD
 
 TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.0
 LARGE, LARGE_LIMIT = 224, 1.02

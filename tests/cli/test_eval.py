@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from smn_peft.cli import app
 from smn_peft.evaluation import EvalReport, report_table
 from smn_peft.training import run
-from smn_peft.training.evaluate import evaluate_run
+from smn_peft.training.saved import evaluate_run
 from tests.training.tiny import base_of, tiny_arguments
 
 runner = CliRunner()

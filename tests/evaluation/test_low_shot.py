@@ -1,68 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-shot curves: which labels a method sees, and that probes see no others."""
+"""Low-shot curves: which labels a probe sees, and that it sees no others."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from smn_peft.evaluation import Features, fit_linear_probe, low_shot, low_shot_probe, low_shot_reports
+from smn_peft.data import label_subset
+from smn_peft.evaluation import Features, fit_linear_probe, low_shot_reports
 
-LABELS = torch.arange(400) % 4
-
-
-def test_every_fraction_and_seed_is_run_with_its_own_images():
-    seen = {}
-
-    def evaluate(indices, seed):
-        seen[len(indices), seed] = set(indices.tolist())
-        return len(indices) / 400
-
-    rows = low_shot(LABELS, evaluate, fractions=[0.1, 0.01], seeds=[3, 5])
-    assert [(row.fraction, row.images, row.seed, row.accuracy) for row in rows] == [
-        (0.1, 40, 3, 0.1),
-        (0.1, 40, 5, 0.1),
-        (0.01, 4, 3, 0.01),
-        (0.01, 4, 5, 0.01),
-    ]
-    assert seen[4, 3] < seen[40, 3]
-    assert seen[40, 3] != seen[40, 5]
-    assert all(torch.bincount(LABELS[list(images)]).unique().numel() == 1 for images in seen.values())
-
-
-def test_an_unbalanced_subset_is_drawn_at_random():
-    counts = []
-    low_shot(LABELS, lambda i, seed: counts.append(torch.bincount(LABELS[i])) or 0.5, fractions=[0.1], balanced=False)
-    assert [int(count.sum()) for count in counts] == [40] * 3
-    assert any(count.unique().numel() > 1 for count in counts)
+FIELDS = {"label": "probe", "dataset": "d", "split": "test", "metric": "accuracy"}
 
 
 def test_a_probe_sees_the_labels_of_its_subset_only(blobs):
     train, test = blobs(n=300, noise=2.0)
-    rows = low_shot_probe(train, test, fractions=[0.1], seeds=[0, 1], decays=[1.0])
-    drawn = []
-    low_shot(train.labels, lambda indices, seed: drawn.append(indices) or 0.5, fractions=[0.1], seeds=[0, 1])
-    for row, indices in zip(rows, drawn, strict=True):
+    (report,) = low_shot_reports(train, test, fractions=[0.1], seeds=[0, 1], probe={"decays": [1.0]}, **FIELDS)
+    for seed, value in zip(report.seeds, report.values, strict=True):
+        indices = label_subset(train.labels, fraction=0.1, seed=seed)
         wrong = (train.labels + 1) % 3
         wrong[indices] = train.labels[indices]
-        probe = fit_linear_probe(Features(train.features, wrong).subset(indices), decays=[1.0])
-        assert row.accuracy == probe.accuracy(test)
+        probe = fit_linear_probe(Features(train.features, wrong).subset(indices), decays=[1.0], seed=seed)
+        assert value == probe.accuracy(test)
 
 
 def test_more_labels_help(blobs):
     train, test = blobs(n=600, dim=20, noise=3.0, distance=1.0)
-    rows = low_shot_probe(train, test, fractions=[0.5, 0.02], decays=[10.0])
-    more, few = (sum(row.accuracy for row in part) for part in (rows[:3], rows[3:]))
-    assert more > few
+    more, few = low_shot_reports(train, test, fractions=[0.5, 0.02], probe={"decays": [10.0]}, **FIELDS)
+    assert more.value > few.value
 
 
-def test_reports_hold_one_fraction_over_its_seeds():
-    rows = low_shot(LABELS, lambda indices, seed: 0.5 + seed / 10, fractions=[0.1, 0.01], seeds=[0, 2])
-    given = {"label": "probe", "dataset": "d", "split": "test", "metric": "accuracy", "settings": {"k": 1}}
-    first, second = low_shot_reports(rows, **given)
-    assert (first.values, first.seeds) == ((0.5, 0.7), (0, 2))
-    assert first.settings == {"k": 1, "label_fraction": 0.1, "labelled_images": 40}
-    assert second.settings["labelled_images"] == 4
+def test_reports_hold_one_fraction_over_its_seeds(blobs):
+    train, test = blobs(n=300)
+    options = {"fractions": [0.1, 0.02], "seeds": [0, 2], "probe": {"decays": [1.0]}, "settings": {"k": 1}}
+    first, second = low_shot_reports(train, test, **options, **FIELDS)
+    assert (len(first.values), first.seeds, first.metric) == (2, (0, 2), "accuracy")
+    assert first.settings == {"k": 1, "label_fraction": 0.1, "labelled_images": 30}
+    assert second.settings["labelled_images"] == 6
 
 
 @pytest.mark.parametrize(
@@ -70,16 +43,12 @@ def test_reports_hold_one_fraction_over_its_seeds():
     [
         ({"fractions": []}, r"fractions must hold at least one value, each once; got \[\]"),
         ({"seeds": [1, 1]}, r"seeds must hold at least one value, each once; got \[1, 1\]"),
-        ({"labels": torch.zeros(9)}, r"Low-shot needs two classes at least, and all 9 samples"),
         ({"fractions": [10]}, r"fraction must lie in \(0, 1\]; got 10"),
-        (
-            {"evaluate": lambda indices, seed: 93.0},
-            r"accuracy from 0 to 1; it returned 93\.0 for 40 images and seed 0",
-        ),
-        ({"evaluate": lambda indices, seed: float("nan")}, r"accuracy from 0 to 1; it returned nan"),
     ],
 )
-def test_what_makes_no_sense_is_refused(changed, message):
-    arguments = {"labels": LABELS, "evaluate": lambda indices, seed: 0.5, "fractions": [0.1], **changed}
+def test_what_makes_no_sense_is_refused(blobs, changed, message):
+    train, test = blobs()
     with pytest.raises(ValueError, match=message):
-        low_shot(**arguments)
+        low_shot_reports(train, test, **{"fractions": [0.1], **changed}, **FIELDS)
+    with pytest.raises(ValueError, match=r"Low-shot needs two classes at least, and all 9 samples"):
+        low_shot_reports(Features(torch.zeros(9, 6), torch.zeros(9)), test, **FIELDS)

@@ -63,13 +63,16 @@ def test_json_gives_back_the_same_report():
         (lambda d: d.pop("format"), r"no evaluation report of format 1"),
         (lambda d: d.pop("split"), r"The evaluation report lacks split: write it anew"),
         (lambda d: d.pop("spread"), r"The evaluation report lacks spread"),
-        (lambda d: d.update(colour="red", age=3), r"has the unknown age, colour"),
-        (lambda d: d.update(values=[0.9, 0.92, "0.94"]), r"values must be fractions from 0 to 1, got '0\.94'"),
-        (lambda d: d.update(values="0.9"), r"values must be a sequence of numbers, got '0\.9'"),
-        (lambda d: d.update(seeds=[0, 1, True]), r"seeds must be integers, each once; got \[0, 1, True\]"),
-        (lambda d: d.update(seeds=[0, 1, [2]]), r"seeds must be integers"),
-        (lambda d: d.update(settings=[1]), r"settings must be a mapping, got \[1\]"),
-        (lambda d: d.update(versions={"torch": 2}), r"versions must map names to texts"),
+        (lambda d: d.update(colour="red", age=3), r"The evaluation report: unknown option 'colour'"),
+        (
+            lambda d: d.update(values=[0.9, 0.92, "0.94"]),
+            r"values must be list of float; got \[0\.9, ",
+        ),
+        (lambda d: d.update(values="many"), r"values must be list of float; got 'many'"),
+        (lambda d: d.update(seeds=[0, 1, True]), r"seeds must be list of int; got \[0, 1, True\]"),
+        (lambda d: d.update(seeds=[0, 1, [2]]), r"seeds must be list of int"),
+        (lambda d: d.update(settings=[1]), r"settings must be .*; got \[1\]"),
+        (lambda d: d.update(versions={"torch": 2}), r"versions must be .*; got"),
     ],
 )
 def test_a_report_changed_by_hand_is_refused(change, message):
@@ -88,9 +91,9 @@ def test_what_is_no_report_is_refused(text):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"label": ""}, r"label must be a text, got ''"),
-        ({"dataset": None}, r"dataset must be a text, got None"),
-        ({"revision": 3}, r"revision must be a text or None, got 3"),
+        ({"label": ""}, r"label must not be empty"),
+        ({"dataset": None}, r"dataset must be str; got None"),
+        ({"revision": 3}, r"revision must be str or none; got 3"),
         ({"values": (92.1, 0.1, 0.1)}, r"fractions from 0 to 1, got 92\.1: 92 % is 0\.92"),
         ({"values": (float("nan"),) * 3}, r"fractions from 0 to 1, got nan"),
         ({"values": (0.1, 0.2)}, r"values has 2 entries for 3 seeds: give one per seed"),

@@ -23,7 +23,7 @@ from smn_peft.objectives import base as registry
 
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_OBJECTIVES", dict(registry._OBJECTIVES))
+    monkeypatch.setattr(registry, "OBJECTIVES", dict(registry.OBJECTIVES))
 
 
 @dataclass(frozen=True)

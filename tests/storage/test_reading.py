@@ -35,7 +35,7 @@ from smn_peft.storage import (
 )
 from smn_peft.storage.files import MAX_JSON, open_regular
 from smn_peft.training import RunSummary, load_run
-from smn_peft.training.images import read_indices
+from smn_peft.training.assemble import read_indices
 from tests.hub.folders import base, write_run
 
 WEIGHTS, CONFIG, RUN = "adapter_model.safetensors", "adapter_config.json", "run.json"

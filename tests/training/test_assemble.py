@@ -14,12 +14,12 @@ from smn_peft.evaluation import extract_features, fit_linear_probe
 from smn_peft.objectives import base
 from smn_peft.training.arguments import objective_kind
 from smn_peft.training.assemble import (
+    build_images,
     build_task,
     build_train_loader,
     evaluation_of,
     load_base,
 )
-from smn_peft.training.images import build_images
 
 from .tiny import CLASSES, SWAV, TEST, TRAIN, tiny_arguments, write_clip, write_npz
 
@@ -200,7 +200,7 @@ OWN = Path(__file__).resolve().parents[2] / "examples" / "custom_objective.py"
 @pytest.fixture
 def registry(monkeypatch):
     """What a file registers goes with the test."""
-    monkeypatch.setattr(base, "_OBJECTIVES", dict(base._OBJECTIVES))
+    monkeypatch.setattr(base, "OBJECTIVES", dict(base.OBJECTIVES))
 
 
 @pytest.mark.usefixtures("registry")

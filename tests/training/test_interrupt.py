@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from smn_peft.training import guards
-from smn_peft.training.guards import StopRequest
+from smn_peft.training import metrics
+from smn_peft.training.metrics import StopRequest
 
 
 def test_the_first_only_asks_and_a_launchers_copies_add_nothing():
@@ -23,7 +23,7 @@ def test_the_first_only_asks_and_a_launchers_copies_add_nothing():
 
 
 def test_a_later_one_ends_at_once(monkeypatch):
-    monkeypatch.setattr(guards, "_SAME_REQUEST", 0.0)
+    monkeypatch.setattr(metrics, "_SAME_REQUEST", 0.0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with StopRequest() as stop:

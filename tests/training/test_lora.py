@@ -11,8 +11,14 @@ from safetensors.torch import load_file
 
 from smn_peft import MaskConfig, explain_targets
 from smn_peft.training import TrainArguments, run
-from smn_peft.training.assemble import build_task, evaluation_of, lora_config, lora_sizes, matched_lora_rank
-from smn_peft.training.images import build_images
+from smn_peft.training.assemble import (
+    build_images,
+    build_task,
+    evaluation_of,
+    lora_config,
+    lora_sizes,
+    matched_lora_rank,
+)
 from smn_peft.training.saved import load_run
 
 from .tiny import SWAV, tiny_arguments

@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import math
 
-from smn_peft.training.metrics import MetricsLog, postfix, read_metrics
+from smn_peft.training.metrics import MetricsLog, read_metrics
 
 
 def test_lines_are_json_and_nan_is_null(tmp_path):
     log = MetricsLog(tmp_path)
-    log.write(1, {"loss": 0.5, "density": None})
-    log.write(2, {"loss": math.nan, "density": 0.9})
+    log.write({"step": 1, "loss": 0.5, "density": None})
+    log.write({"step": 2, "loss": math.nan, "density": 0.9})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "loss": 0.5, "density": None}, {"step": 2, "loss": None, "density": 0.9}]
 
@@ -20,8 +20,8 @@ def test_lines_are_json_and_nan_is_null(tmp_path):
 def test_a_resumed_run_cuts_off_what_it_will_do_again(tmp_path):
     log = MetricsLog(tmp_path)
     for step in range(1, 6):
-        log.write(step, {"loss": float(step)})
-    MetricsLog(tmp_path, from_step=3).write(4, {"loss": -4.0})
+        log.write({"step": step, "loss": float(step)})
+    MetricsLog(tmp_path, from_step=3).write({"step": 4, "loss": -4.0})
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path / "metrics.jsonl")] == [
         (1, 1.0),
         (2, 2.0),
@@ -31,20 +31,13 @@ def test_a_resumed_run_cuts_off_what_it_will_do_again(tmp_path):
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path):
-    MetricsLog(tmp_path).write(1, {"loss": 1.0})
+    MetricsLog(tmp_path).write({"step": 1, "loss": 1.0})
     MetricsLog(tmp_path)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_a_line_that_a_crash_cut_short_is_passed_over(tmp_path):
-    MetricsLog(tmp_path).write(1, {"loss": 1.0})
+    MetricsLog(tmp_path).write({"step": 1, "loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-
-
-def test_the_progress_bar_shows_what_there_is():
-    line = {"loss": 1.23456, "density": 0.98765, "images_per_second": 321.4, "waiting_for_data": 0.125}
-    assert postfix(line) == "loss 1.235, density 0.9877, images/s 321, waiting 12%"
-    line = {"loss": 1.0, "density": None, "images_per_second": 10.0, "waiting_for_data": 0.0}
-    assert postfix(line) == "loss 1.000, images/s 10, waiting 0%"

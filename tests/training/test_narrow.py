@@ -11,7 +11,7 @@ from smn_peft.functional.effective import ConvGeometry, masked_conv, masked_line
 from smn_peft.functional.masking import MaskSpec
 from smn_peft.training import Interrupted, Trainer, TrainingTask
 from smn_peft.training.checkpoint import list_checkpoints
-from smn_peft.training.optimizer import NarrowAdamW, NarrowSGD
+from smn_peft.training.task import NarrowAdamW, NarrowSGD
 
 from .helpers import Batches, loop, resnet, stop_after, supervised_task
 

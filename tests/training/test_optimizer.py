@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smn_peft.training.optimizer import build_optimizer
+from smn_peft.training.task import build_optimizer
 
 from .helpers import loop, supervised_task
 

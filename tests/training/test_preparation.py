@@ -15,8 +15,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from smn_peft.backbones import load_backbone
 from smn_peft.serving.bank import class_names
 from smn_peft.training import run
-from smn_peft.training.evaluate import evaluate_run
-from smn_peft.training.saved import load_run
+from smn_peft.training.saved import evaluate_run, load_run
 
 from .tiny import CLASSES, SWAV, tiny_arguments
 

@@ -12,7 +12,7 @@ import pytest
 from smn_peft.data import list_datasets
 from smn_peft.objectives.base import objective_class
 from smn_peft.training import TrainArguments, list_recipes, load_recipe, run
-from smn_peft.training.recipes import read_recipe
+from smn_peft.training.arguments import read_recipe
 
 from .tiny import write_clip, write_npz
 

@@ -58,5 +58,5 @@ def test_in_one_process_too_and_after_an_error_it_is_free(tmp_path):
     with pytest.raises(KeyError), run_lock(tmp_path):
         raise KeyError
     with run_lock(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [".run.lock", ".run.owner"]
+        assert sorted(os.listdir(tmp_path)) == [".run.lock"]
     assert os.listdir(tmp_path) == []

@@ -17,9 +17,8 @@ from smn_peft.backbones import pooled_features
 from smn_peft.evaluation import EvalReport, report_table
 from smn_peft.storage import adapter_file
 from smn_peft.training import Trainer, run
-from smn_peft.training.evaluate import evaluate_run
 from smn_peft.training.run import RunSummary
-from smn_peft.training.saved import load_run
+from smn_peft.training.saved import evaluate_run, load_run
 
 from .tiny import SWAV, TRAIN, base_of, tiny_arguments, write_clip, write_npz
 

@@ -9,7 +9,7 @@ import pytest
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from smn_peft.training import Trainer
-from smn_peft.training.optimizer import warmup_cosine
+from smn_peft.training.task import warmup_cosine
 
 from .helpers import Batches, loop, supervised_task
 

@@ -11,12 +11,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from smn_peft.storage import tensor_digest
 from smn_peft.training import run
-from smn_peft.training.assemble import build_task
+from smn_peft.training.assemble import build_images, build_task, read_indices
 from smn_peft.training.checkpoint import list_checkpoints, start_digest
-from smn_peft.training.evaluate import evaluate_run
-from smn_peft.training.images import build_images, read_indices
-from smn_peft.training.run import finished_run, indices_digest
+from smn_peft.training.run import finished_run
+from smn_peft.training.saved import evaluate_run
 
 from .tiny import SWAV, TRAIN, tiny_arguments
 
@@ -80,7 +80,7 @@ def test_only_the_images_of_the_file_are_trained_on(first, tmp_path):
     assert len(images.bank) == TRAIN  # k-NN votes with all
     summary = run(arguments, evaluate=False)
     assert (summary.arguments["images"], summary.steps) == (TRAIN // 2, 2)
-    assert summary.arguments["indices"] == indices_digest(images.train)
+    assert summary.arguments["indices"] == tensor_digest(images.train.rows)
     assert finished_run(arguments, indices=summary.arguments["indices"]) == summary
     with pytest.raises(ValueError, match=r"run\.json was written by a run with other settings(?s:.*)indices: was"):
         finished_run(arguments, indices="other")

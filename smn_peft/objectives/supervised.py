@@ -1,18 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CLIP's zero-shot head: cross-entropy of cosine similarities to frozen text embeddings of the class names."""
+"""Supervised objectives: cross-entropy of a classifier's logits, and of CLIP's similarities to class names."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Batch, Model, Objective, check_features, entry, register_objective
-from .cross_entropy import CrossEntropyOptions, classification_loss
+from .._options import check_options, option
+from .base import Batch, Model, Objective, register_objective
+
+
+@dataclass(frozen=True)
+class CrossEntropyOptions:
+    """Options of [`CrossEntropy`] and [`ZeroShot`]."""
+
+    label_smoothing: float = option(0.0, "Share of the target spread over all classes.", least=0, below=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+class _Supervised(Objective):
+    views = "one"
+    needs_labels = True
+    Options = CrossEntropyOptions
+
+    def loss(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """``"loss"`` and detached ``"accuracy"`` of logits (batch, classes) of any float dtype, computed in fp32."""
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.options.label_smoothing)
+        return {"loss": loss, "accuracy": (logits.detach().argmax(1) == labels).float().mean()}
+
+
+@register_objective("cross_entropy")
+class CrossEntropy(_Supervised):
+    """Cross-entropy of the model's logits; the head is the model's, trained or frozen and masked."""
+
+    consumes = "logits"
+
+    def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Loss and accuracy of a batch; see [`Objective.forward`]."""
+        labels, logits = self.entry(batch, "labels"), model(self.entry(batch, "pixel_values"))
+        if logits.ndim != 2 or logits.shape[1] != self.num_classes:
+            made = f"{self.name} was made for {self.num_classes} classes, and the model returned {tuple(logits.shape)}"
+            raise ValueError(f"{made}: load it with load_classifier(name, num_classes={self.num_classes}).")
+        return self.loss(logits, labels)
 
 
 @register_objective("zero_shot")
-class ZeroShot(Objective):
+class ZeroShot(_Supervised):
     """Supervised training of CLIP's image embeddings against frozen class embeddings; it has no parameters.
 
     Args:
@@ -27,10 +65,7 @@ class ZeroShot(Objective):
             above 0.
     """
 
-    views = "one"
-    needs_labels = True
     consumes = "features"
-    Options = CrossEntropyOptions
     class_embeddings: Tensor
     logit_scale: Tensor
 
@@ -44,10 +79,9 @@ class ZeroShot(Objective):
     ) -> None:
         super().__init__(feature_dim, num_classes, options)
         if tuple(class_embeddings.shape) != (num_classes, feature_dim):
-            raise ValueError(
-                f"class_embeddings must have shape (classes, dim) = ({num_classes}, {feature_dim}), got "
-                f"{tuple(class_embeddings.shape)}: take the text tower of the same CLIP, one row per class."
-            )
+            wanted, found = (num_classes, feature_dim), tuple(class_embeddings.shape)
+            fix = "take the text tower of the same CLIP, one row per class"
+            raise ValueError(f"class_embeddings must have shape (classes, dim) = {wanted}, got {found}: {fix}.")
         scale = torch.as_tensor(logit_scale, dtype=torch.float32).detach().reshape(()).clone()
         if not scale > 0:
             raise ValueError(f"logit_scale must be above 0, got {scale.item()}: CLIP's is exp(model.logit_scale).")
@@ -64,6 +98,5 @@ class ZeroShot(Objective):
 
     def forward(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Loss and accuracy of a batch; see [`Objective.forward`]."""
-        labels, features = entry(batch, "labels", self.name), model(entry(batch, "pixel_values", self.name))
-        check_features(features, self.feature_dim, self.name)
-        return classification_loss(self.logits(features), labels, self.options.label_smoothing)
+        labels, features = self.entry(batch, "labels"), self.features(model, self.entry(batch, "pixel_values"))
+        return self.loss(self.logits(features), labels)
