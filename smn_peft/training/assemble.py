@@ -27,6 +27,7 @@ from ..data import (
     ImageDataset,
     MultiCropOptions,
     NoLabelsError,
+    NoSplitError,
     build_loader,
     held_out,
     label_subset,
@@ -67,9 +68,19 @@ class Images:
 
 
 def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
-    """Open the images; if they lack labels and the run needs none, without evaluation and with a warning."""
+    """Open the images; with a warning, evaluate on the validation split if there is no "test", on none without labels.
+
+    The arguments are returned with the split that was taken.
+    """
     try:
         return arguments, build_images(arguments)
+    except NoSplitError as error:
+        other = next((name for name in error.there if name.lower() in ("validation", "valid", "val")), None)
+        if arguments.eval_split != "test" or other is None:
+            raise
+        found = images_of_run(replace(arguments, eval_split=other))
+        warnings.warn(f"{arguments.dataset} has no split 'test': {other!r} is evaluated on.", stacklevel=3)
+        return found
     except NoLabelsError as error:
         if objective_kind(arguments).needs_labels or arguments.eval_split is None:
             raise
@@ -113,7 +124,8 @@ def build_images(arguments: TrainArguments) -> Images:
         raise
     except ValueError as error:
         fix = "name another; hold images of the training split out, by --eval-fraction 0.2; or pass --eval-split none"
-        raise ValueError(f"{error} It was opened to evaluate on: {fix}.") from error
+        text = f"{error} It was opened to evaluate on: {fix}."
+        raise (NoSplitError(text, error.there) if isinstance(error, NoSplitError) else ValueError(text)) from error
     if arguments.cache_images:
         test = _cached("test", (*key, split, arguments.eval_limit), test)
     return Images(train, _limited(bank, arguments.knn_limit, seed), test, full.num_classes)

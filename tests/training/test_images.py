@@ -56,14 +56,17 @@ def test_a_folder_of_classes_is_trained_on_with_images_held_out(tmp_path):
         run(replace(arguments, eval_fraction=0.4, resume=True))
 
 
-def test_a_split_that_there_is_not_is_refused_with_those_that_there_are(tmp_path):
+@pytest.mark.parametrize("name", ["val", "Valid", "validation"])
+def test_the_split_for_validation_is_taken_where_there_is_none_to_test_on(tmp_path, name):
     folder = tmp_path / "set"
     write_classes(folder / "train")
-    write_classes(folder / "val", 6)
+    write_classes(folder / name, 6)
     arguments = tiny_arguments(tmp_path, dataset=str(folder), epochs=1)
-    with pytest.raises(ValueError, match=r"no split 'test'.*val.*It was opened to evaluate on: name another"):
-        build_images(arguments)
-    assert len(build_images(replace(arguments, eval_split="val")).test) == 6
+    with pytest.warns(UserWarning, match=rf"has no split 'test': '{name}' is evaluated on"):
+        arguments, images = images_of_run(arguments)
+    assert (arguments.eval_split, len(images.test)) == (name, 6)
+    with pytest.raises(ValueError, match=r"no split 'tset'.*It was opened to evaluate on: name another"):
+        images_of_run(replace(arguments, eval_split="tset"))
 
 
 def test_without_labels_nothing_is_held_out(tmp_path):
