@@ -48,7 +48,7 @@ from smn_peft.evaluation import (
     markdown_table,
 )
 from smn_peft.objectives import create_objective
-from smn_peft.storage import adapter_sizes
+from smn_peft.storage.adapter_file import adapter_sizes
 from smn_peft.training import LoopArguments, Trainer, TrainingTask
 
 OLD, NEW = range(5), range(5, 10)

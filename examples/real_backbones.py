@@ -36,7 +36,7 @@ from smn_peft import MaskConfig
 from smn_peft.backbones import load_backbone
 from smn_peft.evaluation import Features, evaluate_accuracy, evaluate_knn, fit_linear_probe, markdown_table
 from smn_peft.paper import small_resnet
-from smn_peft.storage import WEIGHTS_NAME, adapter_sizes
+from smn_peft.storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 from smn_peft.training.assemble import lora_sizes
 
 VIT_WEIGHTS = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"

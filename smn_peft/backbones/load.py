@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._options import did_you_mean
-from ..storage import check_regular
+from ..storage.files import check_regular
 from .backbone import Backbone, probe_features
 
 __all__ = ["explained", "load_backbone", "read_config"]

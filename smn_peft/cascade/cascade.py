@@ -17,7 +17,8 @@ from torch.utils.data import Subset
 from ..backbones import Backbone
 from ..evaluation import Features, extract_features, library_versions
 from ..functional.features import Whitening, fit_whitening
-from ..storage import CONFIG_NAME, adapter_sizes
+from ..storage.adapter_config import CONFIG_NAME
+from ..storage.adapter_file import adapter_sizes
 from ..training import RunSummary, TrainArguments, load_run
 from ..training.assemble import evaluation_of
 from ..training.processes import build_accelerator

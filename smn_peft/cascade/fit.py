@@ -13,7 +13,7 @@ import numpy as np
 from .._options import check_options, option
 from ..data import ImageDataset
 from ..evaluation import extract_features
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from ..training import TrainArguments, load_run, run
 from ..training.arguments import objective_kind
 from ..training.assemble import evaluation_of

@@ -14,9 +14,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..functional.features import Whitening
-from ..storage import atomic_write
-from ..storage import read_json as read_json_file
 from ..storage.adapter_file import map_tensors
+from ..storage.files import atomic_write
+from ..storage.files import read_json as read_json_file
 
 CASCADE_NAME = "cascade.json"
 Shapes = Mapping[str, tuple[str | int, ...]]

@@ -10,17 +10,11 @@ import click
 
 from ..backbones import is_file_spec, load_backbone, load_from_file
 from ..hub import plan_push, push_run
-from ..storage import (
-    MAX_UNPACKED,
-    adapter_sizes,
-    inspect_adapter,
-    locate_adapter,
-    pack_adapter,
-    read_config,
-    size_change,
-    unpack_adapter,
-    verify_adapter_file,
-)
+from ..storage.adapter_config import read_config
+from ..storage.adapter_file import adapter_sizes
+from ..storage.hub_files import locate_adapter
+from ..storage.inspection import inspect_adapter, verify_adapter_file
+from ..storage.repack import MAX_UNPACKED, pack_adapter, size_change, unpack_adapter
 from ..training.saved import save_run_as, verify_run
 from ..tuner import MaskConfig, explain_targets
 from .options import PATH, backbone_option, field_options, given, place_options, read_reports

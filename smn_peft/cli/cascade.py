@@ -15,7 +15,7 @@ from ..cascade import MODES, Cascade, CascadeArguments, cascade_sizes, evaluate_
 from ..cascade.evaluate import METRICS
 from ..data import load_images
 from ..evaluation import report_table
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from ..training import TrainArguments
 from .options import (
     PATH,

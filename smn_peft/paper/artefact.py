@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..evaluation import library_versions, markdown_table
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from ..training.images import share
 from .runs import RunSpec, RunStore, missing_files
 from .scales import Scale, read_yaml

@@ -15,7 +15,7 @@ from typing import Any
 
 from .._options import merged
 from ..cascade import Cascade, CascadeArguments, cascade_sizes, evaluate_cascade
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from ..training import RunSummary, TrainArguments, TrainingFailure, evaluate_run, run
 from ..training.checkpoint import list_checkpoints
 from ..training.run import RUN_NAME

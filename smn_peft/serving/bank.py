@@ -24,7 +24,8 @@ from ..backbones import Backbone, base_name, is_file_spec, load_backbone, load_f
 from ..bank.bank import MaskBank
 from ..bank.database import StoreBusyError
 from ..data import check_preprocessing
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, read_config
+from ..storage.adapter_config import CONFIG_NAME, read_config
+from ..storage.adapter_file import WEIGHTS_NAME
 from .limits import ServingError, explained
 from .models import NewTask
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..functional.packing import packed_size
 from .adapter_config import check_settings, is_settings
-from .codec import BLOB_NAME, MaskBlob
+from .codec.blob import BLOB_NAME, MaskBlob
 from .files import AdapterFileError, atomic_write, open_regular, read_bytes
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -14,7 +14,8 @@ from typing import Any
 from ..functional.packing import popcount
 from .adapter_config import CONFIG_NAME, is_settings, read_config, read_settings
 from .adapter_file import AdapterSizes, adapter_sizes, check_adapter_file, coded_masks, purpose_of, read_adapter_file
-from .codec import LayerCode, LayerEntry
+from .codec.blob import LayerEntry
+from .codec.layer import LayerCode
 from .repack import MAX_UNPACKED, unpack_tensors
 
 _PROVENANCE = "base_model_name_or_path revision base_fingerprint format_version peft_version auto_mapping".split()

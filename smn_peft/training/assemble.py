@@ -37,7 +37,8 @@ from ..evaluation import (
     linear_probe,
 )
 from ..objectives import Objective, create_objective
-from ..storage import WEIGHTS_NAME, fingerprint, tensor_digest
+from ..storage.adapter_file import WEIGHTS_NAME
+from ..storage.fingerprint import fingerprint, tensor_digest
 from ..tuner import MaskConfig, explain_targets
 from ..tuner.batch_norm import has_statistics
 from ..tuner.targets import resolve_targets, stage_targets

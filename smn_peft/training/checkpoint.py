@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..storage import to_disk
+from ..storage.files import to_disk
 from .task import TrainingTask
 
 _NAME = re.compile(r"checkpoint-(\d+)$")

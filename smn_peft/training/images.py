@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data import ImageDataset, NoLabelsError, NoSplitError, held_out, label_subset, load_images
 from ..evaluation import Features
-from ..storage import check_regular
+from ..storage.files import check_regular
 from .arguments import TrainArguments, objective_kind
 
 

@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 
 METRICS_NAME = "metrics.jsonl"
 

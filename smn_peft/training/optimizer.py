@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..functional import round_stochastically
+from ..functional.packing import round_stochastically
 from .arguments import LoopArguments
 from .task import TrainingTask
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, load_from_file, name_read_from
 from ..data import check_preprocessing
-from ..storage import BASE_PREFIX, CONFIG_NAME, WEIGHTS_NAME, AdapterSizes, adapter_sizes, check_regular, read_config
+from ..storage.adapter_config import CONFIG_NAME, read_config
+from ..storage.adapter_file import BASE_PREFIX, WEIGHTS_NAME, AdapterSizes, adapter_sizes
+from ..storage.files import check_regular
 from ..tuner import MaskConfig
 from ..tuner.checks import base_fingerprint
 from .arguments import TrainArguments

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..storage import fingerprint, tensor_digest
+from ..storage.fingerprint import fingerprint, tensor_digest
 from .batch_norm import has_statistics
 from .config import MaskConfig
 from .forms import is_norm, iter_layers, mask_layer_for, type_name

@@ -21,18 +21,11 @@ except ImportError:  # Python 3.10
     import sre_parse as _parser
 
 from ..functional.masking import MASK_TYPES, MaskSpec
-from ..storage import (
-    CODECS,
-    CONFIG_NAME,
-    FORMAT_VERSION,
-    PICKLE_NAME,
-    SAVE_DTYPES,
-    WEIGHTS_NAME,
-    atomic_write,
-    check_folder_weights,
-    check_format_version,
-    check_hub_weights,
-)
+from ..storage.adapter_config import CONFIG_NAME, FORMAT_VERSION, check_format_version
+from ..storage.adapter_file import SAVE_DTYPES, WEIGHTS_NAME
+from ..storage.codec.blob import CODECS
+from ..storage.files import atomic_write
+from ..storage.hub_files import PICKLE_NAME, check_folder_weights, check_hub_weights
 
 __all__ = ["SMN", "MaskConfig", "check_preprocessing"]
 

@@ -17,10 +17,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..functional.packing import packed_size
-from ..storage import AdapterFileError, is_settings, purpose_of, read_settings, rounded, settings_tensor
-from ..storage.adapter_config import SETTINGS_NAME
-from ..storage.adapter_file import BASE_PREFIX, coded_masks
-from ..storage.codec import BLOB_NAME, decode_masks
+from ..storage.adapter_config import SETTINGS_NAME, is_settings, read_settings, settings_tensor
+from ..storage.adapter_file import BASE_PREFIX, coded_masks, purpose_of, rounded
+from ..storage.codec.blob import BLOB_NAME, decode_masks
+from ..storage.files import AdapterFileError
 from ..storage.repack import pack_tensors, shared_prefix
 from .batch_norm import BatchNorm
 from .checks import check_base, fingerprints

@@ -13,19 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smn_peft.functional import (
-    MaskSpec,
-    compute_mask,
-    effective,
-    effective_weight,
-    masked_conv,
-    masked_linear,
-    masked_weight,
-    pack_bits,
-    torch_kernels,
-)
-from smn_peft.functional import straight_through as through
-from smn_peft.functional.effective import ConvGeometry
+from smn_peft.functional import effective, torch_kernels
+from smn_peft.functional.effective import ConvGeometry, masked_conv, masked_linear
+from smn_peft.functional.masking import MaskSpec, compute_mask, effective_weight, masked_weight
+from smn_peft.functional.masking import straight_through as through
+from smn_peft.functional.packing import pack_bits
 
 from ..kernels import compiles, interpret, scalar_accesses
 
