@@ -77,19 +77,18 @@ class Cascade:
 
         def finish(into: Path, runs: Mapping[str, Path], router: Router | None) -> None:
             """Fit the projections and write the folder, unless it is there."""
-            if (into / CASCADE_NAME).is_file():
-                facts = files.read_json(into / CASCADE_NAME, _FACTS)
-                if (facts["adapters"], facts["embed_dim"]) == (list(runs), options.embed_dim):
-                    return
-            cascade = cls.from_runs(runs, router, backbone=arguments.backbone)
-            loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
-            cascade.fit_projections(images, options.embed_dim, accelerator=accelerator, **loading)
-            if accelerator.is_main_process:
-                cascade.save(into, masks=router is None)  # those of an ensemble lie elsewhere
+            path = into / CASCADE_NAME
+            facts = files.read_json(path, _FACTS) if path.is_file() else {}
+            if (facts.get("adapters"), facts.get("embed_dim")) != (list(runs), options.embed_dim):
+                cascade = cls.from_runs(runs, router, backbone=arguments.backbone)
+                loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+                cascade.fit_projections(images, options.embed_dim, accelerator=accelerator, **loading)
+                if accelerator.is_main_process:
+                    cascade.save(into, masks=router is None)  # those of an ensemble lie elsewhere
+            accelerator.wait_for_everyone()
 
         names = [DISPATCHER, *map(expert_name, range(options.experts))]
         finish(folder, {name: folder / name for name in names}, router)
-        accelerator.wait_for_everyone()
         if options.ensemble:
             # The control: as many masks, each a dispatcher on all images with a seed of its own, combined alike.
             runs, trained = {DISPATCHER: folder / DISPATCHER}, False
@@ -100,7 +99,6 @@ class Cascade:
                 (folder / ENSEMBLE / CASCADE_NAME).unlink(missing_ok=True)
             accelerator.wait_for_everyone()
             finish(folder / ENSEMBLE, runs, None)
-            accelerator.wait_for_everyone()
         return cls.load(folder, backbone=arguments.backbone)
 
     @classmethod
@@ -241,15 +239,12 @@ class Cascade:
             raise ValueError(f"{folder}: adapters must be names of two or more folders in it; got {names}.")
         router = Router.load(folder) if facts["router"] else None
         found = cls.from_runs({name: folder / name for name in names}, router, backbone=backbone)
-        modes = [mode for mode in found.modes if mode != "dispatcher"]
-        shapes = {f"{mode}.{name}": shape for mode in modes for name, shape in files.whitening_shapes(mode).items()}
+        shapes: dict[str, tuple[str | int, ...]] = {}
+        for mode in found.modes[1:]:
+            dim = found.backbone.feature_dim * (1 if mode == "whitened" else len(names))
+            shapes |= files.whitening_shapes(dim, f"dims of {mode}", f"{mode}.")
         tensors = files.read_tensors(tensors_path, shapes)
-        for mode in modes:
-            found.projections[mode] = whitening = files.read_whitening(tensors, tensors_path, f"{mode}.")
-            dim, wanted = len(whitening.mean), found.backbone.feature_dim * (1 if mode == "whitened" else len(names))
-            if dim != wanted:
-                has = f"{len(names)} masks over {found.backbone.name} make {wanted}"
-                raise ValueError(f"{folder} was fitted on {dim} features, and {has}: pass the right base as backbone.")
+        found.projections = {mode: files.read_whitening(tensors, tensors_path, f"{mode}.") for mode in found.modes[1:]}
         found.embed_dim = facts["embed_dim"]
         return found
 

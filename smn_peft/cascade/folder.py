@@ -20,9 +20,9 @@ from ..storage.files import read_json as read_json_file
 
 CASCADE_NAME = "cascade.json"
 Shapes = Mapping[str, tuple[str | int, ...]]
-WHITENING: Shapes = {"mean": ("F",), "components": ("d", "F"), "singular_values": ("d",), "samples": (1,)}
+WHITENING = ("mean", "components", "singular_values", "samples")
 _FORMAT = 1
-_DAMAGED = "Copy the folder again, or fit the cascade anew."
+_DAMAGED = "Copy the folder again, name the base that it was fitted on, or fit the cascade anew."
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -74,9 +74,10 @@ def read_json(path: Path, known: Mapping[str, type | tuple[type, ...]]) -> dict[
     return found
 
 
-def whitening_shapes(own: str) -> dict[str, tuple[str | int, ...]]:
-    """Shapes of [`whitening_tensors`], in letters that no other whitening has."""
-    return {name: tuple(f"{size} of {own}" if size != 1 else 1 for size in shape) for name, shape in WHITENING.items()}
+def whitening_shapes(dim: str | int = "F", kept: str = "d", prefix: str = "") -> dict[str, tuple[str | int, ...]]:
+    """Shapes of [`whitening_tensors`] of `dim` features to `kept` components."""
+    shapes: tuple[tuple[str | int, ...], ...] = (dim,), (kept, dim), (kept,), (1,)
+    return {f"{prefix}{name}": shape for name, shape in zip(WHITENING, shapes, strict=True)}
 
 
 def whitening_tensors(whitening: Whitening, prefix: str = "") -> dict[str, Tensor]:

@@ -17,10 +17,8 @@ from . import folder as files
 
 ROUTER_NAME = "router.json"
 ROUTER_TENSORS_NAME = "router.safetensors"
-_SHAPES: dict[str, files.Shapes] = {
-    "gmm": {**files.WHITENING, "weights": ("K",), "means": ("K", "d"), "precisions_cholesky": ("K", "d", "d")},
-    "kmeans": {**files.WHITENING, "means": ("K", "d")},
-}
+_CENTRES = {**files.whitening_shapes(), "means": ("K", "d")}
+_SHAPES = {"gmm": {**_CENTRES, "weights": ("K",), "precisions_cholesky": ("K", "d", "d")}, "kmeans": _CENTRES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +123,7 @@ def check_clusters(sizes: Sequence[int], batch_size: int) -> None:
     small = [f"cluster {number} has {size}" for number, size in enumerate(sizes) if size < batch_size]
     if small:
         found = f"Of n={sum(sizes)} training images in K={len(sizes)} clusters {', '.join(small)}"
-        fix = "take fewer experts, another router_seed, router='kmeans', or a smaller batch_size"
+        fix = "take fewer experts, another router_seed, router='kmeans', or a smaller batch_size. The dispatcher stays"
         raise ValueError(
             f"{found}, and an expert needs a batch of {batch_size} at least: {fix}; the dispatcher stays."
         )
