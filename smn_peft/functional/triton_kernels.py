@@ -8,7 +8,7 @@ results are fp32, fp16 or bf16, and are rounded once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -19,7 +19,7 @@ from . import torch_kernels
 from .masking import MaskSpec
 from .torch_kernels import have_one_order, is_dense
 
-T = tl.tensor
+T: TypeAlias = tl.tensor
 _BLOCK = tl.constexpr(2048)  # weights of a program's block
 _PARTS = tl.constexpr(512)  # partial sums at most
 
@@ -122,7 +122,7 @@ def _write(out: T, weight: T, packed: T, scale: T, numel: T) -> None:
 
 
 def _blocks(numel: int) -> int:
-    return -(-numel // _BLOCK.value)  # Triton's own cdiv is written for kernels, and slow outside
+    return -(-numel // int(_BLOCK.value))  # Triton's own cdiv is written for kernels, and slow outside
 
 
 def _grid(numel: int) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def _tensors(where: object, read: Callable[[Any], dict[str, Tensor]], source: An
     try:
         tensors = read(source)
         for name, tensor in tensors.items():
-            if tensor.is_complex() or tensor.dim() > _MAX_DIM:
+            if str(tensor.dtype).startswith(("torch.complex", "torch.float4")) or tensor.dim() > _MAX_DIM:
                 raise ValueError(f"{name!r} is {tensor.dtype} of {tensor.dim()} dimensions")
     except (SafetensorError, ValueError, KeyError, OSError) as error:  # KeyError: a dtype that torch does not have
         raise AdapterFileError(f"{where} cannot be read: {error}. {_ADVICE}") from error

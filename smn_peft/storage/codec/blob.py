@@ -228,7 +228,7 @@ def read_table(raw: bytes, count: int) -> list[LayerEntry]:
 def inflate_table(data: memoryview, size: int) -> bytes:
     """Decompress a table of a known size; AdapterFileError if it is damaged or has another size."""
     try:
-        raw = b"".join(inflate(data, size)) if size <= _MAX_TABLE else b""
+        raw = b"".join(piece.tobytes() for piece in inflate(data, size)) if size <= _MAX_TABLE else b""
     except AdapterFileError as error:
         raise damaged(_TABLE) from error
     if len(raw) != size:
