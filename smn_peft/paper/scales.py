@@ -76,11 +76,12 @@ def _settings(content: Mapping[str, Any]) -> dict[str, Setting]:
 
 
 def _scale(name: str, content: Mapping[str, Any]) -> Scale:
-    settings = {kind: _settings(content[kind]) for kind in ("supervised", "unsupervised")}
-    roles = {role: settings["supervised"][content[role]] for role in ("vit", "resnet")}
-    roles |= {role: settings["unsupervised"][content[role]] for role in ("main", "varied")}
+    with_labels, without = _settings(content["supervised"]), _settings(content["unsupervised"])
+    main, varied = without[content["main"]], without[content["varied"]]
+    vit, resnet = with_labels[content["vit"]], with_labels[content["resnet"]]
     datasets = content.get("datasets") or {dataset: {"dataset": dataset} for dataset in list_datasets()}
-    return Scale(name, content["machine"], datasets, **settings, **roles, choices=content["choices"])
+    machine, choices = content["machine"], content["choices"]
+    return Scale(name, machine, datasets, with_labels, without, main, varied, vit, resnet, choices)
 
 
 SCALES = {name: _scale(name, content) for name, content in read_yaml("scales.yaml").items()}
