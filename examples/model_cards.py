@@ -18,7 +18,7 @@ from real_recipes import RESNET_MASK, VIT_MASK
 
 from smn_peft.evaluation import EvalReport
 from smn_peft.hub import AdapterFacts, render_card
-from smn_peft.storage import AdapterSizes
+from smn_peft.storage.adapter_file import AdapterSizes
 from smn_peft.training import load_recipe
 
 CARDS = Path(__file__).resolve().parent.parent / "model_cards"

@@ -22,7 +22,7 @@ from smn_peft.backbones import load_backbone, load_classifier
 from smn_peft.data import ImageDataset, build_loader, evaluation_transform
 from smn_peft.evaluation import evaluate_accuracy, evaluate_knn, extract_features, linear_probe
 from smn_peft.objectives import create_objective
-from smn_peft.storage import adapter_sizes
+from smn_peft.storage.adapter_file import adapter_sizes
 from smn_peft.training import LoopArguments, Trainer, TrainingTask
 
 OLD, NEW = range(5), range(5, 10)

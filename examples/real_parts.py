@@ -21,7 +21,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from smn_peft.backbones import load_backbone
 from smn_peft.evaluation import Features, evaluate_accuracy
 from smn_peft.paper import small_resnet
-from smn_peft.storage import WEIGHTS_NAME, adapter_sizes
+from smn_peft.storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 from smn_peft.training.assemble import lora_sizes
 
 VIT_WEIGHTS = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"

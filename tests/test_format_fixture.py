@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from smn_peft.storage import FORMAT_VERSION, WEIGHTS_NAME
+from smn_peft.storage.adapter_config import FORMAT_VERSION
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
 
 FIXTURES = Path(__file__).with_name("fixtures")
 SHAPES = {"stem": (4, 1, 3, 3), "block.conv": (6, 4, 3, 3), "head_in": (5, 6)}

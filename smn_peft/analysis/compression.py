@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..evaluation import markdown_table
-from ..storage import MAX_UNPACKED, purpose_of, read_adapter_file, unpack_tensors
-from ..storage.codec import encode_masks
+from ..storage.adapter_file import purpose_of, read_adapter_file
+from ..storage.codec.blob import encode_masks
 from ..storage.inspection import binary_entropy
+from ..storage.repack import MAX_UNPACKED, unpack_tensors
 
 _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {
     "gzip": lambda data: gzip.compress(data, 9, mtime=0),

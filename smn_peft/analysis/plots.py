@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import EvalReport, format_fraction, markdown_table
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from .masks import ClusterComposition, EmbeddingMap, LayerDensity, Similarity
 
 # Okabe and Ito's palette for colour-blind readers, without its yellow, which is too light for lines on white.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._options import did_you_mean
-from ..storage import check_regular
+from ..storage.files import check_regular
 from . import from_timm, from_transformers
 from .backbone import Backbone, completed
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..storage import AdapterFileError
+from ..storage.files import AdapterFileError
 
 __all__ = ["VERSION", "Database", "StoreBusyError", "forkable"]
 

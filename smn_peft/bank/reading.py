@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from ..functional.masking import seeded_generator, select_trainable
 from ..functional.packing import packed_size
-from ..storage import BASE_PREFIX, coded_masks, fingerprint, is_settings, tensor_digest
-from ..storage.codec import BLOB_NAME, MaskBlob, accelerate, decode_masks
-from ..storage.fingerprint import PARTS, compare_fingerprints
+from ..storage.adapter_config import is_settings
+from ..storage.adapter_file import BASE_PREFIX, coded_masks
+from ..storage.codec.blob import BLOB_NAME, MaskBlob, decode_masks
+from ..storage.codec.layer import accelerate
+from ..storage.fingerprint import PARTS, compare_fingerprints, fingerprint, tensor_digest
 from ..tuner.batch_norm import has_statistics
 from ..tuner.checks import base_name, unmasked_tensors
 from ..tuner.forms import mask_layer_for

@@ -15,26 +15,19 @@ from typing import Any, NamedTuple, TypeAlias
 from safetensors.torch import save
 from torch import Tensor
 
-from ..storage import (
+from ..storage.adapter_config import CONFIG_NAME, SETTINGS_NAME, check_config, read_config, settings_tensor
+from ..storage.adapter_file import (
     BASE_PREFIX,
-    CONFIG_NAME,
-    MAX_UNPACKED,
-    SETTINGS_NAME,
     WEIGHTS_NAME,
-    AdapterFileError,
     AdapterSizes,
-    atomic_write,
     check_adapter_file,
-    check_config,
     coded_masks,
-    pack_tensors,
     parse_adapter_file,
     purpose_of,
-    read_config,
-    settings_tensor,
-    unpack_tensors,
     write_adapter_file,
 )
+from ..storage.files import AdapterFileError, atomic_write
+from ..storage.repack import MAX_UNPACKED, pack_tensors, unpack_tensors
 from .source import StoredAdapter, check_name, read_adapter
 
 __all__ = ["MAX_BLOB", "MAX_CONFIG", "Adapter", "StoreInfo", "TaskCheck", "TaskInfo", "TaskRow", "checked", "encoded"]

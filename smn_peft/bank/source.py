@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..storage import locate_adapter, read_adapter_file, read_config
+from ..storage.adapter_config import read_config
+from ..storage.adapter_file import read_adapter_file
+from ..storage.hub_files import locate_adapter
 
 __all__ = ["BASE_NAME", "MAX_NAME", "MemorySource", "StoredAdapter", "check_name", "read_adapter", "unknown_task"]
 

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-from ..storage import AdapterFileError
+from ..storage.files import AdapterFileError
 from .database import VERSION, Database
 from .row import MAX_BLOB, MAX_CONFIG, Adapter, StoreInfo, TaskCheck, TaskInfo, TaskRow, checked, encoded
 from .source import MemorySource, StoredAdapter, check_name, unknown_task

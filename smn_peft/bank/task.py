@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional.packing import popcount
-from ..storage import check_packed
+from ..storage.adapter_file import check_packed
 
 __all__ = ["SPARSE_BELOW", "BankStats", "Task", "TaskCache", "TaskMask"]
 

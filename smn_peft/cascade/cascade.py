@@ -17,17 +17,16 @@ from torch.utils.data import Subset
 from ..backbones import Backbone
 from ..evaluation import Features, extract_features, library_versions
 from ..functional.features import Whitening, fit_whitening
-from ..storage import CONFIG_NAME, adapter_sizes
+from ..storage.adapter_config import CONFIG_NAME
+from ..storage.adapter_file import adapter_sizes
 from ..training import RunSummary, TrainArguments, load_run
 from ..training.assemble import evaluation_of
 from ..training.processes import build_accelerator
 from ..training.saved import arguments_of
 from . import folder as files
-from .fit import DISPATCHER, CascadeArguments, dispatcher_arguments, expert_name, prepare, run_experts, train_once
+from .fit import DISPATCHER, CascadeArguments, dispatcher_arguments, expert_name, prepare, train_experts, train_once
 from .folder import CASCADE_NAME
 from .router import ROUTER_NAME, ROUTER_TENSORS_NAME, Router
-
-__all__ = ["ENSEMBLE", "MODES", "Cascade", "CascadeSizes", "Mode", "cascade_sizes"]
 
 Mode = Literal["dispatcher", "whitened", "conditional", "unconditional"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -74,23 +73,22 @@ class Cascade:
         options, folder = options or CascadeArguments(), Path(arguments.output_dir)
         accelerator = build_accelerator(arguments)
         router, images = prepare(arguments, options)
-        run_experts(arguments, router, images, range(options.experts), accelerator)
+        train_experts(arguments, options, range(options.experts))
 
         def finish(into: Path, runs: Mapping[str, Path], router: Router | None) -> None:
             """Fit the projections and write the folder, unless it is there."""
-            if (into / CASCADE_NAME).is_file():
-                facts = files.read_json(into / CASCADE_NAME, _FACTS)
-                if (facts["adapters"], facts["embed_dim"]) == (list(runs), options.embed_dim):
-                    return
-            cascade = cls.from_runs(runs, router, backbone=arguments.backbone)
-            loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
-            cascade.fit_projections(images, options.embed_dim, accelerator=accelerator, **loading)
-            if accelerator.is_main_process:
-                cascade.save(into, masks=router is None)  # those of an ensemble lie elsewhere
+            path = into / CASCADE_NAME
+            facts = files.read_json(path, _FACTS) if path.is_file() else {}
+            if (facts.get("adapters"), facts.get("embed_dim")) != (list(runs), options.embed_dim):
+                cascade = cls.from_runs(runs, router, backbone=arguments.backbone)
+                loading = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
+                cascade.fit_projections(images, options.embed_dim, accelerator=accelerator, **loading)
+                if accelerator.is_main_process:
+                    cascade.save(into, masks=router is None)  # those of an ensemble lie elsewhere
+            accelerator.wait_for_everyone()
 
         names = [DISPATCHER, *map(expert_name, range(options.experts))]
         finish(folder, {name: folder / name for name in names}, router)
-        accelerator.wait_for_everyone()
         if options.ensemble:
             # The control: as many masks, each a dispatcher on all images with a seed of its own, combined alike.
             runs, trained = {DISPATCHER: folder / DISPATCHER}, False
@@ -101,7 +99,6 @@ class Cascade:
                 (folder / ENSEMBLE / CASCADE_NAME).unlink(missing_ok=True)
             accelerator.wait_for_everyone()
             finish(folder / ENSEMBLE, runs, None)
-            accelerator.wait_for_everyone()
         return cls.load(folder, backbone=arguments.backbone)
 
     @classmethod
@@ -125,8 +122,6 @@ class Cascade:
         for name in names[1:]:
             model.load_adapter(str(folders[name]), adapter_name=name)
         return cls(replace(loaded, model=model.eval()), names, router, summary)
-
-    # --- Embedding ---------------------------------------------------------------------------------------------------
 
     @property
     def arguments(self) -> TrainArguments:
@@ -164,11 +159,12 @@ class Cascade:
             route, parts = self.router.assign(dispatched.features), [dispatched.features]
             for number, name in enumerate(self.adapters[1:]):
                 rows = (route == number).nonzero().squeeze(1)
-                parts.append(torch.zeros_like(dispatched.features))
+                part = torch.zeros_like(dispatched.features)
                 if experts:
-                    parts[-1][rows] = experts[number][rows]
+                    part[rows] = experts[number][rows]
                 elif len(rows):
-                    parts[-1][rows] = self._features(Subset(images, rows.tolist()), name, **options).features
+                    part[rows] = self._features(Subset(images, rows.tolist()), name, **options).features
+                parts.append(part)
             found["conditional"] = torch.cat(parts, 1)
         return found, dispatched
 
@@ -200,8 +196,6 @@ class Cascade:
         for mode in modes:
             if mode in self.modes and mode != "dispatcher" and mode not in self.projections:
                 raise ValueError(f"There is no projection for {mode!r} yet: call fit_projections(training images).")
-
-    # --- Files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, masks: bool = True) -> None:
         """Write packed masks, router and projections into one folder, without pickle; ``cascade.json`` comes last.
@@ -238,24 +232,20 @@ class Cascade:
             ValueError: If it is damaged, or of another base.
         """
         folder = Path(folder)
-        path, tensors_path = folder / CASCADE_NAME, folder / _PROJECTION_NAME
-        facts = files.read_json(path, _FACTS)
+        tensors_path, facts = folder / _PROJECTION_NAME, files.read_json(folder / CASCADE_NAME, _FACTS)
         names = facts["adapters"]
         plain = all(isinstance(name, str) and Path(name).name == name and name != ".." for name in names)
         if not plain or len(set(names)) < len(names) or len(names) < 2:
-            raise ValueError(f"{path}: adapters must be names of two or more folders beside it; got {names}.")
+            raise ValueError(f"{folder}: adapters must be names of two or more folders in it; got {names}.")
         router = Router.load(folder) if facts["router"] else None
-        if router is not None and router.experts != len(names) - 1:
-            raise ValueError(f"{path} names {len(names) - 1} experts, and {ROUTER_NAME} knows {router.experts}.")
-        projections = _read_projections(tensors_path, router is not None)
-        one, whole = (len(projections[mode].mean) for mode in ("whitened", "unconditional"))
-        if whole != one * len(names):
-            raise ValueError(f"{tensors_path} is for {whole / one:g} masks, and {path} names {len(names)}.")
         found = cls.from_runs({name: folder / name for name in names}, router, backbone=backbone)
-        if one != found.backbone.feature_dim:
-            has = f"{found.backbone.name} has {found.backbone.feature_dim}"
-            raise ValueError(f"{folder} was fitted on {one} features, and {has}: pass the right base as backbone.")
-        found.projections, found.embed_dim = projections, facts["embed_dim"]
+        shapes: dict[str, tuple[str | int, ...]] = {}
+        for mode in found.modes[1:]:
+            dim = found.backbone.feature_dim * (1 if mode == "whitened" else len(names))
+            shapes |= files.whitening_shapes(dim, f"dims of {mode}", f"{mode}.")
+        tensors = files.read_tensors(tensors_path, shapes)
+        found.projections = {mode: files.read_whitening(tensors, tensors_path, f"{mode}.") for mode in found.modes[1:]}
+        found.embed_dim = facts["embed_dim"]
         return found
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -268,17 +258,6 @@ class Cascade:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="Upload a cascade of masks")
         return str(address)
-
-
-def _read_projections(path: Path, routed: bool) -> dict[Mode, Whitening]:
-    modes = [mode for mode in MODES[1:] if mode != "conditional" or routed]
-    shapes: dict[str, tuple[str | int, ...]] = {}
-    for mode in modes:
-        letters = {"F": "F" if mode == "whitened" else "all F", "d": f"dims of {mode}"}
-        for name, shape in files.WHITENING.items():
-            shapes[f"{mode}.{name}"] = tuple(letters.get(str(size), size) for size in shape)
-    tensors = files.read_tensors(path, shapes)
-    return {mode: files.read_whitening(tensors, path, f"{mode}.") for mode in modes}
 
 
 @dataclass(frozen=True)
@@ -304,14 +283,10 @@ def cascade_sizes(folder: str | Path) -> CascadeSizes:
     folder = Path(folder)
     facts = files.read_json(folder / CASCADE_NAME, _FACTS)
     names = facts["adapters"]
-    groups = {
-        "router": [ROUTER_NAME, ROUTER_TENSORS_NAME] if facts["router"] else [],
-        "projections": [_PROJECTION_NAME],
-        "settings": [CASCADE_NAME, *(f"{name}/{CONFIG_NAME}" for name in names)],
-    }
-    other = {what: sum((folder / name).stat().st_size for name in group) for what, group in groups.items()}
+    of_router = [ROUTER_NAME, ROUTER_TENSORS_NAME] if facts["router"] else []
+    groups = of_router, [_PROJECTION_NAME], [CASCADE_NAME, *(f"{name}/{CONFIG_NAME}" for name in names)]
+    router, projections, settings = (sum((folder / file).stat().st_size for file in group) for group in groups)
     sizes = [adapter_sizes(folder / name) for name in names]
     masks, statistics = sum(size.mask for size in sizes), sum(size.statistics for size in sizes)
-    total = sum(size.total for size in sizes) + sum(other.values())
-    paper = len(names) * facts["base_parameters"] * 4 // 32
-    return CascadeSizes(masks, statistics, other["router"], other["projections"], total, paper)
+    total = sum(size.total for size in sizes) + router + projections + settings
+    return CascadeSizes(masks, statistics, router, projections, total, len(names) * facts["base_parameters"] * 4 // 32)

@@ -15,8 +15,6 @@ from ..training.saved import check_metrics, evaluation_arguments
 from .cascade import ENSEMBLE, Cascade, Mode
 from .folder import CASCADE_NAME
 
-__all__ = ["METRICS", "evaluate_cascade"]
-
 METRICS = ("knn", "linear_probe")
 _LABELS: dict[Mode, str] = {
     "dispatcher": "dispatcher",

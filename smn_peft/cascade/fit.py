@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from accelerate import Accelerator
-from torch import Tensor
 
 from .._options import check_options, option
 from ..data import ImageDataset
 from ..evaluation import extract_features
-from ..storage import atomic_write, tensor_digest
+from ..storage.files import atomic_write
+from ..storage.fingerprint import tensor_digest
 from ..training import TrainArguments, load_run, run
 from ..training.arguments import objective_kind
 from ..training.assemble import build_images, evaluation_of, read_indices
@@ -24,8 +23,6 @@ from ..training.processes import build_accelerator
 from ..training.run import finished_run
 from .folder import CASCADE_NAME
 from .router import ROUTER_NAME, Router, check_clusters, fit_router
-
-__all__ = ["DISPATCHER", "CascadeArguments", "prepare", "train_experts"]
 
 DISPATCHER = "dispatcher"
 _CLUSTERS = "clusters"
@@ -81,7 +78,11 @@ def prepare(arguments: TrainArguments, options: CascadeArguments) -> tuple[Route
             kind, dim, seed = options.router, options.router_dim, options.router_seed
             router = fit_router(features, options.experts, kind=kind, dim=dim, seed=seed)
             check_clusters(router.sizes, arguments.batch_size)
-            _write_clusters(folder, router.assign(features), options.experts)
+            route = router.assign(features)
+            (folder / _CLUSTERS).mkdir(parents=True, exist_ok=True)
+            for number in range(options.experts):
+                with atomic_write(folder / _CLUSTERS / f"{expert_name(number)}.npy") as file:
+                    np.save(file, (route == number).nonzero().squeeze(1).numpy(), allow_pickle=False)
             router.save(folder)
         accelerator.wait_for_everyone()
         router = Router.load(folder)
@@ -104,18 +105,9 @@ def train_experts(arguments: TrainArguments, options: CascadeArguments, numbers:
     folder, dispatcher = Path(arguments.output_dir), dispatcher_arguments(arguments)
     router = _known_router(folder, options)
     if finished_run(dispatcher) is None or router is None:
-        raise ValueError(
-            f"{folder} holds no finished dispatcher with a router of these settings: make both first, by prepare(…) "
-            "or `smn cascade train … --prepare`, and then the experts, in any order."
-        )
-    run_experts(arguments, router, build_images(dispatcher).train, numbers, build_accelerator(arguments))
-
-
-def run_experts(
-    arguments: TrainArguments, router: Router, images: ImageDataset, numbers: Sequence[int], accelerator: Accelerator
-) -> None:
-    """Train experts on their clusters of the dispatcher's images, as far as that is not done."""
-    folder = Path(arguments.output_dir)
+        fix = "make both first, by prepare(…) or `smn cascade train … --prepare`, and then the experts, in any order"
+        raise ValueError(f"{folder} holds no finished dispatcher with a router of these settings: {fix}.")
+    images, accelerator = build_images(dispatcher).train, build_accelerator(arguments)
     for number in numbers:
         indices_file = folder / _CLUSTERS / f"{expert_name(number)}.npy"
         cluster = images.subset(read_indices(indices_file, len(images)))
@@ -187,16 +179,6 @@ def _known_router(folder: Path, options: CascadeArguments) -> Router | None:
         return found
     if (folder / CASCADE_NAME).is_file():
         differing = [f"{key}: was {was!r}, is {asked[key]!r}" for key, was in fitted.items() if was != asked[key]]
-        raise ValueError(
-            f"{folder} holds a finished cascade of other settings ({'; '.join(differing)}): take the old ones, or "
-            f"another output_dir, into which its folder {DISPATCHER} may be copied."
-        )
+        fix = f"take the old ones, or another output_dir, into which its folder {DISPATCHER} may be copied"
+        raise ValueError(f"{folder} holds a finished cascade of other settings ({'; '.join(differing)}): {fix}.")
     return None
-
-
-def _write_clusters(folder: Path, route: Tensor, experts: int) -> None:
-    """Write the image numbers of every cluster, from the expert (n,) of each training image."""
-    (folder / _CLUSTERS).mkdir(parents=True, exist_ok=True)
-    for number in range(experts):
-        with atomic_write(folder / _CLUSTERS / f"{expert_name(number)}.npy") as file:
-            np.save(file, (route == number).nonzero().squeeze(1).numpy(), allow_pickle=False)

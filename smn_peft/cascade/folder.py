@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..functional.features import Whitening
-from ..storage import atomic_write, check_regular
-from ..storage import read_json as read_json_file
+from ..storage.adapter_file import map_tensors
+from ..storage.files import atomic_write
+from ..storage.files import read_json as read_json_file
 
 CASCADE_NAME = "cascade.json"
 Shapes = Mapping[str, tuple[str | int, ...]]
-WHITENING: Shapes = {"mean": ("F",), "components": ("d", "F"), "singular_values": ("d",), "samples": (1,)}
+WHITENING = ("mean", "components", "singular_values", "samples")
 _FORMAT = 1
-_DAMAGED = "Copy the folder again, or fit the cascade anew."
+_DAMAGED = "Copy the folder again, name the base that it was fitted on, or fit the cascade anew."
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -34,12 +34,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path, shapes: Shapes) -> dict[str, Tensor]:
     """Read tensors and check them: `components` are fp32, all others fp64; letters in `shapes` are equal sizes."""
     try:
-        check_regular(path)
-        found = load_file(path)
+        found = map_tensors(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} does not exist: the copy of the cascade is incomplete.") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}. {_DAMAGED}") from error
     if set(found) != set(shapes):
         raise ValueError(f"{path} holds {', '.join(sorted(found))}, not {', '.join(sorted(shapes))}. {_DAMAGED}")
     sizes: dict[str | int, int] = {}
@@ -75,6 +72,12 @@ def read_json(path: Path, known: Mapping[str, type | tuple[type, ...]]) -> dict[
         if name not in found or not isinstance(found[name], kind):
             raise ValueError(f"{path}: {name} is missing or of another type. {_DAMAGED}")
     return found
+
+
+def whitening_shapes(dim: str | int = "F", kept: str = "d", prefix: str = "") -> dict[str, tuple[str | int, ...]]:
+    """Shapes of [`whitening_tensors`] of `dim` features to `kept` components."""
+    shapes: tuple[tuple[str | int, ...], ...] = (dim,), (kept, dim), (kept,), (1,)
+    return {f"{prefix}{name}": shape for name, shape in zip(WHITENING, shapes, strict=True)}
 
 
 def whitening_tensors(whitening: Whitening, prefix: str = "") -> dict[str, Tensor]:

@@ -15,14 +15,10 @@ from torch.nn import functional as F
 from ..functional.features import Whitening, fit_whitening
 from . import folder as files
 
-__all__ = ["ROUTER_NAME", "ROUTER_TENSORS_NAME", "Router", "check_clusters", "fit_router"]
-
 ROUTER_NAME = "router.json"
 ROUTER_TENSORS_NAME = "router.safetensors"
-_SHAPES: dict[str, files.Shapes] = {
-    "gmm": {**files.WHITENING, "weights": ("K",), "means": ("K", "d"), "precisions_cholesky": ("K", "d", "d")},
-    "kmeans": {**files.WHITENING, "means": ("K", "d")},
-}
+_CENTRES = {**files.whitening_shapes(), "means": ("K", "d")}
+_SHAPES = {"gmm": {**_CENTRES, "weights": ("K",), "precisions_cholesky": ("K", "d", "d")}, "kmeans": _CENTRES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +122,8 @@ def check_clusters(sizes: Sequence[int], batch_size: int) -> None:
     """Refuse clusters of fewer images than a batch, from which an expert cannot learn."""
     small = [f"cluster {number} has {size}" for number, size in enumerate(sizes) if size < batch_size]
     if small:
+        found = f"Of n={sum(sizes)} training images in K={len(sizes)} clusters {', '.join(small)}"
+        fix = "take fewer experts, another router_seed, router='kmeans', or a smaller batch_size. The dispatcher stays"
         raise ValueError(
-            f"Of n={sum(sizes)} training images in K={len(sizes)} clusters {', '.join(small)}, and an expert needs a "
-            f"batch of {batch_size} at least: take fewer experts, another router_seed, router='kmeans', or a "
-            "smaller batch_size. The dispatcher is done and is not trained again."
+            f"{found}, and an expert needs a batch of {batch_size} at least: {fix}; the dispatcher stays."
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import analysis
 from ..analysis.compression import adapter_compression, format_compression
 from ..evaluation import extract_features, format_fraction, markdown_table, report_table
-from ..storage import locate_adapter
+from ..storage.hub_files import locate_adapter
 from ..training import load_masks, load_run
 from ..training.assemble import METRICS, build_images, evaluation_of
 from ..training.metrics import METRICS_NAME, read_metrics

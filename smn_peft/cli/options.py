@@ -20,7 +20,7 @@ from click.core import ParameterSource
 
 from .._options import describe, from_words, is_list, members_of, user_fields
 from ..evaluation import EvalReport
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 
 PATH = click.Path(path_type=Path)
 

@@ -29,7 +29,7 @@ from ..data.loading import STOP_SIGNALS
 from ..evaluation import report_table
 from ..paper import ARTEFACTS, SCALES, artefact_named, listing, scale_named
 from ..paper import reproduce as reproduce_artefact
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
 from ..training.arguments import read_recipe
 from ..training.checkpoint import latest_checkpoint

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..functional.features import whole_numbers
-from ..storage import check_regular, read_bytes
+from ..storage.files import check_regular, read_bytes
 from .dataset import WITHOUT_LABELS, ImageDataset, NoLabelsError, NoSplitError
 from .decoding import ImageError
 from .registry import dataset_spec

@@ -15,17 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = [
-    "all_reduce",
-    "gather_rows",
-    "joined_batch_norm",
-    "joined_statistics",
-    "process_count",
-    "process_index",
-    "read_flags",
-    "sinkhorn",
-]
-
 
 def process_count() -> int:
     """Number of processes of the default group; 1 where torch.distributed is not initialised."""
@@ -58,9 +47,6 @@ def read_flags(flags: Sequence[Tensor]) -> list[bool]:
     """Read several 0-dim bool tensors with one synchronisation."""
     answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist() if flags else []
     return answers
-
-
-# --- BatchNorm -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -135,9 +121,6 @@ def joined_batch_norm(
             running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     result: Tensor = _JoinedBatchNorm.apply(x, weight, bias, mean, var, count, eps)
     return result
-
-
-# --- Sinkhorn-Knopp --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Whitening", "fit_whitening", "knn_votes", "require_finite_rows", "whole_numbers"]
-
 _RELATIVE_RANK = 1e-6  # below, a singular value is the rounding of fp32 features, and dividing by it gives noise
 
 
@@ -23,10 +21,9 @@ def require_finite_rows(features: Tensor, what: str) -> None:
     bad = ~torch.isfinite(features).all(dim=1)
     if bool(bad.any()):
         rows = bad.nonzero().squeeze(1)
-        raise ValueError(
-            f"{what}: {len(rows)} of {len(features)} rows hold NaN or infinity, the first is row {int(rows[0])}. The "
-            "model diverged or overflowed: extract in fp32 (no autocast), or train at lower learning rates."
-        )
+        found = f"{len(rows)} of {len(features)} rows hold NaN or infinity, the first is row {int(rows[0])}"
+        fix = "extract in fp32 (no autocast), or train at lower learning rates"
+        raise ValueError(f"{what}: {found}. The model diverged or overflowed: {fix}.")
 
 
 def whole_numbers(values: Any, where: str, what: str = "label") -> Tensor:
@@ -56,9 +53,6 @@ def whole_numbers(values: Any, where: str, what: str = "label") -> Tensor:
         value = found.flatten()[index].item()
         raise ValueError(f"{where}: {what} {value!r} (number {index}) is no whole number.")
     return whole
-
-
-# --- k-NN ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -137,23 +131,16 @@ def _check_samples(train: Tensor, labels: Tensor, features: Tensor, num_classes:
     if not len(train):
         raise ValueError("There are no training features: k-NN needs at least one labelled sample.")
     if labels.shape != train.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"train_labels must hold one integer per training sample, ({len(train)},); got {labels.dtype} "
-            f"{tuple(labels.shape)}."
-        )
+        found = f"{labels.dtype} {tuple(labels.shape)}"
+        raise ValueError(f"train_labels must hold one integer per training sample, ({len(train)},); got {found}.")
     lowest, highest = int(labels.min()), int(labels.max())
     classes = highest + 1 if num_classes is None else num_classes
     if lowest < 0 or highest >= classes:
-        raise ValueError(
-            f"Labels run from {lowest} to {highest}, outside of 0 … {classes - 1}: leave num_classes out, or drop "
-            "the samples without a label."
-        )
+        fix = "leave num_classes out, or drop the samples without a label"
+        raise ValueError(f"Labels run from {lowest} to {highest}, outside of 0 … {classes - 1}: {fix}.")
     require_finite_rows(train, "Training features")
     require_finite_rows(features, "Features to classify")
     return classes
-
-
-# --- Whitening -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,10 +167,8 @@ class Whitening:
         without it the columns of the fit's features have length 1, as in the paper. `chunk` rows are held at a time.
         """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(
-                f"This whitening was fitted on features of dim {len(self.mean)}; got {tuple(features.shape)}. Extract "
-                "both with the same models."
-            )
+            got = f"got {tuple(features.shape)}. Extract both with the same models."
+            raise ValueError(f"This whitening was fitted on features of dim {len(self.mean)}; {got}")
         scale = math.sqrt(self.samples - 1) if unit_variance else 1.0
         matrix = self.components.double().T * (scale / self.singular_values)
         parts = [(part.double() - self.mean) @ matrix for part in features.split(chunk)]
@@ -220,10 +205,8 @@ def fit_whitening(features: Tensor, components: int | None = None, *, chunk: int
     squares, vectors = torch.linalg.eigh(gram)
     values = squares.clamp(min=0).sqrt().flip(0)
     if values[0] <= torch.finfo(torch.float32).eps * features.abs().max().double() * math.sqrt(len(features)):
-        raise ValueError(
-            f"All {len(features)} features are the same to rounding, so there is nothing to whiten: the model has "
-            "collapsed. Look at its k-NN accuracy, and train it at a lower learning rate."
-        )
+        fix = "the model has collapsed. Look at its k-NN accuracy, and train it at a lower learning rate."
+        raise ValueError(f"All {len(features)} features are the same to rounding, with nothing to whiten: {fix}")
     rank = int((values > _RELATIVE_RANK * values[0]).sum())
     if components is not None and rank < components:
         warnings.warn(

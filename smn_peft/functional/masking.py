@@ -16,22 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "MASK_TYPES",
-    "MaskSpec",
-    "compute_mask",
-    "density",
-    "effective_weight",
-    "masked_weight",
-    "progressive_density",
-    "scale_of",
-    "seeded_generator",
-    "select_trainable",
-    "straight_through",
-    "threshold_mask",
-    "topk_mask",
-]
-
 
 @dataclass(frozen=True)
 class MaskSpec:
@@ -132,11 +116,17 @@ def effective_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Tensor
 
     `mask` is bool and of the weight's shape; without `scale` it is ``θ · M``.
     """
-    weight = weight.detach()
-    kept = torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    return scaled_weight(weight.detach(), mask, scale)[0]
+
+
+def scaled_weight(weight: Tensor, mask: Tensor, scale: bool) -> tuple[Tensor, Tensor, Tensor | float]:
+    """[`effective_weight`], the number of active weights, and the factor 1/σ, 1.0 without `scale`."""
+    active = torch.count_nonzero(mask)
+    kept = torch.where(mask, weight, weight.new_zeros(()))
     if not scale:
-        return kept
-    return kept.mul_(scale_of(torch.count_nonzero(mask), mask.numel(), weight.dtype))
+        return kept, active, 1.0
+    factor = scale_of(active, mask.numel(), weight.dtype)
+    return kept.mul_(factor), active, factor
 
 
 class _StraightThrough(torch.autograd.Function):

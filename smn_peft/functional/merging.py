@@ -13,10 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .masking import effective_weight, scale_of
+from .masking import scaled_weight
 from .packing import pack_bits, unpack_bits
-
-__all__ = ["Stash", "check_finite", "merge_weight", "unmerge_weight", "unmerged_weight"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -48,10 +46,8 @@ def check_finite(weight: Tensor, path: str, scores: Mapping[str, Tensor]) -> Non
 @torch.no_grad()
 def merge_weight(weight: Tensor, mask: Tensor, scale: bool = True) -> Stash:
     """Overwrite `weight` in place with its effective weight ``θ·M/σ``; return what [`unmerge_weight`] needs."""
-    factor = torch.ones((), device=weight.device)
-    if scale:
-        factor = scale_of(torch.count_nonzero(mask), mask.numel(), weight.dtype)
-    merged = effective_weight(weight, mask, scale)
+    merged, _, found = scaled_weight(weight.detach(), mask, scale)
+    factor = torch.as_tensor(found, device=weight.device)
     integer = _INTEGERS[weight.element_size()]
     lost = _divided(merged, factor).view(integer) != weight.detach().contiguous().view(integer)
     stash = Stash(factor, pack_bits(lost), weight.detach()[lost].clone())

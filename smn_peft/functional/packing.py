@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["hamming", "pack_bits", "packed_size", "popcount", "round_stochastically", "unpack_bits"]
-
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 
 

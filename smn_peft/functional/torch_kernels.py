@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .masking import MaskSpec, compute_mask, scale_of
+from .masking import MaskSpec, compute_mask, scale_of, scaled_weight
 from .packing import unpack_bits
-
-__all__ = ["build", "have_one_order", "inner", "is_dense", "rebuild", "score_gradient", "write_masked"]
 
 _CHUNK = 1 << 13  # bytes of bits: their weights stay in the cache between two passes
 _CHUNK_ON_DEVICE = 1 << 20  # where every call costs a launch
@@ -48,13 +46,8 @@ def build(
         scale = _scale(count, kept.numel(), kept.dtype) if spec.scale else 1.0
         torch.addcmul(_ZERO, weight, kept, value=scale, out=kept)
         return kept.to(dtype), Found(count, scale)
-    mask = compute_mask(scores, spec, trainable)
-    active = torch.count_nonzero(mask)
-    kept = torch.where(mask, weight, _zero(weight))
-    if not spec.scale:
-        return kept.to(dtype), Found(active, 1.0)
-    factor = scale_of(active, mask.numel(), weight.dtype)
-    return kept.mul_(factor).to(dtype), Found(active, factor)
+    kept, *found = scaled_weight(weight, compute_mask(scores, spec, trainable), spec.scale)
+    return kept.to(dtype), Found(*found)
 
 
 def rebuild(
@@ -66,7 +59,7 @@ def rebuild(
     elif _in_memory(weight, scores):
         kept = _indicator(weight, scores, spec, trainable).mul_(weight)
     else:
-        kept = torch.where(compute_mask(scores, spec, trainable), weight, _zero(weight))
+        kept = torch.where(compute_mask(scores, spec, trainable), weight, weight.new_zeros(()))
     if isinstance(found.scale, float) and dtype == kept.dtype:  # else it is rounded once, as in the forward
         return kept, found.scale
     return kept.mul_(found.scale).to(dtype), 1.0
@@ -98,10 +91,6 @@ def _scale(active: float, total: int, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return scale_of(torch.tensor(active, device="cpu"), total, dtype).item()
     return math.sqrt(total / max(active, 1.0))
-
-
-def _zero(weight: Tensor) -> Tensor:
-    return torch.zeros((), dtype=weight.dtype, device=weight.device)
 
 
 def inner(first: Tensor, second: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ results are fp32, fp16 or bf16, and are rounded once.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -19,10 +19,9 @@ from . import torch_kernels
 from .masking import MaskSpec
 from .torch_kernels import have_one_order, is_dense
 
-__all__ = ["build", "inner", "rebuild", "score_gradient", "write_masked"]
-
-_BLOCK = 2048
-_PARTS = 512  # partial sums at most
+T: TypeAlias = tl.tensor
+_BLOCK = tl.constexpr(2048)  # weights of a program's block
+_PARTS = tl.constexpr(512)  # partial sums at most
 
 
 class Found(NamedTuple):
@@ -34,17 +33,15 @@ class Found(NamedTuple):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _places(index: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    return (tl.program_id(0) + index * tl.num_programs(0)).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _places(index: T) -> T:
+    return (tl.program_id(0) + index * tl.num_programs(0)).to(tl.int64) * _BLOCK + tl.arange(0, _BLOCK)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _count(
-    parts: tl.tensor, scores: tl.tensor, threshold: tl.tensor, numel: tl.tensor, rounds: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    active = tl.zeros((BLOCK,), dtype=tl.int32)
+def _count(parts: T, scores: T, threshold: T, numel: T, rounds: T) -> None:
+    active = tl.zeros((_BLOCK,), dtype=tl.int32)
     for index in range(rounds):
-        at = _places(index, BLOCK)
+        at = _places(index)
         inside = at < numel
         value = tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
         active += (inside & (value > threshold)).to(tl.int32)
@@ -52,12 +49,10 @@ def _count(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dot(
-    parts: tl.tensor, first: tl.tensor, second: tl.tensor, numel: tl.tensor, rounds: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+def _dot(parts: T, first: T, second: T, numel: T, rounds: T) -> None:
+    total = tl.zeros((_BLOCK,), dtype=tl.float32)
     for index in range(rounds):
-        at = _places(index, BLOCK)
+        at = _places(index)
         inside = at < numel
         one = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
         total += one * tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
@@ -65,73 +60,58 @@ def _dot(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(parts: tl.tensor, length: tl.tensor, PARTS: tl.constexpr) -> tl.tensor:
-    at = tl.arange(0, PARTS)
+def _sum(parts: T, length: T) -> T:
+    at = tl.arange(0, _PARTS)
     found = tl.load(parts + at, mask=at < length, other=0)
     return tl.sum(found.to(tl.int64) if parts.dtype.element_ty == tl.int32 else found)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scale(active: tl.tensor, numel: tl.tensor) -> tl.tensor:
+def _scale(active: T, numel: T) -> T:
     # Triton makes a constant of a number that is 1, and a constant has no `to`.
     return tl.sqrt((active * 0 + numel).to(tl.float64) / tl.maximum(active, 1).to(tl.float64)).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _build(
-    out: tl.tensor,
-    weight: tl.tensor,
-    scores: tl.tensor,
-    counts: tl.tensor,
-    threshold: tl.tensor,
-    numel: tl.tensor,
-    length: tl.tensor,
-    SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-) -> None:
-    at = _places(0, BLOCK)
+def _build(out: T, weight: T, scores: T, counts: T, threshold: T, numel: T, length: T, SCALE: tl.constexpr) -> None:
+    at = _places(0)
     inside = at < numel
     kept = inside & (tl.load(scores + at, mask=inside, other=0.0).to(tl.float32) > threshold)
     # Loaded whether it is kept or not: a mask made of data would take vectors apart.
     value = tl.where(kept, tl.load(weight + at, mask=inside, other=0.0).to(tl.float32), 0.0)
     if SCALE:
-        value = value * _scale(_sum(counts, length, PARTS), numel)
+        value = value * _scale(_sum(counts, length), numel)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gradient(
-    out: tl.tensor,
-    grad: tl.tensor,
-    weight: tl.tensor,
-    counts: tl.tensor,
-    totals: tl.tensor,
-    numel: tl.tensor,
-    length: tl.tensor,
-    total_length: tl.tensor,
+    out: T,
+    grad: T,
+    weight: T,
+    counts: T,
+    totals: T,
+    numel: T,
+    length: T,
+    total_length: T,
     SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
 ) -> None:
-    at = _places(0, BLOCK)
+    at = _places(0)
     inside = at < numel
     value = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     value = value * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if SCALE:
-        active = _sum(counts, length, PARTS)
+        active = _sum(counts, length)
         value = value * _scale(active, numel)
         if SHIFT:
-            value = value - _sum(totals, total_length, PARTS) / (2 * tl.maximum(active, 1)).to(tl.float32)
+            value = value - _sum(totals, total_length) / (2 * tl.maximum(active, 1)).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _write(
-    out: tl.tensor, weight: tl.tensor, packed: tl.tensor, scale: tl.tensor, numel: tl.tensor, BLOCK: tl.constexpr
-) -> None:
-    byte = tl.program_id(0).to(tl.int64) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)
+def _write(out: T, weight: T, packed: T, scale: T, numel: T) -> None:
+    byte = tl.program_id(0).to(tl.int64) * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)
     bits = tl.load(packed + byte, mask=byte * 8 < numel, other=0).to(tl.int32)[:, None]
     bit = tl.arange(0, 8)[None, :]
     at = byte[:, None] * 8 + bit
@@ -142,13 +122,13 @@ def _write(
 
 
 def _blocks(numel: int) -> int:
-    return -(-numel // _BLOCK)  # Triton's own cdiv is written for kernels, and slow outside
+    return -(-numel // int(_BLOCK.value))  # Triton's own cdiv is written for kernels, and slow outside
 
 
 def _grid(numel: int) -> tuple[int, int]:
     """Programs that leave a partial sum each, and blocks that every one of them takes."""
     blocks = _blocks(numel)
-    programs = min(blocks, _PARTS)
+    programs = min(blocks, _PARTS.value)
     return programs, -(-blocks // programs)
 
 
@@ -160,7 +140,7 @@ def build(weight: Tensor, scores: Tensor, spec: MaskSpec, trainable: None, dtype
     programs, rounds = _grid(scores.numel())
     found = Found(torch.empty(programs, dtype=torch.int32, device=weight.device), threshold, spec.scale)
     with torch.cuda.device_of(weight):
-        _count[(programs,)](found.active, scores, threshold, scores.numel(), rounds, BLOCK=_BLOCK)
+        _count[(programs,)](found.active, scores, threshold, scores.numel(), rounds)
     return rebuild(weight, scores, spec, trainable, found, dtype)[0], found
 
 
@@ -171,9 +151,7 @@ def rebuild(
     out, numel = torch.empty_like(weight, dtype=dtype), weight.numel()
     parts, threshold, scale = found
     with torch.cuda.device_of(weight):
-        _build[(_blocks(numel),)](
-            out, weight, scores, parts, threshold, numel, parts.numel(), SCALE=scale, BLOCK=_BLOCK, PARTS=_PARTS
-        )
+        _build[(_blocks(numel),)](out, weight, scores, parts, threshold, numel, parts.numel(), SCALE=scale)
     return out, 1.0
 
 
@@ -184,7 +162,7 @@ def inner(first: Tensor, second: Tensor) -> Tensor:
     programs, rounds = _grid(first.numel())
     parts = torch.empty(programs, dtype=torch.float32, device=first.device)
     with torch.cuda.device_of(first):
-        _dot[(programs,)](parts, first, second, first.numel(), rounds, BLOCK=_BLOCK)
+        _dot[(programs,)](parts, first, second, first.numel(), rounds)
     return parts
 
 
@@ -197,20 +175,10 @@ def score_gradient(
     out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
     numel, parts = weight.numel(), found.active
     shifts, length = (parts, 0) if total is None else (total, total.numel())
+    sizes = numel, parts.numel(), length
     with torch.cuda.device_of(weight):
         _gradient[(_blocks(numel),)](
-            out,
-            grad,
-            weight,
-            parts,
-            shifts,
-            numel,
-            parts.numel(),
-            length,
-            SCALE=found.scale,
-            SHIFT=total is not None,
-            BLOCK=_BLOCK,
-            PARTS=_PARTS,
+            out, grad, weight, parts, shifts, *sizes, SCALE=found.scale, SHIFT=total is not None
         )
     return out
 
@@ -219,4 +187,4 @@ def write_masked(out: Tensor, weight: Tensor, packed: Tensor, scale: float) -> N
     """See `effective.write_masked`."""
     numel = out.numel()
     with torch.cuda.device_of(out):
-        _write[(_blocks(numel),)](out, weight, packed, scale, numel, BLOCK=_BLOCK)
+        _write[(_blocks(numel),)](out, weight, packed, scale, numel)

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation import EvalReport, format_fraction, markdown_table, report_table
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from .facts import AdapterFacts, as_code, as_options, as_span, as_text, dataset_id, facts_of_folder, shown_name
 
 CARD_NAME = "README.md"

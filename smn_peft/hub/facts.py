@@ -17,7 +17,9 @@ from safetensors import safe_open
 from ..backbones import is_file_spec
 from ..data.registry import DATASETS
 from ..evaluation import EvalReport, merge_reports
-from ..storage import BASE_PREFIX, WEIGHTS_NAME, AdapterSizes, adapter_sizes, read_config, read_json
+from ..storage.adapter_config import read_config
+from ..storage.adapter_file import BASE_PREFIX, WEIGHTS_NAME, AdapterSizes, adapter_sizes
+from ..storage.files import read_json
 
 RUN_NAME = "run.json"  # `smn train` writes it beside the adapter
 _SHOWN = (

@@ -27,7 +27,9 @@ from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 from peft import PeftModel
 
 from ..evaluation import EvalReport
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, parse_adapter_file, read_bytes
+from ..storage.adapter_config import CONFIG_NAME
+from ..storage.adapter_file import WEIGHTS_NAME, parse_adapter_file
+from ..storage.files import read_bytes
 from ..tuner import MaskConfig
 from ..tuner.config import SMN
 from .card import CARD_NAME, collection_card, eval_result_files, merged_with, own_words, read_card, render_card

@@ -7,19 +7,14 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ..evaluation import library_versions, markdown_table
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from ..training.assemble import share
 from .runs import RunSpec, RunStore, missing_files
-from .scales import Scale
-
-__all__ = ["ARTEFACTS", "Artefact", "Cell", "Record", "artefact", "by_section", "needed_runs", "render", "reproduce"]
+from .scales import Scale, read_yaml
 
 #: What `make_record` returns, or the JSON of it.
 Record = Mapping[str, Any]
@@ -53,7 +48,8 @@ class Artefact:
     title: str
     note: str  # how it differs from the paper's, and what to know when reading it
     paper: Mapping[str, Mapping[str, Mapping[str, float]]]  # the paper's numbers by section, row and column
-    # (store, cells, seeds) -> further data as JSON; its "markdown", if any, is shown below the table.
+    # (store, cells, seeds) -> further data as JSON; its "markdown", if any, is shown below the table. Without it, as
+    # where a run failed, there is no picture.
     details: Callable[[RunStore, Sequence[Cell], Sequence[int]], Any] | None = None
     # (record, stem of the files' names) -> the pictures that it wrote.
     draw: Callable[[Record, Path], list[Path]] | None = None
@@ -62,12 +58,13 @@ class Artefact:
 
 
 ARTEFACTS: dict[str, Artefact] = {}
-_TEXTS: dict[str, Any] = yaml.safe_load(resources.files(__package__).joinpath("artefacts.yaml").read_text("utf-8"))
+TEXTS: dict[str, Any] = read_yaml("artefacts.yaml")
+"""What ``artefacts.yaml`` says of every artefact."""
 
 
 def artefact(name: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell]]], None]:
     """Register an artefact by the function that lists its cells; `options` are other attributes of `Artefact`."""
-    texts = _TEXTS[name]
+    texts = TEXTS[name]
     paper = {
         section: {row: dict(zip(texts["columns"], values, strict=True)) for row, values in rows.items()}
         for section, rows in texts.get("sections", {}).items()
@@ -109,7 +106,7 @@ def make_record(artefact: Artefact, scale: Scale, store: RunStore, seeds: Sequen
         "seeds": list(seeds),
         "cells": rows,
         "failures": failures,
-        "details": None if artefact.details is None else artefact.details(store, cells, seeds),
+        "details": None if artefact.details is None or failures else artefact.details(store, cells, seeds),
         "versions": library_versions(),
     }
 
@@ -128,7 +125,8 @@ def render(record: Record) -> str:
     parts += [record["note"]] if record["note"] else []
     for section, cells in by_section(record).items():
         parts += [f"### {section}"] if section else []
-        parts.append(_each_seed(cells) if record["each_seed"] else _table(map(_mean, cells)))
+        shown = [text for cell in cells for text in _each_seed(cell)] if record["each_seed"] else map(_mean, cells)
+        parts.append(_table(shown))
     if isinstance(record["details"], Mapping) and "markdown" in record["details"]:
         parts.append(record["details"]["markdown"])
     parts += [f"Run {id} failed: {' '.join(reason.split())}" for id, reason in record["failures"].items()]
@@ -162,16 +160,13 @@ def _mean(cell: Mapping[str, Any]) -> tuple[str, str, str]:
     return cell["row"], column, f"{factor * statistics.fmean(known):,.{digits}f}{spread}"
 
 
-def _each_seed(cells: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the percentages of every seed, their mean and standard deviation."""
-    rows = []
-    for cell in cells:
-        known = [value for value in cell["values"] if value is not None]
-        row = {f"R{i + 1}": "failed" if v is None else f"{100 * v:.1f}" for i, v in enumerate(cell["values"])}
-        row["mean"] = f"{100 * statistics.fmean(known):.1f}" if known else "–"
-        row["std"] = f"{100 * statistics.stdev(known):.1f}" if len(known) > 1 else "–"
-        rows.append({"": f"{cell['row']}, {cell['column']}", **row})
-    return markdown_table(rows)
+def _each_seed(cell: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """As [`_mean`], of the percentage of every seed, their mean and standard deviation."""
+    known = [100 * value for value in cell["values"] if value is not None]
+    texts = {f"R{i}": "failed" if v is None else f"{100 * v:.1f}" for i, v in enumerate(cell["values"], 1)}
+    texts["mean"] = f"{statistics.fmean(known):.1f}" if known else "–"
+    texts["std"] = f"{statistics.stdev(known):.1f}" if len(known) > 1 else "–"
+    return [(f"{cell['row']}, {cell['column']}", column, text) for column, text in texts.items()]
 
 
 class Reproduction(NamedTuple):
@@ -223,6 +218,6 @@ def reproduce(
     for path, written in zip(files, (content + "\n", text), strict=True):
         with atomic_write(path) as file:
             file.write(written.encode())
-    if artefact.draw is not None:
+    if artefact.draw is not None and (artefact.details is None or record["details"] is not None):
         files += artefact.draw(record, stem)
     return Reproduction(record, text, files)

@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["WEIGHTS", "CifarResNet", "build"]
-
 WEIGHTS = "cifar10_resnet56.akamaster.fp16.safetensors"
 
 
@@ -37,15 +35,15 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A residual network of 6n + 2 layers for 32-pixel images, without its head (He et al. 2016, section 4.2)."""
+    """The network of 56 layers for 32-pixel images, without its head (He et al. 2016, section 4.2)."""
 
-    def __init__(self, blocks: int) -> None:
-        """Make three stages of `blocks` blocks, 16, 32 and 64 wide."""
+    def __init__(self) -> None:
+        """Make three stages of nine blocks, 16, 32 and 64 wide."""
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(_Block(inputs, width), *(_Block(width, width) for _ in range(blocks - 1)))
+            nn.Sequential(_Block(inputs, width), *(_Block(width, width) for _ in range(8)))
             for inputs, width in ((16, 16), (16, 32), (32, 64))
         )
 
@@ -61,7 +59,7 @@ def build() -> nn.Module:
     path = Path(os.environ.get("SMN_ASSETS", ".")) / WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: SMN_ASSETS has to name the folder that holds {WEIGHTS}.")
-    model: Any = CifarResNet(9)
+    model: Any = CifarResNet()
     weights = {key: value.to(torch.float32) for key, value in load_file(path).items() if "linear." not in key}
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
     model.load_state_dict({**counters, **weights})

@@ -6,19 +6,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from ..evaluation import markdown_table
-from .artefact import Record
-
-__all__ = ["CLAIMS", "Claim", "claims_table", "judge"]
+from .artefact import TEXTS, Record
 
 
 @dataclass(frozen=True)
 class Claim:
     """Row `row` of an artefact is above row `than`, or at most `short` below it."""
 
-    text: str
+    text: str  # one that starts with "…" continues the claim before it
     artefact: str  # name of the table or figure that judges it
     row: str  # the row that should be above
     than: str  # the row that it is compared with
@@ -26,33 +23,8 @@ class Claim:
     of_paper: bool = True  # whether the paper makes it; else it is a control that the paper lacks
 
 
-_Control = partial(Claim, of_paper=False)
-_FULL, _CASCADE, _STATISTICS = "full fine-tuning", "cascade, unconditional", "BatchNorm statistics alone"
-_SMALL_RECIPE, _PAPER_RECIPE = "mask, the small recipe", "mask, the paper's recipe"
-
-#: What is judged, in the order of the paper; a text that starts with "…" continues the claim before it.
-CLAIMS = (
-    Claim("a mask with labels beats k-NN on the frozen base", "table1", "mask", "k-NN, frozen base"),
-    Claim("a mask with labels comes within a point of full fine-tuning", "table1", "mask", _FULL, 0.01),
-    Claim("… by the paper's recipe too", "table1", "mask, SGD and a random head", _FULL, 0.01),
-    _Control("… beats a linear probe", "table1", "mask", "linear probe, frozen base"),
-    _Control("… beats fp32 LoRA of at most its bytes, one rate", "table1", "mask", "LoRA of at most the mask's bytes"),
-    _Control("… is more than statistics that adapt", "table1", "mask", f"new head, {_STATISTICS}"),
-    Claim("a mask without labels beats the frozen base", "table2", "threshold", "frozen base"),
-    Claim("thresholds beat topk at 50 %", "table2", "threshold", "topk 50 %"),
-    Claim("thresholds are no worse than topk at the density they found", "table2", "threshold", "topk, found density"),
-    _Control("… is more than statistics that adapt", "table2", "threshold", _STATISTICS),
-    _Control("… beats fine-tuning without labels", "table2", "threshold", _FULL),
-    Claim("a conditional cascade beats its dispatcher", "table3", "cascade, conditional", "dispatcher"),
-    Claim("an unconditional cascade beats its dispatcher", "table3", _CASCADE, "dispatcher"),
-    _Control("… is more than whitening", "table3", _CASCADE, "dispatcher, whitened"),
-    _Control("… is more than as many dispatchers of other seeds", "table3", _CASCADE, "dispatchers of 4 seeds"),
-    Claim("masking a tenth of the weights beats the frozen base", "figure8", "random: 10 %", "frozen base"),
-    Claim("masking half of the weights loses at most a point", "figure8", "random: 50 %", "all weights", 0.01),
-    Claim("the largest tenth is a better choice than a random one", "figure9", "magnitude: 10 %", "random: 10 %"),
-    _Control("the small recipe beats the paper's", "recipes", _SMALL_RECIPE, _PAPER_RECIPE),
-    _Control("the small recipe comes within a point of full fine-tuning", "recipes", _SMALL_RECIPE, _FULL, 0.01),
-)
+#: What is judged, in the order of the paper.
+CLAIMS = tuple(Claim(artefact=name, **claim) for name, texts in TEXTS.items() for claim in texts.get("claims", ()))
 
 
 @dataclass(frozen=True)

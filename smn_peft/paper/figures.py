@@ -105,20 +105,19 @@ def _figure5(scale: Scale) -> list[Cell]:
 
 
 def _averaged_densities(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> dict[str, Any]:
-    """Density of every layer by row, over datasets and seeds, without failed runs."""
+    """Density of every layer by row, over datasets and seeds."""
     rows: dict[str, list[list[masks.LayerDensity]]] = {cell.row: [] for cell in cells}
     for cell in cells:
         for spec in map(cell.run.seeded, seeds):
-            if store.failure(spec) is None:
-                loaded = load_masks(store.path(spec), backbone=spec.backbone)
-                body = {name: mask for name, mask in loaded.items() if not name.startswith("head.")}
-                rows[cell.row].append(masks.layer_densities(body))  # a head's size is its dataset's
-    return {row: [asdict(one) for one in masks.average_densities(runs)] if runs else [] for row, runs in rows.items()}
+            loaded = load_masks(store.path(spec), backbone=spec.backbone)
+            body = {name: mask for name, mask in loaded.items() if not name.startswith("head.")}
+            rows[cell.row].append(masks.layer_densities(body))  # a head's size is its dataset's
+    return {row: [asdict(one) for one in masks.average_densities(runs)] for row, runs in rows.items()}
 
 
 def _draw_densities(record: Record, stem: Path) -> list[Path]:
     details = record["details"]
-    groups = {row: [masks.LayerDensity(**layer) for layer in layers] for row, layers in details.items() if layers}
+    groups = {row: [masks.LayerDensity(**layer) for layer in layers] for row, layers in details.items()}
     title = "Density per layer" if len(details) > 1 else f"{next(iter(details))}, with labels"
     return _picture(stem, plots.plot_densities, groups, title=title)
 
@@ -154,9 +153,9 @@ def _shares(shares: Sequence[float], select: str) -> dict[str, dict[str, Any]]:
 def _stage_shares(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> dict[str, float]:
     """Share of the weights in the first stages, from the sizes of the packed masks."""
     runs = {cell.row: cell.run.seeded(seeds[0]) for cell in cells if cell.row.startswith(("all", "first stages"))}
-    sizes = {row: store.summary(spec).sizes["mask"] for row, spec in runs.items() if store.failure(spec) is None}
-    whole = sizes.pop("all weights", None)
-    return {row: size / whole for row, size in sizes.items()} if whole else {}
+    sizes = {row: store.summary(spec).sizes["mask"] for row, spec in runs.items()}
+    whole = sizes.pop("all weights")
+    return {row: size / whole for row, size in sizes.items()}
 
 
 def _draw_selective(record: Record, stem: Path) -> list[Path]:
@@ -189,16 +188,14 @@ def _figure9(scale: Scale) -> list[Cell]:
 _IMAGES, _CLASSES = 1000, 20
 
 
-def _cascade(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> Cascade | None:
+def _cascade(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> Cascade:
     spec = cells[0].run.seeded(seeds[0])
-    return None if store.failure(spec) is not None else Cascade.load(store.path(spec), backbone=spec.backbone)
+    return Cascade.load(store.path(spec), backbone=spec.backbone)
 
 
 def _maps(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Test images laid out by t-SNE under the base, the dispatcher and the whole cascade."""
     cascade = _cascade(store, cells, seeds)
-    if cascade is None:
-        return []
     arguments = cascade.arguments
     test = build_images(arguments).test
     assert test is not None
@@ -224,24 +221,22 @@ def _maps(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[
 def _draw_maps(record: Record, stem: Path) -> list[Path]:
     found = record["details"]
     maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in found]
-    return _picture(stem, plots.plot_embedding_maps, maps, names=found[0]["names"] if found else None)
+    return _picture(stem, plots.plot_embedding_maps, maps, names=found[0]["names"])
 
 
 @artefact("figure10", details=_maps, draw=_draw_maps, seeds=1)
 def _figure10(scale: Scale) -> list[Cell]:
-    return _cascade_cells(scale, "dispatcher", "cascade, unconditional")
+    return [_cascade_cell(scale, row) for row in ("dispatcher", "cascade, unconditional")]
 
 
-def _cascade_cells(scale: Scale, *rows: str) -> list[Cell]:
+def _cascade_cell(scale: Scale, row: str) -> Cell:
     dataset = scale.choices["table3"][0]
-    return [Cell("", row, dataset, scale.cascade(dataset), f"cascade_knn@{row}") for row in rows]
+    return Cell("", row, dataset, scale.cascade(dataset), f"cascade_knn@{row}")
 
 
 def _clusters(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Composition of the router's clusters on the training images."""
     cascade = _cascade(store, cells, seeds)
-    if cascade is None:
-        return []
     images = build_images(cascade.arguments)
     features = cascade.embed(images.train, "dispatcher", batch_size=cascade.arguments.batch_size)
     assert cascade.router is not None
@@ -256,7 +251,7 @@ def _draw_clusters(record: Record, stem: Path) -> list[Path]:
 
 @artefact("figure11", details=_clusters, draw=_draw_clusters, seeds=1)
 def _figure11(scale: Scale) -> list[Cell]:
-    return _cascade_cells(scale, "cascade, conditional")
+    return [_cascade_cell(scale, "cascade, conditional")]
 
 
 @artefact("ablations")
@@ -293,7 +288,8 @@ def _draw_recipes(record: Record, stem: Path) -> list[Path]:
 @artefact("recipes", draw=_draw_recipes)
 def _recipes(scale: Scale) -> list[Cell]:
     cells, rows = [], ("full fine-tuning", "mask, the paper's recipe", "mask, the small recipe")
-    for setting, dataset, lengths in scale.choices["recipes"]:
+    for key, dataset, lengths in scale.choices["recipes"]:
+        setting = scale.supervised[key]
         section = f"{setting.label}, {dataset}"
         for epochs in lengths:
             column, runs = f"{epochs} {'epoch' if epochs == 1 else 'epochs'}", {}

@@ -9,18 +9,16 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .._options import merged
 from ..cascade import Cascade, CascadeArguments, cascade_sizes, evaluate_cascade
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from ..training import RunSummary, TrainArguments, TrainingFailure, evaluate_run, run
 from ..training.checkpoint import list_checkpoints
 from ..training.run import RUN_NAME
-
-__all__ = ["METRICS", "RunSpec", "RunStore", "missing_files"]
 
 # Folders that arguments name as "{assets}/…": the environment variable of each, and what it should hold.
 _PLACES = {
@@ -69,7 +67,7 @@ class RunSpec:
             ValueError: The arguments are wrong.
         """
         arguments = merged(self.arguments, {} if self.found is None else {"mask": {"density": 0.5}})
-        facts = dict(_not_defaults(json.dumps(arguments)))
+        facts = _differing(TrainArguments(**arguments), TrainArguments(backbone="-", dataset="-"))
         if self.found is not None:
             facts["found"] = self.found.id
         if self.cascade is not None:
@@ -88,13 +86,8 @@ class RunSpec:
         return TrainArguments(**{**_expanded(values), "output_dir": str(folder), "resume": True})
 
 
-@cache
-def _not_defaults(arguments: str) -> dict[str, Any]:
-    """Values that are not the defaults, of `TrainArguments` as JSON."""
-    return _differing(TrainArguments(**json.loads(arguments)), TrainArguments(backbone="-", dataset="-"))
-
-
 def _differing(given: Any, defaults: Any) -> dict[str, Any]:
+    """Options of a dataclass that change results and are not the defaults."""
     found = {}
     for field in fields(given):
         value, default = getattr(given, field.name), getattr(defaults, field.name)

@@ -7,6 +7,7 @@ Named as a user's file ("small_resnet.py:build"), since timm knows no such model
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ from safetensors.torch import load_file
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
-
-__all__ = ["WEIGHTS", "build"]
 
 WEIGHTS = "resnetv2_50_stages123.onnxzoo.fp16.safetensors"
 
@@ -35,11 +34,9 @@ def build() -> nn.Module:
         norm_layer=BatchNormAct2d,
         num_classes=0,
     )
-    model.stem = nn.Sequential()
-    model.stem.add_module("norm0", nn.BatchNorm2d(3))
-    model.stem.add_module("conv", nn.Conv2d(3, 64, 7, 2, 3, bias=False))
-    model.stem.add_module("norm", BatchNormAct2d(64))
-    model.stem.add_module("pool", nn.MaxPool2d(3, 2, 1))
+    convolution = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+    stem = {"norm0": nn.BatchNorm2d(3), "conv": convolution, "norm": BatchNormAct2d(64), "pool": nn.MaxPool2d(3, 2, 1)}
+    model.stem = nn.Sequential(OrderedDict(stem))
     model.load_state_dict({key: value.to(torch.float32) for key, value in load_file(path).items()})
     model.image_size, model.mean, model.std = 48, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return model

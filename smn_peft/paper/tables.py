@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from ..analysis.compression import adapter_compression, format_compression
@@ -13,16 +14,16 @@ from .artefact import Cell, artefact
 from .runs import RunSpec, RunStore
 from .scales import Scale, Setting
 
-__all__ = ["frozen_cells"]
-
 _METRICS = (("knn", "k-NN"), ("linear_probe", "Linear probe"), ("density", "Density"))
 
 
 def frozen_cells(section: str, column: str, run: RunSpec) -> list[Cell]:
     """The frozen base, as far as a run evaluates it."""
-    rows = {"frozen_knn": "k-NN, frozen base", "frozen_linear_probe": "linear probe, frozen base"}
-    shown = list(rows) if run.arguments.get("eval_probe") else ["frozen_knn"]
-    return [Cell(section, rows[metric], column, run, metric) for metric in shown]
+    cells = [
+        Cell(section, "k-NN, frozen base", column, run, "frozen_knn"),
+        Cell(section, "linear probe, frozen base", column, run, "frozen_linear_probe"),
+    ]
+    return cells if run.arguments.get("eval_probe") else cells[:1]
 
 
 @artefact("table1")
@@ -35,15 +36,15 @@ def _table1(scale: Scale) -> list[Cell]:
         "mask": "mask",
     }
     cells = []
-    for setting in scale.supervised:
-        rows = {method: row for method, row in methods.items() if method in setting.methods}
-        for dataset in setting.datasets:
-            cells += frozen_cells(setting.label, dataset, scale.run(setting, "mask", dataset))
-            for method, row in rows.items():
-                cells.append(Cell(setting.label, row, dataset, scale.run(setting, method, dataset), "accuracy"))
-        first = setting.datasets[0]
-        for method, row in rows.items():
-            cells.append(Cell(setting.label, row, f"file, {first}", scale.run(setting, method, first), "bytes"))
+    for setting in scale.supervised.values():
+        rows = {row: method for method, row in methods.items() if method in setting.methods}
+        columns = [(dataset, dataset, "accuracy") for dataset in setting.datasets]
+        columns += [(f"file, {dataset}", dataset, "bytes") for dataset in setting.datasets[:1]]
+        for column, dataset, metric in columns:
+            if metric == "accuracy":
+                cells += frozen_cells(setting.label, dataset, scale.run(setting, "mask", dataset))
+            for row, method in rows.items():
+                cells.append(Cell(setting.label, row, column, scale.run(setting, method, dataset), metric))
     return cells
 
 
@@ -55,26 +56,24 @@ def _table2(scale: Scale) -> list[Cell]:
         for metric, name in _METRICS:
             section = f"{setting.label}: {name}"
             for dataset in setting.datasets:
-                runs = _table2_runs(scale, setting, dataset, ranks)
-                if metric == "density":
-                    runs = {"threshold": runs["threshold"]}
-                else:
-                    cells.append(Cell(section, "frozen base", dataset, runs["threshold"], f"frozen_{metric}"))
-                cells += [Cell(section, row, dataset, run, metric) for row, run in runs.items()]
+                mask = scale.run(setting, "mask", dataset)
+                if metric != "density":
+                    cells.append(Cell(section, "frozen base", dataset, mask, f"frozen_{metric}"))
+                    controls = _controls(scale, setting, dataset, mask, ranks)
+                    cells += [Cell(section, row, dataset, run, metric) for row, run in controls.items()]
+                cells.append(Cell(section, "threshold", dataset, mask, metric))
     return cells
 
 
-def _table2_runs(scale: Scale, setting: Setting, dataset: str, ranks: Sequence[str]) -> dict[str, RunSpec]:
-    mask, runs = scale.run(setting, "mask", dataset), {}
-    if "statistics" in setting.methods:
-        runs["BatchNorm statistics alone"] = scale.run(setting, "statistics", dataset)
-    runs["full fine-tuning"] = scale.run(setting, "full", dataset)
+def _controls(scale: Scale, setting: Setting, dataset: str, mask: RunSpec, ranks: Sequence[str]) -> dict[str, RunSpec]:
+    methods = {"statistics": "BatchNorm statistics alone", "full": "full fine-tuning"}
+    runs = {row: scale.run(setting, name, dataset) for name, row in methods.items() if name in setting.methods}
     for rank_by in ranks:
         name = {"score": "topk", "absolute": "topk by |S|"}[rank_by]
         topk = scale.run(setting, "topk", dataset, mask={"rank_by": rank_by})
         runs[f"{name} 50 %"] = topk.at(mask={"density": 0.5})
         runs[f"{name}, found density"] = replace(topk, found=mask)
-    return {**runs, "threshold": mask}
+    return runs
 
 
 @artefact("table3")
@@ -109,14 +108,13 @@ def _table5(scale: Scale) -> list[Cell]:
 
 def _compressed(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> Any:
     """A mask and fully fine-tuned weights under compressors."""
-    mask, full = (cells[i].run.seeded(seeds[0]) for i in (0, -1))
-    if store.failure(mask) is not None or store.failure(full) is not None:
-        return None
-    table = adapter_compression(store.path(mask), store.path(full) / MODEL_NAME)
+    mask, full = (store.path(cells[i].run.seeded(seeds[0])) for i in (0, -1))
+    table = adapter_compression(mask, full / MODEL_NAME)
     return {**asdict(table), "markdown": format_compression(table)}
 
 
-def _compression_cells(scale: Scale, key: str, dataset: str) -> list[Cell]:
+def _compression_cells(name: str, scale: Scale) -> list[Cell]:
+    key, dataset = scale.choices[name]
     setting = scale.unsupervised[key]
     mask, full = (scale.run(setting, method, dataset) for method in ("mask", "full"))
     return [
@@ -126,21 +124,15 @@ def _compression_cells(scale: Scale, key: str, dataset: str) -> list[Cell]:
     ]
 
 
-@artefact("table6", details=_compressed, seeds=1)
-def _table6(scale: Scale) -> list[Cell]:
-    return _compression_cells(scale, *scale.choices["table6"])
-
-
-@artefact("table7", details=_compressed, seeds=1)
-def _table7(scale: Scale) -> list[Cell]:
-    return _compression_cells(scale, *scale.choices["table7"])
+for _name in ("table6", "table7"):
+    artefact(_name, details=_compressed, seeds=1)(partial(_compression_cells, _name))
 
 
 @artefact("table8")
 def _table8(scale: Scale) -> list[Cell]:
     return [
         Cell("", f"{setting.label}{name}", dataset, scale.run(setting, method, dataset), "density")
-        for setting in scale.supervised
+        for setting in scale.supervised.values()
         for method, name in (("mask", ""), ("mask_sgd", ", SGD and a random head"))
         if method in setting.methods
         for dataset in setting.datasets

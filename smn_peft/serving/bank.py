@@ -21,7 +21,9 @@ from ..bank.bank import MaskBank
 from ..bank.source import MemorySource
 from ..bank.store import DiskStore
 from ..data import check_preprocessing
-from ..storage import CONFIG_NAME, WEIGHTS_NAME, locate_adapter, read_config
+from ..storage.adapter_config import CONFIG_NAME, read_config
+from ..storage.adapter_file import WEIGHTS_NAME
+from ..storage.hub_files import locate_adapter
 from .limits import ServingError, explained
 from .models import NewTask
 

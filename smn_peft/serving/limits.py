@@ -17,7 +17,7 @@ from starlette.types import Message
 
 from ..bank.database import StoreBusyError
 from ..data.decoding import ImageError, TooManyPixelsError, UnknownFormatError
-from ..storage import AdapterFileError
+from ..storage.files import AdapterFileError
 
 __all__ = ["Budget", "Limits", "ServingError", "explained", "limited"]
 

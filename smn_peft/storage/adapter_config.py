@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,43 +29,35 @@ SETTINGS = (
 """Fields of the config that decide an adapter's outputs. The keys of the file's tensors say what it targets."""
 
 
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_mapping(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_text, value.values())))
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-
-
+_TEXT = (str, NoneType)
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("base_fingerprint", "base_model_name_or_path", "revision"), (_is_text, "text or null")),
-    **dict.fromkeys(("check_base", "scale"), (_is_flag, "true or false")),
-    "auto_mapping": (_is_mapping, "an object of texts"),
+    **dict.fromkeys(
+        ("base_fingerprint", "base_model_name_or_path", "revision"),
+        (lambda value: isinstance(value, _TEXT), "text or null"),
+    ),
+    **dict.fromkeys(("check_base", "scale"), (lambda value: isinstance(value, bool), "true or false")),
+    "auto_mapping": (
+        lambda value: value is None or (isinstance(value, dict) and all(isinstance(v, _TEXT) for v in value.values())),
+        "an object of texts",
+    ),
     "codec": (lambda value: isinstance(value, str), "text"),
-    "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "an integer"),
+    "seed": (lambda value: type(value) is int, "an integer"),
     "select": (lambda value: value in ("random", "magnitude"), '"random" or "magnitude"'),
-    "trainable_fraction": (_is_fraction, "a number above 0, and 1 at most"),
+    "trainable_fraction": (
+        lambda value: type(value) in (int, float) and 0 < value <= 1,
+        "a number above 0, and 1 at most",
+    ),
 }
 """PEFT checks no types: what this package reads of a config, and what it must be."""
 
 
 def check_format_version(version: object) -> None:
     """ValueError for anything but an integer from 1 to [`FORMAT_VERSION`]."""
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise ValueError(f"format_version must be a positive integer, got {version!r}: {CONFIG_NAME} is damaged.")
     if version > FORMAT_VERSION:
-        raise ValueError(
-            f"This adapter has format version {version}; this smn_peft reads up to {FORMAT_VERSION}. Upgrade it: pip "
-            "install -U smn_peft."
-        )
+        known = f"this smn_peft reads up to {FORMAT_VERSION}. Upgrade it: pip install -U smn_peft."
+        raise ValueError(f"This adapter has format version {version}; {known}")
 
 
 def check_config(config: Any, where: object = CONFIG_NAME) -> dict[str, Any]:
@@ -78,10 +71,8 @@ def check_config(config: Any, where: object = CONFIG_NAME) -> dict[str, Any]:
         raise AdapterFileError(f"{where} is damaged: it is no JSON object. Fetch it again.")
     for name, (is_valid, kind) in _FIELDS.items():
         if name in config and not is_valid(config[name]):
-            raise AdapterFileError(
-                f"{where} is damaged: {name} is {repr(config[name])[:80]}, and must be {kind}. Fetch it again, or "
-                "have its author correct it."
-            )
+            found = repr(config[name])[:80]
+            raise AdapterFileError(f"{where} is damaged: {name} is {found}, and must be {kind}. Fetch it again.")
     try:
         json.dumps(config, ensure_ascii=False).encode()
     except ValueError as error:  # half of a surrogate pair
@@ -123,18 +114,13 @@ def check_settings(where: object, tensor: Tensor, rest: Collection[Tensor]) -> s
 
     Nothing is compared where PEFT has added tensors after it was computed, as it does with embeddings.
     """
-    try:
-        values = json.loads(tensor.numpy().tobytes())
-        expected = values.pop("checksum", None)
-    except (ValueError, RecursionError, AttributeError):
-        return None  # `read_settings` says what is wrong
+    values = _from_json(where, tensor)
+    expected = values.pop("checksum", None)
     if not isinstance(expected, str) or not expected.endswith(f" of {len(rest)}"):
         return None
     if (found := _checksum(values, rest)) != expected:
-        raise AdapterFileError(
-            f"{where}: settings, head and statistics have the checksum {found}, the file says {expected}: it is "
-            "damaged. Fetch it again."
-        )
+        what = f"settings, head and statistics have the checksum {found}, the file says {expected}"
+        raise AdapterFileError(f"{where}: {what}: it is damaged. Fetch it again.")
     return expected
 
 
@@ -158,6 +144,12 @@ def _crc32(tensor: Tensor) -> int:
 
 def read_settings(name: str, tensor: Tensor) -> dict[str, Any]:
     """Decode what [`settings_tensor`] made; `name` is its key, and fields of a later release are left out."""
+    values = _from_json(name, tensor)
+    check_format_version(values.get("format_version", 1))
+    return {name: values[name] for name in SETTINGS if name in values}
+
+
+def _from_json(where: object, tensor: Tensor) -> dict[str, Any]:
     try:
         if tensor.dtype != torch.uint8 or tensor.dim() != 1:
             raise ValueError(f"it is {tensor.dtype} {tuple(tensor.shape)}")
@@ -165,6 +157,5 @@ def read_settings(name: str, tensor: Tensor) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{name} holds no settings of an adapter ({error}): fetch the file again.") from error
-    check_format_version(values.get("format_version", 1))
-    return {name: values[name] for name in SETTINGS if name in values}
+        raise AdapterFileError(f"{where} holds no settings of an adapter ({error}): fetch the file again.") from error
+    return values

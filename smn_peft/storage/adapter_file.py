@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
 from ..functional.packing import packed_size
 from .adapter_config import check_settings, is_settings
-from .codec import BLOB_NAME, MaskBlob
+from .codec.blob import BLOB_NAME, MaskBlob
 from .files import AdapterFileError, atomic_write, open_regular, read_bytes
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -27,7 +26,6 @@ SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 """Dtypes of a saved head and statistics by config name; float32 leaves every tensor as it is."""
 _MAX_HEADER = 25_000_000  # a ViT-g header has 60 kB
 _MAX_DIM = 16
-_DTYPES = frozenset("BOOL U8 I8 F8_E4M3 F8_E5M2 U16 I16 F16 BF16 U32 I32 F32 U64 I64 F64".split())
 _ADVICE = "The download or copy is incomplete or the file is damaged: fetch it again."
 
 
@@ -65,9 +63,8 @@ def coded_masks(tensors: Mapping[str, Tensor]) -> tuple[str, MaskBlob] | None:
     if len(keys) > 1:
         raise AdapterFileError(f"The file holds coded masks twice, as {key} and {keys[1]}: fetch it again.")
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise AdapterFileError(
-            f"{key} is {tensor.dtype} {tuple(tensor.shape)}, and coded masks are uint8 (bytes,): fetch the file again."
-        )
+        found = f"{key} is {tensor.dtype} {tuple(tensor.shape)}"
+        raise AdapterFileError(f"{found}, and coded masks are uint8 (bytes,): fetch the file again.")
     return key.removesuffix(BLOB_NAME), MaskBlob.parse(tensor.detach().cpu().contiguous().numpy().data)
 
 
@@ -81,16 +78,35 @@ def check_packed(name: str, packed: Tensor, numel: int) -> None:
     if packed.dtype != torch.uint8:
         raise TypeError(f"{name} is {packed.dtype}, a packed mask is uint8: save it again with save_pretrained.")
     if packed.dim() != 1 or packed.numel() != packed_size(numel):
-        raise ValueError(
-            f"{name} has shape {tuple(packed.shape)}, but the base weight has {numel} entries and takes "
-            f"({packed_size(numel)},) bytes. The adapter was made for another architecture: load the base model that "
-            "its adapter_config.json names."
-        )
+        wanted = f"the base weight has {numel} entries and takes ({packed_size(numel)},) bytes"
+        fix = "The adapter was made for another architecture: load the base model that its adapter_config.json names."
+        raise ValueError(f"{name} has shape {tuple(packed.shape)}, but {wanted}. {fix}")
     padding = -numel % 8
     if padding and packed.device.type != "meta" and int(packed[-1]) & ((1 << padding) - 1):
         raise ValueError(
-            f"{name} has non-zero padding bits after its {numel} bits: the file is damaged. Download or save it again."
+            f"{name} has non-zero padding bits after its {numel} bits: the file is damaged. Fetch it again."
         )
+
+
+def _check_header(where: object, start: bytes, size: int) -> None:
+    """Bound the header of a file of `size` bytes by its first 8, before anything parses it."""
+    if len(start) < 8:
+        raise AdapterFileError(f"{where} is truncated: {size} bytes. {_ADVICE}")
+    length = int.from_bytes(start, "little")
+    if length > _MAX_HEADER or length > size - 8:
+        raise AdapterFileError(f"{where} promises a header of {length} bytes but has {size} bytes. {_ADVICE}")
+
+
+def _tensors(where: object, read: Callable[[Any], dict[str, Tensor]], source: Any) -> dict[str, Tensor]:
+    """Tensors of a file or of its bytes, by a reader of safetensors."""
+    try:
+        tensors = read(source)
+        for name, tensor in tensors.items():
+            if str(tensor.dtype).startswith(("torch.complex", "torch.float4")) or tensor.dim() > _MAX_DIM:
+                raise ValueError(f"{name!r} is {tensor.dtype} of {tensor.dim()} dimensions")
+    except (SafetensorError, ValueError, KeyError, OSError) as error:  # KeyError: a dtype that torch does not have
+        raise AdapterFileError(f"{where} cannot be read: {error}. {_ADVICE}") from error
+    return tensors
 
 
 def _weights_path(path: str | os.PathLike[str]) -> Path:
@@ -98,35 +114,11 @@ def _weights_path(path: str | os.PathLike[str]) -> Path:
     return path / WEIGHTS_NAME if path.is_dir() else path
 
 
-def _header_size(where: object, start: bytes, size: int) -> int:
-    """Bytes of a file's header, bounded before anything parses it."""
-    if len(start) < 8:
-        raise AdapterFileError(f"{where} is truncated: {size} bytes. {_ADVICE}")
-    length = int.from_bytes(start, "little")
-    if length > _MAX_HEADER or length > size - 8:
-        raise AdapterFileError(f"{where} promises a header of {length} bytes but has {size} bytes. {_ADVICE}")
-    return length
-
-
-def _unreadable(where: object, error: Exception) -> AdapterFileError:
-    return AdapterFileError(f"{where} cannot be read: {error}. {_ADVICE}")
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Entries by tensor name, which safetensors found to fit the file, and the bytes of the file."""
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, whose bytes are read where they are used; AdapterFileError if it is damaged."""
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        text = file.read(_header_size(path, file.read(8), size))
-    try:
-        with safe_open(path, "pt"):
-            header = json.loads(text)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise _unreadable(path, error) from error
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES or len(entry["shape"]) > _MAX_DIM:
-            raise _unreadable(path, ValueError(f"{name!r} is {entry['dtype']} of {len(entry['shape'])} dimensions"))
-    return header, size
+        _check_header(path, file.read(8), os.fstat(file.fileno()).st_size)
+    return _tensors(path, load_file, path)
 
 
 def _check_rest(where: object, tensors: Mapping[str, Tensor]) -> str | None:
@@ -146,11 +138,7 @@ def check_adapter_file(path: str | os.PathLike[str]) -> str | None:
         FileNotFoundError: If there is no such file.
     """
     path = _weights_path(path)
-    header, _ = _read_header(path)
-    if not any(map(is_settings, header)):
-        return None
-    with safe_open(path, "pt") as file:
-        return _check_rest(path, {name: file.get_tensor(name) for name in header if purpose_of(name) != "mask"})
+    return _check_rest(path, map_tensors(path))
 
 
 def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
@@ -164,27 +152,20 @@ def read_adapter_file(path: str | os.PathLike[str], *, settings: bool = False) -
 
 def parse_adapter_file(data: bytes, where: str | os.PathLike[str], *, settings: bool = False) -> dict[str, Tensor]:
     """Parse the bytes of an adapter file; `where` names it in errors, the rest is as of [`read_adapter_file`]."""
-    _header_size(where, data[:8], len(data))
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise _unreadable(where, error) from error
-    for name, tensor in tensors.items():
-        if tensor.is_complex() or tensor.dim() > _MAX_DIM:
-            raise _unreadable(where, ValueError(f"{name!r} is {tensor.dtype} of {tensor.dim()} dimensions"))
+    _check_header(where, data[:8], len(data))
+    tensors = _tensors(where, load, data)
     _check_rest(where, tensors)
     return {name: tensors[name] for name in sorted(tensors) if settings or not is_settings(name)}
 
 
 def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
     """Count the bytes of an adapter file, or of the file in a folder, by purpose."""
-    header, total = _read_header(_weights_path(path))
+    path = _weights_path(path)
     sums = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
+    for name, tensor in map_tensors(path).items():
         if not is_settings(name):
-            sums[purpose_of(name)] += last - first
-    return AdapterSizes(**sums, total=total)
+            sums[purpose_of(name)] += tensor.nbytes
+    return AdapterSizes(**sums, total=path.stat().st_size)
 
 
 def rounded(name: str, tensor: Tensor, save_dtype: str) -> Tensor:
@@ -197,10 +178,8 @@ def rounded(name: str, tensor: Tensor, save_dtype: str) -> Tensor:
         return tensor
     narrow = tensor.detach().to(dtype)
     if bool((torch.isinf(narrow) & torch.isfinite(tensor)).any()):
-        raise ValueError(
-            f"{name} holds values beyond what {save_dtype} can hold ({float(tensor.abs().max()):.3g}): save it with "
-            "save_dtype='bfloat16' or 'float32'."
-        )
+        beyond = f"values beyond what {save_dtype} can hold ({float(tensor.abs().max()):.3g})"
+        raise ValueError(f"{name} holds {beyond}: save it with save_dtype='bfloat16' or 'float32'.")
     return narrow
 
 

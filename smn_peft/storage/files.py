@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -28,38 +27,19 @@ class AdapterFileError(ValueError):
     """An adapter's file, coded masks or config that cannot be trusted: truncated, damaged or hostile."""
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a regular file for reading; a FIFO is refused at once, without waiting for a writer.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is a FIFO, a device, a socket or a folder.
-    """
-    # O_NONBLOCK so that opening a FIFO returns; it changes nothing for regular files.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EOPNOTSUPP):  # a socket cannot be opened
-            raise _not_regular(path, stat.S_IFSOCK) from error
-        raise
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        raise _not_regular(path, mode)
-    return open(descriptor, "rb")
-
-
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Check a path that a library is about to open itself, as [`open_regular`] does, without opening it."""
+    """ValueError if a path is a FIFO, a device, a socket or a folder; FileNotFoundError if there is nothing."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
-        raise _not_regular(path, mode)
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise ValueError(f"{path} is {kind} and no regular file: put the file itself there.")
 
 
-def _not_regular(path: str | os.PathLike[str], mode: int) -> ValueError:
-    kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-    return ValueError(f"{path} is {kind} and no regular file: put the file itself there.")
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; errors as of [`check_regular`]."""
+    check_regular(path)
+    # Without waiting for a writer, should it have become a FIFO meanwhile.
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int | None = None) -> bytes:

@@ -13,15 +13,9 @@ from typing import Any
 
 from ..functional.packing import popcount
 from .adapter_config import CONFIG_NAME, is_settings, read_config, read_settings
-from .adapter_file import (
-    AdapterSizes,
-    adapter_sizes,
-    check_adapter_file,
-    coded_masks,
-    purpose_of,
-    read_adapter_file,
-)
-from .codec import LayerCode, LayerEntry
+from .adapter_file import AdapterSizes, adapter_sizes, check_adapter_file, coded_masks, purpose_of, read_adapter_file
+from .codec.blob import LayerEntry
+from .codec.layer import LayerCode
 from .repack import MAX_UNPACKED, unpack_tensors
 
 _PROVENANCE = "base_model_name_or_path revision base_fingerprint format_version peft_version auto_mapping".split()
@@ -39,15 +33,17 @@ class LayerReport:
     name: str
     weights: int
     active: int
-    code: str
+    density: float
     bits_per_weight: float
     entropy: float
     """Bits for each bit of mask, if every coded bit were drawn alone."""
+    code: str
 
-    @property
-    def density(self) -> float:
-        """Fraction of bits that are on."""
-        return self.active / max(self.weights, 1)
+    @classmethod
+    def of(cls, name: str, weights: int, active: int, size: int, entropy: float, code: str) -> LayerReport:
+        """Report on a mask that takes `size` bytes."""
+        whole = max(weights, 1)
+        return cls(name, weights, active, active / whole, 8 * size / whole, entropy, code)
 
 
 @dataclass(frozen=True)
@@ -56,6 +52,8 @@ class AdapterReport:
 
     codec: str
     layers: tuple[LayerReport, ...]
+    total: LayerReport
+    """All masks together; the table of coded ones counts."""
     sizes: AdapterSizes
     dtypes: tuple[str, ...]
     """Dtypes of head and statistics, in alphabetical order."""
@@ -63,42 +61,18 @@ class AdapterReport:
     """Checksum of the decoded masks as the file says it; None for bit-packed ones."""
     provenance: dict[str, Any]
 
-    @property
-    def weights(self) -> int:
-        """Bits of all masks."""
-        return sum(layer.weights for layer in self.layers)
-
-    @property
-    def density(self) -> float:
-        """Fraction of all bits that are on."""
-        return sum(layer.active for layer in self.layers) / max(self.weights, 1)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bytes of all masks in the file, table included, in bits for each bit of mask."""
-        return 8 * self.sizes.mask / max(self.weights, 1)
-
-    @property
-    def entropy(self) -> float:
-        """Entropy of the layers together, in bits for each bit of mask."""
-        return sum(layer.entropy * layer.weights for layer in self.layers) / max(self.weights, 1)
-
     def to_json(self) -> str:
-        """Render everything as JSON, the totals included."""
-        totals = {name: getattr(self, name) for name in ("weights", "density", "bits_per_weight", "entropy")}
-        layers = [{**asdict(layer), "density": layer.density} for layer in self.layers]
-        return json.dumps({**asdict(self), **totals, "layers": layers}, indent=1)
+        """Render everything as JSON."""
+        facts = asdict(self)
+        total = facts.pop("total")
+        facts |= {name: total[name] for name in ("weights", "density", "bits_per_weight", "entropy")}
+        return json.dumps(facts, indent=1)
 
     def __str__(self) -> str:
-        def row(name: str, of: LayerReport | AdapterReport, code: str) -> tuple[str, ...]:
-            shares = (f"{share:.4f}" for share in (of.density, of.bits_per_weight, of.entropy))
-            return (name, f"{of.weights:,}", *shares, code)
-
-        rows = [
-            ("mask", "weights", "density", "bits/weight", "entropy", "code"),
-            *(row(layer.name, layer, layer.code) for layer in self.layers),
-            row(f"all {len(self.layers)}", self, self.codec),
-        ]
+        rows = [("mask", "weights", "density", "bits/weight", "entropy", "code")]
+        for of in (*self.layers, self.total):
+            shares = f"{of.density:.4f}", f"{of.bits_per_weight:.4f}", f"{of.entropy:.4f}"
+            rows.append((of.name, f"{of.weights:,}", *shares, of.code))
         names, *numbers, _ = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
             "  ".join([name.ljust(names), *(c.rjust(w) for c, w in zip(cells, numbers, strict=True)), code])
@@ -133,27 +107,26 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterReport:
             if purpose_of(name) == "mask":
                 weights, active = 8 * tensor.numel(), popcount(tensor)
                 entropy = binary_entropy(active / max(weights, 1))
-                layers.append(LayerReport(name, weights, active, "bits", 1.0, entropy))
+                layers.append(LayerReport.of(name, weights, active, tensor.numel(), entropy, "bits"))
+    sizes, weights = adapter_sizes(path), sum(layer.weights for layer in layers)
+    entropy = sum(layer.entropy * layer.weights for layer in layers) / max(weights, 1)
+    active = sum(layer.active for layer in layers)
+    total = LayerReport.of(f"all {len(layers)}", weights, active, sizes.mask, entropy, codec)
     extras = [t for name, t in tensors.items() if purpose_of(name) in ("head", "statistics")]
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in extras if t.is_floating_point()})
     has_config = (Path(path) / CONFIG_NAME).is_file()
     config: Mapping[str, Any] = read_config(path) if has_config else next(iter(settings.values()), {})
     provenance = {key: config[key] for key in _PROVENANCE if config.get(key) is not None}
-    return AdapterReport(codec, tuple(layers), adapter_sizes(path), tuple(dtypes), checksum, provenance)
+    return AdapterReport(codec, tuple(layers), total, sizes, tuple(dtypes), checksum, provenance)
 
 
 def _coded(prefix: str, entry: LayerEntry) -> LayerReport:
     weights, coded = 8 * entry.size, 8 * entry.coded
     kind = entry.code & 7
     code = LayerCode(kind).name.lower().replace("_", " ") if kind in set(LayerCode) else "unknown"
-    return LayerReport(
-        name=f"{prefix}{entry.name}",
-        weights=weights,
-        active=weights - entry.inactive,
-        code=f"{code}, selected" if entry.selected else code,
-        bits_per_weight=8 * entry.length / max(weights, 1),
-        entropy=binary_entropy(entry.inactive / max(coded, 1)) * coded / max(weights, 1),
-    )
+    entropy = binary_entropy(entry.inactive / max(coded, 1)) * coded / max(weights, 1)
+    code += ", selected" if entry.selected else ""
+    return LayerReport.of(f"{prefix}{entry.name}", weights, weights - entry.inactive, entry.length, entropy, code)
 
 
 def verify_adapter_file(path: str | os.PathLike[str], limit: int = MAX_UNPACKED) -> list[str]:

@@ -25,7 +25,12 @@ from .adapter_file import (
     read_adapter_file,
     write_adapter_file,
 )
-from .codec import BLOB_NAME, Base, decode_masks, encode_masks
+from .codec.blob import (
+    BLOB_NAME,
+    Base,
+    decode_masks,
+    encode_masks,
+)
 from .files import AdapterFileError, atomic_write
 
 MAX_UNPACKED = 1 << 28

@@ -46,7 +46,9 @@ from ..evaluation import (
     linear_probe,
 )
 from ..objectives import Objective, create_objective
-from ..storage import WEIGHTS_NAME, check_regular, fingerprint, tensor_digest
+from ..storage.adapter_file import WEIGHTS_NAME
+from ..storage.files import check_regular
+from ..storage.fingerprint import fingerprint, tensor_digest
 from ..tuner import MaskConfig, explain_targets
 from ..tuner.batch_norm import has_statistics
 from ..tuner.targets import resolve_targets, stage_targets

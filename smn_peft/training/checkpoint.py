@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..storage import to_disk
+from ..storage.files import to_disk
 from .arguments import check_same
 from .task import TrainingTask
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..data.loading import STOP_SIGNALS
 from ..functional.distributed import read_flags
-from ..storage import atomic_write
+from ..storage.files import atomic_write
 from .task import TrainingTask
 
 METRICS_NAME = "metrics.jsonl"

@@ -24,7 +24,10 @@ from safetensors.torch import save
 
 from ..evaluation import library_versions
 from ..hub import RUN_NAME, full_bytes, write_card
-from ..storage import CONFIG_NAME, adapter_sizes, atomic_write, read_json, tensor_digest, to_disk
+from ..storage.adapter_config import CONFIG_NAME
+from ..storage.adapter_file import adapter_sizes
+from ..storage.files import atomic_write, read_json, to_disk
+from ..storage.fingerprint import tensor_digest
 from .arguments import TrainArguments, as_facts, check_same
 from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, lora_sizes, share
 from .checkpoint import latest_checkpoint, start_digest

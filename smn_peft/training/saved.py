@@ -19,7 +19,13 @@ from ..backbones import Backbone, is_file_spec, load_backbone, load_classifier, 
 from ..data import check_preprocessing
 from ..evaluation import PAPER_DECAY, EvalReport, extract_features, low_shot_reports
 from ..objectives import list_objectives
-from ..storage import BASE_PREFIX, CONFIG_NAME, AdapterSizes, adapter_sizes, read_adapter_file, read_config
+from ..storage.adapter_config import CONFIG_NAME, read_config
+from ..storage.adapter_file import (
+    BASE_PREFIX,
+    AdapterSizes,
+    adapter_sizes,
+    read_adapter_file,
+)
 from ..tuner import MaskConfig
 from ..tuner.checks import fingerprints
 from .arguments import TrainArguments

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..backbones import pooled_features
-from ..functional import round_stochastically
+from ..functional.packing import round_stochastically
 from ..objectives import Objective
 from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics

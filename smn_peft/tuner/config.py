@@ -17,16 +17,10 @@ from typing_extensions import Self
 
 from .._options import check_options, option
 from ..functional.masking import MaskSpec
-from ..storage import (
-    CONFIG_NAME,
-    FORMAT_VERSION,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    atomic_write,
-    check_folder_weights,
-    check_format_version,
-    check_hub_weights,
-)
+from ..storage.adapter_config import CONFIG_NAME, FORMAT_VERSION, check_format_version
+from ..storage.adapter_file import WEIGHTS_NAME
+from ..storage.files import atomic_write
+from ..storage.hub_files import PICKLE_NAME, check_folder_weights, check_hub_weights
 
 MAX_NAMES = 20_000
 MAX_SAVED = 128  # PEFT matches each of `modules_to_save` with every module

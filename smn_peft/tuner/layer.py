@@ -26,7 +26,7 @@ from ..functional.masking import (
 )
 from ..functional.merging import Stash, check_finite, merge_weight, unmerge_weight, unmerged_weight
 from ..functional.packing import pack_bits, unpack_bits
-from ..storage import check_packed
+from ..storage.adapter_file import check_packed
 from .buffers import CachedWeights, ResidentBuffers, ScoreDict, initial_bits, initial_scores, scores_of_mask
 from .config import MaskConfig
 from .mixed import MixedWeight, in_rows, name_in_force, rows_in_force, running

@@ -16,21 +16,22 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..storage import (
-    BASE_PREFIX,
+from ..storage.adapter_config import (
     SETTINGS_NAME,
-    AdapterFileError,
-    check_packed,
-    coded_masks,
     is_settings,
-    pack_tensors,
-    purpose_of,
     read_settings,
-    rounded,
     settings_tensor,
 )
-from ..storage.codec import BLOB_NAME, decode_masks
-from ..storage.repack import shared_prefix
+from ..storage.adapter_file import (
+    BASE_PREFIX,
+    check_packed,
+    coded_masks,
+    purpose_of,
+    rounded,
+)
+from ..storage.codec.blob import BLOB_NAME, decode_masks
+from ..storage.files import AdapterFileError
+from ..storage.repack import pack_tensors, shared_prefix
 from .batch_norm import BatchNorm
 from .checks import check_base, fingerprints
 from .config import MaskConfig

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from smn_peft.analysis.compression import adapter_compression, compression_table, format_compression
-from smn_peft.storage import WEIGHTS_NAME
-from smn_peft.storage.codec import encode_masks
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
+from smn_peft.storage.codec.blob import encode_masks
 
 
 def masks() -> dict[str, np.ndarray]:

@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
-from smn_peft.storage import AdapterFileError
-from smn_peft.storage.codec import BLOB_NAME
+from smn_peft.storage.codec.blob import BLOB_NAME
+from smn_peft.storage.files import AdapterFileError
 from smn_peft.storage.repack import pack_adapter
 from tests.bank.tiny import IMAGES, adapter, build, state_of
 

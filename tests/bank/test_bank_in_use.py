@@ -17,7 +17,8 @@ from torch import nn
 from smn_peft import MaskBank, MaskConfig
 from smn_peft.bank.source import StoredAdapter, read_adapter
 from smn_peft.bank.store import DiskStore
-from smn_peft.storage import WEIGHTS_NAME, AdapterFileError
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
+from smn_peft.storage.files import AdapterFileError
 from tests.bank.tiny import IMAGES, adapter, build, save_sealed, state_of
 
 DENSITIES = {"a": 0.999, "b": 0.7, "c": 0.99}

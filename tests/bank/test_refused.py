@@ -19,7 +19,8 @@ from smn_peft import MaskBank, MaskConfig
 from smn_peft.backbones import Classifier
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.serving.bank import ServedModel
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+from smn_peft.storage.adapter_config import CONFIG_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
 from tests.bank.tiny import IMAGES, adapter, build, save_sealed, state_of
 
 PREFIX = "base_model.model."

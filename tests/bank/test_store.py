@@ -23,7 +23,8 @@ from smn_peft import MaskConfig
 from smn_peft.bank.row import TaskInfo
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.bank.store import DiskStore
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+from smn_peft.storage.adapter_config import CONFIG_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
 from tests.bank.kill_writer import fork
 from tests.bank.stores import PREFIX, adapter, assert_is, number_of
 

@@ -21,7 +21,7 @@ import pytest
 from smn_peft.bank.database import StoreBusyError
 from smn_peft.bank.source import StoredAdapter
 from smn_peft.bank.store import DiskStore
-from smn_peft.storage import AdapterFileError
+from smn_peft.storage.files import AdapterFileError
 from tests.bank.kill_writer import fork
 from tests.bank.stores import adapter, number_of
 

@@ -9,7 +9,8 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from smn_peft import MaskConfig
-from smn_peft.storage import BASE_PREFIX, SETTINGS_NAME, WEIGHTS_NAME, purpose_of, read_config, settings_tensor
+from smn_peft.storage.adapter_config import SETTINGS_NAME, read_config, settings_tensor
+from smn_peft.storage.adapter_file import BASE_PREFIX, WEIGHTS_NAME, purpose_of
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}),

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from smn_peft.storage import atomic_write
+from smn_peft.storage.files import atomic_write
 
 __all__ = ["BASELINE", "Recorder", "Row", "load", "machine"]
 

@@ -183,7 +183,7 @@ def without_a_mode(folder: Path) -> None:
         (
             lambda f: edited(f, adapters=["dispatcher", "expert-0"]),
             ValueError,
-            r"names 1 experts, and router\.json knows 2",
+            "The router knows 2 experts, but there are 1 masks",
         ),
         (lambda f: edited(f, router=False), ValueError, r"projection\.safetensors holds .*conditional\.mean.*, not"),
         (without_a_mode, ValueError, r"projection\.safetensors holds "),

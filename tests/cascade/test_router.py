@@ -103,7 +103,7 @@ def damage_tensors(folder, **changes):
         (lambda f: damage_json(f, sizes=[1, 2]), r"router\.json has 2 clusters, .*safetensors 4"),
         (lambda f: damage_json(f, sizes="all"), "sizes is missing or of another type"),
         (lambda f: (f / "router.json").write_text("{"), r"router\.json is damaged"),
-        (lambda f: (f / "router.safetensors").write_bytes(b"\x08"), r"router\.safetensors is damaged"),
+        (lambda f: (f / "router.safetensors").write_bytes(b"\x08"), r"router\.safetensors is truncated"),
         (lambda f: damage_tensors(f, weights=None), "holds components, mean, means, precisions_cholesky, samples"),
         (lambda f: damage_tensors(f, means=torch.zeros(4, 3).double()), r"precisions_cholesky|means must be finite"),
         (lambda f: damage_tensors(f, weights=torch.full((4,), float("nan")).double()), "weights must be finite"),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from smn_peft.cli import app
 from smn_peft.evaluation import EvalReport
-from smn_peft.storage import adapter_sizes
+from smn_peft.storage.adapter_file import adapter_sizes
 from smn_peft.training import load_masks, run
 from tests.training.tiny import TEST, base_of, tiny_arguments
 

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 
 from smn_peft import MaskConfig
 from smn_peft.cli import app
-from smn_peft.storage import WEIGHTS_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
 
 runner = CliRunner()
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from smn_peft import MaskConfig
 from smn_peft.backbones import load_from_file
 from smn_peft.cli import app
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, adapter_sizes
+from smn_peft.storage.adapter_config import CONFIG_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 
 runner = CliRunner()
 

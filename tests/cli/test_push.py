@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from smn_peft.cli import app
 from smn_peft.evaluation import EvalReport
-from smn_peft.storage import CONFIG_NAME
+from smn_peft.storage.adapter_config import CONFIG_NAME
 from tests.hub.conftest import hub, waits  # noqa: F401  (fixtures)
 from tests.hub.folders import write_run
 

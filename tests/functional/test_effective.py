@@ -16,18 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from smn_peft.functional import (
-    MaskSpec,
-    compute_mask,
-    effective_weight,
-    masked_conv,
-    masked_linear,
-    masked_weight,
-    pack_bits,
-    torch_kernels,
-)
-from smn_peft.functional import straight_through as through
-from smn_peft.functional.effective import ConvGeometry, write_masked
+from smn_peft.functional import torch_kernels
+from smn_peft.functional.effective import ConvGeometry, masked_conv, masked_linear, write_masked
+from smn_peft.functional.masking import MaskSpec, compute_mask, effective_weight, masked_weight
+from smn_peft.functional.masking import straight_through as through
+from smn_peft.functional.packing import pack_bits
 
 SPECS = {
     "threshold": MaskSpec(),

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from smn_peft.functional import (
+from smn_peft.functional.effective import masked_linear
+from smn_peft.functional.masking import (
     MASK_TYPES,
     MaskSpec,
     compute_mask,
     density,
     effective_weight,
-    masked_linear,
     masked_weight,
     progressive_density,
     scale_of,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from smn_peft.functional import effective_weight, unpack_bits
+from smn_peft.functional.masking import effective_weight
 from smn_peft.functional.merging import merge_weight, unmerge_weight
+from smn_peft.functional.packing import unpack_bits
 
 INTEGERS = {
     torch.float64: torch.int64,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smn_peft.functional import hamming, pack_bits, packed_size, popcount, unpack_bits
+from smn_peft.functional.packing import hamming, pack_bits, packed_size, popcount, unpack_bits
 
 SHAPES = [
     (),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smn_peft.functional import round_stochastically
+from smn_peft.functional.packing import round_stochastically
 
 
 def rounded(values: torch.Tensor, seed: int = 0) -> torch.Tensor:

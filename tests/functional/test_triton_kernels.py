@@ -13,19 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smn_peft.functional import (
-    MaskSpec,
-    compute_mask,
-    effective,
-    effective_weight,
-    masked_conv,
-    masked_linear,
-    masked_weight,
-    pack_bits,
-    torch_kernels,
-)
-from smn_peft.functional import straight_through as through
-from smn_peft.functional.effective import ConvGeometry
+from smn_peft.functional import effective, torch_kernels
+from smn_peft.functional.effective import ConvGeometry, masked_conv, masked_linear
+from smn_peft.functional.masking import MaskSpec, compute_mask, effective_weight, masked_weight
+from smn_peft.functional.masking import straight_through as through
+from smn_peft.functional.packing import pack_bits
 
 from ..kernels import compiles, interpret, scalar_accesses
 
@@ -44,7 +36,7 @@ def check_passes(device: str) -> None:
     from smn_peft.functional import triton_kernels as kernels
 
     torch.manual_seed(0)
-    for numel in (7, kernels._BLOCK, 5003, kernels._BLOCK * (2 * kernels._PARTS + 1) + 5):
+    for numel in (7, kernels._BLOCK.value, 5003, kernels._BLOCK.value * (2 * kernels._PARTS.value + 1) + 5):
         for spec in SPECS if numel == 5003 else SPECS[:1]:
             weight, scores, grad = torch.randn(3, numel).unbind()
             scores[::3] = spec.threshold  # a tie is off
@@ -180,7 +172,7 @@ def test_where_they_apply():
 
 def test_in_the_interpreter():
     # Few partial sums, so that a program takes several blocks
-    few = "from smn_peft.functional import triton_kernels as kernels; kernels._PARTS = 4"
+    few = "from smn_peft.functional import triton_kernels as kernels; kernels._PARTS = kernels.tl.constexpr(4)"
     checks = "check_passes('cpu'); check_dtypes('cpu'); check_write('cpu', kernels.write_masked); check_nodes()"
     interpret(f"{few}\nfrom tests.functional.test_triton_kernels import *\n{checks}")
 
@@ -188,24 +180,23 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize(("dtype", "capability"), [("fp32", 80), ("bf16", 90)])
 def test_they_compile(dtype, capability):
     kernels = pytest.importorskip("smn_peft.functional.triton_kernels")
-    number, sizes = "i32", {"BLOCK": kernels._BLOCK, "PARTS": kernels._PARTS}
-    narrow, block = f"*{dtype}", {"BLOCK": kernels._BLOCK}
+    number, narrow = "i32", f"*{dtype}"
     count = {"parts": "*i32", "scores": narrow, "threshold": "fp32", "numel": number, "rounds": number}
-    codes = [compiles(kernels._count, count, block, capability)]
+    codes = [compiles(kernels._count, count, {}, capability)]
     dot = {"parts": "*fp32", "first": narrow, "second": narrow, "numel": number, "rounds": number}
-    codes.append(compiles(kernels._dot, dot, block, capability))
+    codes.append(compiles(kernels._dot, dot, {}, capability))
     build = {"out": narrow, "weight": "*fp32", "scores": "*fp32", "counts": "*i32", "threshold": "fp32"}
     for scale in (True, False):
         types = {**build, "numel": number, "length": number}
-        codes.append(compiles(kernels._build, types, {"SCALE": scale, **sizes}, capability))
+        codes.append(compiles(kernels._build, types, {"SCALE": scale}, capability))
     gradient = {"out": "*fp32", "grad": narrow, "weight": "*fp32", "counts": "*i32", "totals": "*fp32"}
     gradient |= dict.fromkeys(("numel", "length", "total_length"), number)
     for shift in (True, False):
-        codes.append(compiles(kernels._gradient, gradient, {"SCALE": True, "SHIFT": shift, **sizes}, capability))
+        codes.append(compiles(kernels._gradient, gradient, {"SCALE": True, "SHIFT": shift}, capability))
     # A thread has 16 weights: partial sums are read one by one, weights, scores and gradients are not.
     assert all(scalar_accesses(code) <= 8 for code in codes)
     write = {"out": narrow, "weight": narrow, "packed": "*u8", "scale": "fp32", "numel": number}
-    assert scalar_accesses(compiles(kernels._write, write, block, capability)) == 2  # the bytes of bits
+    assert scalar_accesses(compiles(kernels._write, write, {}, capability)) == 2  # the bytes of bits
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

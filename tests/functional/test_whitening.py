@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from smn_peft.functional import fit_whitening
+from smn_peft.functional.features import fit_whitening
 
 
 def features(n: int, dim: int, offset: float = 0.0) -> torch.Tensor:

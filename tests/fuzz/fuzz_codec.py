@@ -30,7 +30,7 @@ KINDS = ("layer", "blob", "file")
 
 def seeds(base: Base) -> list[bytes]:
     """Real blobs of every code."""
-    from smn_peft.storage.codec import encode_masks
+    from smn_peft.storage.codec.blob import encode_masks
 
     blobs = []
     for share in (0.001, 0.02, 0.1, 0.4, 0.99, 1.0):
@@ -45,7 +45,7 @@ def files() -> list[bytes]:
     import torch
 
     from smn_peft.storage.adapter_file import write_adapter_file
-    from smn_peft.storage.codec import BLOB_NAME, encode_masks
+    from smn_peft.storage.codec.blob import BLOB_NAME, encode_masks
 
     masks = {name: np.packbits(np.random.default_rng(0).random(80) < 0.9) for name in "ab"}
     blob = torch.from_numpy(np.frombuffer(encode_masks(masks), np.uint8).copy())

@@ -57,7 +57,7 @@ def by_both_readers(read: Callable[[], dict[str, bytes]], refusals: type[Excepti
 
 def check_blob(data: bytes, base: Base, known: dict[bytes, dict[str, bytes]]) -> None:
     """Decode a blob: the reader's own error, or masks that have its checksum."""
-    from smn_peft.storage.codec import MaskBlob, decode_masks
+    from smn_peft.storage.codec.blob import MaskBlob, decode_masks
 
     try:
         blob = MaskBlob.parse(data)
@@ -80,9 +80,8 @@ def check_blob(data: bytes, base: Base, known: dict[bytes, dict[str, bytes]]) ->
 
 def check_layer(data: bytes) -> None:
     """Decode a layer whose payload is DEFLATE of hostile symbols, with a hostile code and count."""
-    from smn_peft.storage import AdapterFileError
-    from smn_peft.storage.codec import decode_layer
-    from smn_peft.storage.codec.layer import deflate
+    from smn_peft.storage.codec.layer import decode_layer, deflate
+    from smn_peft.storage.files import AdapterFileError
 
     if len(data) < 6:
         return
@@ -103,7 +102,8 @@ def check_layer(data: bytes) -> None:
 
 def check_file(data: bytes, path: Path) -> None:
     """Read, verify and inspect a file that has this header, all lengths made right."""
-    from smn_peft.storage import inspect_adapter, read_adapter_file, verify_adapter_file
+    from smn_peft.storage.adapter_file import read_adapter_file
+    from smn_peft.storage.inspection import inspect_adapter, verify_adapter_file
     from smn_peft.storage.repack import unpack_tensors
 
     header, _, body = data.partition(b"\0")

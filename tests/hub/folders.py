@@ -15,7 +15,7 @@ from torch import nn
 
 from smn_peft import MaskConfig
 from smn_peft.hub import full_bytes
-from smn_peft.storage import adapter_sizes
+from smn_peft.storage.adapter_file import adapter_sizes
 from smn_peft.training import RunSummary, TrainArguments
 
 X = torch.linspace(-1, 1, 4 * 32).reshape(4, 32)

@@ -12,7 +12,7 @@ from smn_peft.evaluation import EvalReport
 from smn_peft.hub import AdapterFacts, render_card, write_card
 from smn_peft.hub.card import merged_with
 from smn_peft.hub.facts import facts_of_folder
-from smn_peft.storage import AdapterSizes, adapter_sizes
+from smn_peft.storage.adapter_file import AdapterSizes, adapter_sizes
 from tests.hub.folders import code_of, masked, write_run
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from smn_peft.evaluation import EvalReport
 from smn_peft.hub import AdapterFacts
 from smn_peft.hub.card import collection_card
-from smn_peft.storage import AdapterSizes
+from smn_peft.storage.adapter_file import AdapterSizes
 
 
 def facts(dataset: str, value: float, base: str | None = "timm/vit") -> AdapterFacts:

@@ -18,7 +18,8 @@ from smn_peft import MaskConfig
 from smn_peft.bank.source import read_adapter
 from smn_peft.cli import app
 from smn_peft.hub import plan_push, push_run
-from smn_peft.storage import AdapterFileError, locate_adapter
+from smn_peft.storage.files import AdapterFileError
+from smn_peft.storage.hub_files import locate_adapter
 from tests.hub.folders import X, base, masked
 
 PICKLE = "adapter_model.bin"

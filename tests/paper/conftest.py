@@ -53,12 +53,12 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         "full": merged(swav, {"adapt": "full", "lr": 0.01}),
         "statistics": merged(swav, {"adapt": "statistics"}),
     }
-    labelled, unlabelled = (Setting("Net", base, methods, ("colours",), 0.1) for methods in (supervised, unsupervised))
+    labelled, unlabelled = (Setting("Net", base, methods, 0.1, ("colours",)) for methods in (supervised, unsupervised))
     return Scale(
         name="tiny",
         machine="any",
         datasets={"colours": {"dataset": str(tiny_folder / "set.npz")}},
-        supervised=(labelled,),
+        supervised={"net": labelled},
         unsupervised={"net": unlabelled},
         main=unlabelled,
         varied=unlabelled,
@@ -81,7 +81,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "figure9_shares": (0.1,),
             "ablations_kinds": ("with labels", "without labels"),
             "ablations_rates": (0.5, 2.0),
-            "recipes": ((labelled, "colours", (1, 2)),),
+            "recipes": (("net", "colours", (1, 2)),),
             "recipes_methods": ("full", "mask", "mask"),
         },
     )

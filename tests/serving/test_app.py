@@ -22,7 +22,9 @@ from starlette.routing import Match
 from smn_peft.bank.bank import MaskBank
 from smn_peft.serving.app import build_app, key_from
 from smn_peft.serving.limits import Limits
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, AdapterFileError
+from smn_peft.storage.adapter_config import CONFIG_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
+from smn_peft.storage.files import AdapterFileError
 from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, URL, image, service
 
 ROOT = Path(__file__).resolve().parents[2]

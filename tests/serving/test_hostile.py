@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from smn_peft.serving.app import build_app
 from smn_peft.serving.batching import Workers
 from smn_peft.serving.limits import Budget, Limits, limited
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME
+from smn_peft.storage.adapter_config import CONFIG_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
 from tests.data.test_decoding import POSTSCRIPT, scanned
 from tests.serving.running import form
 from tests.serving.test_app import BEARER, bomb, close, files, refused

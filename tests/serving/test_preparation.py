@@ -21,7 +21,7 @@ from smn_peft.data.decoding import decode_rgb
 from smn_peft.serving.app import build_app
 from smn_peft.serving.bank import ServedModel, add_folder, open_bank
 from smn_peft.serving.service import Service
-from smn_peft.storage import CONFIG_NAME
+from smn_peft.storage.adapter_config import CONFIG_NAME
 from tests.serving.test_app import BEARER, close, files, refused
 from tests.serving.tiny import DENSITIES, IMAGES, KEY, MEAN, STD, URL, service
 

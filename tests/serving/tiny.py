@@ -17,7 +17,7 @@ from smn_peft.data.decoding import decode_rgb
 from smn_peft.serving.bank import ServedModel, add_folder
 from smn_peft.serving.limits import Limits
 from smn_peft.serving.service import Service
-from smn_peft.storage import CONFIG_NAME
+from smn_peft.storage.adapter_config import CONFIG_NAME
 from tests.bank.tiny import adapter, build
 
 SIZE, DIM = 32, 32

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from smn_peft import MaskConfig
-from smn_peft.storage import (
+from smn_peft.storage.adapter_config import (
     FORMAT_VERSION,
-    AdapterFileError,
     check_config,
     check_format_version,
     read_config,
     read_settings,
     settings_tensor,
 )
+from smn_peft.storage.files import AdapterFileError
 
 
 def test_a_field_of_another_kind(tmp_path):

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from smn_peft import MaskConfig
-from smn_peft.functional import pack_bits
-from smn_peft.storage import (
+from smn_peft.functional.packing import pack_bits
+from smn_peft.storage.adapter_file import (
     WEIGHTS_NAME,
-    AdapterFileError,
     AdapterSizes,
     adapter_sizes,
     check_adapter_file,
@@ -26,6 +25,7 @@ from smn_peft.storage import (
     read_adapter_file,
     rounded,
 )
+from smn_peft.storage.files import AdapterFileError
 
 TENSORS = {
     "base_model.model.a.smn_mask": torch.arange(9, dtype=torch.uint8),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from smn_peft.storage import atomic_write
+from smn_peft.storage.files import atomic_write
 
 
 @pytest.fixture

@@ -13,17 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smn_peft.storage import (
-    AdapterFileError,
-    check_adapter_file,
-    inspect_adapter,
-    parse_adapter_file,
-    read_adapter_file,
-    verify_adapter_file,
-)
 from smn_peft.storage.adapter_config import SETTINGS_NAME, settings_tensor
-from smn_peft.storage.adapter_file import write_adapter_file
-from smn_peft.storage.codec import BLOB_NAME, MaskBlob, decode_masks, encode_masks
+from smn_peft.storage.adapter_file import check_adapter_file, parse_adapter_file, read_adapter_file, write_adapter_file
+from smn_peft.storage.codec.blob import BLOB_NAME, MaskBlob, decode_masks, encode_masks
+from smn_peft.storage.files import AdapterFileError
+from smn_peft.storage.inspection import inspect_adapter, verify_adapter_file
 from smn_peft.storage.repack import unpack_tensors
 
 LIMIT = 1 << 16

@@ -23,17 +23,11 @@ from smn_peft.cli import app
 from smn_peft.data import load_images
 from smn_peft.hub import push_run
 from smn_peft.hub.facts import facts_of_folder
-from smn_peft.storage import (
-    check_adapter_file,
-    check_regular,
-    inspect_adapter,
-    pack_adapter,
-    read_bytes,
-    read_config,
-    read_json,
-    verify_adapter_file,
-)
-from smn_peft.storage.files import MAX_JSON, open_regular
+from smn_peft.storage.adapter_config import read_config
+from smn_peft.storage.adapter_file import check_adapter_file
+from smn_peft.storage.files import MAX_JSON, check_regular, open_regular, read_bytes, read_json
+from smn_peft.storage.inspection import inspect_adapter, verify_adapter_file
+from smn_peft.storage.repack import pack_adapter
 from smn_peft.training import RunSummary, load_run
 from smn_peft.training.assemble import read_indices
 from tests.hub.folders import base, write_run

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from smn_peft.data.decoding import ImageError
-from smn_peft.storage import inspect_adapter
+from smn_peft.storage.inspection import inspect_adapter
 from smn_peft.training import evaluate_run, run
 from smn_peft.training.assemble import load_base
 from smn_peft.training.checkpoint import list_checkpoints

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from smn_peft import MaskConfig
-from smn_peft.storage import adapter_sizes, read_adapter_file
+from smn_peft.storage.adapter_file import adapter_sizes, read_adapter_file
 from smn_peft.training import ExactResumeCallback
 
 STEPS, SAVED, STOPPED = 8, 4, 6  # a low init_score lets so few steps flip bits

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smn_peft import MaskConfig
-from smn_peft.storage import adapter_sizes, read_adapter_file
+from smn_peft.storage.adapter_file import adapter_sizes, read_adapter_file
 from smn_peft.tuner.batch_norm import BatchNorm
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saved as bits", "ignore:Could not find a config file")

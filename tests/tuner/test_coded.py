@@ -18,14 +18,9 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from smn_peft import MaskConfig, round_extras
-from smn_peft.storage import (
-    WEIGHTS_NAME,
-    AdapterFileError,
-    adapter_sizes,
-    check_adapter_file,
-    pack_adapter,
-    unpack_adapter,
-)
+from smn_peft.storage.adapter_file import WEIGHTS_NAME, adapter_sizes, check_adapter_file
+from smn_peft.storage.files import AdapterFileError
+from smn_peft.storage.repack import pack_adapter, unpack_adapter
 
 from .cases import REPRESENTATIVES, Case, mask_bits, masked_model
 

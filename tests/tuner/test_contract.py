@@ -13,8 +13,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from smn_peft.functional import compute_mask, masked_weight, straight_through
-from smn_peft.storage import WEIGHTS_NAME, read_adapter_file
+from smn_peft.functional.masking import compute_mask, masked_weight, straight_through
+from smn_peft.storage.adapter_file import WEIGHTS_NAME, read_adapter_file
 
 from .cases import BY_NAME, CASES, REPRESENTATIVES, Case, layer_of, mask_bits, masked_model, reference, train
 

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smn_peft import MaskConfig
-from smn_peft.storage import CONFIG_NAME, WEIGHTS_NAME, AdapterFileError
+from smn_peft.storage.adapter_config import CONFIG_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
+from smn_peft.storage.files import AdapterFileError
 from smn_peft.tuner import MaskLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*saved as bits", "ignore:Could not find a config file")

@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from smn_peft import MaskConfig
 from smn_peft.backbones import load_classifier
-from smn_peft.storage import WEIGHTS_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME
 from smn_peft.tuner.checks import fingerprint_of, fingerprints, masked_parameters, unmasked_tensors
 
 from .test_native_transformers import SIZES

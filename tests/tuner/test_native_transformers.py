@@ -15,7 +15,7 @@ from transformers import AutoModel, CLIPVisionConfig, CLIPVisionModel, PreTraine
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from smn_peft import MaskConfig
-from smn_peft.storage import WEIGHTS_NAME, read_adapter_file
+from smn_peft.storage.adapter_file import WEIGHTS_NAME, read_adapter_file
 from smn_peft.tuner import MaskLayer
 
 pytestmark = [

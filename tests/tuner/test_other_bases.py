@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from smn_peft import MaskBank, MaskConfig, explain_targets
-from smn_peft.storage import read_adapter_file
+from smn_peft.storage.adapter_file import read_adapter_file
 from smn_peft.tuner import MaskLayer
 
 

@@ -9,16 +9,11 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from smn_peft import MaskConfig
-from smn_peft.storage import (
-    SETTINGS_NAME,
-    WEIGHTS_NAME,
-    AdapterFileError,
-    adapter_sizes,
-    pack_adapter,
-    read_adapter_file,
-    unpack_adapter,
-    verify_adapter_file,
-)
+from smn_peft.storage.adapter_config import SETTINGS_NAME
+from smn_peft.storage.adapter_file import WEIGHTS_NAME, adapter_sizes, read_adapter_file
+from smn_peft.storage.files import AdapterFileError
+from smn_peft.storage.inspection import verify_adapter_file
+from smn_peft.storage.repack import pack_adapter, unpack_adapter
 
 from .test_identity import Net, X, config, saved
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
 from ..files import AdapterFileError
-from .layer import damaged, decode_layer, deflate, encode_layer
+from .layer import damaged, decode_layer, deflate, encode_layer, inflate
 
 BLOB_NAME = "smn_masks"
 """Last part of the key under which an adapter's file holds a blob."""
@@ -51,22 +51,14 @@ class Base(Protocol):
 class LayerEntry:
     """One layer in a blob."""
 
-    name: str
-    """Its key in the adapter's file, without the part that all layers share."""
-    size: int
-    """Packed bytes of its mask."""
-    coded: int
-    """Packed bytes that are coded: `size`, or those of the selected weights."""
-    inactive: int
-    """Coded bits that are off, including those that pad the last byte."""
-    code: int
-    """How they are coded, see `LayerCode`."""
-    selected: bool
-    """Whether only the weights that selective masking trains are coded; all others are on."""
-    start: int
-    """Where its payload starts, from the end of the table."""
-    length: int
-    """Bytes of its payload."""
+    name: str  # its key in the adapter's file, without the part that all layers share
+    size: int  # packed bytes of its mask
+    coded: int  # packed bytes that are coded: `size`, or those of the selected weights
+    inactive: int  # coded bits that are off, including those that pad the last byte
+    code: int  # how they are coded, see `LayerCode`
+    selected: bool  # whether only the weights that selective masking trains are coded; all others are on
+    start: int  # where its payload starts, from the end of the table
+    length: int  # bytes of its payload
 
 
 @dataclass(frozen=True)
@@ -89,10 +81,8 @@ class MaskBlob:
         if magic != _MAGIC or zero:
             raise damaged("are something else")
         if layout != LAYOUT_VERSION or number != CODECS["entropy"]:
-            raise AdapterFileError(
-                f"The masks are coded in layout {layout} by codec {number}, which this smn_peft does not know: the "
-                "file is damaged, or of a later release (pip install -U smn_peft)."
-            )
+            found = f"The masks are coded in layout {layout} by codec {number}, which this smn_peft does not know"
+            raise AdapterFileError(f"{found}: damaged, or of a later release (pip install -U smn_peft).")
         offset = _HEADER.size + deflated
         if offset > len(view):
             raise damaged(f"are cut off after {len(view)} bytes")
@@ -146,9 +136,9 @@ def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[s
         checksum = zlib.crc32(masks[entry.name].data, checksum)
     if checksum != blob.checksum:
         raise AdapterFileError(
-            f"The decoded masks have the checksum {checksum:08x}, the file says {blob.checksum:08x}: the file is "
-            "damaged, or the base's weights or dtype are not those that it was saved with. Fetch it again, or load "
-            "the base that adapter_config.json names, in the dtype that base_fingerprint begins with."
+            f"The decoded masks have the checksum {checksum:08x}, the file says {blob.checksum:08x}: damaged, or the "
+            "base has other weights or another dtype. Fetch it again, or load the base that adapter_config.json "
+            "names, in the dtype that base_fingerprint begins with."
         )
     return masks
 
@@ -165,18 +155,14 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], base: Base | None = Non
     for name in sorted(masks):
         if not name or "\n" in name:
             raise ValueError(f"{name!r} cannot name a layer in a coded file.")
-        packed, part = masks[name], masks[name]
-        chosen = None if base is None else base.selected(name)
-        if chosen is not None:
+        packed, part, selected = masks[name], masks[name], False
+        if base is not None and (chosen := base.selected(name)) is not None:
             bits = np.unpackbits(packed, count=len(chosen)).view(np.bool_)
-            if bits[~chosen].all():
+            if selected := bool(bits[~chosen].all()):
                 part = np.packbits(bits[chosen])
-            else:
-                chosen = None
         code, active, payload = encode_layer(part)
         inactive = 8 * len(part) - active
-        is_part = chosen is not None
-        entries.append(LayerEntry(name, len(packed), len(part), inactive, code, is_part, start, len(payload)))
+        entries.append(LayerEntry(name, len(packed), len(part), inactive, code, selected, start, len(payload)))
         payloads.append(payload)
         start += len(payload)
     table = write_table(entries)
@@ -192,15 +178,11 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], base: Base | None = Non
 def _selected(entry: LayerEntry, base: Base | None) -> NDArray[np.bool_]:
     """The weights that a layer codes, checked against its sizes."""
     if base is None:
-        raise ValueError(
-            f"{entry.name}: only the weights that selective masking trains are coded. Load the adapter over its base, "
-            "or name the base: smn unpack --base."
-        )
+        fix = "Load the adapter over its base, or name the base: smn unpack --base."
+        raise ValueError(f"{entry.name}: only the weights that selective masking trains are coded. {fix}")
     chosen = base.selected(entry.name)
     if chosen is None:
-        raise AdapterFileError(
-            f"{entry.name} codes a part of its weights, and the adapter's config trains all: it is damaged."
-        )
+        raise AdapterFileError(f"{entry.name} codes a part of its weights, the config trains all: it is damaged.")
     count = int(np.count_nonzero(chosen))
     if packed_size(len(chosen)) != entry.size or packed_size(count) != entry.coded:
         raise AdapterFileError(
@@ -245,11 +227,10 @@ def read_table(raw: bytes, count: int) -> list[LayerEntry]:
 
 def inflate_table(data: memoryview, size: int) -> bytes:
     """Decompress a table of a known size; AdapterFileError if it is damaged or has another size."""
-    decoder = zlib.decompressobj(-15)
     try:
-        raw = decoder.decompress(data, size + 1) if size <= _MAX_TABLE else b""
-    except zlib.error as error:
+        raw = b"".join(piece.tobytes() for piece in inflate(data, size)) if size <= _MAX_TABLE else b""
+    except AdapterFileError as error:
         raise damaged(_TABLE) from error
-    if len(raw) != size or not decoder.eof or decoder.unused_data:
+    if len(raw) != size:
         raise damaged(_TABLE)
     return raw

@@ -28,7 +28,6 @@ _FASTER = 1.006  # packed bytes are read twice as fast as gaps of such shares: w
 _GO_ON = 255
 _PIECE = 1 << 15  # symbols at a time: what is built from them stays in a core's cache
 _SLICE = 1 << 14
-_COUNTING = np.arange(_PIECE, dtype=np.int64)
 _BIT = np.array([128, 64, 32, 16, 8, 4, 2, 1], np.uint8)
 _TABLE = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 _ONES: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = getattr(np, "bitwise_count", _TABLE.__getitem__)
@@ -132,98 +131,75 @@ def decode_gaps(payload: memoryview, total: int, count: int, shift: int, out: ND
     k, size = low_bits(total, count, shift), packed_size(count)
     if len(payload) < k * size:
         raise damaged()
-    low = np.zeros(count if k else 0, np.uint32)
+    low = np.zeros(count, np.uint32)
     for bit in range(k):
         plane = np.frombuffer(payload[bit * size : (bit + 1) * size], np.uint8)
         low |= np.unpackbits(plane, count=count).astype(np.uint32) << np.uint32(bit)
     state = np.zeros(3, np.int64)
     for symbols in inflate(payload[k * size :], count + total // _GO_ON + 1):
-        if len(symbols) and not _flip_gaps(symbols, low, k, state, out, total, count):
+        if len(symbols) and not _flip_gaps(symbols, low, k, state, out):
             raise damaged()
     if state[1] != count or state[2]:
         raise damaged()
 
 
 def _flip_by_numpy(
-    symbols: NDArray[np.uint8],
-    low: NDArray[np.uint32],
-    k: int,
-    state: NDArray[np.int64],
-    out: NDArray[np.uint8],
-    total: int,
-    count: int,
+    symbols: NDArray[np.uint8], low: NDArray[np.uint32], k: int, state: NDArray[np.int64], out: NDArray[np.uint8]
 ) -> bool:
     """Flip the bits that a piece of a stream of gaps names; False if they do not fit the layer.
 
-    `symbols` are high parts, (n,), at least one; `low` the low parts of all gaps, (count,), empty where `k` is 0.
-    `state` is updated: position that the open gap has reached, gaps found, whether a gap is open.
+    `symbols` are high parts, (n,), at least one; `low` the low parts of all gaps, (count,). `state` is updated:
+    position that the open gap has reached, gaps found, whether a gap is open.
     """
     at, found = int(state[0]), int(state[1])
-    sums = np.cumsum(symbols, dtype=np.int64)
-    step = int(sums[-1]) << k
-    positions = sums if symbols.max() < _GO_ON else sums[symbols != _GO_ON]
-    number = len(positions)
-    if found + number > count:
+    ends = symbols != _GO_ON
+    number = int(np.count_nonzero(ends))
+    if found + number > len(low):
+        return False
+    steps = symbols.astype(np.int64) << k
+    steps += ends
+    if k and number == len(symbols):
+        steps += low[found : found + number]
+    elif k:
+        steps[ends] += low[found : found + number]
+    reached = np.cumsum(steps, out=steps)
+    reached += at
+    if reached[-1] > 8 * len(out):
         return False
     if number:
-        if k:
-            positions <<= k
-            lows = np.cumsum(low[found : found + number], dtype=np.int64)
-            positions += lows
-            step += int(lows[-1])
-        positions += _COUNTING[:number]
-        if at + int(positions[-1]) >= total:
-            return False
-        _flip_bits(out, at, positions)
-    state[:] = at + step + number, found + number, symbols[-1] == _GO_ON
-    return bool(state[0] <= total)
+        _flip_bits(out, (reached if number == len(symbols) else reached[ends]) - 1)
+    state[:] = reached[-1], found + number, not ends[-1]
+    return True
 
 
-def _flip_bits(out: NDArray[np.uint8], start: int, positions: NDArray[np.int64]) -> None:
-    """Flip sorted, distinct bits of packed bytes; positions count from `start`, and are overwritten."""
-    first = start >> 3
-    positions += start & 7
-    span = (int(positions[-1]) >> 3) + 1
-    if span < 4 * len(positions):  # dense: through a byte per bit
-        bits = np.zeros(8 * span, np.uint8)
-        bits[positions] = 1
-        out[first : first + span] ^= np.packbits(bits)
-        return
+def _flip_bits(out: NDArray[np.uint8], positions: NDArray[np.int64]) -> None:
+    """Flip sorted, distinct bits of packed bytes."""
     places = positions >> 3
-    values = _BIT[positions & 7]
-    starts = np.flatnonzero(np.diff(places, prepend=-1))
-    out[first:][places[starts]] ^= np.bitwise_or.reduceat(values, starts)
+    first, end = int(places[0]), int(places[-1]) + 1
+    if end - first < 4 * len(positions):  # dense: through a byte per bit
+        bits = np.zeros(8 * (end - first), np.uint8)
+        bits[positions - 8 * first] = 1
+        out[first:end] ^= np.packbits(bits)
+    else:
+        starts = np.flatnonzero(np.diff(places, prepend=-1))
+        out[places[starts]] ^= np.bitwise_or.reduceat(_BIT[positions & 7], starts)
 
 
 def _flip_by_loop(
-    symbols: NDArray[np.uint8],
-    low: NDArray[np.uint32],
-    k: int,
-    state: NDArray[np.int64],
-    out: NDArray[np.uint8],
-    total: int,
-    count: int,
+    symbols: NDArray[np.uint8], low: NDArray[np.uint32], k: int, state: NDArray[np.int64], out: NDArray[np.uint8]
 ) -> bool:
     """[`_flip_by_numpy`] symbol by symbol, for numba: the same bits and the same refusals."""
-    at, found, is_open = state[0], state[1], state[2]
-    for index in range(len(symbols)):
-        symbol = np.int64(symbols[index])
-        at += symbol << k
-        if symbol == 255:
-            is_open = 1
-            if at > total:
-                return False
-            continue
-        if found >= count:
+    at, found, is_open, total = state[0], state[1], state[2], 8 * len(out)
+    for symbol in symbols:
+        at += np.int64(symbol) << k
+        is_open = symbol == 255
+        if at > total or (not is_open and (found >= len(low) or at + np.int64(low[found]) >= total)):
             return False
-        if k:
+        if not is_open:
             at += np.int64(low[found])
-        if at >= total:
-            return False
-        out[at >> 3] ^= np.uint8(128 >> (at & 7))
-        at += 1
-        found += 1
-        is_open = 0
+            out[at >> 3] ^= np.uint8(128 >> (at & 7))
+            at += 1
+            found += 1
     state[0], state[1], state[2] = at, found, is_open
     return True
 

@@ -9,16 +9,9 @@ import zlib
 import numpy as np
 import pytest
 
-from smn_peft.storage import AdapterFileError
-from smn_peft.storage.codec import (
-    LayerCode,
-    LayerEntry,
-    MaskBlob,
-    decode_masks,
-    encode_masks,
-)
-from smn_peft.storage.codec.blob import read_table, write_table
-from smn_peft.storage.codec.layer import deflate
+from smn_peft.storage.codec.blob import LayerEntry, MaskBlob, decode_masks, encode_masks, read_table, write_table
+from smn_peft.storage.codec.layer import LayerCode, deflate
+from smn_peft.storage.files import AdapterFileError
 
 LIMIT = 1 << 20
 

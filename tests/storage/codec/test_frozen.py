@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smn_peft.storage import AdapterFileError
-from smn_peft.storage.codec import LayerCode, MaskBlob, decode_masks, encode_masks
+from smn_peft.storage.codec.blob import MaskBlob, decode_masks, encode_masks
+from smn_peft.storage.codec.layer import LayerCode
+from smn_peft.storage.files import AdapterFileError
 
 FOLDER = Path(__file__).parent
 COUNT = 6000

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from smn_peft.storage import AdapterFileError
-from smn_peft.storage.codec import LayerCode, accelerate, decode_layer, encode_layer, layer
-from smn_peft.storage.codec.layer import encode_gaps, low_bits
+from smn_peft.storage.codec import layer
+from smn_peft.storage.codec.layer import LayerCode, accelerate, decode_layer, encode_gaps, encode_layer, low_bits
+from smn_peft.storage.files import AdapterFileError
 
 from .reference import low_bits as reference_low_bits
 from .reference import read_layer, write_gaps
