@@ -17,8 +17,6 @@ from .task import Task
 
 __all__ = ["ActiveTask"]
 
-_Named = tuple[str, Task]
-
 
 @dataclass(eq=False)
 class _Block:
@@ -26,8 +24,8 @@ class _Block:
 
     what: str  # its name in messages
     outer: _Block | None  # the block of the same context that it is nested in, of whichever bank
-    active: _Named | None  # the task that is live while no inner block has the model; None for the base
-    thread: threading.Thread  # the thread and asyncio task that began it; an identifier might be given again
+    active: tuple[str, Task] | None  # what is live while no inner block has the model; None for the base
+    thread: threading.Thread | None  # that began it, and its asyncio task; an identifier might be given again
     task: asyncio.Task[Any] | None
 
 
@@ -44,13 +42,13 @@ class ActiveTask:
     def __init__(self, live: LiveModel, find: Callable[[str | Task | None], Task | None], *, exclusive: bool) -> None:
         self.turn = threading.Condition()  # held for bookkeeping only, never while the model is used
         self._live, self._find, self._exclusive = live, find, exclusive
-        self.active: _Named | None = None  # what is live outside all blocks; None for the base
-        self._blocks: list[_Block] = []
+        self._root = _Block("", None, None, None, None)  # whose task is live outside all blocks
+        self._blocks = [self._root]  # each around the next
 
     def activate(self, name: str | None) -> None:
         """Make a task live until further notice; inside a `use` block until it ends. None for the base."""
         with self.block("bank.activate", lasting=True) as block:
-            self._enter(block, name)
+            self.enter(block, name)
             self._around(block).active = block.active
 
     def replace(self, name: str, other: str | None) -> None:
@@ -59,30 +57,23 @@ class ActiveTask:
         A `use` block that is under way keeps its task; the change shows at its end.
         """
         with self.turn:
-            if self.active is None or self.active[0] != name:
+            if self._root.active is None or self._root.active[0] != name:
                 return
-            if self._blocks:
-                self.active = (other or name, self.active[1])
+            if self._blocks[-1] is not self._root:
+                self._root.active = (other or name, self._root.active[1])
                 return
         self.activate(other)
-
-    @contextmanager
-    def use(self, name: str | None) -> Iterator[None]:
-        """Make a task live for the block."""
-        with self.block(f"bank.use({name!r:.80})", lasting=True) as block:
-            self._enter(block, name)
-            yield
 
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Have the model for good: nothing is active any more."""
         with self.block("bank.close"):
-            self.active = None
             for block in self._blocks:
                 block.active = None
             yield
 
-    def _enter(self, block: _Block, name: str | None) -> None:
+    def enter(self, block: _Block, name: str | None) -> None:
+        """Make a task live for a lasting block."""
         task = self._find(name)
         self._live.switch(task)
         block.active = None if task is None else (str(name), task)
@@ -103,9 +94,9 @@ class ActiveTask:
             mine = outer
             while mine is not None and mine not in self._blocks:
                 mine = mine.outer
-            if lasting and mine is not None and mine.thread is thread and mine.task not in (None, task):
-                mine = None  # asyncio copied this context from the block's, and it may outlive that
-            while self._blocks and (last := self._blocks[-1]) is not mine:
+            if mine is None or (lasting and mine.thread is thread and mine.task not in (None, task)):
+                mine = self._root  # asyncio may have copied this context from a block's, and it may outlive that
+            while (last := self._blocks[-1]) not in (mine, self._root):  # what was mine may end meanwhile
                 if last.thread is thread:
                     raise RuntimeError(
                         f"{what} while {last.what} is under way in another asyncio task or context of this thread: "
@@ -113,8 +104,7 @@ class ActiveTask:
                         "bank.forward(inputs, tasks) is a block that awaits nothing."
                     )
                 self.turn.wait()
-            active = self._blocks[-1].active if self._blocks else self.active
-            block = _Block(what, outer, active, thread, task)
+            block = _Block(what, outer, last.active, thread, task)
             self._blocks.append(block)
         _innermost.set(block)
         return block
@@ -126,10 +116,10 @@ class ActiveTask:
         try:
             if block not in self._blocks:  # another thread's, before a fork
                 return
-            if self._blocks[-1] is not block:
+            if (last := self._blocks[-1]) is not block:
                 raise RuntimeError(
-                    f"{block.what} ends while {self._blocks[-1].what}, which began inside it, is still under way: "
-                    "leave blocks in the opposite order. The inner one keeps its task until it ends."
+                    f"{block.what} ends while {last.what}, which began inside it, is still under way: leave blocks in "
+                    "the opposite order. The inner one keeps its task until it ends."
                 )
             self._put_back(self._around(block))
         finally:
@@ -138,30 +128,28 @@ class ActiveTask:
                     self._blocks.remove(block)
                 self.turn.notify_all()
 
-    def _around(self, block: _Block) -> ActiveTask | _Block:
-        """What holds the active task outside a block."""
-        place = self._blocks.index(block)
-        return self._blocks[place - 1] if place else self
+    def _around(self, block: _Block) -> _Block:
+        return self._blocks[self._blocks.index(block) - 1]
 
-    def _put_back(self, holder: ActiveTask | _Block) -> None:
-        """Switch to what is active outside a block that ends, as the source has it now; to the base if it is gone."""
-        if holder.active is None:
+    def _put_back(self, block: _Block) -> None:
+        """Switch to a block's task, as the source has it now; to the base if it is gone."""
+        if block.active is None:
             return None if self._exclusive else self._live.switch(None)
-        name, task = holder.active
+        name, task = block.active
         try:
             task = self._find(name) or task
         except KeyError:
             warnings.warn(f"The task {name!r} was active and is gone from the bank: the base is live.", stacklevel=6)
-            holder.active = None
+            block.active = None
             return self._live.switch(None)
         except (OSError, RuntimeError, ValueError):  # it cannot be read anew: what was read is still good
             pass
-        holder.active = name, task
+        block.active = name, task
         self._live.switch(task)
 
     def after_fork(self) -> None:
         """Forget the blocks of other threads, which a child process does not have."""
-        self._blocks = [block for block in self._blocks if block.thread is threading.current_thread()]
+        self._blocks = [block for block in self._blocks if block.thread in (None, threading.current_thread())]
 
 
 def _asyncio_task() -> asyncio.Task[Any] | None:

@@ -18,13 +18,12 @@ from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
 from .active import ActiveTask
-from .database import forkable
 from .live import LiveModel
-from .mixed import MixedForward, answer_names, forget_names, one_per_sample
+from .mixed import MixedForward, one_per_sample
 from .reading import TaskReader
 from .source import BASE_NAME as BASE
 from .source import MemorySource, check_name, read_adapter
-from .store import FILE_NAME, DiskStore, TaskSource, open_store
+from .store import FILE_NAME, DiskStore, TaskSource, forkable, open_store
 from .task import BankStats, Task, TaskCache
 
 __all__ = ["BASE", "MaskBank"]
@@ -54,7 +53,6 @@ class MaskBank:
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._mixed = MixedForward(self._live)
-        answer_names(base, self.forward)
         self._release = weakref.finalize(self, _let_go, source, self._cache, self._live)
         self._release.atexit = False
         forkable.add(self)
@@ -98,11 +96,8 @@ class MaskBank:
             undo.callback(source.close)
             bank = undo.enter_context(cls(source, base, ram_budget=ram_budget, exclusive=exclusive))
             for adapter in adapters:
-                name = Path(os.path.abspath(adapter)).name
-                if name in bank:
-                    raise ValueError(
-                        f"Two adapters would be called {name!r}: put one in by bank.add(another_name, …)."
-                    )
+                if (name := Path(os.path.abspath(adapter)).name) in bank:
+                    raise ValueError(f"Two adapters would be called {name!r}: put one in by bank.add(other_name, …).")
                 bank.add(name, adapter)
             for name in hot:
                 bank.pin(name)
@@ -112,7 +107,7 @@ class MaskBank:
     @property
     def names(self) -> list[str]:
         """Names of all tasks, sorted."""
-        return list(self._source.names())
+        return self._source.names()
 
     def __len__(self) -> int:
         return len(self._source)
@@ -176,10 +171,9 @@ class MaskBank:
             copy = Path(folder) / FILE_NAME
             if isinstance(self._source, DiskStore):
                 self._source.copy(copy)
-            else:
-                with DiskStore(copy) as store:
-                    store.add_many((name, self._source.read(name)) for name in self.names)
-            with DiskStore(copy, read_only=True, immutable=True) as store:
+            with DiskStore(copy) as store:
+                if isinstance(self._source, MemorySource):
+                    store.add_many(self._source.items())
                 local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
             if local:
                 warnings.warn(
@@ -214,14 +208,9 @@ class MaskBank:
 
     def pin(self, name: str) -> None:
         """Decode a task and keep it decoded."""
-        new = name not in self._cache.pinned
+        self._source.version(name)  # KeyError for an unknown name
         self._cache.pinned.add(name)
-        try:
-            self.task(name)
-        except BaseException:
-            if new:
-                self._cache.pinned.discard(name)
-            raise
+        self.task(name)
 
     def unpin(self, name: str) -> None:
         """Let a task make room again."""
@@ -260,7 +249,8 @@ class MaskBank:
             RuntimeError: If other code of this thread has the model and is suspended, or if a block ends before one
                 that began inside it; once both have ended, what was live before is live again.
         """
-        with self._active.use(name):
+        with self._active.block(f"bank.use({name!r:.80})", lasting=True) as block:
+            self._active.enter(block, name)
             yield self.model
 
     def forward(
@@ -303,14 +293,12 @@ class MaskBank:
                 self._pool.shutdown(cancel_futures=True)
             self._release()
 
-    def before_fork(self, held: ExitStack) -> None:
-        """Hold what no process may be forked under."""
+    def _before_fork(self, held: ExitStack) -> None:
         for lock in (self._active.turn, self._cache.lock, self._live.memory):
             held.enter_context(lock)
 
-    def after_fork(self) -> None:
-        """In a child process: leave out what other threads of the parent were doing."""
-        self._pool = None
+    def _after_fork(self) -> None:
+        self._pool = None  # whose thread is the parent's
         self._active.after_fork()
 
     def __enter__(self) -> MaskBank:
@@ -325,4 +313,3 @@ def _let_go(source: TaskSource, cache: TaskCache, live: LiveModel) -> None:
         last.callback(source.close)
         last.callback(cache.clear)
         last.callback(live.close)
-        forget_names(live.model)

@@ -47,12 +47,11 @@ class TaskMask:
         TypeError if the bits are not uint8, ValueError if their number does not fit or padding bits are set.
         """
         check_packed(name, packed, numel)
-        removed = _zeros(packed.numpy(), numel, int(sparse_below * numel))
-        active = popcount(packed) if removed is None else numel - len(removed)
+        zeros = _zeros(packed.numpy(), numel, int(sparse_below * numel))
+        active = popcount(packed) if zeros is None else numel - len(zeros)
         scale = math.sqrt(numel / active) if scaled and active else 1.0
-        if removed is None:
-            return cls(numel, active, scale, packed, None)
-        return cls(numel, active, scale, None, torch.from_numpy(removed))
+        held = (packed, None) if zeros is None else (None, torch.from_numpy(zeros))
+        return cls(numel, active, scale, *held)
 
 
 def _zeros(packed: NDArray[np.uint8], numel: int, limit: int) -> NDArray[np.int32] | None:
@@ -120,8 +119,8 @@ class TaskCache:
     def __init__(self, budget: int, stats: BankStats) -> None:
         self.budget, self.stats = budget, stats
         self.pinned: set[str] = set()
+        self.lock = threading.RLock()
         self._entries: OrderedDict[str, tuple[object, Task]] = OrderedDict()
-        self.lock = threading.Lock()
 
     def get(self, name: str, version: object, decode: Callable[[], Task]) -> Task:
         """Return the task, decoded if it is not held; two threads that ask at once may both decode."""
@@ -134,25 +133,28 @@ class TaskCache:
             self.stats.misses += 1
         task = decode()
         with self.lock:
-            self._drop(name)
+            self.drop(name)
             self._entries[name] = version, task
-            self._count(task, 1)
+            self.stats.resident_bytes += task.nbytes
+            self.stats.resident += 1
             for other in [other for other in self._entries if other not in self.pinned]:
                 if self.stats.resident_bytes <= self.budget:
                     break
-                self._drop(other)
+                self.drop(other)
                 self.stats.evictions += 1
         return task
 
     def drop(self, name: str) -> None:
         """Let go of a task; one that comes in its place is pinned if it was."""
         with self.lock:
-            self._drop(name)
+            if name in self._entries:
+                self.stats.resident_bytes -= self._entries.pop(name)[1].nbytes
+                self.stats.resident -= 1
 
     def forget(self, name: str) -> bool:
         """Let go of a name, and tell whether it was pinned."""
         with self.lock:
-            self._drop(name)
+            self.drop(name)
             pinned = name in self.pinned
             self.pinned.discard(name)
             return pinned
@@ -161,13 +163,5 @@ class TaskCache:
         """Forget all."""
         with self.lock:
             for name in list(self._entries):
-                self._drop(name)
+                self.drop(name)
             self.pinned.clear()
-
-    def _drop(self, name: str) -> None:
-        if name in self._entries:
-            self._count(self._entries.pop(name)[1], -1)
-
-    def _count(self, task: Task, sign: int) -> None:
-        self.stats.resident_bytes += sign * task.nbytes
-        self.stats.resident += sign

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, base_name, is_file_spec, load_backbone, load_from_file, pooled_features
 from ..bank.bank import MaskBank
-from ..bank.database import StoreBusyError
+from ..bank.store import StoreBusyError
 from ..data import check_preprocessing
 from ..storage import CONFIG_NAME, WEIGHTS_NAME, read_config
 from .limits import ServingError, explained

@@ -82,7 +82,6 @@ def test_mixed_batches_by_switching_and_over_a_shared_product(bank, saved, monke
     monkeypatch.setattr("smn_peft.bank.mixed.SHARED_BELOW", 0)
     close(bank(IMAGES, names), torch.stack([logits[name or "__base__"][i] for i, name in enumerate(names)]))
     assert bank.stats.switches > before
-    close(bank.model(IMAGES, adapter_names=["mixed"] * 3), logits["mixed"])
     with pytest.raises(ValueError, match="3 samples and 2 tasks"):
         bank(IMAGES, ["sparse", "mixed"])
     with pytest.raises(KeyError, match="no task 'other'"):
