@@ -206,7 +206,7 @@ class _SharedLinear:
         return joined
 
 
-_LANES, _ROWS = 16, 16  # floats of a vector register; outputs whose sums stay in the cache
+_LANES, _ROWS = 16, 8  # floats of a vector register; outputs whose sums stay in the cache
 _NONE = torch.empty(0, dtype=torch.int32)
 
 

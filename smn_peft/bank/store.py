@@ -108,12 +108,13 @@ class DiskStore:
             read_only: Make nothing, and refuse changes; FileNotFoundError if there is no store.
             immutable: Nobody writes to it, so it is read without locks; for a `read_only` one.
         """
-        self.path = Path(os.path.realpath(_file_of(Path(path))))
+        self.path = _file_of(Path(path))
+        self._file = Path(os.path.realpath(self.path))  # whose folder has the log
         self.read_only, self._immutable = read_only, immutable
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._closed = False
         self._deadline = 0.0
-        if not self.path.is_file() or not self.path.stat().st_size:
+        if not self._file.is_file() or not self._file.stat().st_size:
             self._create()
         self._check_log()
         self._connection: sqlite3.Connection | None = self._reader()
@@ -324,7 +325,7 @@ class DiskStore:
     def _create(self) -> None:
         if self.read_only:
             raise FileNotFoundError(f"{self.path.parent} holds no bank: name its folder, or make one: smn bank build.")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._explained(), closing(self._connect("rwc", _PATIENCE)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # else one was faster
@@ -339,26 +340,26 @@ class DiskStore:
         The file says whether it has a log. Reading it drops this process's locks on it, so only the first may.
         """
         before = self._log()
-        opened = {other.path for other in list(forkable) if isinstance(other, DiskStore)}
-        if before is None or not before.st_size or self.path in opened:
+        opened = {other._file for other in list(forkable) if isinstance(other, DiskStore)}
+        if before is None or not before.st_size or self._file in opened:
             return
-        with self.path.open("rb") as file:
+        with self._file.open("rb") as file:
             mode = file.read(20)[18:]
         after = self._log()  # another process may have closed the bank meanwhile
         if mode == b"\1\1" and after and (before.st_ino, before.st_ctime) == (after.st_ino, after.st_ctime):
             raise AdapterFileError(
-                f"{self.path}-wal belongs to another copy of {self.path.name}, perhaps the one that this was put in "
+                f"{self._file}-wal belongs to another copy of {self._file.name}, perhaps the one that this was put in "
                 "place of: move it away, then open the bank again."
             )
 
     def _log(self) -> os.stat_result | None:
         """The write-ahead log's size and times, if there is one."""
         with suppress(FileNotFoundError):
-            return os.stat(f"{self.path}-wal")
+            return os.stat(f"{self._file}-wal")
         return None
 
     def _is_writable(self) -> bool:
-        return not self._immutable and os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
+        return not self._immutable and os.access(self._file, os.W_OK) and os.access(self._file.parent, os.W_OK)
 
     def _reader(self) -> sqlite3.Connection:
         """A connection for reading. Where it can, it may write: to undo what a killed writer left."""
@@ -382,7 +383,7 @@ class DiskStore:
         return connection
 
     def _connect(self, mode: str, timeout: float) -> sqlite3.Connection:
-        name = f"{self.path.as_uri()}?mode={mode}"
+        name = f"{self._file.as_uri()}?mode={mode}"
         connection = sqlite3.connect(name, timeout, isolation_level=None, check_same_thread=False, uri=True)
         if sys.version_info >= (3, 12):
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
@@ -444,7 +445,7 @@ class DiskStore:
         with self._writing, self._explained():
             connection, process = self._connect("rw", _WRITER_WAIT), os.getpid()
             try:
-                if not _is_on_network(self.path):
+                if not _is_on_network(self._file):
                     with suppress(sqlite3.OperationalError):  # locked: the change is as safe without
                         connection.execute("PRAGMA journal_mode = WAL")
                 yield connection
@@ -462,7 +463,7 @@ class DiskStore:
     def _size(self) -> int:
         """Bytes on disk, with the write-ahead log's."""
         log = self._log()
-        return self.path.stat().st_size + (log.st_size if log else 0)
+        return self._file.stat().st_size + (log.st_size if log else 0)
 
     def _before_fork(self, held: ExitStack) -> None:
         """Disconnect: a connection must not cross a fork. Parent and child open their own."""

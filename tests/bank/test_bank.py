@@ -9,12 +9,16 @@ import time
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
+from smn_peft.bank import mixed
+from smn_peft.bank.task import TaskMask
+from smn_peft.functional.packing import pack_bits
 from smn_peft.storage import AdapterFileError
 from smn_peft.storage.codec import BLOB_NAME
 from smn_peft.storage.repack import pack_adapter
@@ -157,6 +161,29 @@ def test_mixed_batches_of_models_that_give_more_than_logits(form, below, tmp_pat
                     close(found[i] if row.dim() else found, row[0] if row.dim() else row)
         same = bank(inputs[:2], ["two", "two"], gain=gain[:2])
         assert flat(same)[0].shape == (2, 2)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["numba", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_tasks_removed_is_taken_off_a_shared_product(is_compiled, dtype, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(mixed, "compiled", lambda function: None)
+    generator = torch.Generator().manual_seed(0)
+    for outputs, width, counts in ((5, 7, [1, 2, 3]), (33, 64, [4, 1, 20]), (16, 16, [17, 3, 2])):
+        weight, bias = (
+            torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((outputs, width), (outputs,))
+        )
+        masks, weights = [], []
+        for off in (0.0, None, 0.1):
+            kept = torch.rand(weight.shape, generator=generator) >= (off or 0.0)
+            mask = TaskMask.from_packed("x", pack_bits(kept), kept.numel(), scaled=True, sparse_below=1.0)
+            masks.append(None if off is None else mask)
+            weights.append(weight * kept * mask.scale)
+        inputs = torch.randn(sum(counts), width, generator=generator, dtype=dtype)
+        product = inputs @ weight.t()
+        mixed._remove(product, inputs, np.cumsum(counts).tolist(), masks, weight, bias)
+        parts = zip(inputs.split(counts), weights, strict=True)
+        torch.testing.assert_close(product, torch.cat([part @ own.t() + bias for part, own in parts]))
 
 
 def test_mixed_batches_in_half_precision(saved):
