@@ -179,7 +179,7 @@ class LiveTensor:
         """Return the base's own values, whatever is live; they must not be written to."""
         if self._original is not None:
             return self._original
-        values = self._tensor.clone(memory_format=torch.contiguous_format)
+        values: Tensor = self._tensor.clone(memory_format=torch.contiguous_format)
         if self._undo is not None:
             values.view(-1).index_copy_(0, *self._undo)
         return values

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from ..tuner.targets import head_modules
 from .live import LiveModel
 from .source import BASE_NAME, StoredAdapter
 from .store import TaskSource
-from .task import SPARSE_BELOW, Task, TaskCache, TaskMask
+from .task import SPARSE_BELOW, BankStats, Task, TaskMask
 
 __all__ = ["TaskReader", "task_from_tensors"]
 
@@ -31,10 +33,17 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class TaskReader:
-    """Tasks of a source over a base, decoded and checked when they are asked for. Safe from any thread."""
+    """Tasks of a source over a base, decoded and checked when they are asked for. Safe from any thread.
 
-    def __init__(self, source: TaskSource, live: LiveModel, cache: TaskCache) -> None:
-        self._source, self._live, self._cache = source, live, cache
+    Within a budget of bytes they are kept, each for one version of its adapter, the least recently used out first;
+    `pinned` ones count, and stay.
+    """
+
+    def __init__(self, source: TaskSource, live: LiveModel, budget: int, stats: BankStats) -> None:
+        self._source, self._live, self._budget, self._stats = source, live, budget, stats
+        self.pinned: set[str] = set()
+        self.lock = threading.RLock()
+        self._held: OrderedDict[str, tuple[object, Task]] = OrderedDict()
         self._digests: dict[tuple[str, torch.dtype], str] = {}
         self._unmasked: dict[object, list[str]] = {}
 
@@ -45,9 +54,48 @@ class TaskReader:
         return task
 
     def task(self, name: str) -> Task:
-        """Return a task, decoded if it is not; KeyError for an unknown name."""
-        version = self._source.version(name)
-        return self._cache.get(name, version, lambda: self.decode(name, self._source.read(name)))
+        """Return a task, decoded if it is not, perhaps by two threads at once; KeyError for an unknown name."""
+        version, stats = self._source.version(name), self._stats
+        with self.lock:
+            held = self._held.get(name)
+            if held is not None and held[0] == version:
+                self._held.move_to_end(name)
+                stats.hits += 1
+                return held[1]
+            stats.misses += 1
+        task = self.decode(name, self._source.read(name))
+        with self.lock:
+            self.drop(name)
+            self._held[name] = version, task
+            stats.resident_bytes += task.nbytes
+            stats.resident += 1
+            for other in [other for other in self._held if other not in self.pinned]:
+                if stats.resident_bytes <= self._budget:
+                    break
+                self.drop(other)
+                stats.evictions += 1
+        return task
+
+    def drop(self, name: str) -> None:
+        """Let go of a task; one that comes in its place is pinned if it was."""
+        with self.lock:
+            if name in self._held:
+                self._stats.resident_bytes -= self._held.pop(name)[1].nbytes
+                self._stats.resident -= 1
+
+    def forget(self, name: str) -> bool:
+        """Let go of a name, and tell whether it was pinned."""
+        with self.lock:
+            self.drop(name)
+            pinned = name in self.pinned
+            self.pinned.discard(name)
+            return pinned
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self.lock:
+            for name in [*self._held, *self.pinned]:
+                self.forget(name)
 
     def __call__(self, task: str | Task | None) -> Task | None:
         """Return a task by its name, or as it was looked up before; None for the base."""

@@ -238,7 +238,7 @@ def test_a_damaged_task_errs_and_the_rest_serve(bank, saved):
     stored = bank._source.read("sparse")
     blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
     stored.tensors[blob][-3] ^= 0x10
-    bank._cache.clear()
+    bank._tasks.clear()
     with pytest.raises(AdapterFileError):
         bank(IMAGES, "sparse")
     close(bank(IMAGES, "dense"), logits["dense"])
