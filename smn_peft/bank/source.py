@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -50,9 +50,7 @@ __all__ = [
     "MAX_CONFIG",
     "Adapter",
     "MemorySource",
-    "StoreInfo",
     "StoredAdapter",
-    "TaskCheck",
     "TaskInfo",
     "TaskRow",
     "check_name",
@@ -188,23 +186,6 @@ class TaskInfo:
 
 
 _facts = TypeAdapter(TaskInfo)
-
-
-@dataclass(frozen=True)
-class StoreInfo:
-    """A store as a whole; `free` are bytes of removed tasks, which new ones fill and compaction gives back."""
-
-    tasks: int
-    bytes: int
-    free: int
-    version: int
-
-
-class TaskCheck(NamedTuple):
-    """What verification found of a task; `error` is None if it is whole."""
-
-    name: str
-    error: str | None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
@@ -25,8 +26,6 @@ from .source import (
     Adapter,
     MemorySource,
     StoredAdapter,
-    StoreInfo,
-    TaskCheck,
     TaskInfo,
     TaskRow,
     check_name,
@@ -84,6 +83,23 @@ def _explanation(error: Exception, path: Path) -> Exception:
     if "disk I/O" in text:
         return OSError(f"Cannot read or write {path} ({kind or text}): check the disk and its free space.")
     return AdapterFileError(f"{path} is damaged ({text}): fetch the bank again, or build it anew.")
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """A store as a whole; `free` are bytes of removed tasks, which new ones fill and compaction gives back."""
+
+    tasks: int
+    bytes: int
+    free: int
+    version: int
+
+
+class TaskCheck(NamedTuple):
+    """What verification found of a task; `error` is None if it is whole."""
+
+    name: str
+    error: str | None
 
 
 class DiskStore:
