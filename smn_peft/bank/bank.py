@@ -351,10 +351,7 @@ class _ActiveTask:
             self._around(block).active = block.active
 
     def replace(self, name: str, other: str | None) -> None:
-        """If `name` is the active task, activate another, or the one that has its name now.
-
-        A `use` block that is under way keeps its task; the change shows at its end.
-        """
+        """If `name` is active, activate another, or the one that has its name now, once no block is under way."""
         with self.turn:
             if self._root.active is None or self._root.active[0] != name:
                 return
@@ -447,7 +444,7 @@ class _ActiveTask:
         self._live.switch(task)
 
     def after_fork(self) -> None:
-        """Forget the blocks of other threads, which a child process does not have."""
+        # A child process does not have other threads' blocks.
         self._blocks = [block for block in self._blocks if block.thread in (None, threading.current_thread())]
 
 
