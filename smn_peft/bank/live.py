@@ -193,7 +193,7 @@ class LiveTensor:
             if own is not self._tensor:
                 self._tensor.copy_(own)
         elif mask.removed is not None:
-            self.restore()
+            self._undo_values()
             if mask.scale != 1.0:
                 watch(self._parameter, self)
             if len(mask.removed):
@@ -238,6 +238,11 @@ class LiveTensor:
 
     def restore(self) -> None:
         """Put the base's values back, bit for bit; nothing happens where they are."""
+        self._undo_values()
+        self._leave_outside(1.0)
+        self._seen = _state(self._parameter)
+
+    def _undo_values(self) -> None:
         if self._dirty:
             assert self._original is not None
             try:
@@ -249,8 +254,6 @@ class LiveTensor:
         elif self._undo is not None:
             self._tensor.view(-1).index_copy_(0, *self._undo)
             self._undo = None
-        self._leave_outside(1.0)
-        self._seen = _state(self._parameter)
 
     def release(self) -> None:
         """Let the parameter be an ordinary one again, with the values that it has."""
