@@ -161,13 +161,13 @@ class LiveTensor:
         """
         parameter: Any = self._module._parameters[self._leaf]
         state = _state(parameter)
+        if parameter is self._parameter and state == self._seen:
+            return False
         if parameter is not self._parameter or state[0] != self._seen[0] or parameter.shape != self._tensor.shape:
             raise RuntimeError(
                 f"{self.name} was written to, or replaced, since a bank uses it, so that its tasks do not fit any "
                 "more. Close the bank before the base is changed, and open it again afterwards."
             )
-        if state == self._seen:
-            return False
         own = self.values() if self.touched else None
         self._bind()
         if own is not None:
