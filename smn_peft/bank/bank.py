@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`MaskBank`: thousands of tasks over one frozen model."""
+"""`MaskBank`: thousands of tasks over one frozen model, which one context has at a time."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,15 +21,13 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
-from .active import ActiveTask
-from .database import forkable
 from .live import LiveModel
-from .mixed import MixedForward, answer_names, forget_names, one_per_sample
+from .mixed import MixedForward, one_per_sample
 from .reading import TaskReader
 from .source import BASE_NAME as BASE
 from .source import MemorySource, check_name, read_adapter
-from .store import FILE_NAME, DiskStore, TaskSource, open_store
-from .task import BankStats, Task, TaskCache
+from .store import FILE_NAME, DiskStore, TaskSource, forkable, open_store
+from .task import BankStats, Task
 
 __all__ = ["BASE", "MaskBank"]
 
@@ -48,14 +50,12 @@ class MaskBank:
         self._source = source
         self._live = LiveModel(base, self.stats)
         self.model = base
-        self._cache = TaskCache(ram_budget, self.stats)
-        self._find = TaskReader(source, self._live, self._cache)
-        self._active = ActiveTask(self._live, self._find, exclusive=exclusive)
+        self._tasks = TaskReader(source, self._live, ram_budget, self.stats)
+        self._active = _ActiveTask(self._live, self._tasks, exclusive=exclusive)
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
         self._mixed = MixedForward(self._live)
-        answer_names(base, self.forward)
-        self._release = weakref.finalize(self, _let_go, source, self._cache, self._live)
+        self._release = weakref.finalize(self, _let_go, source, self._tasks, self._live)
         self._release.atexit = False
         forkable.add(self)
 
@@ -98,11 +98,8 @@ class MaskBank:
             undo.callback(source.close)
             bank = undo.enter_context(cls(source, base, ram_budget=ram_budget, exclusive=exclusive))
             for adapter in adapters:
-                name = Path(os.path.abspath(adapter)).name
-                if name in bank:
-                    raise ValueError(
-                        f"Two adapters would be called {name!r}: put one in by bank.add(another_name, …)."
-                    )
+                if (name := Path(os.path.abspath(adapter)).name) in bank:
+                    raise ValueError(f"Two adapters would be called {name!r}: put one in by bank.add(other_name, …).")
                 bank.add(name, adapter)
             for name in hot:
                 bank.pin(name)
@@ -112,7 +109,7 @@ class MaskBank:
     @property
     def names(self) -> list[str]:
         """Names of all tasks, sorted."""
-        return list(self._source.names())
+        return self._source.names()
 
     def __len__(self) -> int:
         return len(self._source)
@@ -138,22 +135,22 @@ class MaskBank:
         """
         check_name(name)
         stored = read_adapter(adapter, revision=revision)
-        self._find.decode(name, stored)
+        self._tasks.decode(name, stored)
         self._source.add(name, stored, replace=replace)
-        self._cache.drop(name)
+        self._tasks.drop(name)
         self._active.replace(name, name)
 
     def remove(self, name: str) -> None:
         """Remove a task; KeyError for an unknown name."""
         self._source.remove(name)
-        self._cache.forget(name)
+        self._tasks.forget(name)
         self._active.replace(name, None)
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name; KeyError for an unknown one, ValueError for one that is taken."""
         check_name(new)
         self._source.rename(old, new)
-        if self._cache.forget(old):
+        if self._tasks.forget(old):
             self.pin(new)
         self._active.replace(old, new)
 
@@ -176,10 +173,9 @@ class MaskBank:
             copy = Path(folder) / FILE_NAME
             if isinstance(self._source, DiskStore):
                 self._source.copy(copy)
-            else:
-                with DiskStore(copy) as store:
-                    store.add_many((name, self._source.read(name)) for name in self.names)
-            with DiskStore(copy, read_only=True, immutable=True) as store:
+            with DiskStore(copy) as store:
+                if isinstance(self._source, MemorySource):
+                    store.add_many(self._source.items())
                 local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
             if local:
                 warnings.warn(
@@ -210,22 +206,17 @@ class MaskBank:
 
     def task(self, name: str) -> Task:
         """Return a task, decoded if it is not; KeyError for an unknown name."""
-        return self._find.task(name)
+        return self._tasks.task(name)
 
     def pin(self, name: str) -> None:
         """Decode a task and keep it decoded."""
-        new = name not in self._cache.pinned
-        self._cache.pinned.add(name)
-        try:
-            self.task(name)
-        except BaseException:
-            if new:
-                self._cache.pinned.discard(name)
-            raise
+        self._source.version(name)  # KeyError for an unknown name
+        self._tasks.pinned.add(name)
+        self.task(name)
 
     def unpin(self, name: str) -> None:
         """Let a task make room again."""
-        self._cache.pinned.discard(name)
+        self._tasks.pinned.discard(name)
 
     def prefetch(self, names: Sequence[str]) -> Future[None]:
         """Decode tasks in the background."""
@@ -260,7 +251,8 @@ class MaskBank:
             RuntimeError: If other code of this thread has the model and is suspended, or if a block ends before one
                 that began inside it; once both have ended, what was live before is live again.
         """
-        with self._active.use(name):
+        with self._active.block(f"bank.use({name!r:.80})", lasting=True) as block:
+            self._active.enter(block, name)
             yield self.model
 
     def forward(
@@ -285,7 +277,7 @@ class MaskBank:
         """
         names = one_per_sample(tasks, len(inputs))
         with self._active.block("bank.forward"), torch.no_grad():
-            decoded = {name: self._find(name) for name in dict.fromkeys(names)}
+            decoded = {name: self._tasks(name) for name in dict.fromkeys(names)}
             return self._mixed([decoded[name] for name in names], inputs, **kwargs)
 
     __call__ = forward
@@ -303,14 +295,12 @@ class MaskBank:
                 self._pool.shutdown(cancel_futures=True)
             self._release()
 
-    def before_fork(self, held: ExitStack) -> None:
-        """Hold what no process may be forked under."""
-        for lock in (self._active.turn, self._cache.lock, self._live.memory):
+    def _before_fork(self, held: ExitStack) -> None:
+        for lock in (self._active.turn, self._tasks.lock, self._live.memory):
             held.enter_context(lock)
 
-    def after_fork(self) -> None:
-        """In a child process: leave out what other threads of the parent were doing."""
-        self._pool = None
+    def _after_fork(self) -> None:
+        self._pool = None  # whose thread is the parent's
         self._active.after_fork()
 
     def __enter__(self) -> MaskBank:
@@ -320,9 +310,146 @@ class MaskBank:
         self.close()
 
 
-def _let_go(source: TaskSource, cache: TaskCache, live: LiveModel) -> None:
+def _let_go(source: TaskSource, tasks: TaskReader, live: LiveModel) -> None:
     with ExitStack() as last:
         last.callback(source.close)
-        last.callback(cache.clear)
+        last.callback(tasks.clear)
         last.callback(live.close)
-        forget_names(live.model)
+
+
+@dataclass(eq=False)
+class _Block:
+    """A stretch of code that has the model: a `use` block, or a call of the bank."""
+
+    what: str  # its name in messages
+    outer: _Block | None  # the block of the same context that it is nested in, of whichever bank
+    active: tuple[str, Task] | None  # what is live while no inner block has the model; None for the base
+    thread: threading.Thread | None  # that began it, and its asyncio task; an identifier might be given again
+    task: asyncio.Task[Any] | None
+
+
+_innermost: ContextVar[_Block | None] = ContextVar("smn_bank_block", default=None)
+
+
+class _ActiveTask:
+    """Gives the model to one context (`contextvars`) at a time, and puts the active task back afterwards.
+
+    What one asyncio task has, another does not. Other threads wait; whoever would wait for code of their own thread,
+    which could not go on, gets an error. Blocks end in the opposite order of their beginning.
+    """
+
+    def __init__(self, live: LiveModel, find: Callable[[str | Task | None], Task | None], *, exclusive: bool) -> None:
+        self.turn = threading.Condition()  # held for bookkeeping only, never while the model is used
+        self._live, self._find, self._exclusive = live, find, exclusive
+        self._root = _Block("", None, None, None, None)  # whose task is live outside all blocks
+        self._blocks = [self._root]  # each around the next
+
+    def activate(self, name: str | None) -> None:
+        """Make a task live until further notice; inside a `use` block until it ends. None for the base."""
+        with self.block("bank.activate", lasting=True) as block:
+            self.enter(block, name)
+            self._around(block).active = block.active
+
+    def replace(self, name: str, other: str | None) -> None:
+        """If `name` is active, activate another, or the one that has its name now, once no block is under way."""
+        with self.turn:
+            if self._root.active is None or self._root.active[0] != name:
+                return
+            if self._blocks[-1] is not self._root:
+                self._root.active = (other or name, self._root.active[1])
+                return
+        self.activate(other)
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Have the model for good: nothing is active any more."""
+        with self.block("bank.close"):
+            for block in self._blocks:
+                block.active = None
+            yield
+
+    def enter(self, block: _Block, name: str | None) -> None:
+        """Make a task live for a lasting block."""
+        task = self._find(name)
+        self._live.switch(task)
+        block.active = None if task is None else (str(name), task)
+
+    @contextmanager
+    def block(self, what: str, *, lasting: bool = False) -> Iterator[_Block]:
+        """Let the block switch as it likes; what was live before is live afterwards. `what` names it in messages."""
+        block = self._begin(what, lasting)
+        try:
+            yield block
+        finally:
+            self._end(block)
+
+    def _begin(self, what: str, lasting: bool) -> _Block:
+        """Wait for the model; RuntimeError if code of this very thread has it that cannot go on before."""
+        outer, thread, task = _innermost.get(), threading.current_thread(), _asyncio_task()
+        with self.turn:
+            mine = outer
+            while mine is not None and mine not in self._blocks:
+                mine = mine.outer
+            if mine is None or (lasting and mine.thread is thread and mine.task not in (None, task)):
+                mine = self._root  # asyncio may have copied this context from a block's, and it may outlive that
+            while (last := self._blocks[-1]) not in (mine, self._root):  # what was mine may end meanwhile
+                if last.thread is thread:
+                    raise RuntimeError(
+                        f"{what} while {last.what} is under way in another asyncio task or context of this thread: "
+                        "the model has one task at a time. Leave that block before anything is awaited: "
+                        "bank.forward(inputs, tasks) is a block that awaits nothing."
+                    )
+                self.turn.wait()
+            block = _Block(what, outer, last.active, thread, task)
+            self._blocks.append(block)
+        _innermost.set(block)
+        return block
+
+    def _end(self, block: _Block) -> None:
+        """Put back what was live before, and give the model away; an inner block under way keeps its task live."""
+        if _innermost.get() is block:
+            _innermost.set(block.outer)
+        try:
+            if block not in self._blocks:  # another thread's, before a fork
+                return
+            if (last := self._blocks[-1]) is not block:
+                raise RuntimeError(
+                    f"{block.what} ends while {last.what}, which began inside it, is still under way: leave blocks in "
+                    "the opposite order. The inner one keeps its task until it ends."
+                )
+            self._put_back(self._around(block))
+        finally:
+            with self.turn:
+                if block in self._blocks:
+                    self._blocks.remove(block)
+                self.turn.notify_all()
+
+    def _around(self, block: _Block) -> _Block:
+        return self._blocks[self._blocks.index(block) - 1]
+
+    def _put_back(self, block: _Block) -> None:
+        """Switch to a block's task, as the source has it now; to the base if it is gone."""
+        if block.active is None:
+            return None if self._exclusive else self._live.switch(None)
+        name, task = block.active
+        try:
+            task = self._find(name) or task
+        except KeyError:
+            warnings.warn(f"The task {name!r} was active and is gone from the bank: the base is live.", stacklevel=6)
+            block.active = None
+            return self._live.switch(None)
+        except (OSError, RuntimeError, ValueError):  # it cannot be read anew: what was read is still good
+            pass
+        block.active = name, task
+        self._live.switch(task)
+
+    def after_fork(self) -> None:
+        # A child process does not have other threads' blocks.
+        self._blocks = [block for block in self._blocks if block.thread in (None, threading.current_thread())]
+
+
+def _asyncio_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None

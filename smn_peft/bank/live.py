@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -24,15 +26,10 @@ from .task import BankStats, Task, TaskMask
 __all__ = ["LiveModel", "LiveParameter", "LiveTensor", "Reading", "watch"]
 
 # What can be asked of a tensor without looking at its values; anything else settles it, which is slower and as right.
-_FACTS = frozenset(
-    getattr(Tensor, name).__get__
-    for name in "shape dtype device layout requires_grad is_leaf grad grad_fn ndim is_cuda is_cpu is_meta nbytes "
-    "itemsize is_sparse is_quantized is_nested _version _backward_hooks _grad".split()
-) | frozenset(
-    getattr(Tensor, name)
-    for name in "size dim numel nelement element_size is_floating_point is_complex is_contiguous stride __len__ "
-    "storage_offset is_inference requires_grad_ get_device ndimension".split()
-)
+_PROPERTIES = "shape dtype device layout requires_grad is_leaf grad grad_fn ndim is_cuda is_cpu is_meta nbytes"
+_METHODS = "size dim numel element_size is_floating_point is_contiguous stride __len__ storage_offset requires_grad_"
+_FACTS = {getattr(Tensor, name).__get__ for name in _PROPERTIES.split()}
+_FACTS |= {getattr(Tensor, name) for name in _METHODS.split()}
 
 
 class Reading(Protocol):
@@ -63,7 +60,6 @@ class LiveParameter(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Compute products by the reading; settle the values before any other use of them."""
         kwargs = kwargs or {}
         if func is F.linear:
             input, weight, bias = _arguments(*args, **kwargs)
@@ -87,24 +83,22 @@ class LiveParameter(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """An ordinary parameter that holds what is live."""
+    def _plain(self) -> nn.Parameter:
+        """An ordinary parameter of what is live, in this memory."""
         self.smn_reading.settle()
         with torch._C.DisableTorchFunctionSubclass():
-            copy = nn.Parameter(self.detach().clone(memory_format=torch.preserve_format), self.requires_grad)
-        return memo.setdefault(id(self), copy)  # type: ignore[no-any-return]
+            return nn.Parameter(self.detach(), self.requires_grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return copy.deepcopy(self._plain())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as an ordinary parameter that holds what is live."""
-        self.smn_reading.settle()
-        with torch._C.DisableTorchFunctionSubclass():
-            return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+        return self._plain().__reduce_ex__(protocol)
 
     __hash__ = object.__hash__
 
 
 def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The arguments of `F.linear`, however they were passed."""
     return input, weight, bias
 
 
@@ -130,42 +124,35 @@ def watch(parameter: Any, reading: Reading | None) -> Reading | None:
 class LiveTensor:
     """A parameter of the base that is overwritten in place. Its methods are called without gradients.
 
-    A sparse task is undone by the values that it removed. A dense one takes a copy of the base's tensor, made when the
-    first such task comes; so does every task where the memory is in another order than the shape (channels_last).
-    With `scales_outside` a sparse task touches only what it removes: the parameter is a [`LiveParameter`], and
-    products are multiplied by `outside`.
+    A dense task is undone by a copy of the base's tensor, made when the first such task comes; a sparse one, which
+    only a contiguous parameter takes, by the values that it removed. It touches no others: the parameter is a
+    [`LiveParameter`], and products are multiplied by `outside`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        *,
-        scales_outside: bool,
-        writing: Callable[[], AbstractContextManager[object]] = torch.no_grad,
+        self, model: nn.Module, name: str, writing: Callable[[], AbstractContextManager[object]] = torch.no_grad
     ) -> None:
-        """Bind a model's parameter, a plain one if its scale may stay outside; `writing` is for [`settle`]."""
-        self.name, self.scales_outside, self._writing = name, scales_outside, writing
+        """Bind a model's parameter; [`settle`] enters `writing`."""
+        self.name, self._writing = name, writing
         path, _, self._leaf = name.rpartition(".")
         self._module = model.get_submodule(path)
         self._bind()
 
     def _bind(self) -> None:
         parameter: Any = self._module._parameters[self._leaf]
-        self.outside = 1.0
-        self.scale = torch.ones((), dtype=torch.float32, device=parameter.device)
         with torch._C.DisableTorchFunctionSubclass():
             self._parameter, self._tensor = parameter, parameter.detach()
-        self._flat = self._tensor.view(-1) if self._tensor.is_contiguous() else None
-        self._undo: tuple[Tensor, Tensor] | None = None
-        self._original: Tensor | None = None
-        self._dirty = False
-        self._place, self._version = _place(parameter), _version(parameter)
+        self.outside = 1.0
+        self.scale = torch.ones((), dtype=torch.float32, device=self._tensor.device)
+        self._undo: tuple[Tensor, Tensor] | None = None  # indices and values of what a sparse task removed
+        self._original: Tensor | None = None  # contiguous
+        self._dirty = False  # the values are to be put back from the original
+        self._seen = _state(parameter)
 
     @property
     def touched(self) -> bool:
-        """Whether some of the values are a task's."""
-        return self._dirty or self._undo is not None
+        """Whether the weight is a task's."""
+        return self._dirty or self._undo is not None or self.outside != 1.0
 
     def follow(self) -> bool:
         """Bind the parameter anew if it has another dtype, device or memory format by now, and return whether it has.
@@ -173,10 +160,10 @@ class LiveTensor:
         RuntimeError if somebody else wrote other values to it.
         """
         parameter: Any = self._module._parameters[self._leaf]
-        version = _version(parameter)
-        if parameter is self._parameter and version == self._version and _place(parameter) == self._place:
+        state = _state(parameter)
+        if parameter is self._parameter and state == self._seen:
             return False
-        if parameter is not self._parameter or version != self._version or parameter.shape != self._tensor.shape:
+        if parameter is not self._parameter or state[0] != self._seen[0] or parameter.shape != self._tensor.shape:
             raise RuntimeError(
                 f"{self.name} was written to, or replaced, since a bank uses it, so that its tasks do not fit any "
                 "more. Close the bank before the base is changed, and open it again afterwards."
@@ -185,58 +172,49 @@ class LiveTensor:
         self._bind()
         if own is not None:
             self._tensor.copy_(own)
-            self._version = _version(parameter)
+            self._seen = _state(parameter)
         return True
 
     def values(self) -> Tensor:
         """Return the base's own values, whatever is live; they must not be written to."""
-        values = self._original
-        if values is None:
-            values = self._tensor.clone(memory_format=torch.contiguous_format).view(-1)
-            if self._undo is not None:
-                values.index_copy_(0, *self._undo)
-        return values.view(self._tensor.shape)
+        if self._original is not None:
+            return self._original
+        values: Tensor = self._tensor.clone(memory_format=torch.contiguous_format)
+        if self._undo is not None:
+            values.view(-1).index_copy_(0, *self._undo)
+        return values
 
     def apply(self, mask: TaskMask) -> None:
         """Overwrite the values with this task's."""
         if mask.packed is not None:
-            self._write(mask.packed, mask.scale)
-        else:
-            assert mask.removed is not None
-            assert self.scales_outside or mask.active == mask.numel
+            original = self._dirtied()
+            own = self._tensor if self._tensor.is_contiguous() else torch.empty_like(original)
+            write_masked(own.view(-1), original.view(-1), mask.packed.to(own.device, non_blocking=True), mask.scale)
+            if own is not self._tensor:
+                self._tensor.copy_(own)
+        elif mask.removed is not None:
             self._undo_values()
-            if self.scales_outside:
+            if mask.scale != 1.0:
                 watch(self._parameter, self)
-            self._remove(mask.removed.to(self._tensor.device, non_blocking=True).long())
+            if len(mask.removed):
+                flat = self._tensor.view(-1)
+                removed = mask.removed.to(flat.device, non_blocking=True).long()
+                self._undo = removed, flat.index_select(0, removed)
+                flat.index_fill_(0, removed, 0)
             self._leave_outside(mask.scale)
-        self._version = _version(self._parameter)
+        self._seen = _state(self._parameter)
 
     def _leave_outside(self, scale: float) -> None:
         if scale != self.outside:
             self.outside = scale
             self.scale.fill_(scale)
 
-    def _write(self, packed: Tensor, scale: float) -> None:
-        original = self._keep_original()
-        self._dirty, self._undo = True, None
+    def _dirtied(self) -> Tensor:
+        """Keep the base's own values, and return them, before all are overwritten."""
+        original = self.values()
+        self._original, self._undo, self._dirty = original, None, True
         self._leave_outside(1.0)
-        out = torch.empty_like(original) if self._flat is None else self._flat
-        write_masked(out, original, packed.to(out.device, non_blocking=True), scale)
-        if self._flat is None:
-            self._tensor.copy_(out.view(self._tensor.shape))
-
-    def _remove(self, removed: Tensor) -> None:
-        if self._flat is not None:
-            self._undo = removed, self._flat.index_select(0, removed)
-            self._flat.index_fill_(0, removed, 0)
-        elif len(removed):
-            self._dirty, left = True, self._keep_original().index_fill(0, removed, 0)
-            self._tensor.copy_(left.view(self._tensor.shape))
-
-    def _keep_original(self) -> Tensor:
-        if self._original is None:
-            self._original = self.values().view(-1)
-        return self._original
+        return original
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``s·(x Wᵀ) + b``: (…, in_features) -> (…, out_features)."""
@@ -244,11 +222,8 @@ class LiveTensor:
         if scale == 1.0 or input.dtype != weight.dtype or torch.is_autocast_enabled(input.device.type):
             return F.linear(input if scale == 1.0 else input * scale, weight, bias)
         flat = input.reshape(-1, input.shape[-1])
-        if bias is None:
-            product = flat.new_empty(len(flat), len(weight))
-            product = torch.addmm(product, flat, weight.t(), beta=0, alpha=scale)
-        else:
-            product = torch.addmm(bias, flat, weight.t(), alpha=scale)
+        start = flat.new_empty(()) if bias is None else bias
+        product = torch.addmm(start, flat, weight.t(), beta=0 if bias is None else 1, alpha=scale)
         return product.view(*input.shape[:-1], len(weight))
 
     def settle(self) -> None:
@@ -256,32 +231,28 @@ class LiveTensor:
         if self.outside == 1.0:
             return
         with self._writing(), _disable_current_modes():  # torch.export reads under a mode of fake tensors
-            if (scale := self.outside) == 1.0:
-                return
-            self._keep_original()
-            self._dirty, self._undo = True, None
-            self._tensor.mul_(scale)
-            self._leave_outside(1.0)
-            self._version = _version(self._parameter)
+            if (scale := self.outside) != 1.0:
+                self._dirtied()
+                self._tensor.mul_(scale)
+                self._seen = _state(self._parameter)
 
     def restore(self) -> None:
         """Put the base's values back, bit for bit; nothing happens where they are."""
         self._undo_values()
         self._leave_outside(1.0)
-        self._version = _version(self._parameter)
+        self._seen = _state(self._parameter)
 
     def _undo_values(self) -> None:
         if self._dirty:
             assert self._original is not None
             try:
-                self._tensor.copy_(self._original.view(self._tensor.shape))
+                self._tensor.copy_(self._original)
             except RuntimeError:  # memory that nobody can write to holds them still
-                if not torch.equal(self._tensor, self._original.view(self._tensor.shape)):
+                if not torch.equal(self._tensor, self._original):
                     raise
             self._dirty = False
-        if self._undo is not None:
-            assert self._flat is not None
-            self._flat.index_copy_(0, *self._undo)
+        elif self._undo is not None:
+            self._tensor.view(-1).index_copy_(0, *self._undo)
             self._undo = None
 
     def release(self) -> None:
@@ -290,15 +261,14 @@ class LiveTensor:
         watch(self._parameter, None)
 
 
-def _place(parameter: Tensor) -> tuple[object, ...]:
+def _state(parameter: Tensor) -> tuple[object, ...]:
+    """The version, which grows with every change in place, and where and how the values lie."""
     with torch._C.DisableTorchFunctionSubclass():
-        return parameter.data_ptr(), parameter.dtype, parameter.stride()
+        version = -1 if parameter.is_inference() else parameter._version
+        return version, parameter.data_ptr(), parameter.dtype, parameter.stride()
 
 
-def _version(parameter: Tensor) -> int:
-    """Grows with every change in place, whoever makes it."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return -1 if parameter.is_inference() else parameter._version
+_with_bank: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class LiveModel:
@@ -310,41 +280,43 @@ class LiveModel:
         model: The base, in eval mode.
         current: The task that the weights are of; None: the base's own.
         shapes: Of the base's own parameters and buffers, by name.
-        scalable: Names of the weights whose products may take 1/σ: those of plain Linear layers.
+        first_names: The one name that each goes by here, where its module stands in several places.
+        scalable: Names of the weights that take sparse tasks: those of plain Linear layers, contiguous.
         tied: All names of each parameter that is tied, by each of them.
         memory: Held while weights are written, never while they are used.
-        stats: Where switches are counted.
     """
 
     def __init__(self, model: nn.Module, stats: BankStats) -> None:
         """Bind a model; ValueError if adapters wrap it already, or it has a bank."""
-        _check_plain(model)
+        modules = list(model.modules())
+        wrapped = any(isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for module in modules)
+        if wrapped or hasattr(model, "peft_config"):
+            raise ValueError("A bank takes the plain base model, and this one has PEFT adapters: pass model.unload().")
+        if any(module in _with_bank for module in modules):
+            raise ValueError("This model has a bank already: close that one first, or add the tasks to it.")
         self.model = model.eval()
         self.current: Task | None = None
-        self.stats = stats
-        self.scalable = {
-            f"{name}.weight"
-            for name, module in model.named_modules(remove_duplicate=False)
-            if type(module) is nn.Linear and type(module._parameters.get("weight")) is nn.Parameter
-        }
-        self._live: dict[str, LiveTensor] = {}
-        self._own: dict[str, Tensor] = {}
-        self._touched: set[str] = set()
-        self.memory = threading.RLock()
+        self.stats, self.memory = stats, threading.RLock()
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self.shapes = {name: tensor.shape for name, tensor in named}
-        first = {id(tensor): name for name, tensor in reversed(named)}
-        self._first_names = {name: first[id(tensor)] for name, tensor in named}
+        linears = {path for path, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear}
+        self.scalable = {
+            name
+            for name, tensor in named
+            if name.endswith("weight") and name.rpartition(".")[0] in linears
+            if type(tensor) is nn.Parameter and tensor.is_contiguous()
+        }
         self.tied = tied_parameters(model)
+        first = {id(tensor): name for name, tensor in reversed(named)}
+        self.first_names = {name: first[id(tensor)] for name, tensor in named}
         self._inference = any(tensor.is_inference() for _, tensor in named)
+        self._live: dict[str, LiveTensor] = {}
+        self._own: dict[str, Tensor] = {}  # of the base, while a task brings another
+        _with_bank.add(model)
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype that a parameter or buffer of the base has now."""
         return _tensor(self.model, name).dtype
-
-    def first_name(self, name: str) -> str:
-        """The one name that a tensor goes by here, where its module stands in several places."""
-        return self._first_names.get(name, name)
 
     def values(self, name: str) -> Tensor:
         """A parameter's or buffer's own values, whichever task is live; not to be written to."""
@@ -369,45 +341,37 @@ class LiveModel:
 
         RuntimeError if somebody else wrote to the base's weights, or of the device.
         """
+        masks, brought = ({}, {}) if task is None else (task.masks, task.tensors)
         with self._writable():
             try:
-                if self._moved(task):
-                    self.current = None
-                elif task is self.current and (task is not None or not (self._touched or self._own)):
+                concerned = {name: live for name, live in self._live.items() if live.touched or name in masks}
+                moved = any([live.follow() for live in concerned.values()])
+                if not moved and task is self.current and (task is not None or not (concerned or self._own)):
                     return
                 self.stats.switches += 1
                 self.current = None
-                self._leave(task)
-                if task is not None:
-                    self._enter(task)
+                for name in concerned.keys() - masks.keys():
+                    self._live[name].restore()
+                for name in self._own.keys() - brought.keys():
+                    self._put_back(name)
+                for name, mask in masks.items():
+                    self._bound(name).apply(mask)
+                for name, tensor in brought.items():
+                    own = _tensor(self.model, name)
+                    self._own.setdefault(name, own if isinstance(own, nn.Parameter) else own.clone())
+                    _replace(self.model, name, tensor.to(own.device, own.dtype, copy=True))
             except BaseException:
                 self.current = None
                 self._rescue()
                 raise
             self.current = task
 
-    def _moved(self, task: Task | None) -> bool:
-        """Whether a weight that a task is in, or is to come into, has another place than before."""
-        names = self._touched if task is None or task is self.current else self._touched.union(task.masks)
-        return any([self._live[name].follow() for name in names if name in self._live])
-
-    def _leave(self, task: Task | None) -> None:
-        """Undo what the next task does not overwrite."""
-        masks = {} if task is None else task.masks
-        for name in [name for name in self._touched if name not in masks]:
-            self._live[name].restore()
-            self._touched.discard(name)
-        kept = set() if task is None else task.tensors.keys()
-        for name in [name for name in self._own if name not in kept]:
-            self._put_back(name)
-
     def _rescue(self) -> None:
         """Undo what can be undone, without overwriting what somebody else wrote."""
-        for name in list(self._touched):
+        for live in self._live.values():
             with contextlib.suppress(Exception):  # the error that led here is the one to tell
-                self._live[name].follow()
-                self._live[name].restore()
-                self._touched.discard(name)
+                live.follow()
+                live.restore()
         for name in list(self._own):
             with contextlib.suppress(Exception):
                 self._put_back(name)
@@ -420,20 +384,9 @@ class LiveModel:
         _replace(self.model, name, own)
         del self._own[name]
 
-    def _enter(self, task: Task) -> None:
-        for name, mask in task.masks.items():
-            live = self._bound(name)
-            self._touched.add(name)
-            live.apply(mask)
-        for name, tensor in task.tensors.items():
-            own = _tensor(self.model, name)
-            self._own.setdefault(name, own if isinstance(own, nn.Parameter) else own.clone())
-            _replace(self.model, name, tensor.to(own.device, own.dtype, copy=True))
-
     def _bound(self, name: str) -> LiveTensor:
         if name not in self._live:
-            outside = name in self.scalable
-            self._live[name] = LiveTensor(self.model, name, scales_outside=outside, writing=self._writable)
+            self._live[name] = LiveTensor(self.model, name, self._writable)
         return self._live[name]
 
     def close(self) -> None:
@@ -441,18 +394,10 @@ class LiveModel:
         try:
             self.switch(None)
         finally:
+            _with_bank.discard(self.model)
             for live in self._live.values():
                 live.release()
             self._live.clear()
-            self._touched.clear()
-
-
-def _check_plain(model: nn.Module) -> None:
-    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    if any(isinstance(module, wrappers) for module in model.modules()) or hasattr(model, "peft_config"):
-        raise ValueError("A bank takes the plain base model, and this one has PEFT adapters: pass model.unload().")
-    if any(hasattr(module, "smn_class") for module in model.modules()):  # a `NamedCall`
-        raise ValueError("This model has a bank already: close that one first, or add the tasks to it.")
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -9,36 +9,32 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..functional.torch_kernels import compiled
 from ..tuner.mixed import join_rows, take_rows
 from .live import LiveModel, watch
-from .task import Task, TaskMask
+from .task import Task
 
-__all__ = ["SHARED_BELOW", "MixedForward", "NamedCall", "answer_names", "forget_names", "one_per_sample"]
+__all__ = ["SHARED_BELOW", "MixedForward", "one_per_sample"]
 
 SHARED_BELOW = 6
 """Samples per task from which on a switch for each task is cheaper than what its removed weights cost."""
-_PRODUCTS = (torch.float32, torch.float64)
 
 
-class _NotPerSample(Exception):
-    """A layer got an input whose first dimension is not the batch: only switching serves this model."""
+class _NotShared(Exception):
+    """The model does something with its inputs, weights or logits that only switching serves."""
 
 
-class _PaddingUsed(Exception):
-    """The model made something of logits that a task does not have: tasks with other numbers of classes take turns."""
-
-
-class _Rows(NamedTuple):
+class _Run(NamedTuple):
     """Samples `start` to `stop` of a sorted batch, all of one task."""
 
     task: Task | None
@@ -47,7 +43,7 @@ class _Rows(NamedTuple):
 
 
 class _Padded(NamedTuple):
-    output: Tensor  # logits (batch, most classes) of a sorted batch, zeros where a task has fewer
+    logits: Tensor  # (batch, most classes) of a sorted batch, zeros where a task has fewer
     widths: Sequence[int]  # classes of each run
 
 
@@ -72,7 +68,7 @@ class MixedForward:
 
     def __init__(self, live: LiveModel) -> None:
         self._live = live
-        self._per_sample = self._pads = True
+        self._shares = True  # as far as the model has shown
 
     def __call__(self, tasks: Sequence[Task | None], inputs: Tensor, **kwargs: Any) -> Any:
         """Run (batch, …) under one task per sample; rows come back in the order of the batch."""
@@ -83,137 +79,121 @@ class MixedForward:
         if len(groups) == 1:
             self._live.switch(tasks[0])
             return self._live.model(inputs, **kwargs)
-        if self._can_share(list(groups), len(tasks)):
+        if self._can_share(groups, len(tasks)):
             try:
                 return self._share(groups, inputs, kwargs)
-            except _NotPerSample:
-                self._per_sample = False
-            except _PaddingUsed:
-                self._pads = False
+            except _NotShared:
+                self._shares = False
         outputs = []
         for task, positions in groups.items():
             self._live.switch(task)
             outputs.append(self._live.model(inputs[positions], **take_rows(kwargs, positions, len(tasks))))
         return join_rows(outputs, list(groups.values()), ragged=True)
 
-    def _can_share(self, tasks: list[Task | None], count: int) -> bool:
-        """Whether the tasks are sparse masks of plain Linear layers and heads, in a dtype that has sparse products."""
+    def _can_share(self, groups: Collection[Task | None], count: int) -> bool:
+        """Whether the tasks are few samples each of sparse masks of plain Linear layers, and heads that are such."""
         model = self._live.model
-        parameter = next(model.parameters())
-        if not self._per_sample or count >= SHARED_BELOW * len(tasks) or parameter.dtype not in _PRODUCTS:
+        if not self._shares or count >= SHARED_BELOW * len(groups):
             return False
-        if torch.is_autocast_enabled(parameter.device.type):
+        if torch.is_autocast_enabled(next(model.parameters()).device.type):
             return False
         if any(module._compiled_call_impl is not None for module in model.modules()):
             return False
-        masked = {name for task in tasks if task for name in task.masks}
-        whole = {name for task in tasks if task for name in task.tensors}
-        if masked & whole or not masked <= self._live.scalable:
-            return False
-        if any(model.get_parameter(name).dtype != parameter.dtype for name in masked):
-            return False
-        if any(mask.removed is None for task in tasks if task for mask in task.masks.values()):
-            return False
-        owners = {name.rpartition(".")[0] for name in whole}
-        heads = {f"{owner}.{leaf}" for owner in owners for leaf in ("weight", "bias")}
-        if not whole <= heads or any(type(model.get_submodule(owner)) is not nn.Linear for owner in owners):
-            return False
-        own = self._live.shapes
-        return self._pads or all(
-            len({task.tensors[name].shape if task and name in task.tensors else own[name] for task in tasks}) == 1
-            for name in whole
-        )
+        tasks = [task for task in groups if task is not None]
+        masked = {name for task in tasks for name in task.masks}
+        heads = {f"{name.rpartition('.')[0]}.weight" for task in tasks for name in task.tensors}
+        is_sparse = all(mask.removed is not None for task in tasks for mask in task.masks.values())
+        return is_sparse and masked | heads <= self._live.scalable and not masked & heads
 
     def _share(self, groups: Mapping[Task | None, list[int]], inputs: Tensor, kwargs: Mapping[str, Any]) -> Any:
         self._live.switch(None)
-        rows: list[_Rows] = []
+        runs: list[_Run] = []
         for task, positions in groups.items():
-            start = rows[-1].stop if rows else 0
-            rows.append(_Rows(task, start, start + len(positions)))
+            start = runs[-1].stop if runs else 0
+            runs.append(_Run(task, start, start + len(positions)))
         order = [position for positions in groups.values() for position in positions]
-        with _shared_products(self._live.model, rows, len(order)) as padded:
+        with _shared_products(self._live.model, runs) as padded:
             output = self._live.model(inputs[order], **take_rows(kwargs, order, len(order)))
-        outputs = [_run_of(output, number, rows, padded) for number in range(len(rows))]
-        return join_rows(outputs, list(groups.values()), ragged=True)
-
-
-# --- One product for all tasks ---------------------------------------------------------------------------------------
+        return join_rows(_split(output, runs, padded), list(groups.values()), ragged=True)
 
 
 @contextmanager
-def _shared_products(model: nn.Module, rows: Sequence[_Rows], count: int) -> Iterator[list[_Padded]]:
+def _shared_products(model: nn.Module, runs: Sequence[_Run]) -> Iterator[list[_Padded]]:
     """While this lasts, the model (the base's own weights live) treats each run of samples as its task says.
 
     Whoever multiplies by a weight that differs between the tasks gets the rows of each task right; whoever reads one
-    in another way gets [`_NotPerSample`]. Yields what heads of different widths gave, as they give it.
+    in another way gets [`_NotShared`]. Yields what heads of different widths gave, as they give it.
     """
     padded: list[_Padded] = []
-    names = {name.rpartition(".")[0] for run in rows if run.task for name in (*run.task.masks, *run.task.tensors)}
+    names = {name.rpartition(".")[0] for run in runs if run.task for name in (*run.task.masks, *run.task.tensors)}
     with ExitStack() as stack:
         for name in sorted(names):
             layer: Any = model.get_submodule(name)
-            products = _SharedLinear(layer, name, rows, count, padded)
+            products = _SharedLinear(layer, name, runs, padded)
             for parameter in (layer.weight, layer.bias) if products.is_head else (layer.weight,):
                 if parameter is not None:
                     stack.callback(watch, parameter, watch(parameter, products))
         yield padded
 
 
+def _split(output: Any, runs: Sequence[_Run], padded: Sequence[_Padded]) -> list[Any]:
+    """Split what a model returned for a sorted batch into the runs, the logits without the padding.
+
+    A model may return padded logits, and nothing that it makes of them, such as probabilities.
+    """
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    widths, shapes = {id(logits): own for logits, own in padded}, {logits.shape for logits, _ in padded}
+    others = [leaf for leaf in leaves if id(leaf) not in widths]
+    is_per_sample = all(leaf.dim() and len(leaf) == runs[-1].stop for leaf in leaves)
+    if not is_per_sample or not widths.keys() <= set(map(id, leaves)) or any(leaf.shape in shapes for leaf in others):
+        raise _NotShared
+
+    def cut(leaf: Any, number: int) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        part = leaf[runs[number].start : runs[number].stop]
+        return part[..., : widths[id(leaf)][number]] if id(leaf) in widths else part
+
+    return [tree_map(functools.partial(cut, number=number), output) for number in range(len(runs))]
+
+
 class _SharedLinear:
     """Products of a sorted batch with the weight of one Linear layer; the [`Reading`] of its parameters."""
 
-    def __init__(self, layer: nn.Linear, name: str, rows: Sequence[_Rows], count: int, padded: list[_Padded]) -> None:
-        self._layer, self._rows, self._count, self._padded = layer, rows, count, padded
+    def __init__(self, layer: nn.Linear, name: str, runs: Sequence[_Run], padded: list[_Padded]) -> None:
+        self._layer, self._runs, self._padded = layer, runs, padded
         self._weight, self._bias = f"{name}.weight", f"{name}.bias"
-        own = {name for run in rows if run.task is not None for name in run.task.tensors}
-        self.is_head = not own.isdisjoint((self._weight, self._bias))
+        self.is_head = any(key in run.task.tensors for run in runs if run.task for key in (self._weight, self._bias))
 
     @property
     def scale(self) -> Tensor:
-        """A compiled graph has one weight."""
-        raise _NotPerSample
+        raise _NotShared  # a compiled graph has one weight
 
     def settle(self) -> None:
-        """A reader would get one weight for all samples."""
-        raise _NotPerSample
+        raise _NotShared  # a reader would get one weight for all samples
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(batch, …, in_features) -> (batch, …, out_features), each run of samples under its task."""
-        if input.dim() < 2 or len(input) != self._count or input.dtype != weight.dtype:
-            raise _NotPerSample
+        if input.dim() < 2 or len(input) != self._runs[-1].stop or input.dtype != weight.dtype:
+            raise _NotShared
         if self.is_head:
             if weight is not self._layer.weight or bias is not self._layer.bias:
-                raise _NotPerSample
+                raise _NotShared
             return self._heads(input)
-        product = F.linear(input, weight)
-        for task, start, stop in self._rows:
-            mask = None if task is None else task.masks.get(self._weight)
-            part = product[start:stop].flatten(0, -2)
-            if mask is not None:
-                torch.addmm(part, input[start:stop].flatten(0, -2), self._removed(mask), alpha=-1, out=part)
-            scale = 1.0 if mask is None else mask.scale
-            if bias is not None:  # here, while the rows are in the cache
-                torch.add(bias, part, alpha=scale, out=part)
-            elif scale != 1.0:
-                part.mul_(scale)
+        if weight.dtype not in (torch.float32, torch.float64):  # which have sparse products
+            raise _NotShared
+        input, product = input.detach().contiguous(), F.linear(input, weight)
+        weight, bias = weight.detach(), weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        masks = [None if run.task is None else run.task.masks.get(self._weight) for run in self._runs]
+        per_sample = product[0, ..., 0].numel()
+        stops = [run.stop * per_sample for run in self._runs]
+        _remove(product.flatten(0, -2), input.flatten(0, -2), stops, masks, weight, bias)
         return product
-
-    def _removed(self, mask: TaskMask) -> Tensor:
-        """Sparse (in_features, out_features): the weights that the task removed, transposed."""
-        _warn_of_sparse_tensors()
-        weight = self._layer.weight
-        assert mask.removed is not None
-        removed, width = mask.removed.to(weight.device), weight.shape[1]
-        ends = torch.arange(0, weight.numel() + 1, width, dtype=removed.dtype, device=weight.device)
-        starts = torch.searchsorted(removed, ends, out_int32=True)
-        values = weight.detach().reshape(-1).index_select(0, removed)
-        shape = (width, len(weight))
-        return torch.sparse_csc_tensor(starts, removed % width, values, shape, check_invariants=False)
 
     def _heads(self, input: Tensor) -> Tensor:
         """A head per task; the logits that a task with fewer classes lacks are zeros, to be cut off afterwards."""
         outputs = []
-        for task, start, stop in self._rows:
+        for task, start, stop in self._runs:
             own: Mapping[str, Tensor] = {} if task is None else task.tensors
             weight = own.get(self._weight, self._layer.weight).to(input.device, input.dtype)
             bias = own.get(self._bias, self._layer.bias)
@@ -226,96 +206,72 @@ class _SharedLinear:
         return joined
 
 
+_LANES, _ROWS = 16, 8  # floats of a vector register; outputs whose sums stay in the cache
+_NONE = torch.empty(0, dtype=torch.int32)
+
+
+def _remove(
+    product: Tensor, input: Tensor, stops: Sequence[int], masks: Sequence[Any], weight: Tensor, bias: Tensor
+) -> None:
+    """``product = s·(product − x Cᵀ) + b`` in place; C and s are of the [`TaskMask`] (or None) of each run of rows.
+
+    `product` is (rows, out), `input` x (rows, in); runs end at `stops`. Compiled where numba is installed.
+    """
+    removed = [_NONE if mask is None or mask.removed is None else mask.removed for mask in masks]
+    scales = [1.0 if mask is None else mask.scale for mask in masks]
+    if product.is_cpu and weight.is_contiguous() and (run := compiled(_remove_loop)) is not None:
+        flat, ends = weight.view(-1).numpy(), np.cumsum([len(one) for one in removed])
+        joined, factors = torch.cat(removed).numpy(), np.array(scales, flat.dtype)
+        run(product.numpy(), input.numpy(), np.array(stops), joined, ends, flat, bias.numpy(), factors)
+        return
+    _warn_of_sparse_tensors()
+    width, shape = weight.shape[1], (weight.shape[1], len(weight))
+    bounds = torch.arange(0, weight.numel() + 1, width, dtype=torch.int32, device=weight.device)
+    for start, stop, off, scale in zip([0, *stops], stops, removed, scales, strict=False):
+        off, part = off.to(weight.device), product[start:stop]
+        values = weight.reshape(-1).index_select(0, off)
+        rows = torch.searchsorted(off, bounds, out_int32=True)
+        transposed = torch.sparse_csc_tensor(rows, off % width, values, shape, check_invariants=False)
+        torch.addmm(part, input[start:stop], transposed, alpha=-1, out=part)
+        torch.add(bias, part, alpha=scale, out=part)
+
+
+def _remove_loop(
+    product: Any, input: Any, stops: Any, removed: Any, ends: Any, weight: Any, bias: Any, scales: Any
+) -> None:
+    outputs, width, begin, at = product.shape[1], input.shape[1], 0, 0
+    for run in range(len(stops)):
+        samples, end, scale = stops[run] - begin, ends[run], scales[run]
+        lanes = -(-samples // _LANES) * _LANES
+        columns = np.empty((width, lanes), product.dtype)
+        taken, values = np.empty((_ROWS, lanes), product.dtype), np.empty(end - at, product.dtype)
+        for column in range(width if end > at else 0):
+            for sample in range(samples):
+                columns[column, sample] = input[begin + sample, column]
+            columns[column, samples:] = 0
+        offset = at
+        for index in range(offset, end):  # all at once, since they come from everywhere in memory
+            values[index - offset] = weight[removed[index]]
+        for first in range(0, outputs, _ROWS):
+            last = min(first + _ROWS, outputs)
+            taken[:] = 0
+            for row in range(first, last):
+                start = row * width
+                while at < end and removed[at] < start + width:
+                    value, column = values[at - offset], removed[at] - start
+                    for lane in range(lanes):
+                        taken[row - first, lane] += value * columns[column, lane]
+                    at += 1
+            for sample in range(samples):
+                target = product[begin + sample]
+                for row in range(first, last):
+                    target[row] = (target[row] - taken[row - first, sample]) * scale + bias[row]
+        begin = stops[run]
+
+
 @functools.cache
 def _warn_of_sparse_tensors() -> None:
     """Let torch say once, unheard, that sparse tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csc_tensor([0, 0], [], [], (1, 1), device="cpu")
-
-
-# --- What the model returns ------------------------------------------------------------------------------------------
-
-
-def _run_of(output: Any, number: int, rows: Sequence[_Rows], padded: Sequence[_Padded]) -> Any:
-    """One run of what a model returned for a sorted batch, its logits without the padding.
-
-    A model may return padded logits, and nothing that it makes of them.
-    """
-    seen: set[int] = set()
-
-    def cut(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        if not tensor.dim() or len(tensor) != rows[-1].stop:
-            raise _NotPerSample
-        part = tensor[rows[number].start : rows[number].stop]
-        for index, (logits, widths) in enumerate(padded):
-            if tensor is logits:
-                seen.add(index)
-                return part[..., : widths[number]]
-            if tensor.shape == logits.shape:
-                raise _PaddingUsed  # probabilities, say, over classes that a task does not have
-        return part
-
-    result = tree_map(cut, output)
-    if len(seen) != len(padded):
-        raise _PaddingUsed
-    return result
-
-
-# --- `adapter_names` on a plain model --------------------------------------------------------------------------------
-
-
-class NamedCall(nn.Module):
-    """What a model's class derives from, beside its own, while a bank is open: it answers calls with `adapter_names`.
-
-    A copy, pickled or in memory, is of the model's own class and has no bank.
-    """
-
-    smn_mixed: Callable[[], Callable[..., Any] | None]
-    smn_model: Callable[[], nn.Module | None]
-    smn_class: type[nn.Module]
-
-    def __call__(self, *inputs: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model; with `adapter_names`, one per sample, as `MaskBank.forward`."""
-        if adapter_names is None:
-            return super().__call__(*inputs, **kwargs)
-        mixed = self.smn_mixed()
-        if mixed is None or self.smn_model() is not self:
-            raise ValueError("adapter_names is for the model of an open bank: this is a copy, or its bank is closed.")
-        (batch,) = inputs or (kwargs.pop("pixel_values"),)
-        return mixed(batch, adapter_names, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copied and pickled as the model's own class."""
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, arguments, *rest = reduced
-        if make.__name__ == "__newobj__":  # which pickle grants to an object's present class alone
-            make = _new
-        own = self.smn_class
-        return make, tuple(own if part is type(self) else part for part in arguments), *rest
-
-
-def _new(own: type[nn.Module], *arguments: Any) -> nn.Module:
-    return own.__new__(own, *arguments)
-
-
-def answer_names(model: nn.Module, mixed: Callable[..., Any]) -> None:
-    """Hand the model's calls with `adapter_names` to a bound method, whose object is not kept alive."""
-    own = type(model)
-    facts = {
-        "__module__": own.__module__,
-        "__qualname__": own.__qualname__,
-        "__doc__": own.__doc__,
-        "smn_mixed": weakref.WeakMethod(mixed),
-        "smn_model": weakref.ref(model),
-        "smn_class": own,
-    }
-    model.__class__ = type(own.__name__, (NamedCall, own), facts)
-
-
-def forget_names(model: nn.Module) -> None:
-    """Give the model its own class back."""
-    if isinstance(model, NamedCall):
-        model.__class__ = model.smn_class  # type: ignore[assignment]

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import functools
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from ..tuner.targets import head_modules
 from .live import LiveModel
 from .source import BASE_NAME, StoredAdapter
 from .store import TaskSource
-from .task import SPARSE_BELOW, Task, TaskCache, TaskMask
+from .task import SPARSE_BELOW, BankStats, Task, TaskMask
 
 __all__ = ["TaskReader", "task_from_tensors"]
 
@@ -36,10 +36,17 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class TaskReader:
-    """Tasks of a source over a base, decoded and checked when they are asked for. Safe from any thread."""
+    """Tasks of a source over a base, decoded and checked when they are asked for. Safe from any thread.
 
-    def __init__(self, source: TaskSource, live: LiveModel, cache: TaskCache) -> None:
-        self._source, self._live, self._cache = source, live, cache
+    Within a budget of bytes they are kept, each for one version of its adapter, the least recently used out first;
+    `pinned` ones count, and stay.
+    """
+
+    def __init__(self, source: TaskSource, live: LiveModel, budget: int, stats: BankStats) -> None:
+        self._source, self._live, self._budget, self._stats = source, live, budget, stats
+        self.pinned: set[str] = set()
+        self.lock = threading.RLock()
+        self._held: OrderedDict[str, tuple[object, Task]] = OrderedDict()
         self._digests: dict[tuple[str, torch.dtype], str] = {}
         self._unmasked: dict[object, list[str]] = {}
 
@@ -50,9 +57,48 @@ class TaskReader:
         return task
 
     def task(self, name: str) -> Task:
-        """Return a task, decoded if it is not; KeyError for an unknown name."""
-        version = self._source.version(name)
-        return self._cache.get(name, version, lambda: self.decode(name, self._source.read(name)))
+        """Return a task, decoded if it is not, perhaps by two threads at once; KeyError for an unknown name."""
+        version, stats = self._source.version(name), self._stats
+        with self.lock:
+            held = self._held.get(name)
+            if held is not None and held[0] == version:
+                self._held.move_to_end(name)
+                stats.hits += 1
+                return held[1]
+            stats.misses += 1
+        task = self.decode(name, self._source.read(name))
+        with self.lock:
+            self.drop(name)
+            self._held[name] = version, task
+            stats.resident_bytes += task.nbytes
+            stats.resident += 1
+            for other in [other for other in self._held if other not in self.pinned]:
+                if stats.resident_bytes <= self._budget:
+                    break
+                self.drop(other)
+                stats.evictions += 1
+        return task
+
+    def drop(self, name: str) -> None:
+        """Let go of a task; one that comes in its place is pinned if it was."""
+        with self.lock:
+            if name in self._held:
+                self._stats.resident_bytes -= self._held.pop(name)[1].nbytes
+                self._stats.resident -= 1
+
+    def forget(self, name: str) -> bool:
+        """Let go of a name, and tell whether it was pinned."""
+        with self.lock:
+            self.drop(name)
+            pinned = name in self.pinned
+            self.pinned.discard(name)
+            return pinned
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self.lock:
+            for name in [*self._held, *self.pinned]:
+                self.forget(name)
 
     def __call__(self, task: str | Task | None) -> Task | None:
         """Return a task by its name, or as it was looked up before; None for the base."""
@@ -86,10 +132,7 @@ class TaskReader:
 
 
 def task_from_tensors(
-    name: str,
-    tensors: Mapping[str, Tensor],
-    live: LiveModel,
-    config: Mapping[str, Any] | None = None,
+    name: str, tensors: Mapping[str, Tensor], live: LiveModel, config: Mapping[str, Any] | None = None
 ) -> Task:
     """Make a task of an adapter's tensors, by key of its file, masks bit-packed or coded.
 
@@ -97,54 +140,173 @@ def task_from_tensors(
     either, as long as the layers are the same. AdapterFileError if a mask is damaged, ValueError if there is none, a
     layer is not found in the base, or a size does not fit.
     """
-    config, base = config or {}, live.model
     bare = {key.removeprefix(BASE_PREFIX): tensor for key, tensor in tensors.items()}
-    coded = coded_masks(bare)
-    prefix, names = ("", []) if coded is None else (coded[0], [entry.name for entry in coded[1].entries])
-    layers = {path for path, leaf in map(_split, [*bare, *(prefix + name for name in names)]) if _is_mask(leaf)}
-    if not layers:
-        raise ValueError(f"Task {name!r}: the adapter holds no mask. A bank takes adapters of MaskConfig.")
-    rename = _renaming(name, layers, base)
+    return _Decoder(name, live, config or {}, bare).task()
 
-    def locate(key: str) -> tuple[str, str]:
-        path, leaf = _split(key)
-        return _parameter(live, rename(path), leaf)
 
-    if coded is not None:
-        bare = {key: tensor for key, tensor in bare.items() if _split(key)[1] != BLOB_NAME}
-        bare |= _Base(live, prefix, locate, config).decode(coded[1])
-    masks: dict[str, TaskMask] = {}
-    rest: dict[str, Tensor] = {}
-    for key, tensor in bare.items():
+class _Decoder:
+    """One adapter over one base, which it is for the codec too (`Base`): checks it and makes a task of it."""
+
+    def __init__(self, name: str, live: LiveModel, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.name, self.live, self.config, self.tensors = name, live, config, tensors
+        self.modules = dict(live.model.named_modules(remove_duplicate=False))
+        self.heads = head_modules(live.model)  # by id
+        self.coded = coded_masks(tensors)
+        self.prefix = "" if self.coded is None else self.coded[0]  # which names in the blob lack
+        names = [] if self.coded is None else [self.prefix + entry.name for entry in self.coded[1].entries]
+        layers = sorted({path for path, leaf in map(_split, [*tensors, *names]) if _is_mask(leaf)})
+        if not layers:
+            raise ValueError(f"Task {name!r}: the adapter holds no mask. A bank takes adapters of MaskConfig.")
+        self.old, self.new = self._prefixes(layers)
+
+    def task(self) -> Task:
+        masks: dict[str, TaskMask] = {}
+        rest: dict[str, Tensor] = {}
+        tensors = self.tensors if self.coded is None else self._decoded(self.coded[1])
+        for key, tensor in tensors.items():
+            path, leaf = _split(key)
+            if not leaf.startswith("smn_"):
+                rest[key] = tensor
+            elif leaf.removeprefix("smn_") in _STATISTICS:
+                rest[f"{self._renamed(path)}.{leaf.removeprefix('smn_')}"] = tensor
+            elif not _is_mask(leaf):
+                if not (leaf.endswith("scores") or is_settings(key)):
+                    raise self._damaged(f"holds {key}, which no masked layer takes")
+            else:
+                parameter = self.live.first_names[self._located(key)[0]]
+                if parameter in masks:
+                    raise self._damaged(f"brings two masks of {parameter}")
+                masks[parameter] = self._mask(key, parameter, tensor)
+        brought = {self.live.first_names.get(key, key): tensor for key, tensor in self._plain_heads(rest).items()}
+        self._check_tensors(brought)
+        self._check_complete(masks, brought)
+        return Task(self.name, masks, brought, self.config)
+
+    def _mask(self, key: str, parameter: str, packed: Tensor) -> TaskMask:
+        if parameter in self.live.tied:
+            raise ValueError(
+                f"Task {self.name!r} cannot be taken: {', '.join(self.live.tied[parameter])} are tied, and a mask on "
+                "one would change the other in silence. Give each its own (layer.weight = "
+                "nn.Parameter(layer.weight.clone())), and open the bank anew."
+            )
+        below = SPARSE_BELOW if parameter in self.live.scalable else 0.0
+        numel, scaled = self.live.shapes[parameter].numel(), bool(self.config.get("scale", True))
+        return TaskMask.from_packed(key, packed, numel, scaled=scaled, sparse_below=below)
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"Task {self.name!r} {what}: the adapter is damaged. Save it anew.")
+
+    def _prefixes(self, layers: Sequence[str]) -> tuple[str, str]:
+        """What the adapter's module paths begin with, and the base's instead."""
+        first = layers[0]
+        parts = first.split(".")
+        taken = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        put = sorted({path.removesuffix(first) for path in self.modules if path.endswith(f".{first}")})
+        for old, new in [("", ""), *((prefix, "") for prefix in taken), *(("", prefix) for prefix in put)]:
+            if all(layer.startswith(old) and new + layer[len(old) :] in self.modules for layer in layers):
+                return old, new
+        raise ValueError(
+            f"Task {self.name!r} masks {first}, which the bank's base does not have: see the base in its config."
+        )
+
+    def _renamed(self, path: str) -> str:
+        return self.new + path.removeprefix(self.old)
+
+    def _located(self, key: str) -> tuple[str, str]:
+        """Name of the parameter that a mask belongs to, and its path from the layer."""
         path, leaf = _split(key)
-        if not leaf.startswith("smn_"):
-            rest[key] = tensor
-        elif leaf.removeprefix("smn_") in _STATISTICS:
-            rest[f"{rename(path)}.{leaf.removeprefix('smn_')}"] = tensor
-        elif not _is_mask(leaf):
-            if not (leaf.endswith("scores") or is_settings(key)):
-                raise _damaged(name, f"holds {key}, which no masked layer takes")
-        else:
-            parameter = live.first_name(locate(key)[0])
-            if parameter in masks:
-                raise _damaged(name, f"brings two masks of {parameter}")
-            if parameter in live.tied:
+        layer = self.live.model.get_submodule(path := self._renamed(path))
+        form = mask_layer_for(layer)
+        slots = {slot.mask_name: slot.path for slot in form.slots} if form is not None else {}
+        if (name := f"{path}.{slots.get(leaf)}") not in self.live.shapes:
+            raise ValueError(f"The base's {path} ({type(layer).__name__}) has nothing for a {leaf}.")
+        return name, slots[leaf]
+
+    def _decoded(self, blob: MaskBlob) -> dict[str, Tensor]:
+        """The tensors, with masks as bits."""
+        accelerate()  # a bank reads many masks
+        for entry in blob.entries:
+            numel = self.live.shapes[self._located(self.prefix + entry.name)[0]].numel()
+            if entry.size != packed_size(numel):
                 raise ValueError(
-                    f"Task {name!r} cannot be taken: {', '.join(live.tied[parameter])} are tied, and a mask on one "
-                    "would change the other in silence. Give each its own (layer.weight = "
-                    "nn.Parameter(layer.weight.clone())), and open the bank anew."
+                    f"{self.prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights "
+                    "there: open the bank over the base that adapter_config.json names."
                 )
-            below = SPARSE_BELOW if parameter in live.scalable else 0.0
-            numel, scaled = live.shapes[parameter].numel(), bool(config.get("scale", True))
-            masks[parameter] = TaskMask.from_packed(key, tensor, numel, scaled=scaled, sparse_below=below)
-    brought = {live.first_name(key): tensor for key, tensor in _plain_heads(rest, base).items()}
-    _check_tensors(name, brought, live)
-    _check_complete(name, masks, brought, config, base)
-    return Task(name, masks, brought, config)
+        masks = decode_masks(blob, blob.size, self)
+        rest = {key: tensor for key, tensor in self.tensors.items() if _split(key)[1] != BLOB_NAME}
+        return rest | {self.prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
 
+    def selected(self, name: str) -> NDArray[np.bool_] | None:
+        fraction = self.config.get("trainable_fraction", 1.0)
+        if fraction == 1.0:
+            return None
+        key = self.prefix + name
+        parameter, path = self._located(key)
+        generator = seeded_generator(self.config.get("seed", 0), f"{_split(key)[0]}.{path}.select")
+        weight = self.live.values(parameter)
+        return select_trainable(weight, fraction, self.config["select"], generator).reshape(-1).cpu().numpy()
 
-def _damaged(name: str, what: str) -> ValueError:
-    return ValueError(f"Task {name!r} {what}: the adapter is damaged. Save it anew.")
+    def _plain_heads(self, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fold a head's standardisation into its weight and bias, where the base's own head has no place for it."""
+        result = dict(rest)
+        for path in [key.removesuffix(".feature_mean") for key in rest if key.endswith(".feature_mean")]:
+            if path not in self.modules or hasattr(self.modules[path], "feature_mean"):
+                continue
+            mean, std = (result.pop(f"{path}.{which}").double() for which in ("feature_mean", "feature_std"))
+            weight, bias = (result[f"{path}.{which}"] for which in ("weight", "bias"))
+            folded = weight.double() / std
+            result[f"{path}.weight"] = folded.to(weight.dtype)
+            result[f"{path}.bias"] = (bias.double() - folded @ mean).to(bias.dtype)
+        return result
+
+    def _check_complete(self, masks: Mapping[str, TaskMask], tensors: Mapping[str, Tensor]) -> None:
+        """Refuse an adapter that brings a tensor twice, or not all that its config promises."""
+        if twice := sorted(masks.keys() & tensors.keys()):
+            raise self._damaged(f"masks {twice[0]} and brings it whole too, and only one can be")
+        modules = dict(self.live.model.named_modules())
+        for saved in self.config.get("modules_to_save") or ():
+            paths = [path for path in modules if f".{path}".endswith(f".{saved}")]
+            wanted = {f"{path}.{leaf}" for path in paths for leaf, _ in modules[path].named_parameters()}
+            lacking = sorted(wanted - tensors.keys())
+            if lacking or not (paths or any(f".{saved}." in f".{key}" for key in tensors)):
+                raise self._damaged(f"lacks {[*lacking, saved][0]}, which its config promises in modules_to_save")
+        if self.config.get("batch_norm") == "adapt":
+            own = [path for path, norm in modules.items() if has_statistics(norm) and id(norm) not in self.heads]
+            lacking = [key for path in own for leaf in _STATISTICS if (key := f"{path}.{leaf}") not in tensors]
+            if lacking:
+                raise self._damaged(f"lacks {lacking[0]}, and its config promises statistics (batch_norm='adapt')")
+
+    def _check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check what a task brings along whole: of the base's shapes, but for a head's number of classes."""
+        live, told = self.live, f"Task {self.name!r}"
+        linears = {path: module for path, module in live.model.named_modules() if isinstance(module, nn.Linear)}
+        heads = {path for path, module in linears.items() if "." not in path or id(module) in self.heads}
+        heads.update([*linears][-1:])
+        for key, tensor in tensors.items():
+            if (own := live.shapes.get(key)) is None:
+                raise ValueError(
+                    f"{told} brings {key}, for which the base has no place. For a head, make the base with one: "
+                    "timm.create_model(…, num_classes=1), or load_classifier(…)."
+                )
+            if own != tensor.shape:
+                problem = f"{told}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}"
+                if own[1:] != tensor.shape[1:] or len(own) != tensor.dim():
+                    raise ValueError(f"{problem}: open the bank over the base that the adapter was made on.")
+                if _split(key)[0] not in heads:
+                    raise ValueError(f"{problem}, and is no head, whose number of classes could be any.")
+            if tensor.is_complex() or tensor.is_floating_point() != live.dtype(key).is_floating_point:
+                raise self._damaged(f"has {key} in {tensor.dtype}, the base in {live.dtype(key)}")
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise self._damaged(f"has values in {key} that are not finite")
+            if key.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any()):
+                raise self._damaged(f"has a negative {key}, which no statistic is")
+        shapes = live.shapes | {key: tensor.shape for key, tensor in tensors.items()}
+        for path in {_split(key)[0] for key in tensors} & heads:
+            leaves = [leaf for leaf, _ in linears[path].named_parameters(recurse=False)]
+            counts = {leaf: shapes[f"{path}.{leaf}"][0] for leaf in leaves}
+            if len(set(counts.values())) > 1:
+                found = " and ".join(f"a {leaf} of {count}" for leaf, count in counts.items())
+                raise self._damaged(f"has a head {path} with {found} classes")
 
 
 def _is_mask(leaf: str) -> bool:
@@ -154,140 +316,3 @@ def _is_mask(leaf: str) -> bool:
 def _split(key: str) -> tuple[str, str]:
     path, _, leaf = key.rpartition(".")
     return path, leaf
-
-
-def _parameter(live: LiveModel, path: str, leaf: str) -> tuple[str, str]:
-    """Name of the parameter that a mask belongs to, and its path from the layer."""
-    layer = live.model.get_submodule(path)
-    form = mask_layer_for(layer)
-    slots = {slot.mask_name: slot.path for slot in form.slots} if form is not None else {}
-    if (name := f"{path}.{slots.get(leaf)}") not in live.shapes:
-        raise ValueError(f"The base's {path} ({type(layer).__name__}) has nothing for a {leaf}.")
-    return name, slots[leaf]
-
-
-def _renaming(name: str, layers: Iterable[str], base: nn.Module) -> Callable[[str], str]:
-    """How the adapter's module paths read in the base: with a prefix taken off, or put before."""
-    modules = dict(base.named_modules(remove_duplicate=False))
-    layers = sorted(layers)
-    first = layers[0]
-    parts = first.split(".")
-    taken = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
-    put = sorted({path.removesuffix(first) for path in modules if path.endswith(f".{first}")})
-    for old, new in [("", ""), *((prefix, "") for prefix in taken), *(("", prefix) for prefix in put)]:
-        if all(layer.startswith(old) and new + layer[len(old) :] in modules for layer in layers):
-            return lambda path: new + path.removeprefix(old)  # it returns at once
-    raise ValueError(f"Task {name!r} masks {first}, which the bank's base does not have: see the base in its config.")
-
-
-def _plain_heads(rest: dict[str, Tensor], base: nn.Module) -> dict[str, Tensor]:
-    """Fold a head's standardisation into its weight and bias, where the base's own head has no place for it."""
-    result, modules = dict(rest), dict(base.named_modules(remove_duplicate=False))
-    for path in [key.removesuffix(".feature_mean") for key in rest if key.endswith(".feature_mean")]:
-        if path not in modules or hasattr(modules[path], "feature_mean"):
-            continue
-        mean, std = (result.pop(f"{path}.{which}").double() for which in ("feature_mean", "feature_std"))
-        weight, bias = (result[f"{path}.{which}"] for which in ("weight", "bias"))
-        folded = weight.double() / std
-        result[f"{path}.weight"] = folded.to(weight.dtype)
-        result[f"{path}.bias"] = (bias.double() - folded @ mean).to(bias.dtype)
-    return result
-
-
-def _check_complete(
-    name: str, masks: Mapping[str, TaskMask], tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: nn.Module
-) -> None:
-    """Refuse an adapter that brings a tensor twice, or not all that its config promises."""
-    if twice := sorted(masks.keys() & tensors.keys()):
-        raise _damaged(name, f"masks {twice[0]} and brings it whole too, and only one can be")
-    modules = dict(base.named_modules())
-    for saved in config.get("modules_to_save") or ():
-        paths = [path for path in modules if path == saved or path.endswith(f".{saved}")]
-        wanted = {f"{path}.{leaf}" for path in paths for leaf, _ in modules[path].named_parameters()}
-        lacking = sorted(wanted - tensors.keys())
-        if lacking or not (paths or any(f".{saved}." in f".{key}" for key in tensors)):
-            promised = lacking[0] if lacking else saved
-            raise _damaged(name, f"lacks {promised}, which its config promises in modules_to_save")
-    if config.get("batch_norm") == "adapt":
-        heads = head_modules(base)
-        own = [path for path, module in modules.items() if has_statistics(module) and id(module) not in heads]
-        lacking = [f"{path}.{leaf}" for path in own for leaf in _STATISTICS if f"{path}.{leaf}" not in tensors]
-        if lacking:
-            raise _damaged(name, f"lacks {lacking[0]}, and its config promises statistics (batch_norm='adapt')")
-
-
-def _check_tensors(name: str, tensors: dict[str, Tensor], live: LiveModel) -> None:
-    """Check what a task brings along whole: of the base's shapes, but for a head's number of classes."""
-    base = live.model
-    linears = {path: module for path, module in base.named_modules() if isinstance(module, nn.Linear)}
-    inside = head_modules(base)
-    heads = {path for path, module in linears.items() if "." not in path or id(module) in inside}
-    heads.update([*linears][-1:])
-    for key, tensor in tensors.items():
-        if key not in live.shapes:
-            raise ValueError(
-                f"Task {name!r} brings {key}, for which the base has no place. For a head, make the base with one: "
-                "timm.create_model(…, num_classes=1), or load_classifier(…)."
-            )
-        own = live.shapes[key]
-        if own[1:] != tensor.shape[1:] or len(own) != tensor.dim():
-            raise ValueError(f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}.")
-        if own != tensor.shape and _split(key)[0] not in heads:
-            raise ValueError(
-                f"Task {name!r}: {key} has shape {tuple(tensor.shape)}, the base {tuple(own)}, and is no head, whose "
-                "number of classes could be any: open the bank over the base that the adapter was made on."
-            )
-        if tensor.is_complex() or tensor.is_floating_point() != live.dtype(key).is_floating_point:
-            raise _damaged(name, f"has {key} in {tensor.dtype}, the base in {live.dtype(key)}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise _damaged(name, f"has values in {key} that are not finite")
-        if key.endswith((".running_var", ".num_batches_tracked")) and bool((tensor < 0).any()):
-            raise _damaged(name, f"has a negative {key}, which no statistic is")
-    for path in {_split(key)[0] for key in tensors} & heads:
-        rows = {
-            leaf: len(tensors[key]) if (key := f"{path}.{leaf}") in tensors else live.shapes[key][0]
-            for leaf, own in base.get_submodule(path).named_parameters(recurse=False)
-        }
-        if len(set(rows.values())) > 1:
-            told = " and ".join(f"a {leaf} of {count}" for leaf, count in rows.items())
-            raise _damaged(name, f"has a head {path} with {told} classes")
-
-
-# --- Coded masks -----------------------------------------------------------------------------------------------------
-
-
-_accelerate_once = functools.cache(accelerate)
-"""Read by compiled code where numba is installed: a bank reads many masks."""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The base as the codec asks for it: by names in a blob, which lack the `prefix` of the adapter's keys."""
-
-    live: LiveModel
-    prefix: str
-    locate: Callable[[str], tuple[str, str]]
-    config: Mapping[str, Any]
-
-    def decode(self, blob: MaskBlob) -> dict[str, Tensor]:
-        """Masks as bits, by key."""
-        _accelerate_once()
-        for entry in blob.entries:
-            numel = self.live.shapes[self.locate(self.prefix + entry.name)[0]].numel()
-            if entry.size != packed_size(numel):
-                raise ValueError(
-                    f"{self.prefix}{entry.name} is coded for {entry.size} bytes of bits, the base has {numel} weights "
-                    "there: open the bank over the base that adapter_config.json names."
-                )
-        masks = decode_masks(blob, blob.size, self)
-        return {self.prefix + name: torch.from_numpy(bits) for name, bits in masks.items()}
-
-    def selected(self, name: str) -> NDArray[np.bool_] | None:
-        fraction = self.config.get("trainable_fraction", 1.0)
-        if fraction == 1.0:
-            return None
-        parameter, path = self.locate(self.prefix + name)
-        layer = (self.prefix + name).rpartition(".")[0]
-        generator = seeded_generator(self.config.get("seed", 0), f"{layer}.{path}.select")
-        weight = self.live.values(parameter)
-        return select_trainable(weight, fraction, self.config["select"], generator).reshape(-1).cpu().numpy()

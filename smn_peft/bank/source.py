@@ -1,26 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a bank's adapters lie, what they may be called, and a source that keeps them in memory."""
+"""A bank's adapters: what they may be called, a source that keeps them in memory, and rows of a bank's file.
+
+A row is an adapter's config, a safetensors blob of its tensors with coded masks, and facts for listings.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import unicodedata
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+from safetensors.torch import save
 from torch import Tensor
 
-from ..storage.adapter_config import read_config
-from ..storage.adapter_file import read_adapter_file
+from ..storage.adapter_config import (
+    CONFIG_NAME,
+    SETTINGS_NAME,
+    check_config,
+    read_config,
+    settings_tensor,
+)
+from ..storage.adapter_file import (
+    BASE_PREFIX,
+    WEIGHTS_NAME,
+    AdapterSizes,
+    check_adapter_file,
+    coded_masks,
+    parse_adapter_file,
+    purpose_of,
+    read_adapter_file,
+    write_adapter_file,
+)
+from ..storage.files import AdapterFileError, atomic_write
 from ..storage.hub_files import locate_adapter
+from ..storage.repack import MAX_UNPACKED, pack_tensors, unpack_tensors
 
-__all__ = ["BASE_NAME", "MAX_NAME", "MemorySource", "StoredAdapter", "check_name", "read_adapter", "unknown_task"]
+__all__ = [
+    "BASE_NAME",
+    "MAX_BLOB",
+    "MAX_CONFIG",
+    "Adapter",
+    "MemorySource",
+    "StoredAdapter",
+    "TaskInfo",
+    "TaskRow",
+    "check_name",
+    "checked",
+    "encoded",
+    "read_adapter",
+    "unknown_task",
+]
 
 BASE_NAME = "__base__"
 """Names the base itself in a mixed batch, so no task can have it."""
 MAX_NAME = 200
 """Characters of the longest name."""
+MAX_CONFIG = 1 << 24
+"""Bytes of the longest config."""
+MAX_BLOB = 900_000_000
+"""Bytes of the largest adapter; SQLite holds 1e9 in a row."""
+MAX_FACTS = 10_000
+"""Characters of the longest facts."""
 
 
 def check_name(name: str) -> None:
@@ -60,49 +108,217 @@ def unknown_task(name: str, count: int) -> KeyError:
     return KeyError(f"The bank has no task {shown}; it has {count}: see bank.names.")
 
 
-class MemorySource:
-    """Adapters in memory, as small as they are stored; see [`DiskStore`] for the methods."""
+class MemorySource(dict[str, StoredAdapter]):
+    """Adapters in memory by name, as small as they are stored; see [`DiskStore`] for the methods."""
 
-    def __init__(self) -> None:
-        self._adapters: dict[str, StoredAdapter] = {}
+    def __missing__(self, name: str) -> StoredAdapter:
+        raise unknown_task(name, len(self))
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
-        return sorted(self._adapters)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._adapters
-
-    def __len__(self) -> int:
-        return len(self._adapters)
+        return sorted(self)
 
     def version(self, name: str) -> object:
         """Return the adapter's identity."""
-        return id(self.read(name))
+        return id(self[name])
 
     def read(self, name: str) -> StoredAdapter:
         """Return the adapter itself."""
-        if name not in self._adapters:
-            raise unknown_task(name, len(self))
-        return self._adapters[name]
+        return self[name]
 
     def add(self, name: str, adapter: StoredAdapter, *, replace: bool = False) -> None:
         """Keep a reference."""
         check_name(name)
-        if name in self._adapters and not replace:
+        if name in self and not replace:
             raise ValueError(f"The bank has a task {name!r} already: remove it, or pass replace=True.")
-        self._adapters[name] = adapter
+        self[name] = adapter
 
     def remove(self, name: str) -> None:
         """Drop the reference."""
         self.read(name)
-        del self._adapters[name]
+        del self[name]
 
     def rename(self, old: str, new: str) -> None:
         """Keep it under another name."""
-        self.add(new, self.read(old))
-        del self._adapters[old]
+        self.add(new, self[old])
+        del self[old]
 
     def close(self) -> None:
         """Drop all."""
-        self._adapters.clear()
+        self.clear()
+
+
+Adapter: TypeAlias = StoredAdapter | str | os.PathLike[str]
+"""An adapter, its folder, or its Hub id."""
+
+
+_Count = Annotated[int, Field(ge=0, lt=1 << 50)]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+class TaskInfo:
+    """What is known of a task without decoding it: its name and, as JSON, the facts of its row."""
+
+    name: str = ""
+    base: str | None  # name of the base model, as the adapter's config has it
+    fingerprint: str | None  # of the base's masked weights
+    codec: str  # of the adapter as it came in, and as it is exported; in the bank masks are always coded
+    weights: _Count  # that are masked, those included that pad a layer's last byte (7 a layer at most)
+    density: float  # fraction of them that is on
+    sizes: AdapterSizes  # in the bank; `total` has the config and the header of the tensors too
+    checksum: _Count  # CRC-32 of config and tensors
+    added: str  # when it was put in, in ISO 8601, UTC
+
+    @classmethod
+    def parse(cls, name: str, text: object) -> TaskInfo:
+        """Read facts; AdapterFileError if one is missing or of another kind."""
+        if not isinstance(text, str) or len(text) > MAX_FACTS:
+            raise AdapterFileError("its facts are no text, or too long")
+        try:
+            return replace(_facts.validate_json(text), name=name)
+        except ValidationError as error:
+            raise AdapterFileError(f"its facts are wrong ({error.errors()[0]['msg']})") from error
+
+    def facts(self) -> str:
+        """All but the name, as JSON."""
+        return json.dumps({key: value for key, value in asdict(self).items() if key != "name"}, separators=(",", ":"))
+
+
+_facts = TypeAdapter(TaskInfo)
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task's row. What it says is checked before it is used, as the file may come from elsewhere."""
+
+    facts: str  # of a `TaskInfo`
+    config: bytes  # adapter_config.json
+    blob: bytes  # a safetensors file of the tensors, masks coded
+
+    def adapter(self) -> StoredAdapter:
+        """Return config and tensors; AdapterFileError unless their checksum agrees."""
+        if not isinstance(self.config, bytes) or not isinstance(self.blob, bytes):
+            raise AdapterFileError("its config or its tensors are too large, or of another kind")
+        found, expected = _checksum(self.config, self.blob), TaskInfo.parse("", self.facts).checksum
+        if found != expected:
+            raise AdapterFileError(f"its checksum is {found:08x}, the bank says {expected:08x}")
+        return StoredAdapter(_parsed(self.config), parse_adapter_file(self.blob, "its blob"))
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter's folder; see [`DiskStore.export`]."""
+        adapter = self.adapter()
+        path = Path(folder)
+        begun = path / CONFIG_NAME  # written first: an export that did not come to its end is taken up again
+        if (path / WEIGHTS_NAME).exists() or (begun.exists() and begun.read_bytes() != self.config):
+            raise FileExistsError(f"{path} holds an adapter already: name another folder.")
+        tensors = dict(adapter.tensors)
+        if adapter.config.get("codec", "bits") == "bits":
+            tensors = unpack_tensors(tensors, MAX_UNPACKED)
+        if adapter.config.get("unmasked_fingerprint") is not None:  # as PEFT's `save_pretrained` writes it
+            rest = [tensor for name, tensor in tensors.items() if purpose_of(name) != "mask"]
+            tensors[f"{BASE_PREFIX}{SETTINGS_NAME}"] = settings_tensor(adapter.config, rest)
+        path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(begun) as file:
+            file.write(self.config)
+        write_adapter_file(path / WEIGHTS_NAME, tensors)
+
+    def check(self) -> None:
+        """Decode the masks too, and compare the facts with what they are about; AdapterFileError if damaged."""
+        facts, adapter = TaskInfo.parse("", self.facts), self.adapter()
+        _check_masks(adapter.tensors)
+        if facts != _info(adapter.config, adapter.tensors, self.config, self.blob, facts.added):
+            raise AdapterFileError("its facts are not those of its config and tensors")
+
+
+def checked(adapters: Iterable[tuple[str, Adapter]]) -> list[tuple[str, Adapter]]:
+    """Check that names are allowed and differ, and the header and config of folders; return a list."""
+    adapters, seen = list(adapters), set()
+    for name, adapter in adapters:
+        check_name(name)
+        if name in seen:
+            raise ValueError(f"Two adapters are to be the task {name!r}: give them different names.")
+        seen.add(name)
+        if not isinstance(adapter, StoredAdapter) and Path(adapter).is_dir():
+            read_config(adapter)
+            check_adapter_file(adapter)
+    return adapters
+
+
+def encoded(adapters: Iterable[tuple[str, Adapter]]) -> Iterator[tuple[str, TaskRow]]:
+    """Read and code adapters, each when it is asked for; a folder's config to the letter."""
+    for name, adapter in adapters:
+        try:
+            stored = adapter if isinstance(adapter, StoredAdapter) else read_adapter(adapter)
+            if not isinstance(adapter, StoredAdapter) and Path(adapter).is_dir():
+                config = (Path(adapter) / CONFIG_NAME).read_bytes()
+            else:
+                config = json.dumps(dict(stored.config), indent=2, sort_keys=True).encode()
+            row = _encode(config, stored.tensors)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"The adapter for the task {name!r} is damaged: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"The adapter for the task {name!r} cannot be taken: {error}") from error
+        yield name, row
+
+
+def _encode(config: bytes, tensors: Mapping[str, Tensor]) -> TaskRow:
+    """Make the row of an adapter, its masks coded; ValueError if there is none, or something is too large."""
+    if len(config) > MAX_CONFIG:
+        raise ValueError(f"its config has {len(config):,} bytes, and a bank takes up to {MAX_CONFIG:,}: shorten it.")
+    parsed, coded = _parsed(config), _coded(tensors)
+    blob = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in coded.items()}, {"format": "pt"})
+    if len(blob) > MAX_BLOB:
+        raise ValueError(f"it has {len(blob):,} bytes, and a bank takes up to {MAX_BLOB:,}: save it without scores.")
+    parse_adapter_file(blob, "it")  # what could not be read again is not taken
+    facts = _info(parsed, coded, config, blob, datetime.now(timezone.utc).isoformat(timespec="seconds")).facts()
+    if len(facts) > MAX_FACTS:
+        raise ValueError("its config has a name of the base, a fingerprint or a codec of thousands of characters.")
+    return TaskRow(facts, config, blob)
+
+
+def _parsed(config: bytes) -> dict[str, Any]:
+    try:
+        return check_config(json.loads(config))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise AdapterFileError(f"its config is unreadable ({error})") from error
+
+
+def _checksum(config: bytes, blob: bytes) -> int:
+    return zlib.crc32(blob, zlib.crc32(config))
+
+
+def _info(config: Mapping[str, Any], tensors: Mapping[str, Tensor], text: bytes, blob: bytes, added: str) -> TaskInfo:
+    sizes = {"mask": 0, "head": 0, "statistics": 0, "scores": 0}
+    weights = inactive = 0
+    for key, tensor in tensors.items():
+        sizes[purpose_of(key)] += tensor.nbytes
+    if (coded := coded_masks(tensors)) is not None:
+        weights, inactive = 8 * coded[1].size, sum(layer.inactive for layer in coded[1].entries)
+    return TaskInfo(
+        base=config.get("base_model_name_or_path"),
+        fingerprint=config.get("base_fingerprint"),
+        codec=config.get("codec", "bits"),
+        weights=weights,
+        density=(weights - inactive) / max(weights, 1),
+        sizes=AdapterSizes(**sizes, total=len(text) + len(blob)),
+        checksum=_checksum(text, blob),
+        added=added,
+    )
+
+
+def _coded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the masks in one blob."""
+    masks = {key: tensor for key, tensor in tensors.items() if purpose_of(key) == "mask"}
+    if not masks:
+        raise ValueError("it holds no mask: a bank takes adapters of MaskConfig.")
+    _check_masks(tensors)
+    if coded_masks(tensors) is not None:
+        return dict(tensors)
+    return {key: tensor for key, tensor in tensors.items() if key not in masks} | pack_tensors(masks)
+
+
+def _check_masks(tensors: Mapping[str, Tensor]) -> None:
+    """Decode the masks, unless they are the selected weights' alone: to decode those takes the base."""
+    coded = coded_masks(tensors)
+    if coded is None or not coded[1].needs_base:
+        unpack_tensors(tensors, MAX_UNPACKED)

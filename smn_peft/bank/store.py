@@ -5,36 +5,111 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ..storage.files import AdapterFileError
-from .database import VERSION, Database
-from .row import MAX_BLOB, MAX_CONFIG, Adapter, StoreInfo, TaskCheck, TaskInfo, TaskRow, checked, encoded
-from .source import MemorySource, StoredAdapter, check_name, unknown_task
+from .source import (
+    MAX_BLOB,
+    MAX_CONFIG,
+    Adapter,
+    MemorySource,
+    StoredAdapter,
+    TaskInfo,
+    TaskRow,
+    check_name,
+    checked,
+    encoded,
+    unknown_task,
+)
 
-__all__ = ["FILE_NAME", "DiskStore", "TaskSource", "open_store"]
+__all__ = ["FILE_NAME", "DiskStore", "StoreBusyError", "TaskSource", "forkable", "open_store"]
 
 FILE_NAME = "bank.sqlite"
 """The file in a bank's folder, and in its repository on the Hub."""
+_VERSION = 1  # of the schema, in the file's `user_version`
+_APPLICATION = 0x534D4E42  # "SMNB", in the file's `application_id`
+# Ids are never given twice: an id stands for one content. The blob is last: what a listing reads lies before it.
+_SCHEMA = """CREATE TABLE task (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, facts TEXT NOT NULL,
+config BLOB NOT NULL, blob BLOB NOT NULL)"""
+_OWN = "CREATE TABLE sqlite_sequence(name,seq)"
 _ROW = (  # what is too large is not loaded
     f"SELECT name, facts, CASE WHEN length(config) <= {MAX_CONFIG} THEN config END, "
     f"CASE WHEN length(blob) <= {MAX_BLOB} THEN blob END FROM task WHERE "
 )
+_DELETE = "DELETE FROM task WHERE name = ?"
+_PATIENCE = 30.0  # seconds that a reader waits for a lock, which is held for milliseconds
+_WRITER_WAIT = 5.0  # seconds that a second writer waits for the first
+_STEPS, _MAX_SECONDS = 1_000_000, 60.0  # of a query: a hostile file can have a tree that never ends
+_MAX_LOG = 1 << 24  # bytes of the write-ahead log that a change may leave
+_NETWORK = ("nfs", "cifs", "smb", "ceph", "lustre", "9p", "afs", "gpfs", "beegfs", "fuse.")
+
+
+class StoreBusyError(RuntimeError):
+    """Another process is writing to the bank."""
+
+
+def _explanation(error: Exception, path: Path) -> Exception:
+    """SQLite's error as the package's own, with what to do; only what says that the file is damaged is called so."""
+    text, kind = str(error), getattr(error, "sqlite_errorname", "")  # Python 3.11
+    if "locked" in text or "locking protocol" in text:
+        return StoreBusyError(f"{path} stays locked by another process: try again.")
+    if "unable to open" in text and not path.exists():
+        return FileNotFoundError(f"{path} is gone: put the bank back, or open it anew.")
+    if "unable to open" in text or "readonly" in text:
+        try:
+            os.close(os.open(os.devnull, os.O_RDONLY))
+        except OSError as limit:
+            return OSError(limit.errno, f"Cannot open {path}: {limit.strerror}. Close some, or raise ulimit -n")
+        return PermissionError(
+            f"{path} cannot be opened or written ({text}): check the permissions of the file and its folder. If its "
+            "writer was killed, whoever may write there has to open it once."
+        )
+    if "full" in text:
+        return OSError(f"Cannot write {path} ({text}): free some space. The bank is as it was.")
+    if "LOCK" in kind:
+        return OSError(f"{path} is on a disk without locks ({kind}): open a copy on another disk.")
+    if "disk I/O" in text:
+        return OSError(f"Cannot read or write {path} ({kind or text}): check the disk and its free space.")
+    return AdapterFileError(f"{path} is damaged ({text}): fetch the bank again, or build it anew.")
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """A store as a whole; `free` are bytes of removed tasks, which new ones fill and compaction gives back."""
+
+    tasks: int
+    bytes: int
+    free: int
+    version: int
+
+
+class TaskCheck(NamedTuple):
+    """What verification found of a task; `error` is None if it is whole."""
+
+    name: str
+    error: str | None
 
 
 class DiskStore:
-    """Adapters in one file: a table of one row per task, of a name each. Safe from any thread.
+    """Adapters in one file: a table of one row per task, of a name each. Safe from any thread, and after a fork.
 
     Opening reads nothing of the tasks, and a lookup is one search in the table's index. A change becomes visible to
     every process at once, or not at all if the writer fails or is killed; any number of processes and threads read
-    meanwhile. At rest the file is all: it can be copied, and read where nothing can be written.
+    meanwhile. While it is written the file is in SQLite's write-ahead mode; on a network disk, where that is unsafe,
+    readers wait for commits. When the last process closes it, it is one plain file: it can be copied, and read where
+    nothing can be written.
 
     Attributes:
         path: The file.
@@ -50,8 +125,16 @@ class DiskStore:
             immutable: Nobody writes to it, so it is read without locks; for a `read_only` one.
         """
         self.path = _file_of(Path(path))
-        self.read_only = read_only
-        self._database = Database(self.path, read_only=read_only, immutable=immutable)
+        self._file = Path(os.path.realpath(self.path))  # whose folder has the log
+        self.read_only, self._immutable = read_only, immutable
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._closed = False
+        self._deadline = 0.0
+        if not self._file.is_file() or not self._file.stat().st_size:
+            self._create()
+        self._check_log()
+        self._connection: sqlite3.Connection | None = self._reader()
+        forkable.add(self)
 
     def names(self) -> list[str]:
         """Return all names, sorted."""
@@ -66,18 +149,18 @@ class DiskStore:
 
     def _bounded_rows(self, query: str) -> list[tuple[Any, ...]]:
         """All rows of a query that gives one per task, and no more than the file has room for."""
-        limit = self._database.size() // 64 + 1
-        found = self._database.rows(f"{query} LIMIT {limit}")
+        limit = self._size() // 64 + 1
+        found = self._rows(f"{query} LIMIT {limit}")
         if len(found) == limit:
             raise AdapterFileError(f"{self.path} is damaged: it has more tasks than bytes. Fetch the bank again.")
         return found
 
     def __contains__(self, name: object) -> bool:
-        return _is_text(name) and bool(self._database.rows("SELECT 1 FROM task WHERE name = ?", name))
+        return _is_text(name) and bool(self._rows("SELECT 1 FROM task WHERE name = ?", name))
 
     def __len__(self) -> int:
         # count(*) alone cannot be interrupted, and a hostile file's may never end
-        ((count,),) = self._database.rows("SELECT count(*) FROM (SELECT 1 FROM task LIMIT 1000000000)")
+        ((count,),) = self._rows("SELECT count(*) FROM (SELECT 1 FROM task LIMIT 1000000000)")
         return int(count)
 
     def version(self, name: str) -> int:
@@ -108,7 +191,7 @@ class DiskStore:
             ) from error
 
     def _one(self, name: str, query: str) -> tuple[Any, ...]:
-        found = self._database.rows(f"{query}name = ?", name) if _is_text(name) else []
+        found = self._rows(f"{query}name = ?", name) if _is_text(name) else []
         if not found:
             raise unknown_task(name, len(self))
         return found[0]
@@ -140,14 +223,12 @@ class DiskStore:
         rows: Iterable[tuple[str, TaskRow]] = encoded(named)
         if len(named) == 1:  # before others have to wait
             rows = list(rows)
-        with self._database.writing() as connection:
+        with self._change() as connection:
             for name, _ in named:
                 if not replace and _id_of(connection, name) is not None:
-                    raise ValueError(
-                        f"The bank has a task {name!r} already: remove it, or pass replace=True (--replace)."
-                    )
+                    raise ValueError(f"The bank has a task {name!r} already: remove it, or replace=True (--replace).")
             for name, row in rows:
-                connection.execute("DELETE FROM task WHERE name = ?", (name,))
+                connection.execute(_DELETE, (name,))
                 values = (name, row.facts, row.config, row.blob)
                 connection.execute("INSERT INTO task (name, facts, config, blob) VALUES (?, ?, ?, ?)", values)
                 if progress is not None:
@@ -159,17 +240,15 @@ class DiskStore:
 
     def remove_many(self, names: Iterable[str]) -> None:
         """Take tasks out, all or none; KeyError if one is unknown."""
-        with self._database.writing() as connection:
-            names = list(names)
-            for name in names:
-                if _id_of(connection, name) is None:
+        with self._change() as connection:
+            for name in dict.fromkeys(names):
+                if not _is_text(name) or not connection.execute(_DELETE, (name,)).rowcount:
                     raise unknown_task(name, len(self))
-            connection.executemany("DELETE FROM task WHERE name = ?", [(name,) for name in names])
 
     def rename(self, old: str, new: str) -> None:
         """Give a task another name; KeyError for an unknown one, ValueError for one that is taken or not allowed."""
         check_name(new)
-        with self._database.writing() as connection:
+        with self._change() as connection:
             if (found := _id_of(connection, old)) is None:
                 raise unknown_task(old, len(self))
             if old != new and _id_of(connection, new) is not None:
@@ -192,13 +271,13 @@ class DiskStore:
 
     def summary(self) -> StoreInfo:
         """Describe the store as a whole."""
-        (free,), (page,) = (self._database.rows(f"PRAGMA {name}")[0] for name in ("freelist_count", "page_size"))
-        return StoreInfo(len(self), self._database.size(), free * page, VERSION)
+        (free,), (page,) = (self._rows(f"PRAGMA {name}")[0] for name in ("freelist_count", "page_size"))
+        return StoreInfo(len(self), self._size(), free * page, _VERSION)
 
     def verify(self) -> Iterator[TaskCheck]:
         """Check every task, down to the decoded masks; then the file, with AdapterFileError if that is damaged."""
         for (number,) in self._bounded_rows("SELECT id FROM task"):
-            for name, *values in self._database.rows(f"{_ROW}id = ?", number):
+            for name, *values in self._rows(f"{_ROW}id = ?", number):
                 try:
                     self._allowed(name)
                     TaskRow(*values).check()
@@ -206,17 +285,19 @@ class DiskStore:
                     yield TaskCheck(str(name), str(error))
                 else:
                     yield TaskCheck(name, None)
-        if (found := self._database.rows("PRAGMA integrity_check(1)", seconds=inf)) != [("ok",)]:
+        if (found := self._rows("PRAGMA integrity_check(1)", seconds=inf)) != [("ok",)]:
             raise AdapterFileError(f"{self.path} is damaged ({found[0][0]}): fetch the bank again, or build it anew.")
 
     def compact(self) -> tuple[int, int]:
         """Give the room of removed tasks back to the disk; return the file's bytes before and after.
 
-        The disk must have room for a second copy meanwhile.
+        Readers go on. The disk must have room for a second copy meanwhile.
         """
-        before = self._database.size()
-        self._database.vacuum()
-        return before, self._database.size()
+        before = self._size()
+        with self._writer() as connection:
+            connection.execute("VACUUM")
+            self._empty_log(connection, 0)
+        return before, self._size()
 
     def export(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Write an adapter's folder, as it came in: config to the letter, tensors to the bit; PEFT loads it.
@@ -228,20 +309,202 @@ class DiskStore:
             row.write(folder)
 
     def copy(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank as it is now to a new file, beside writers; FileExistsError if there is one."""
+        """Write the bank as it is now to a new file, without free pages; FileExistsError if there is one.
+
+        Readers and writers go on.
+        """
         if Path(path).exists():
             raise FileExistsError(f"{path} exists: name another file.")
-        self._database.copy(Path(path))
+        with self._explained(), closing(self._reader()) as connection:
+            connection.execute("PRAGMA query_only = OFF")
+            connection.set_progress_handler(None, 0)
+            connection.execute("VACUUM INTO ?", (str(path),))
 
     def close(self) -> None:
-        """Let go of the file."""
-        self._database.close()
+        """Let go of the file; the last to do so makes it one plain file."""
+        with self._lock:
+            self._closed, connection, self._connection = True, self._connection, None
+            if connection is not None:
+                with closing(connection), suppress(sqlite3.Error):  # others have it open
+                    # user_version is read from the file, whose mode another connection may have changed
+                    pragmas = "busy_timeout = 0", "query_only = OFF", "user_version", "journal_mode = DELETE"
+                    for pragma in pragmas if not self.read_only and self._is_writable() else ():
+                        connection.execute(f"PRAGMA {pragma}").fetchall()
+        forkable.discard(self)
 
     def __enter__(self) -> DiskStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _create(self) -> None:
+        if self.read_only:
+            raise FileNotFoundError(f"{self.path.parent} holds no bank: name its folder, or make one: smn bank build.")
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._explained(), closing(self._connect("rwc", _PATIENCE)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:  # else one was faster
+                connection.execute(_SCHEMA)
+                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
+            connection.execute("COMMIT")
+
+    def _check_log(self) -> None:
+        """Refuse a file that was put beside another copy's log, which SQLite would play into it.
+
+        The file says whether it has a log. Reading it drops this process's locks on it, so only the first may.
+        """
+        before = self._log()
+        opened = {other._file for other in list(forkable) if isinstance(other, DiskStore)}
+        if before is None or not before.st_size or self._file in opened:
+            return
+        with self._file.open("rb") as file:
+            mode = file.read(20)[18:]
+        after = self._log()  # another process may have closed the bank meanwhile
+        if mode == b"\1\1" and after and (before.st_ino, before.st_ctime) == (after.st_ino, after.st_ctime):
+            raise AdapterFileError(
+                f"{self._file}-wal belongs to another copy of {self._file.name}, perhaps the one that this was put in "
+                "place of: move it away, then open the bank again."
+            )
+
+    def _log(self) -> os.stat_result | None:
+        """The write-ahead log's size and times, if there is one."""
+        with suppress(FileNotFoundError):
+            return os.stat(f"{self._file}-wal")
+        return None
+
+    def _is_writable(self) -> bool:
+        return not self._immutable and os.access(self._file, os.W_OK) and os.access(self._file.parent, os.W_OK)
+
+    def _reader(self) -> sqlite3.Connection:
+        """A connection for reading. Where it can, it may write: to undo what a killed writer left."""
+        if self._immutable or self._is_writable():
+            return self._checked("ro&immutable=1" if self._immutable else "rw")
+        try:
+            return self._checked("ro")
+        except OSError:  # there are no locks here, or no room for the files of the write-ahead mode
+            if (log := self._log()) is not None and log.st_size:
+                raise
+            return self._checked("ro&immutable=1")
+
+    def _checked(self, mode: str) -> sqlite3.Connection:
+        with self._explained(), ExitStack() as undo:
+            connection = undo.enter_context(closing(self._connect(mode, _PATIENCE)))
+            connection.set_progress_handler(lambda: time.monotonic() > self._deadline, _STEPS)
+            self._deadline = time.monotonic() + _MAX_SECONDS
+            connection.execute("PRAGMA query_only = ON")
+            self._check_schema(connection)
+            undo.pop_all()
+        return connection
+
+    def _connect(self, mode: str, timeout: float) -> sqlite3.Connection:
+        name = f"{self._file.as_uri()}?mode={mode}"
+        connection = sqlite3.connect(name, timeout, isolation_level=None, check_same_thread=False, uri=True)
+        if sys.version_info >= (3, 12):
+            connection.setconfig(sqlite3.SQLITE_DBCONFIG_DEFENSIVE, True)
+        # What is no text is refused as a name, by name.
+        connection.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
+        for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "synchronous = EXTRA", "secure_delete = OFF"):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
+        """Refuse all but the one table: a file from elsewhere could hold views and triggers."""
+        pragmas = "application_id", "user_version"
+        application, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas)
+        if application != _APPLICATION:
+            raise ValueError(f"{self.path} is a database and no bank: name the folder or file of one.")
+        if version != _VERSION:
+            raise ValueError(f"{self.path} has version {version}; {_VERSION} is known: pip install -U smn_peft.")
+        found = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL LIMIT 3").fetchall()
+        if {sql for (sql,) in found} != {_SCHEMA, _OWN}:
+            raise AdapterFileError(f"{self.path} does not hold a bank's table: it is damaged. Fetch the bank again.")
+
+    def _rows(self, query: str, *values: object, seconds: float = _MAX_SECONDS) -> list[tuple[Any, ...]]:
+        """All rows of a query, of one state of the bank; ValueError if it was closed."""
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"The bank {self.path} is closed.")
+            if self._connection is None:  # there was a fork
+                self._connection = self._reader()
+            self._deadline = time.monotonic() + seconds
+            with self._explained():
+                return self._connection.execute(query, values).fetchall()
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """Commit the block's changes at its end, undo them if it raises or the process dies.
+
+        PermissionError if the bank is read-only, StoreBusyError if another process writes for longer than seconds.
+        """
+        with self._writer() as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                raise StoreBusyError(
+                    f"Another process is writing to {self.path}, which only one can: try again when it is done, or "
+                    "end it. Nothing was changed."
+                ) from error
+            connection.execute(f"PRAGMA busy_timeout = {int(1000 * _PATIENCE)}")
+            yield connection
+            connection.execute("COMMIT")
+            self._empty_log(connection, _MAX_LOG)
+
+    @contextmanager
+    def _writer(self) -> Iterator[sqlite3.Connection]:
+        """A connection for changes, in write-ahead mode where that is safe; threads take turns."""
+        if self.read_only:
+            raise PermissionError(f"The bank {self.path} was opened read-only: open it without, or a copy of it.")
+        with self._writing, self._explained():
+            connection, process = self._connect("rw", _WRITER_WAIT), os.getpid()
+            try:
+                if not _is_on_network(self._file):
+                    with suppress(sqlite3.OperationalError):  # locked: the change is as safe without
+                        connection.execute("PRAGMA journal_mode = WAL")
+                yield connection
+            finally:
+                if os.getpid() == process:
+                    connection.close()
+                else:  # a child, forked during the change: to close it would undo what the parent is writing
+                    _orphans.append(connection)
+
+    def _empty_log(self, connection: sqlite3.Connection, limit: int) -> None:
+        if (log := self._log()) is not None and log.st_size > limit:
+            with suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _size(self) -> int:
+        """Bytes on disk, with the write-ahead log's."""
+        log = self._log()
+        return self._file.stat().st_size + (log.st_size if log else 0)
+
+    def _before_fork(self, held: ExitStack) -> None:
+        """Disconnect: a connection must not cross a fork. Parent and child open their own."""
+        held.enter_context(self._lock)
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _after_fork(self) -> None:
+        self._writing = threading.Lock()  # another thread of the parent may have it
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OverflowError) as error:
+            raise _explanation(error, self.path) from error
+
+
+def _is_on_network(path: Path) -> bool:
+    """Whether processes of other hosts may have the file open, with which the write-ahead mode shares nothing."""
+    with suppress(OSError, ValueError):
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text("utf-8").splitlines()]
+        return max((len(point), kind) for point, kind in mounts if path.is_relative_to(point))[1].startswith(_NETWORK)
+    return False
 
 
 TaskSource: TypeAlias = DiskStore | MemorySource
@@ -270,9 +533,6 @@ def _file_of(path: Path) -> Path:
     return file
 
 
-# --- On the Hub ------------------------------------------------------------------------------------------------------
-
-
 def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revision: str | None = None) -> DiskStore:
     """Open a bank of this disk (see [`DiskStore`]), or read-only of the Hub, where it is fetched if need be.
 
@@ -295,3 +555,32 @@ def _is_on_hub(where: str | os.PathLike[str]) -> bool:
     if not isinstance(where, str) or where.count("/") != 1 or where.startswith((".", "/", "~")):
         return False
     return not (where.endswith((".sqlite", "/")) or Path(where).exists() or Path(where).parent.exists())
+
+
+_orphans: list[sqlite3.Connection] = []
+
+
+forkable: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What must not be forked while other threads use it.
+
+`_before_fork(held)` enters the locks that a child must find free, which are held for short whiles and none inside
+another; `_after_fork()` is called in the child, where only the thread that forked is left, under these locks.
+"""
+_forking = threading.RLock()
+_held = ExitStack()
+
+
+def _before_fork() -> None:
+    _held.enter_context(_forking)
+    for resource in list(forkable):
+        resource._before_fork(_held)
+
+
+def _after_fork_in_child() -> None:
+    for resource in list(forkable):
+        resource._after_fork()
+    _held.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_held.close, after_in_child=_after_fork_in_child)

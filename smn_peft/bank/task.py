@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks as they are held in memory: the bits or the few removed weights of each masked tensor; and their cache."""
+"""Tasks as they are held in memory: the bits or the few removed weights of each masked tensor."""
 
 from __future__ import annotations
 
 import math
 import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor
 from ..functional.packing import popcount
 from ..storage.adapter_file import check_packed
 
-__all__ = ["SPARSE_BELOW", "BankStats", "Task", "TaskCache", "TaskMask"]
+__all__ = ["SPARSE_BELOW", "BankStats", "Task", "TaskMask"]
 
 SPARSE_BELOW = 1 / 40
 """Up to this inactive fraction a task is held as indices: zeroing them is faster than writing the whole tensor."""
@@ -47,12 +45,11 @@ class TaskMask:
         TypeError if the bits are not uint8, ValueError if their number does not fit or padding bits are set.
         """
         check_packed(name, packed, numel)
-        removed = _zeros(packed.numpy(), numel, int(sparse_below * numel))
-        active = popcount(packed) if removed is None else numel - len(removed)
+        zeros = _zeros(packed.numpy(), numel, int(sparse_below * numel))
+        active = popcount(packed) if zeros is None else numel - len(zeros)
         scale = math.sqrt(numel / active) if scaled and active else 1.0
-        if removed is None:
-            return cls(numel, active, scale, packed, None)
-        return cls(numel, active, scale, None, torch.from_numpy(removed))
+        held = (packed, None) if zeros is None else (None, torch.from_numpy(zeros))
+        return cls(numel, active, scale, *held)
 
 
 def _zeros(packed: NDArray[np.uint8], numel: int, limit: int) -> NDArray[np.int32] | None:
@@ -109,65 +106,3 @@ class BankStats:
     switches: int = 0  # times that the model's weights were rewritten
     resident_bytes: int = 0  # of decoded tasks that are held now
     resident: int = 0  # number of these
-
-
-class TaskCache:
-    """Decoded tasks by name within a budget of bytes, the least recently used out first; pinned ones count, and stay.
-
-    Each is valid for one version of its adapter. Safe from any thread.
-    """
-
-    def __init__(self, budget: int, stats: BankStats) -> None:
-        self.budget, self.stats = budget, stats
-        self.pinned: set[str] = set()
-        self._entries: OrderedDict[str, tuple[object, Task]] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def get(self, name: str, version: object, decode: Callable[[], Task]) -> Task:
-        """Return the task, decoded if it is not held; two threads that ask at once may both decode."""
-        with self.lock:
-            held = self._entries.get(name)
-            if held is not None and held[0] == version:
-                self._entries.move_to_end(name)
-                self.stats.hits += 1
-                return held[1]
-            self.stats.misses += 1
-        task = decode()
-        with self.lock:
-            self._drop(name)
-            self._entries[name] = version, task
-            self._count(task, 1)
-            for other in [other for other in self._entries if other not in self.pinned]:
-                if self.stats.resident_bytes <= self.budget:
-                    break
-                self._drop(other)
-                self.stats.evictions += 1
-        return task
-
-    def drop(self, name: str) -> None:
-        """Let go of a task; one that comes in its place is pinned if it was."""
-        with self.lock:
-            self._drop(name)
-
-    def forget(self, name: str) -> bool:
-        """Let go of a name, and tell whether it was pinned."""
-        with self.lock:
-            self._drop(name)
-            pinned = name in self.pinned
-            self.pinned.discard(name)
-            return pinned
-
-    def clear(self) -> None:
-        """Forget all."""
-        with self.lock:
-            for name in list(self._entries):
-                self._drop(name)
-            self.pinned.clear()
-
-    def _drop(self, name: str) -> None:
-        if name in self._entries:
-            self._count(self._entries.pop(name)[1], -1)
-
-    def _count(self, task: Task, sign: int) -> None:
-        self.stats.resident_bytes += sign * task.nbytes
-        self.stats.resident += sign

@@ -15,7 +15,7 @@ import torch
 from starlette.requests import Request
 from starlette.types import Message
 
-from ..bank.database import StoreBusyError
+from ..bank.store import StoreBusyError
 from ..data.decoding import ImageError, TooManyPixelsError, UnknownFormatError
 from ..storage.files import AdapterFileError
 

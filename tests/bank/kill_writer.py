@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from smn_peft import bank as package
-from smn_peft.bank import database
+from smn_peft.bank import store as database
 from smn_peft.bank.store import FILE_NAME, DiskStore
 from tests.bank.stores import adapter, number_of
 

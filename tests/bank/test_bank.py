@@ -9,12 +9,16 @@ import time
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from smn_peft import MaskBank, MaskConfig
+from smn_peft.bank import mixed
+from smn_peft.bank.task import TaskMask
+from smn_peft.functional.packing import pack_bits
 from smn_peft.storage.codec.blob import BLOB_NAME
 from smn_peft.storage.files import AdapterFileError
 from smn_peft.storage.repack import pack_adapter
@@ -82,7 +86,6 @@ def test_mixed_batches_by_switching_and_over_a_shared_product(bank, saved, monke
     monkeypatch.setattr("smn_peft.bank.mixed.SHARED_BELOW", 0)
     close(bank(IMAGES, names), torch.stack([logits[name or "__base__"][i] for i, name in enumerate(names)]))
     assert bank.stats.switches > before
-    close(bank.model(IMAGES, adapter_names=["mixed"] * 3), logits["mixed"])
     with pytest.raises(ValueError, match="3 samples and 2 tasks"):
         bank(IMAGES, ["sparse", "mixed"])
     with pytest.raises(KeyError, match="no task 'other'"):
@@ -160,6 +163,29 @@ def test_mixed_batches_of_models_that_give_more_than_logits(form, below, tmp_pat
         assert flat(same)[0].shape == (2, 2)
 
 
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["numba", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_tasks_removed_is_taken_off_a_shared_product(is_compiled, dtype, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(mixed, "compiled", lambda function: None)
+    generator = torch.Generator().manual_seed(0)
+    for outputs, width, counts in ((5, 7, [1, 2, 3]), (33, 64, [4, 1, 20]), (16, 16, [17, 3, 2])):
+        weight, bias = (
+            torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((outputs, width), (outputs,))
+        )
+        masks, weights = [], []
+        for off in (0.0, None, 0.1):
+            kept = torch.rand(weight.shape, generator=generator) >= (off or 0.0)
+            mask = TaskMask.from_packed("x", pack_bits(kept), kept.numel(), scaled=True, sparse_below=1.0)
+            masks.append(None if off is None else mask)
+            weights.append(weight * kept * mask.scale)
+        inputs = torch.randn(sum(counts), width, generator=generator, dtype=dtype)
+        product = inputs @ weight.t()
+        mixed._remove(product, inputs, np.cumsum(counts).tolist(), masks, weight, bias)
+        parts = zip(inputs.split(counts), weights, strict=True)
+        torch.testing.assert_close(product, torch.cat([part @ own.t() + bias for part, own in parts]))
+
+
 def test_mixed_batches_in_half_precision(saved):
     root, _ = saved
     names = ["sparse", "__base__", "sparse"]
@@ -212,7 +238,7 @@ def test_a_damaged_task_errs_and_the_rest_serve(bank, saved):
     stored = bank._source.read("sparse")
     blob = next(key for key in stored.tensors if key.endswith(BLOB_NAME))
     stored.tensors[blob][-3] ^= 0x10
-    bank._cache.clear()
+    bank._tasks.clear()
     with pytest.raises(AdapterFileError):
         bank(IMAGES, "sparse")
     close(bank(IMAGES, "dense"), logits["dense"])

@@ -73,7 +73,7 @@ def test_tasks_are_decoded_while_another_is_in_use(bank, saved):
     expected = logits(bank, "b")
     bank.add("selected", saved / "selected")
     for name in ("c", "selected"):
-        bank._cache.drop(name)
+        bank._tasks.drop(name)
 
     def work():
         with bank.use("b") as model:
@@ -137,15 +137,15 @@ def test_pins_follow_names(saved):
     with MaskBank.open([saved / "a", saved / "b"], build("vit"), ram_budget=0) as bank:
         with pytest.raises(KeyError):
             bank.pin("none")
-        assert bank._cache.pinned == set()
+        assert bank._tasks.pinned == set()
         bank.pin("a")
         bank.rename("a", "x")
-        assert (bank._cache.pinned, bank.stats.resident) == ({"x"}, 1)
+        assert (bank._tasks.pinned, bank.stats.resident) == ({"x"}, 1)
         bank.add("x", saved / "b", replace=True)
         bank.task("x")
-        assert (bank._cache.pinned, bank.stats.resident) == ({"x"}, 1)
+        assert (bank._tasks.pinned, bank.stats.resident) == ({"x"}, 1)
         bank.remove("x")
-        assert (bank._cache.pinned, bank.stats.resident) == (set(), 0)
+        assert (bank._tasks.pinned, bank.stats.resident) == (set(), 0)
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])

@@ -99,7 +99,7 @@ def test_a_mask_is_held_as_what_it_removes_if_that_is_little():
 def test_a_mask_that_removes_nothing_gives_the_base_where_weights_are_written_whole():
     layer = nn.Linear(5, 3)
     weight = layer.weight
-    before, live = weight.detach().clone(), LiveTensor(layer, "weight", scales_outside=False)
+    before, live = weight.detach().clone(), LiveTensor(layer, "weight")
     half, full = (pack_bits(torch.arange(15) >= first) for first in (7, 0))
     for bits in (half, full):
         live.apply(TaskMask.from_packed("x", bits, 15, scaled=True, sparse_below=0))

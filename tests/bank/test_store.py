@@ -20,8 +20,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load
 
 from smn_peft import MaskConfig
-from smn_peft.bank.row import TaskInfo
-from smn_peft.bank.source import StoredAdapter
+from smn_peft.bank.source import StoredAdapter, TaskInfo
 from smn_peft.bank.store import DiskStore
 from smn_peft.storage.adapter_config import CONFIG_NAME
 from smn_peft.storage.adapter_file import WEIGHTS_NAME
@@ -228,9 +227,9 @@ def test_a_store_on_a_disk_that_cannot_be_written(store, monkeypatch):
         assert os.listdir(store.path.parent) == ["bank.sqlite"]
         for pragma in ("user_version = 2", "query_only = OFF"):
             with suppress(sqlite3.OperationalError):
-                reader._database._connection.execute(f"PRAGMA {pragma}")
+                reader._connection.execute(f"PRAGMA {pragma}")
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            reader._database._connection.execute("DELETE FROM task")
+            reader._connection.execute("DELETE FROM task")
 
 
 @pytest.mark.skipif(not hasattr(os, "setuid") or os.getuid() != 0, reason="only root can be another user")

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from smn_peft.bank.database import StoreBusyError
 from smn_peft.bank.source import StoredAdapter
-from smn_peft.bank.store import DiskStore
+from smn_peft.bank.store import DiskStore, StoreBusyError
 from smn_peft.storage.files import AdapterFileError
 from tests.bank.kill_writer import fork
 from tests.bank.stores import adapter, number_of
@@ -416,7 +415,7 @@ def test_a_file_that_is_gone(copy):
 
 
 def test_an_adapter_that_is_larger_than_a_row(copy, monkeypatch):
-    monkeypatch.setattr("smn_peft.bank.row.MAX_BLOB", 1000)
+    monkeypatch.setattr("smn_peft.bank.source.MAX_BLOB", 1000)
     with DiskStore(copy) as store:
         with pytest.raises(ValueError, match=r"a bank takes up to 1,000: save it without scores"):
             store.add("b", adapter(1, head=3000))

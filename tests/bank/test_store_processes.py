@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from smn_peft.bank import database
-from smn_peft.bank.database import StoreBusyError
+from smn_peft.bank import store as database
 from smn_peft.bank.source import StoredAdapter
-from smn_peft.bank.store import DiskStore
+from smn_peft.bank.store import DiskStore, StoreBusyError
 from tests.bank import kill_writer
 from tests.bank.kill_writer import fork
 from tests.bank.stores import adapter, number_of

@@ -147,7 +147,7 @@ def switch() -> None:
 
         def first() -> None:
             for name in ("t0", "t1"):
-                fresh._cache.drop(name)
+                fresh._tasks.drop(name)
                 fresh.activate(name)
 
         measured = taking_turns(first, partial(turning, sparse), 9)

@@ -7,7 +7,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from smn_peft.bank.bank import MaskBank
-from smn_peft.bank.database import StoreBusyError
+from smn_peft.bank.store import StoreBusyError
 from smn_peft.serving.app import build_app
 from smn_peft.serving.service import Service
 from tests.serving.running import form
