@@ -112,6 +112,18 @@ def test_an_active_task_that_another_process_removed(saved, tmp_path):
             assert torch.equal(bank.model(IMAGES), base)
 
 
+def test_a_task_that_another_process_replaced(saved, tmp_path):
+    with DiskStore(tmp_path) as store:
+        store.add_many((name, saved / name) for name in DENSITIES)
+    with MaskBank.open(tmp_path, build("vit")) as bank, DiskStore(tmp_path) as other:
+        before = {name: logits(bank, name) for name in ("a", "b")}
+        other.add("a", saved / "b", replace=True)
+        assert torch.equal(logits(bank, "a"), before["b"])
+        other.rename("b", "c2")
+        other.rename("a", "b")
+        assert torch.equal(logits(bank, "b"), before["b"])
+
+
 def test_an_active_task_that_goes_while_another_is_in_use(bank):
     base = logits(bank, None)
     bank.activate("a")

@@ -43,6 +43,18 @@ def test_every_task_gives_its_own_logits_and_the_base_comes_back(name, batch_nor
     assert torch.equal(base(IMAGES), own)
 
 
+def test_a_task_finds_the_base_where_the_last_one_masked_and_it_does_not():
+    live = LiveModel(build("vit"), BankStats())
+    kinds = enumerate(product((0.99, 0.6), (["fc1", "fc2"], ["qkv"])))
+    made = [adapter("vit", density, seed, target_modules=targets) for seed, (density, targets) in kinds]
+    tasks = [task_from_tensors(f"t{i}", tensors, live) for i, (tensors, _) in enumerate(made)]
+    with torch.no_grad():
+        expected = [model(IMAGES) for _, model in made]
+        for i in (0, 1, 0, 3, 2, 1, 2, 3):
+            live.switch(tasks[i])
+            torch.testing.assert_close(live.model(IMAGES), expected[i], rtol=1e-4, atol=1e-4)
+
+
 def test_a_switch_that_fails_leaves_the_base(monkeypatch):
     base = build("vit")
     before, live = state_of(base), LiveModel(base, BankStats())

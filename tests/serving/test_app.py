@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import itertools
 import json
@@ -203,6 +204,25 @@ def test_what_is_too_large_is_refused_before_it_is_read_or_decoded(client):
     refused(client.post("/v1/predict", **files(bomb(100_000, 4), "birds")), 422, "strip of 100000 × 4")
     assert client.post("/v1/embed", **files(image(0, (200, 10)), "birds")).status_code == 200
     refused(client.post("/v1/embed", **files(image(0, (201, 10)), "birds")), 422, "strip")
+
+
+def test_a_body_of_many_small_pieces_is_bounded_as_a_whole(client):
+    """Over ASGI itself: the test client sends one piece, whatever it is given."""
+    start = b'--x\r\nContent-Disposition: form-data; name="image"; filename="x.png"\r\n\r\n'
+    pieces, answer = iter([start] + [bytes(1000)] * 1000), []
+
+    async def receive():
+        return {"type": "http.request", "body": next(pieces), "more_body": True}
+
+    async def send(message):
+        answer.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"multipart/form-data; boundary=x")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "headers": headers}
+    scope |= {"http_version": "1.1", "scheme": "http", "root_path": "", "server": ("localhost", 80)}
+    asyncio.run(client.app(scope, receive, send))
+    assert answer[0]["status"] == 413
+    assert len(list(pieces)) == 1000 - LIMITS.body_bytes // 1000  # the rest was not read
 
 
 def bomb(width, height):

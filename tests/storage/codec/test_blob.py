@@ -82,6 +82,17 @@ def test_what_selective_masking_leaves_on_costs_no_bits(share):
         decode_masks(blob, LIMIT, Base(other))
 
 
+def test_no_checksum_passes_for_another(masks):
+    data = encode_masks(masks)
+    checksum = MaskBlob.parse(data).checksum
+    own = struct.pack("<I", checksum)
+    assert data.count(own) == 1
+    for other in (0, checksum ^ 1, 0xFFFFFFFF):
+        bent = data.replace(own, struct.pack("<I", other))
+        with pytest.raises(AdapterFileError, match=f"the file says {other:08x}"):
+            decode_masks(MaskBlob.parse(bent), LIMIT)
+
+
 def test_a_mask_that_is_off_where_nothing_trains_is_coded_in_full():
     chosen = bits(0.1, 5000, seed=1)
     packed = {"layer": np.packbits(bits(0.5, 5000))}

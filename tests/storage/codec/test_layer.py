@@ -31,8 +31,8 @@ def structured() -> dict[str, np.ndarray]:
     last, first = np.zeros(3000, np.bool_), np.zeros(3000, np.bool_)
     last[-1] = first[0] = True
     runs = np.repeat(np.arange(9) % 2 == 0, 400)
-    ends = np.zeros(16_000, np.bool_)  # gaps of 254, 255, 256, 510: where the escape of 255 begins and ends
-    ends[np.cumsum([255, 256, 257, 511, 510, 1, 1] * 8)] = True
+    ends = np.zeros(16_000, np.bool_)  # gaps of 254 to 511: where the escape of 255 begins and ends
+    ends[np.cumsum([255, 255, 256, 257, 510, 511, 512] + [20] * 600)] = True  # so many that there are no low bits
     cases = {"row": row, "column": column, "last": last, "first": first, "runs": runs, "escapes": ends}
     packed = {name: np.packbits(bits) for name, bits in cases.items()}
     return packed | {f"{name} inverted": ~bits for name, bits in packed.items()}
