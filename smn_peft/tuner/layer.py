@@ -126,12 +126,11 @@ class MaskLayer(AdapterLayer):
 
     def unmerged(self) -> dict[int, Tensor | None]:
         """See [`AdapterLayer.unmerged`]; a weight that was cast while merged comes back up to rounding only."""
-        found: dict[int, Tensor | None] = {}
-        for slot in self.present_slots:
-            if (stash := self._stashes.get(slot.name)) is not None:
-                weight = self.base_tensor(slot)
-                found[id(weight)] = self.own_tensor(slot) if stash.values.dtype == weight.dtype else None
-        return found
+        merged = [(self.base_tensor(slot), slot) for slot in self.present_slots if slot.name in self._stashes]
+        return {
+            id(weight): self.own_tensor(slot) if self._stashes[slot.name].values.dtype == weight.dtype else None
+            for weight, slot in merged
+        }
 
     def scores(self, slot: Slot) -> ScoreDict:
         """Scores of a slot by adapter name, of the adapters that can train."""
@@ -233,11 +232,6 @@ class MaskLayer(AdapterLayer):
             return initial_bits(info.config, "", weight.to("meta"))
         scores = initial_scores(info.config, f"{info.key}.{slot.path}", weight)
         return pack_bits(compute_mask(scores, info.config.mask_spec(), self.trainable(adapter_name, slot)))
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; their scores require gradients, bits never do."""
-        self._cached = None
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Switch the gradients of adapters; one that holds bits only cannot train, and is refused."""
@@ -353,7 +347,11 @@ class MaskLayer(AdapterLayer):
             return base(*args, **kwargs)
         if self.has_node and torch.is_grad_enabled() and (own := self._trained_alone(names)) is not None:
             return self.node(own, *args, **kwargs)
-        return call_with(base, self.effective(names), *args, **kwargs)
+        return self.run_with(self.effective(names), *args, **kwargs)
+
+    def run_with(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with these tensors, by path."""
+        return call_with(self._modules["base_layer"], tensors, *args, **kwargs)  # type: ignore[arg-type]
 
     def node(self, own: Trained, *args: Any, **kwargs: Any) -> Any:
         """The forward as an autograd node over the scores, which keeps no effective weight alive, if `has_node`."""
@@ -376,7 +374,8 @@ class MaskLayer(AdapterLayer):
         """Take over masks that were loaded, and take out merged ones if adapters are disabled."""
         if self.pending:
             self._ensure_loaded()
-        super().settle()
+        if self._disable_adapters:
+            super().settle()
 
     # --- Merging -----------------------------------------------------------------------------------------------------
 

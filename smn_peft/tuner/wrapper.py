@@ -308,6 +308,8 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kw
         with _Replaced({id(own[path]): tensor for path, tensor in tensors.items()}):
             return module(*args, **kwargs)
     view = view_with(module, tensors)
+    if is_plain(module):
+        return view.forward(*args, **kwargs)
     view.__dict__["_compiled_call_impl"] = None  # it would call the module
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         if hooks := getattr(module, name):
