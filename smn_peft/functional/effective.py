@@ -118,7 +118,8 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec = spec
         out = F.linear(x, effective, bias)
-        return torch.ops.aten._unsafe_view.default(out, out.shape)  # nobody could write to a view in place
+        # Nobody could write to a view in place.
+        return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -95,7 +95,7 @@ class BatchNorm(AdapterLayer):
         """An attribute of the base layer; statistics are those that the layer normalises by."""
         if name not in STATISTICS:
             return super().of_base(name)
-        self.settle()
+        self.unmerge_if_disabled()
         statistics = {} if self._disable_adapters or self.merged else self._combined(self.active_adapters)
         return statistics[name] if name in statistics else super().of_base(name)
 
@@ -172,7 +172,7 @@ class BatchNorm(AdapterLayer):
 
     # --- Forward -----------------------------------------------------------------------------------------------------
 
-    def run(self, names: Sequence[str], x: Tensor) -> Tensor:  # type: ignore[override]
+    def run(self, names: Sequence[str], x: Tensor) -> Tensor:
         """(batch, channels, …) -> the same, normalised by the adapters' statistics, or the base's."""
         base: Any = self._modules["base_layer"]
         if not (tensors := self._combined(names)):

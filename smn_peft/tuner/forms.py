@@ -52,7 +52,7 @@ class Linear(MaskLayer):
 
     has_node = True
 
-    def node(self, own: Trained, input: Tensor) -> Tensor:  # type: ignore[override]
+    def node(self, own: Trained, input: Tensor) -> Tensor:
         """(…, in_features) -> (…, out_features)."""
         input, bias = _autocast(input, own.bias)
         return masked_linear(input, own.weight, own.scores, bias, own.spec, own.trainable)
@@ -62,7 +62,7 @@ class Linear(MaskLayer):
         base: Any = self._modules["base_layer"]
         if kwargs or not is_plain(base):
             return super().run_with(tensors, *args, **kwargs)
-        return F.linear(*args, tensors["weight"], tensors["bias"] if "bias" in tensors else base.bias)
+        return F.linear(args[0], tensors["weight"], tensors["bias"] if "bias" in tensors else base.bias)
 
 
 class Conv(MaskLayer):
@@ -70,7 +70,7 @@ class Conv(MaskLayer):
 
     has_node = True
 
-    def node(self, own: Trained, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # type: ignore[override]
+    def node(self, own: Trained, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(batch, in_channels, …) -> (batch, out_channels, …), or without the batch dimension."""
         base: Any = self._modules["base_layer"]
         dims, padding = len(base.kernel_size), base.padding

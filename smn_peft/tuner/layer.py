@@ -291,13 +291,15 @@ class MaskLayer(AdapterLayer):
         found += [(self.smn_info, name, info) for name, info in zip(names, infos, strict=True)]
         found += [(vars(info), "spec", info.spec) for info in infos]
         for slot in self.present_slots:
-            owner, bits = base, self.bits(slot)
+            owner, bits, holders = base, self.bits(slot), self.holders(names, slot)
+            if not holders:
+                continue
             *path, attribute = slot.path.split(".")
             for part in path:
                 found.append((owner._modules, part, owner.get_submodule(part)))
                 owner = found[-1][-1]
             found.append((owner._parameters, attribute, self.base_tensor(slot)))
-            for name in self.holders(names, slot):
+            for name in holders:
                 if name in self.scores(slot):
                     return None
                 found.append((bits.older if name in bits.older else bits._buffers, name, bits[name]))
@@ -312,7 +314,8 @@ class MaskLayer(AdapterLayer):
 
     def _effective(self, slot: Slot, holders: Sequence[str]) -> Tensor:
         """Effective tensor of a slot under adapters that mask it."""
-        weight, scores = self.base_tensor(slot), self.scores(slot)
+        weight: Tensor = self.base_tensor(slot)
+        scores = self.scores(slot)
         trains = weight.requires_grad or any(name in scores and scores[name].requires_grad for name in holders)
         if trains and torch.is_grad_enabled() and not torch.jit.is_tracing():  # a traced model is for inference
             factors = []
@@ -341,6 +344,8 @@ class MaskLayer(AdapterLayer):
 
     def run(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
         """See [`AdapterLayer.run`]."""
+        if self.pending:
+            self._ensure_loaded()
         names = [name for name in names if name in self.smn_info]
         base: Any = self._modules["base_layer"]
         if not names:
@@ -369,13 +374,6 @@ class MaskLayer(AdapterLayer):
         if biases and (masking := self.holders(names, biases[0])):
             bias = self._effective(biases[0], masking)
         return Trained(weight, scores[name], bias, self.smn_info[name].spec, self.trainable(name, slot))
-
-    def settle(self) -> None:
-        """Take over masks that were loaded, and take out merged ones if adapters are disabled."""
-        if self.pending:
-            self._ensure_loaded()
-        if self._disable_adapters:
-            super().settle()
 
     # --- Merging -----------------------------------------------------------------------------------------------------
 
@@ -432,7 +430,8 @@ class MaskLayer(AdapterLayer):
         slot = next((slot for slot in self.present_slots if slot.path == path), None)
         if slot is None:
             return getattr(self.base_layer, path)
-        self.settle()
+        self._ensure_loaded()
+        self.unmerge_if_disabled()
         own = self.base_tensor(slot)
         if self._disable_adapters or self.merged:
             return own
@@ -482,8 +481,9 @@ class MaskLayer(AdapterLayer):
                 made = scores if packed is None else self._scores_from_bits(adapter_name, slot, packed)
                 result[f"{slot.scores_name}.{adapter_name}"] = made if scores is None else scores
             else:
-                made = pack_bits(self._mask_of_scores(adapter_name, slot, scores)) if packed is None else packed
-                result[f"{slot.mask_name}.{adapter_name}"] = made
+                if scores is not None and packed is None:
+                    packed = pack_bits(self._mask_of_scores(adapter_name, slot, scores))
+                result[f"{slot.mask_name}.{adapter_name}"] = packed
         return result
 
     def mark_loaded(self, adapter_name: str) -> None:

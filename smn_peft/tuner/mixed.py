@@ -244,7 +244,7 @@ class MixedWeight(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Allow functions that read no value."""
         if func.__name__ in _TELL_NO_VALUE:
-            result = super().__torch_function__(func, types, args, kwargs or {})
+            result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
             if not isinstance(result, Tensor):
                 return result
         name = next((arg.layer for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls)), "a layer")

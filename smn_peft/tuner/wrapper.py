@@ -192,8 +192,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the layer in whatever state it is: disabled, merged, adapted, or mixed over the batch."""
-        self.settle()
         if self._disable_adapters or self.merged_adapters:
+            self.unmerge_if_disabled()
             return self.base_layer(*args, **kwargs)
         if (rows := rows_in_force(self)) is None:
             return self.run(self.active_adapters, *args, **kwargs)
@@ -207,7 +207,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The base layer's forward under the named adapters; a name that the layer does not know changes nothing."""
         raise NotImplementedError
 
-    def settle(self) -> None:
+    def unmerge_if_disabled(self) -> None:
         """Unmerge if adapters are disabled; other threads wait until the base is as it was."""
         if self._disable_adapters and self.merged_adapters:
             with STATE_LOCK:
