@@ -118,9 +118,8 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scores, trainable)
         ctx.spec = spec
         out = F.linear(x, effective, bias)
-        if out._is_view():  # nobody could write to it in place
-            out = torch.ops.aten._unsafe_view.default(out, out.shape)
-        return out
+        # Nobody could write to a view in place.
+        return torch.ops.aten._unsafe_view.default(out, out.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

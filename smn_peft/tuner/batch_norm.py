@@ -13,21 +13,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..functional.masking import MaskSpec
-from .buffers import ResidentBuffers
 from .config import MaskConfig
-from .mixed import in_rows, rows_in_force
-from .wrapper import AdapterInfo, AdapterLayer, call_with, is_plain
+from .wrapper import AdapterInfo, AdapterLayer, ResidentBuffers, call_with
 
 __all__ = ["BatchNorm", "add_batch_norms", "bare_norms", "has_statistics"]
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -76,14 +72,10 @@ class BatchNorm(AdapterLayer):
         """Set an adapter's statistics to the weighted mean of others', or of the base's where one has none."""
         if adapter_name not in self.statistics("running_mean"):
             return
-        total = sum(weights)
+        parts = [{**self.base_statistics(), **self.statistics_of(other)} for other in adapters]
         for name in ("running_mean", "running_var"):
-            own, base = self.statistics(name), self._base_buffer(name)
-            parts = [
-                (own[other] if other in own else base) * (weight / total)
-                for other, weight in zip(adapters, weights, strict=True)
-            ]
-            self.statistics(name)[adapter_name] = torch.stack(parts).sum(0)
+            shares = [part[name] * (weight / sum(weights)) for part, weight in zip(parts, weights, strict=True)]
+            self.statistics(name)[adapter_name] = torch.stack(shares).sum(0)
 
     def _base_buffer(self, name: str) -> Tensor:
         return self._base_statistics.get(name, self.get_base_layer().get_buffer(name))
@@ -148,10 +140,6 @@ class BatchNorm(AdapterLayer):
         super().delete_adapter(adapter_name)
         self._set_mode()
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for name, tensor in self.statistics_of(adapter_name).items():
-            self.statistics(name)[adapter_name] = tensor.to(device or self._base_buffer(name).device)
-
     # --- Merging -----------------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -184,16 +172,8 @@ class BatchNorm(AdapterLayer):
 
     # --- Forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, …) -> the same, normalised by the active adapter's or the base's statistics."""
-        self.unmerge_if_disabled()
-        if self._disable_adapters or self.merged_adapters:
-            return self.get_base_layer()(x)  # type: ignore[no-any-return]
-        if (rows := rows_in_force(self)) is None:
-            return self._run(self.active_adapters, x)
-        return in_rows(rows, next(iter(self.smn_info.values())).key, lambda name, part: self._run([name], part), x)
-
-    def _run(self, names: Sequence[str], x: Tensor) -> Tensor:
+    def run(self, names: Sequence[str], x: Tensor) -> Tensor:
+        """(batch, channels, …) -> the same, normalised by the adapters' statistics, or the base's."""
         base: Any = self._modules["base_layer"]
         if not (tensors := self._combined(names)):
             return base(x)  # type: ignore[no-any-return]
@@ -203,13 +183,10 @@ class BatchNorm(AdapterLayer):
         # A replica on another device has only the newest adapter's there.
         tensors = {name: tensor.to(x.device) for name, tensor in tensors.items()}
         dtype = tensors["running_mean"].dtype  # PEFT widens an adapter's tensors only
-        if type(base) in _PLAIN and base.momentum is not None and is_plain(base):
-            return _normalise(base, tensors, dtype, x)
-        for name, parameter in base._parameters.items():
-            if parameter is not None and parameter.dtype != dtype:
+        for name in ("weight", "bias"):
+            if (parameter := getattr(base, name)) is not None and parameter.dtype != dtype:
                 tensors[name] = parameter.to(dtype)
-        result: Tensor = call_with(base, tensors, x)
-        return result
+        return call_with(base, tensors, x)  # type: ignore[no-any-return]
 
     # --- Files -------------------------------------------------------------------------------------------------------
 
@@ -232,16 +209,6 @@ class BatchNorm(AdapterLayer):
                 )
             result[f"smn_{name}.{adapter_name}"] = loaded
         return result
-
-
-def _normalise(base: Any, statistics: Mapping[str, Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
-    """Compute torch's BatchNorm with other statistics; quicker than [`call_with`]."""
-    base._check_input_dim(x)
-    if base.training:
-        statistics["num_batches_tracked"].add_(1)
-    weight, bias = (p if p is None or p.dtype == dtype else p.to(dtype) for p in (base.weight, base.bias))
-    mean, variance = statistics["running_mean"], statistics["running_var"]
-    return F.batch_norm(x, mean, variance, weight, bias, base.training, base.momentum, base.eps)
 
 
 def add_batch_norms(model: nn.Module, adapter_name: str, config: MaskConfig, active_adapters: list[str]) -> None:

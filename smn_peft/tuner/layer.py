@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -25,16 +25,58 @@ from ..functional.masking import (
     straight_through,
 )
 from ..functional.merging import Stash, check_finite, merge_weight, unmerge_weight, unmerged_weight
-from ..functional.packing import pack_bits, unpack_bits
+from ..functional.packing import pack_bits, packed_size, unpack_bits
 from ..storage.adapter_file import check_packed
-from .buffers import CachedWeights, ResidentBuffers, ScoreDict, initial_bits, initial_scores, scores_of_mask
 from .config import MaskConfig
-from .mixed import MixedWeight, in_rows, name_in_force, rows_in_force, running
-from .wrapper import STATE_LOCK, AdapterInfo, AdapterLayer, Slot, call_with, is_plain, is_transformed, view_with
+from .mixed import MixedWeight, rows_in_force
+from .wrapper import (
+    STATE_LOCK,
+    AdapterInfo,
+    AdapterLayer,
+    ResidentBuffers,
+    ScoreDict,
+    Slot,
+    call_with,
+    is_plain,
+    view_with,
+)
 
 __all__ = ["MaskLayer"]
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch < 2.7 has none
+
+
+class _Cached(NamedTuple):
+    """Effective tensors made from packed bits, and what must be unchanged for them to be valid.
+
+    An in-place write moves a source's version, a new `.data` its place, a replacement its identity; the sources are
+    held here, so that an identity cannot be taken over by a newer tensor. What is made from scores is never cached: a
+    fused optimizer, a CUDA graph or ``scores.data.copy_()`` changes scores, and no version of theirs moves.
+    """
+
+    names: list[str]
+    tensors: dict[str, Tensor]  # by path
+    places: list[tuple[Mapping[str, Any], str, Any]]  # what lies where
+    versions: list[tuple[Tensor, int, int]]  # of the tensors among them
+
+    def is_valid(self) -> bool:
+        for place, key, source in self.places:
+            if place.get(key) is not source:
+                return False
+        for tensor, version, pointer in self.versions:
+            if tensor._version != version or tensor.data_ptr() != pointer or tensor.requires_grad:
+                return False
+        return True
+
+
+class Trained(NamedTuple):
+    """What the one adapter that trains makes a layer's forward of."""
+
+    weight: Tensor
+    scores: Tensor
+    bias: Tensor | None
+    spec: MaskSpec
+    trainable: Tensor | None
 
 
 class MaskLayer(AdapterLayer):
@@ -49,6 +91,7 @@ class MaskLayer(AdapterLayer):
     """
 
     slots: tuple[Slot, ...] = (Slot("", "weight"), Slot("bias_", "bias", is_bias=True))
+    has_node = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         """Wrap `base_layer`; `update_layer` adds adapters."""
@@ -60,7 +103,7 @@ class MaskLayer(AdapterLayer):
         self.adapter_layer_names = tuple(slot.scores_name for slot in self.present_slots)
         self.other_param_names = (*(slot.mask_name for slot in self.present_slots), "smn_info")
         self.pending: set[str] = set()  # adapters whose masks a loader may have brought, and nobody has looked at
-        self._cached: CachedWeights | None = None
+        self._cached: _Cached | None = None
         self._stashes: dict[str, Stash] = {}
 
     # --- Tensors -----------------------------------------------------------------------------------------------------
@@ -83,12 +126,11 @@ class MaskLayer(AdapterLayer):
 
     def unmerged(self) -> dict[int, Tensor | None]:
         """See [`AdapterLayer.unmerged`]; a weight that was cast while merged comes back up to rounding only."""
-        found: dict[int, Tensor | None] = {}
-        for slot in self.present_slots:
-            if (stash := self._stashes.get(slot.name)) is not None:
-                weight = self.base_tensor(slot)
-                found[id(weight)] = self.own_tensor(slot) if stash.values.dtype == weight.dtype else None
-        return found
+        merged = [(self.base_tensor(slot), slot) for slot in self.present_slots if slot.name in self._stashes]
+        return {
+            id(weight): self.own_tensor(slot) if self._stashes[slot.name].values.dtype == weight.dtype else None
+            for weight, slot in merged
+        }
 
     def scores(self, slot: Slot) -> ScoreDict:
         """Scores of a slot by adapter name, of the adapters that can train."""
@@ -101,6 +143,10 @@ class MaskLayer(AdapterLayer):
     def slots_of(self, adapter_name: str) -> tuple[Slot, ...]:
         """Slots that an adapter masks; none if the layer does not know it."""
         return self.smn_info[adapter_name].slots if adapter_name in self.smn_info else ()
+
+    def holders(self, names: Sequence[str], slot: Slot) -> list[str]:
+        """Those of the named adapters that mask a slot of this layer."""
+        return [name for name in names if name in self.smn_info and slot in self.smn_info[name].slots]
 
     # --- Masks -------------------------------------------------------------------------------------------------------
 
@@ -117,7 +163,7 @@ class MaskLayer(AdapterLayer):
         return compute_mask(scores.detach(), self.smn_info[adapter_name].spec, self.trainable(adapter_name, slot))
 
     def set_mask(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
-        """Replace the mask of an adapter; one that trains gets the scores that [`scores_of_mask`] gives."""
+        """Replace the mask of an adapter; one that trains gets the scores that [`_scores_from_bits`] gives."""
         self._cached = None
         self._ensure_loaded()
         packed = pack_bits(mask)
@@ -128,16 +174,20 @@ class MaskLayer(AdapterLayer):
             self.bits(slot)[adapter_name] = packed
 
     def _scores_from_bits(self, adapter_name: str, slot: Slot, packed: Tensor) -> Tensor:
-        weight = self.base_tensor(slot)
-        mask = unpack_bits(packed.to(weight.device), weight.shape)
-        self._reach_density(adapter_name, slot, mask)
-        return scores_of_mask(self.smn_info[adapter_name].config, weight, mask)
+        """Scores that make a mask: threshold ± |initial score − threshold|, or ± 1 where that is 0.
 
-    def _reach_density(self, adapter_name: str, slot: Slot, mask: Tensor) -> None:
-        """Set the density of a schedule to that of a mask that was made under it."""
-        if self.smn_info[adapter_name].config.density_schedule is not None and slot is self.present_slots[0]:
+        Where scores are ranked by their size, weights that are off have 0. A schedule goes on from the mask's density.
+        """
+        weight, config = self.base_tensor(slot), self.smn_info[adapter_name].config
+        mask = unpack_bits(packed.to(weight.device), weight.shape)
+        if config.density_schedule is not None and slot is self.present_slots[0]:
             taking_part = self.trainable(adapter_name, slot)
             self.update_density(adapter_name, density(mask if taking_part is None else mask[taking_part]))
+        distance = 0.0 if isinstance(config.init_score, str) else abs(config.init_score - config.threshold)
+        distance = distance or 1.0
+        by_size = config.mask_type == "topk" and config.rank_by == "absolute"
+        low, high = (0.0, distance) if by_size else (config.threshold - distance, config.threshold + distance)
+        return torch.full_like(weight, low, dtype=_score_dtype(weight), requires_grad=False).masked_fill_(mask, high)
 
     def trainable(self, adapter_name: str, slot: Slot) -> Tensor | None:
         """Bool tensor of the weights that take part (`trainable_fraction`), None if all do; the others stay on."""
@@ -169,7 +219,6 @@ class MaskLayer(AdapterLayer):
                 self.bits(slot)[adapter_name] = initial_bits(config, name, weight)
                 continue
             self.scores(slot)[adapter_name] = nn.Parameter(initial_scores(config, name, weight))
-            self.bits(slot).optional.add(adapter_name)
             if may_load:
                 self.bits(slot)[adapter_name] = self._initial_mask(adapter_name, slot)
         if may_load:
@@ -183,11 +232,6 @@ class MaskLayer(AdapterLayer):
             return initial_bits(info.config, "", weight.to("meta"))
         scores = initial_scores(info.config, f"{info.key}.{slot.path}", weight)
         return pack_bits(compute_mask(scores, info.config.mask_spec(), self.trainable(adapter_name, slot)))
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; their scores require gradients, bits never do."""
-        self._cached = None
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Switch the gradients of adapters; one that holds bits only cannot train, and is refused."""
@@ -204,21 +248,12 @@ class MaskLayer(AdapterLayer):
         """Delete an adapter; nothing of it stays resident."""
         self._cached = None
         self.pending.discard(adapter_name)
-        for slot in self.present_slots:
-            self.bits(slot).optional.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def update_density(self, adapter_name: str, density: float) -> None:
         """Set the density of a topk adapter, which a schedule moves while it trains."""
         info = self.smn_info[adapter_name]
         info.spec = replace(info.spec, density=density)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        for slot in self.slots_of(adapter_name):
-            target = device or self.base_tensor(slot).device
-            for container in (self.scores(slot), self.bits(slot)):
-                if adapter_name in container and container[adapter_name].device.type != "meta":
-                    container[adapter_name] = container[adapter_name].to(target)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskLayer:
         self._cached = None
@@ -231,66 +266,71 @@ class MaskLayer(AdapterLayer):
 
     # --- Effective weights -------------------------------------------------------------------------------------------
 
-    def holders(self, names: Sequence[str], slot: Slot) -> list[str]:
-        """Those of the named adapters that mask a slot of this layer."""
-        return [name for name in names if name in self.smn_info and slot in self.smn_info[name].slots]
+    def effective(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Effective tensors of what the named adapters mask, by path; those of packed bits are computed once.
 
-    def active_here(self) -> list[str]:
-        """The active adapters that this layer knows."""
-        return [name for name in self.active_adapters if name in self.smn_info]
+        They are differentiable while something trains.
+        """
+        cached = self._cached
+        if cached is not None and cached.names == names:  # a graph cannot see a tensor's version
+            if not self.training if torch.compiler.is_compiling() else cached.is_valid():
+                return cached.tensors
+        sources = self._sources(names) if _is_eager() else None
+        if sources is None:
+            return self._computed(names)
+        versions = [(x, x._version, x.data_ptr()) for *_, x in sources if isinstance(x, Tensor)]
+        with torch.inference_mode(False):  # what is cached serves a backward as well
+            self._cached = cached = _Cached(list(names), self._computed(names), sources, versions)
+        return cached.tensors
 
-    def effective(self, slot: Slot, names: Sequence[str]) -> Tensor:
-        """Effective tensor of a slot under the named adapters: differentiable while something trains."""
-        cached = self._from_cache(names)
-        return self._compute(slot, names) if cached is None else cached[self.present_slots.index(slot)]
+    def _sources(self, names: Sequence[str]) -> list[tuple[Mapping[str, Any], str, Any]] | None:
+        """All that effective tensors are made from, and where it lies; None where one may change unnoticed."""
+        base: Any = self._modules["base_layer"]
+        infos = [self.smn_info[name] for name in names]
+        found: list[tuple[Mapping[str, Any], str, Any]] = [(self._modules, "base_layer", base)]
+        found += [(self.smn_info, name, info) for name, info in zip(names, infos, strict=True)]
+        found += [(vars(info), "spec", info.spec) for info in infos]
+        for slot in self.present_slots:
+            owner, bits, holders = base, self.bits(slot), self.holders(names, slot)
+            if not holders:
+                continue
+            *path, attribute = slot.path.split(".")
+            for part in path:
+                found.append((owner._modules, part, owner.get_submodule(part)))
+                owner = found[-1][-1]
+            found.append((owner._parameters, attribute, self.base_tensor(slot)))
+            for name in holders:
+                if name in self.scores(slot):
+                    return None
+                found.append((bits.older if name in bits.older else bits._buffers, name, bits[name]))
+        if any(place.get(key) is not source for place, key, source in found):  # FSDP's parameters are attributes
+            return None
+        tensors = (source for *_, source in found if isinstance(source, Tensor))
+        return None if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors) else found
 
-    def effective_tensors(self, names: Sequence[str]) -> tuple[Tensor, ...]:
-        """Effective tensors of all slots, for [`run`]."""
-        cached = self._from_cache(names)
-        return tuple(self._compute(slot, names) for slot in self.present_slots) if cached is None else cached
+    def _computed(self, names: Sequence[str]) -> dict[str, Tensor]:
+        holders = {slot: self.holders(names, slot) for slot in self.present_slots}
+        return {slot.path: self._effective(slot, own) for slot, own in holders.items() if own}
 
-    def _compute(self, slot: Slot, names: Sequence[str]) -> Tensor:
-        holders, weight = self.holders(names, slot), self.base_tensor(slot)
-        if not holders:
-            return weight
+    def _effective(self, slot: Slot, holders: Sequence[str]) -> Tensor:
+        """Effective tensor of a slot under adapters that mask it."""
+        weight: Tensor = self.base_tensor(slot)
         scores = self.scores(slot)
         trains = weight.requires_grad or any(name in scores and scores[name].requires_grad for name in holders)
         if trains and torch.is_grad_enabled() and not torch.jit.is_tracing():  # a traced model is for inference
-            return self._differentiable(slot, holders)
-        return self._build(slot, holders)
-
-    def _from_cache(self, names: Sequence[str]) -> tuple[Tensor, ...] | None:
-        """Effective tensors of all slots, computed once; None where nothing may be cached."""
-        if is_transformed() or name_in_force() is not None or names != self.active_here():
-            return None
-        cached = self._cached
-        if torch.compiler.is_compiling():  # a graph cannot see a tensor's version
-            return None if cached is None or self.training else cached.tensors
-        if cached is None or not cached.is_valid(self):
-            if not CachedWeights.is_possible(self, names):
-                return None
-            with torch.inference_mode(False):  # what is cached serves a backward as well
-                tensors = tuple(self._compute(slot, names) for slot in self.present_slots)
-                self._cached = cached = CachedWeights(self, names, tensors)
-        return cached.tensors
-
-    def fused_arguments(self, names: Sequence[str]) -> tuple[Any, ...] | None:
-        """Weight, scores, bias, spec and trainable weights for the fused autograd nodes of `functional.ops`.
-
-        None unless exactly one adapter trains on the weight, and a node of ours is possible.
-        """
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
-            return None
-        slot, *biases = self.present_slots
-        holders, weight, scores = self.holders(names, slot), self.base_tensor(slot), self.scores(slot)
-        if len(holders) != 1 or holders[0] not in scores or weight.requires_grad:
-            return None
-        (name,) = holders
-        own = scores[name]
-        if not own.requires_grad:
-            return None
-        bias = self._compute(biases[0], names) if biases else None
-        return weight, own, bias, self.smn_info[name].spec, self.trainable(name, slot)
+            factors = []
+            for name in holders:
+                if name in scores:
+                    spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+                    factors.append(straight_through(scores[name], spec, weight.dtype, trainable))
+                else:
+                    factors.append(self.mask(name, slot).to(weight.dtype))
+            return masked_weight(weight, reduce(torch.mul, factors), self._merged_spec(holders))
+        name, weight = holders[0], weight.detach()
+        if len(holders) == 1 and name in scores and _is_eager():  # in every forward, so in as few passes as may be
+            spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
+            return build(weight, scores[name].detach(), spec, trainable, weight.dtype)[0]
+        return effective_weight(weight, self._intersection(slot, holders), self._merged_spec(holders).scale)
 
     def _merged_spec(self, holders: Sequence[str]) -> MaskSpec:
         specs = [self.smn_info[name].spec for name in holders]
@@ -300,23 +340,40 @@ class MaskLayer(AdapterLayer):
     def _intersection(self, slot: Slot, holders: Sequence[str]) -> Tensor:
         return reduce(torch.logical_and, (self.mask(name, slot) for name in holders))
 
-    def _build(self, slot: Slot, holders: Sequence[str]) -> Tensor:
-        weight, scores = self.base_tensor(slot).detach(), self.scores(slot)
-        if len(holders) > 1 or holders[0] not in scores or torch.compiler.is_compiling() or is_transformed():
-            return effective_weight(weight, self._intersection(slot, holders), self._merged_spec(holders).scale)
-        (name,) = holders  # in every forward, so in as few passes as may be
-        spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
-        return build(weight, scores[name].detach(), spec, trainable, weight.dtype)[0]
+    # --- Forward -----------------------------------------------------------------------------------------------------
 
-    def _differentiable(self, slot: Slot, holders: Sequence[str]) -> Tensor:
-        weight, factors = self.base_tensor(slot), []
-        for name in holders:
-            if name in self.scores(slot):
-                spec, trainable = self.smn_info[name].spec, self.trainable(name, slot)
-                factors.append(straight_through(self.scores(slot)[name], spec, weight.dtype, trainable))
-            else:
-                factors.append(self.mask(name, slot).to(weight.dtype))
-        return masked_weight(weight, reduce(torch.mul, factors), self._merged_spec(holders))
+    def run(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """See [`AdapterLayer.run`]."""
+        if self.pending:
+            self._ensure_loaded()
+        names = [name for name in names if name in self.smn_info]
+        base: Any = self._modules["base_layer"]
+        if not names:
+            return base(*args, **kwargs)
+        if self.has_node and torch.is_grad_enabled() and (own := self._trained_alone(names)) is not None:
+            return self.node(own, *args, **kwargs)
+        return self.run_with(self.effective(names), *args, **kwargs)
+
+    def run_with(self, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward with these tensors, by path."""
+        return call_with(self._modules["base_layer"], tensors, *args, **kwargs)  # type: ignore[arg-type]
+
+    def node(self, own: Trained, *args: Any, **kwargs: Any) -> Any:
+        """The forward as an autograd node over the scores, which keeps no effective weight alive, if `has_node`."""
+        raise NotImplementedError
+
+    def _trained_alone(self, names: Sequence[str]) -> Trained | None:
+        """What [`node`] takes, if exactly one adapter trains on the weight and a node of ours is possible."""
+        slot, *biases = self.present_slots
+        holders, weight, scores = self.holders(names, slot), self.base_tensor(slot), self.scores(slot)
+        if len(holders) != 1 or weight.requires_grad or (name := holders[0]) not in scores:
+            return None
+        if not scores[name].requires_grad or not _is_eager() or not is_plain(self._modules["base_layer"]):  # type: ignore[arg-type]
+            return None
+        bias: Tensor | None = self.base_tensor(biases[0]) if biases else None
+        if biases and (masking := self.holders(names, biases[0])):
+            bias = self._effective(biases[0], masking)
+        return Trained(weight, scores[name], bias, self.smn_info[name].spec, self.trainable(name, slot))
 
     # --- Merging -----------------------------------------------------------------------------------------------------
 
@@ -355,94 +412,34 @@ class MaskLayer(AdapterLayer):
 
     # --- What the layer answers for ----------------------------------------------------------------------------------
 
-    @property
-    def weight(self) -> Tensor:
-        """The effective weight: some models read it and never call the layer (timm's BEiT …)."""
-        return self._in_use("weight")  # type: ignore[no-any-return]
-
-    @property
-    def bias(self) -> Tensor | None:  # type: ignore[override]
-        """The effective bias, None without one."""
-        return self._in_use("bias")  # type: ignore[no-any-return]
+    # PEFT's give the base's own; some models read them and never call the layer (timm's BEiT …).
+    weight = property(lambda self: self.in_use("weight"))
+    bias = property(lambda self: self.in_use("bias"))
 
     def of_base(self, name: str) -> Any:
         """An attribute of the base layer, masked where it is masked, be it in a module of the layer's."""
         if any(slot.path == name for slot in self.present_slots):
-            return self._in_use(name)
+            return self.in_use(name)
         inside = [slot.path for slot in self.present_slots if slot.path.startswith(f"{name}.")]
         if not inside:
             return super().of_base(name)
-        return getattr(view_with(self.base_layer, {path: self._in_use(path) for path in inside}), name)
+        return getattr(view_with(self.base_layer, {path: self.in_use(path) for path in inside}), name)
 
-    def _in_use(self, path: str) -> Any:
+    def in_use(self, path: str) -> Any:
+        """The tensor at a path of the base layer as it is computed with."""
         slot = next((slot for slot in self.present_slots if slot.path == path), None)
         if slot is None:
             return getattr(self.base_layer, path)
         self._ensure_loaded()
         self.unmerge_if_disabled()
+        own = self.base_tensor(slot)
         if self._disable_adapters or self.merged:
-            return self.base_tensor(slot)
+            return own
         rows = rows_in_force(self)
-        if rows is None:
-            return self.effective(slot, self.active_here())
-        groups = {tuple(self.holders([name], slot)) for name in rows}
-        if len(groups) == 1:
-            return self.effective(slot, *groups)
-        return MixedWeight.of(self.base_tensor(slot), next(iter(self.smn_info.values())).key)
-
-    # --- Forward -----------------------------------------------------------------------------------------------------
-
-    def run(self, tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The base layer's forward with these tensors in its `present_slots`."""
-        raise NotImplementedError
-
-    def masked_forward(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """The base layer's forward with the effective weights of the named adapters."""
-        return self.run(self.effective_tensors(names), *args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward of the layer in whatever state it is: disabled, merged, masked, or mixed over the batch."""
-        if not torch.compiler.is_compiling() and self._is_simple():  # decided once: these calls run cold in a step
-            cached = self._cached
-            if cached is not None and not kwargs:
-                if cached.is_valid(self):
-                    return self.run(cached.tensors, *args)
-                self._cached = None
-            if names := self.active_here():
-                return self.masked_forward(names, *args, **kwargs)
-        self._ensure_loaded()
-        self.unmerge_if_disabled()
-        if self._disable_adapters:
-            return self.base_layer(*args, **kwargs)
-        if (rows := rows_in_force(self)) is not None:
-            return self._mixed(rows, *args, **kwargs)
-        names = self.active_here()
-        if self.merged_adapters or not names:
-            return self.base_layer(*args, **kwargs)
-        return self._masked(names, *args, **kwargs)
-
-    def _is_simple(self) -> bool:
-        """Whether the next forward is masked, by the active adapters, and calls the base layer's class alone."""
-        other = running() or self._disable_adapters or self.merged_adapters or self.pending
-        return not other and is_plain(self._modules["base_layer"])  # type: ignore[arg-type]
-
-    def _masked(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        """[`masked_forward`], through the base layer itself where it has hooks, or a forward put over its own."""
-        if is_plain(self._modules["base_layer"]):  # type: ignore[arg-type]
-            return self.masked_forward(names, *args, **kwargs)
-        return call_with(self.base_layer, self._by_path(self.effective_tensors(names)), *args, **kwargs)
-
-    def _by_path(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        return dict(zip((slot.path for slot in self.present_slots), tensors, strict=True))
-
-    def _mixed(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
-        """Rows under different adapters: each group of rows under its own effective weight."""
-
-        def run(name: str, *rest: Any, **others: Any) -> Any:
-            known = name in self.smn_info
-            return self._masked([name], *rest, **others) if known else self.base_layer(*rest, **others)
-
-        return in_rows(names, next(iter(self.smn_info.values())).key, run, *args, **kwargs)
+        groups = {tuple(self.holders([name], slot)) for name in rows} if rows else {tuple(self.active_adapters)}
+        if len(groups) > 1:
+            return MixedWeight.of(own, next(iter(self.smn_info.values())).key)
+        return self.effective([name for name in next(iter(groups)) if name in self.smn_info]).get(path, own)
 
     # --- Files -------------------------------------------------------------------------------------------------------
 
@@ -468,7 +465,7 @@ class MaskLayer(AdapterLayer):
 
     def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bits for inference; scores for an adapter that trains, made from the bits if the file has none."""
-        result: dict[str, Tensor] = {}
+        result: dict[str, Any] = {}
         for slot in self.slots_of(adapter_name):
             weight, packed, scores = self.base_tensor(slot), entries.get(slot.mask_name), entries.get(slot.scores_name)
             if packed is None and scores is None:
@@ -480,18 +477,13 @@ class MaskLayer(AdapterLayer):
                     f"{prefix}{slot.scores_name} has shape {tuple(scores.shape)}, the base weight "
                     f"{tuple(weight.shape)}: load the base model that adapter_config.json names."
                 )
-            if adapter_name not in self.scores(slot):
-                if packed is None:
-                    assert scores is not None
+            if adapter_name in self.scores(slot):
+                made = scores if packed is None else self._scores_from_bits(adapter_name, slot, packed)
+                result[f"{slot.scores_name}.{adapter_name}"] = made if scores is None else scores
+            else:
+                if scores is not None and packed is None:
                     packed = pack_bits(self._mask_of_scores(adapter_name, slot, scores))
                 result[f"{slot.mask_name}.{adapter_name}"] = packed
-                continue
-            if scores is None:
-                assert packed is not None
-                scores = self._scores_from_bits(adapter_name, slot, packed)
-            elif packed is not None:
-                self._reach_density(adapter_name, slot, unpack_bits(packed.to(weight.device), weight.shape))
-            result[f"{slot.scores_name}.{adapter_name}"] = scores
         return result
 
     def mark_loaded(self, adapter_name: str) -> None:
@@ -506,14 +498,13 @@ class MaskLayer(AdapterLayer):
         self._cached = None
         for slot in self.present_slots:
             for name, scores in self.scores(slot).items():
-                packed = state_dict.get(key := f"{prefix}{slot.mask_name}.{name}")
-                has_scores = f"{prefix}{slot.scores_name}.{name}" in state_dict
-                if packed is not None or has_scores:
-                    self.bits(slot).discard(name)
-                if packed is not None and not has_scores:
+                key, scores_key = (f"{prefix}{part}.{name}" for part in (slot.mask_name, slot.scores_name))
+                packed = state_dict.pop(key, None)
+                if packed is not None and scores_key not in state_dict:
                     check_packed(key, packed, scores.numel())
-                    with torch.no_grad():
-                        scores.copy_(self._scores_from_bits(name, slot, packed))
+                    state_dict[scores_key] = self._scores_from_bits(name, slot, packed)
+                if scores_key in state_dict:
+                    self.bits(slot).discard(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _ensure_loaded(self) -> None:
@@ -567,4 +558,43 @@ class MaskLayer(AdapterLayer):
             )
         if self._disable_adapters and self.merged:
             raise RuntimeError("Adapters are merged and disabled: call unmerge_adapter() before nn.DataParallel runs.")
-        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call,no-any-return]
+        replica: MaskLayer = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._cached = None
+        return replica
+
+
+def _is_eager() -> bool:
+    """Whether neither torch.compile, torch.func nor a tracer runs the code, which want plain operations."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    return not traced
+
+
+# --- What an adapter starts from -------------------------------------------------------------------------------------
+
+
+def _score_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def initial_scores(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
+    """Scores of a new adapter, in the weight's shape and memory format; random ones depend on seed and name only."""
+    if config.init_weights and not isinstance(config.init_score, str):
+        return torch.full_like(weight, config.init_score, dtype=_score_dtype(weight), requires_grad=False)
+    generator = seeded_generator(config.seed, f"{name}.init")
+    drawn = torch.empty(weight.shape)
+    if not config.init_weights:
+        drawn.normal_(generator=generator).add_(config.threshold)
+    elif weight.dim() > 1:
+        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
+    else:
+        drawn.uniform_(-1, 1, generator=generator)
+    return torch.empty_like(weight, dtype=_score_dtype(weight), requires_grad=False).copy_(drawn)
+
+
+def initial_bits(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
+    """Packed bits of an adapter for inference before a loader has written its own; see [`initial_scores`]."""
+    if weight.device.type == "meta":
+        return torch.empty(packed_size(weight.numel()), dtype=torch.uint8, device="meta")
+    if config.init_weights:
+        return pack_bits(torch.ones(weight.shape, dtype=torch.bool)).to(weight.device)
+    return pack_bits(initial_scores(config, name, weight) > config.threshold)

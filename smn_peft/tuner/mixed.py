@@ -26,7 +26,6 @@ __all__ = [
     "mixed_batch",
     "name_in_force",
     "rows_in_force",
-    "running",
     "take_rows",
 ]
 
@@ -55,11 +54,6 @@ _current: ContextVar[_Mixed | None] = ContextVar("smn_mixed", default=None)
 _lock = Lock()
 _count = 0
 _running = False  # in any thread; a compiled graph sees this, and no context variable
-
-
-def running() -> bool:
-    """Whether a mixed batch is in force, here or in another thread."""
-    return _running
 
 
 _get = torch.compiler.disable(_current.get)
@@ -249,11 +243,10 @@ class MixedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Allow functions that read no value."""
-        with torch._C.DisableTorchFunctionSubclass():
-            if func.__name__ in _TELL_NO_VALUE:
-                result = func(*args, **(kwargs or {}))
-                if not isinstance(result, Tensor):
-                    return result
+        if func.__name__ in _TELL_NO_VALUE:
+            result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+            if not isinstance(result, Tensor):
+                return result
         name = next((arg.layer for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls)), "a layer")
         raise ValueError(
             f"Mixed batches by `adapter_names` are not possible here: the model takes the weight of {name!r} and does "

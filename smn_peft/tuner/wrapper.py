@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`AdapterLayer`: a wrapper of a base layer, and how to call that layer with other tensors than its own."""
+"""`AdapterLayer`: a wrapper of a base layer with tensors per adapter; how to call a layer with other tensors."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -12,23 +12,25 @@ from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..functional.masking import MaskSpec
 from .config import MaskConfig
-from .mixed import name_in_force
+from .mixed import in_rows, name_in_force, rows_in_force
 
 __all__ = [
     "STATE_LOCK",
     "AdapterInfo",
     "AdapterLayer",
+    "ResidentBuffers",
+    "ScoreDict",
     "Slot",
     "adapter_layers",
     "call_with",
     "is_plain",
-    "is_transformed",
     "view_with",
 ]
 
@@ -78,6 +80,78 @@ class AdapterInfo:
     trainable: dict[str, Tensor] = field(default_factory=dict)
 
 
+class ScoreDict(nn.ParameterDict):
+    """Scores by adapter name; a cast of the model to a narrower dtype leaves them as wide as they were.
+
+    A score that crosses its threshold in steps of 1e-4 does not move at all in bf16.
+    """
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        """Scores of an adapter; quicker than `nn.ParameterDict`'s own, since every forward reads them."""
+        own = self._parameters.get(key)
+        return self.__dict__[key] if own is None else own  # a replica of nn.DataParallel has attributes
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScoreDict:
+        def keep_width(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if result.dtype.itemsize < tensor.dtype.itemsize else result
+
+        super()._apply(keep_width, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class ResidentBuffers(BufferDict):
+    """Buffers by adapter name, of which only the newest is a registered buffer.
+
+    The newest stands in the module's state dict under exactly the key of the checkpoint, where every loader finds it,
+    transformers' native one included. The `older` ones are in a plain dict: `state_dict()`, `named_buffers()` and all
+    that loops over them cost the same with two adapters as with a thousand.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(persistent=True)
+        self.older: dict[str, Tensor] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        buffer = self._buffers.get(key)
+        return self.older[key] if buffer is None else buffer
+
+    def __setitem__(self, key: str, buffer: Tensor) -> None:
+        if key in self.older:
+            self.older[key] = buffer
+            return
+        if key not in self._buffers:
+            self.older.update(self._buffers)  # type: ignore[arg-type]
+            self._buffers.clear()
+        self._buffers[key] = buffer
+
+    def __delitem__(self, key: str) -> None:
+        if self._buffers.pop(key, None) is None:
+            del self.older[key]
+        elif self.older:  # the newest of the rest takes its place
+            newest, buffer = self.older.popitem()
+            self._buffers[newest] = buffer
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._buffers or key in self.older
+
+    def discard(self, key: str) -> None:
+        """Drop an adapter's buffer if there is one."""
+        if key in self:
+            del self[key]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidentBuffers:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.older.update({key: fn(buffer) for key, buffer in self.older.items()})
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key, buffer in self.older.items():
+            if (loaded := state_dict.pop(prefix + key, None)) is not None:
+                buffer.copy_(loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """A wrapper of a base layer that has state per adapter; it answers for the base layer in all else."""
 
@@ -114,6 +188,25 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         active = self._active_adapter
         return [active] if isinstance(active, str) else active
 
+    # --- Forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of the layer in whatever state it is: disabled, merged, adapted, or mixed over the batch."""
+        if self._disable_adapters or self.merged_adapters:
+            self.unmerge_if_disabled()
+            return self.base_layer(*args, **kwargs)
+        if (rows := rows_in_force(self)) is None:
+            return self.run(self.active_adapters, *args, **kwargs)
+
+        def run(name: str, *rest: Any, **others: Any) -> Any:
+            return self.run([name], *rest, **others)
+
+        return in_rows(rows, next(iter(self.smn_info.values())).key, run, *args, **kwargs)
+
+    def run(self, names: Sequence[str], *args: Any, **kwargs: Any) -> Any:
+        """The base layer's forward under the named adapters; a name that the layer does not know changes nothing."""
+        raise NotImplementedError
+
     def unmerge_if_disabled(self) -> None:
         """Unmerge if adapters are disabled; other threads wait until the base is as it was."""
         if self._disable_adapters and self.merged_adapters:
@@ -121,14 +214,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 if self.merged_adapters:
                     self.unmerge()
 
+    # --- What the model asks of it -----------------------------------------------------------------------------------
+
     def unmerged(self) -> dict[int, Tensor | None]:
         """Values before merging of the base's tensors, by the tensor's `id`; None if they come back rounded only."""
         raise NotImplementedError
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """Modules of the layer; without its parts while PEFT looks for `modules_to_save`."""
-        found = super().named_modules(*args, **kwargs)
-        return islice(found, 1) if self.hides_parts else found
 
     def to_checkpoint(self, adapter_name: str, prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Entries of the adapter's file for this layer, from a (gathered) state dict where it has them.
@@ -145,6 +235,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Modules of the layer; without its parts while PEFT looks for `modules_to_save`."""
+        found = super().named_modules(*args, **kwargs)
+        return islice(found, 1) if self.hides_parts else found
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        base = self.get_base_layer()
+        target = device or next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
+        for container in self._modules.values():
+            if isinstance(container, (ScoreDict, ResidentBuffers)) and adapter_name in container:
+                tensor: Any = container[adapter_name]
+                container[adapter_name] = tensor if tensor.device.type == "meta" else tensor.to(target)
+
     def _get_available_adapters(self) -> set[str]:
         return set(self.smn_info)
 
@@ -160,11 +263,6 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
 
 
 # --- A layer with other tensors --------------------------------------------------------------------------------------
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or a tracer runs the code, which want plain operations and no autograd node of ours."""
-    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -210,6 +308,9 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kw
         with _Replaced({id(own[path]): tensor for path, tensor in tensors.items()}):
             return module(*args, **kwargs)
     view = view_with(module, tensors)
+    if is_plain(module):
+        return view.forward(*args, **kwargs)
+    view.__dict__["_compiled_call_impl"] = None  # it would call the module
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         if hooks := getattr(module, name):
             view.__dict__[name] = OrderedDict((key, partial(_call_hook, hook, module)) for key, hook in hooks.items())

@@ -286,7 +286,7 @@ def test_the_cache_is_used_and_costs_no_second_build(monkeypatch):
     model, before = filled(inference_mode=True)
     layer = layer_of(model)
     with monkeypatch.context() as patch:
-        patch.setattr(layer, "_build", lambda *args: pytest.fail("the effective weight was built again"))
+        patch.setattr(layer, "_computed", lambda *args: pytest.fail("the effective weight was built again"))
         for context in (torch.no_grad, torch.inference_mode):
             with context():
                 assert torch.equal(model(X), before)
