@@ -13,11 +13,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from annotated_types import Interval
 from safetensors.torch import save
 from torch import Tensor
 
@@ -152,13 +152,14 @@ Adapter: TypeAlias = StoredAdapter | str | os.PathLike[str]
 """An adapter, its folder, or its Hub id."""
 
 
-_Count = Annotated[int, Field(ge=0, lt=1 << 50)]
+_Count = Annotated[int, Interval(ge=0, lt=1 << 50)]
 
 
-@checked_dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True, kw_only=True)
 class TaskInfo:
     """What is known of a task without decoding it: its name and, as JSON, the facts of its row."""
 
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"strict": True, "extra": "forbid"}
     name: str = ""
     base: str | None  # name of the base model, as the adapter's config has it
     fingerprint: str | None  # of the base's masked weights
@@ -175,16 +176,21 @@ class TaskInfo:
         if not isinstance(text, str) or len(text) > MAX_FACTS:
             raise AdapterFileError("its facts are no text, or too long")
         try:
-            return replace(_facts.validate_json(text), name=name)
-        except ValidationError as error:
-            raise AdapterFileError(f"its facts are wrong ({error.errors()[0]['msg']})") from error
+            facts: TaskInfo = _reader().validate_json(text)
+            return replace(facts, name=name)
+        except ValueError as error:  # pydantic's
+            raise AdapterFileError(f"its facts are wrong ({error.errors()[0]['msg']})") from error  # type: ignore
 
     def facts(self) -> str:
         """All but the name, as JSON."""
         return json.dumps({key: value for key, value in asdict(self).items() if key != "name"}, separators=(",", ":"))
 
 
-_facts = TypeAdapter(TaskInfo)
+@cache
+def _reader() -> Any:
+    from pydantic import TypeAdapter  # on use: `import smn_peft` is done without
+
+    return TypeAdapter(TaskInfo)
 
 
 @dataclass(frozen=True)

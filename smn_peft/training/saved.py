@@ -120,7 +120,7 @@ def load_masks(folder: str | Path, *, backbone: str | None = None) -> dict[str, 
 def save_run_as(folder: str | Path, out: str | Path, codec: str, backbone: str | None = None) -> AdapterSizes:
     """Load an adapter over its base and save it in folder `out` with another codec; see [`load_run`]."""
     model, config = _load_adapter(folder, backbone)
-    config.codec = codec
+    config.codec = codec  # type: ignore[assignment]  # checked on saving
     model.save_pretrained(str(out), save_embedding_layers=False)
     return adapter_sizes(out)
 
@@ -128,12 +128,13 @@ def save_run_as(folder: str | Path, out: str | Path, codec: str, backbone: str |
 def verify_run(folder: str | Path, backbone: str | None = None) -> str:
     """Check that an adapter's base is its mask's, even if `check_base` is off, and return the fingerprint of both."""
     model, config = _load_adapter(folder, backbone)
-    expected, present = config.base_fingerprint, fingerprints(model, "default", config)[0]
+    # Not of the config: where the file names none, loading fills in that of the base at hand.
+    expected, present = read_config(folder).get("base_fingerprint"), fingerprints(model, "default", config)[0]
     if expected is None:
         raise ValueError(f"{folder} names no fingerprint of its base: save it again with model.save_pretrained.")
     if present != expected:
         raise ValueError(f"{folder} was made for a base with fingerprint {expected}; this base has {present}.")
-    return expected
+    return str(present)
 
 
 def _load_adapter(folder: str | Path, backbone: str | None) -> tuple[PeftModel, MaskConfig]:

@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from smn_peft import MaskConfig
-from smn_peft.storage.fingerprint.fingerprint.fingerprint.fingerprint.fingerprint import fingerprint, tensor_digest
+from smn_peft.storage.fingerprint import fingerprint, tensor_digest
 
 
 def test_a_digest_is_of_dtype_shape_and_values():

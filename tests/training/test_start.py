@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from smn_peft.storage.fingerprint.fingerprint.fingerprint.fingerprint.fingerprint import tensor_digest
+from smn_peft.storage.fingerprint import tensor_digest
 from smn_peft.training import run
 from smn_peft.training.assemble import build_images, build_task, read_indices
 from smn_peft.training.checkpoint import list_checkpoints, start_digest

@@ -13,7 +13,7 @@ from smn_peft.functional.masking import topk_mask
 from smn_peft.functional.merging import merge_weight, unmerge_weight
 from smn_peft.functional.packing import hamming, pack_bits, popcount, unpack_bits
 from smn_peft.storage.adapter_file import WEIGHTS_NAME
-from smn_peft.storage.fingerprint.fingerprint.fingerprint.fingerprint.fingerprint import tensor_digest
+from smn_peft.storage.fingerprint import tensor_digest
 
 from .cases import BY_NAME, CASES, layer_of, mask_bits, masked_model, train
 
