@@ -27,6 +27,14 @@ def test_a_warmup_of_the_whole_run_is_warned_of(tmp_path):
         Trainer(supervised_task(), Batches(), loop(tmp_path, warmup_epochs=10, max_steps=10))
 
 
+def test_a_rate_that_moves_by_epochs_stays_within_each(tmp_path):
+    lines = Trainer(supervised_task(), Batches(), loop(tmp_path, schedule_every="epoch")).train()
+    rates = {name: [line[name] for line in lines] for name in lines[0] if name.startswith("lr_")}
+    assert len(rates) == 2
+    for found in rates.values():
+        assert found == pytest.approx([found[0] * warmup_cosine(step // 4, 3) for step in range(12)])
+
+
 def test_cosine_is_torchs_after_the_warmup():
     import torch
 

@@ -187,6 +187,7 @@ def test_headers_that_lie_are_refused(changes, message):
         [entry(inactive=65)],
         [entry(size=1 << 60)],
         [entry(size=8, coded=0, inactive=1)],
+        [entry(size=8, coded=-8, inactive=0)],
     ],
     ids=str,
 )
