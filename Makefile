@@ -6,7 +6,7 @@
 #   ARGS      passed on to the quickstart, to pytest or to the benchmarks
 #   BENCH     the benchmarks to run; named, their rows take their places among those that BENCH_JSON has already
 #   BENCH_JSON  where they write what they measure (outputs/bench.json)
-#   PARALLEL, COVERAGE  options of `make test`; for a part of the tests: make test COVERAGE= ARGS=tests/functional
+#   PARALLEL  how `make test` and `make coverage` share the work; for a part: make test ARGS=tests/functional
 
 .DEFAULT_GOAL := help
 
@@ -20,7 +20,6 @@ STAMP  := $(VENV)/.smn_peft-installed
 BENCH_JSON ?= outputs/bench.json
 BENCH    ?= $(sort $(wildcard tests/benchmarks/bench_*.py))
 PARALLEL ?= -n auto --maxprocesses=4 --dist worksteal
-COVERAGE ?= --cov=smn_peft --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 PIP_INSTALL = "$(PY)" -m pip install -e ".[dev]"
 ifneq ($(strip $(UV)),)
@@ -33,7 +32,7 @@ else
   INSTALL = $(PIP_INSTALL)
 endif
 
-.PHONY: help env quickstart test test-slow bench bench-compare bench-save lint format dist clean
+.PHONY: help env quickstart test coverage test-slow bench bench-compare bench-save lint format dist clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
@@ -49,8 +48,11 @@ env: $(STAMP) ## Make or update the environment that the other targets use
 quickstart: $(STAMP) ## Adapt a small model end to end and print the comparison table
 	$(PY) examples/quickstart.py $(ARGS)
 
-test: $(STAMP) ## Run the tests that take seconds, offline; coverage below 90 % fails
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow" $(PARALLEL) $(COVERAGE) $(ARGS)
+test: $(STAMP) ## Run the tests that take seconds, offline
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow" $(PARALLEL) $(ARGS)
+
+coverage: override ARGS += --cov=smn_peft --cov-report=term-missing:skip-covered --cov-fail-under=90
+coverage: test ## Run them with coverage, in twice the time; below 90 % fails
 
 test-slow: $(STAMP) ## Run the long tests; SMN_ASSETS names the folder of real weights and images
 	$(PY) -m pytest -m slow $(ARGS)

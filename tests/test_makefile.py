@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
-TARGETS = "bench bench-compare bench-save clean dist env format help lint quickstart test test-slow".split()
+TARGETS = "bench bench-compare bench-save clean coverage dist env format help lint quickstart test test-slow".split()
 
 
 def test_help_lists_every_target_and_is_the_default(run_make):
@@ -39,10 +39,14 @@ def test_uv_is_used_where_it_is_there(run_make, tmp_path):
     assert '"/opt/uv" pip install' in commands
 
 
-def test_the_tests_run_offline_with_coverage(run_make):
-    commands = run_make("-n", "test").stdout
-    for part in ("HF_HUB_OFFLINE=1", '-m "not slow"', "--cov=smn_peft", "--cov-fail-under=90"):
-        assert part in commands
+def test_the_tests_run_offline_and_on_demand_with_coverage(run_make):
+    plain, measured = (run_make("-n", target, "ARGS=tests/one.py").stdout for target in ("test", "coverage"))
+    for part in ("HF_HUB_OFFLINE=1", '-m "not slow"', "tests/one.py"):
+        assert part in plain
+        assert part in measured
+    for part in ("--cov=smn_peft", "--cov-fail-under=90"):
+        assert part not in plain
+        assert part in measured
 
 
 def test_all_benchmarks_start_a_new_file_and_some_add_to_it(run_make):
