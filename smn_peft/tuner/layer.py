@@ -28,7 +28,7 @@ from ..functional.merging import Stash, check_finite, merge_weight, unmerge_weig
 from ..functional.packing import pack_bits, packed_size, unpack_bits
 from ..storage.adapter_file import check_packed
 from .config import MaskConfig
-from .mixed import MixedWeight, rows_in_force
+from .mixed import MixedWeight, in_mixed_batch, rows_in_force
 from .wrapper import (
     STATE_LOCK,
     AdapterInfo,
@@ -275,7 +275,8 @@ class MaskLayer(AdapterLayer):
         if cached is not None and cached.names == names:  # a graph cannot see a tensor's version
             if not self.training if torch.compiler.is_compiling() else cached.is_valid():
                 return cached.tensors
-        sources = self._sources(names) if _is_eager() else None
+        # A mixed batch would drop the active adapter's tensors for its own, adapter by adapter.
+        sources = self._sources(names) if _is_eager() and not in_mixed_batch() else None
         if sources is None:
             return self._computed(names)
         versions = [(x, x._version, x.data_ptr()) for *_, x in sources if isinstance(x, Tensor)]
@@ -286,10 +287,8 @@ class MaskLayer(AdapterLayer):
     def _sources(self, names: Sequence[str]) -> list[tuple[Mapping[str, Any], str, Any]] | None:
         """All that effective tensors are made from, and where it lies; None where one may change unnoticed."""
         base: Any = self._modules["base_layer"]
-        infos = [self.smn_info[name] for name in names]
         found: list[tuple[Mapping[str, Any], str, Any]] = [(self._modules, "base_layer", base)]
-        found += [(self.smn_info, name, info) for name, info in zip(names, infos, strict=True)]
-        found += [(vars(info), "spec", info.spec) for info in infos]
+        found += [(self.smn_info, name, self.smn_info[name]) for name in names]
         for slot in self.present_slots:
             owner, bits, holders = base, self.bits(slot), self.holders(names, slot)
             if not holders:

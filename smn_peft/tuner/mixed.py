@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "MixedWeight",
+    "in_mixed_batch",
     "in_rows",
     "join_rows",
     "mixed_batch",
@@ -57,6 +58,11 @@ _running = False  # in any thread; a compiled graph sees this, and no context va
 
 
 _get = torch.compiler.disable(_current.get)
+
+
+def in_mixed_batch() -> bool:
+    """Whether this forward is of a mixed batch."""
+    return bool(_running) and _get() is not None
 
 
 def name_in_force() -> str | None:
