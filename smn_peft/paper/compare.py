@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -167,9 +168,7 @@ def _details(
 ) -> dict[str, Any]:
     """Trials and finals, each run once, and the table that says which of the finals are on the Pareto front."""
     labels = {trial["final"]: trial["trial"] for trial in trials}
-    counts = {(t["section"], t["method"]): 0 for t in trials}
-    for trial in trials:
-        counts[trial["section"], trial["method"]] += 1
+    counts = Counter((trial["section"], trial["method"]) for trial in trials)
     finals: dict[tuple[str, str, str], dict[str, Any]] = {}
     for cell in cells:
         first = cell.run.seeded(0).id
@@ -334,11 +333,9 @@ def _problem(one: Comparison, name: str, backbone: Backbone) -> str | None:
     """Why a method cannot take a backbone, or None."""
     built = []
     for trial in one.methods[name].trials.values():
-        arguments = TrainArguments(**one.final(one.methods[name], trial).arguments)
-        if (key := (arguments.peft, arguments.mask)) in built:
-            continue
         try:
-            if objective_kind(arguments).consumes == "logits" or arguments.adapt != "head":
+            arguments = TrainArguments(**one.final(one.methods[name], trial).arguments)
+            if (key := (arguments.peft, arguments.mask)) not in built:
                 adapted(arguments, replace(backbone, model=copy.deepcopy(backbone.model)), None)
         except ValueError as error:
             return str(error)

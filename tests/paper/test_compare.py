@@ -122,10 +122,14 @@ def test_a_claim_is_judged_within_each_size(made):
     assert all(len(verdict.differences) == 2 for verdict in verdicts)
 
 
-def test_without_labels_by_knn(values, tiny_folder, grid):
+def test_without_labels_by_knn(values, tiny_folder):
     output, swav = tiny_folder / "unlabelled", {**values, **SWAV, "mask": {"batch_norm": "adapt"}}
-    names = ["mask", "LoRA"]
-    result = compare(swav, methods=names, grid=grid, seeds=1, output=output)
+    names, said = ["mask", "LoRA"], []
+    path = tiny_folder / "some.yaml"
+    methods = GRID["convolutional"]
+    path.write_text(yaml.safe_dump({"convolutional": {name: methods[name] for name in [*names, "linear probe"]}}))
+    result = compare(swav, grid=path, seeds=1, output=output, say=said.append)
+    assert said[0].startswith("linear probe is left out: adapt='head' needs objective='cross_entropy'")
     rows = {cell["row"]: cell for cell in result.record["cells"]}
     assert set(rows) == {*names, "frozen base"}
     assert rows["mask"]["metric"] == "knn"
