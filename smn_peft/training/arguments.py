@@ -228,6 +228,7 @@ _CONTENT = {
     "base": ("backbone", "weights", "pretrained", "backbone_revision"),
     "data": ("dataset", "dataset_revision"),
 }
+_ADDED: dict[str, Any] = {"peft": {}, "save_dtype": "float32"}  # what runs of versions without these options did
 _MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest of the training images and labels)"}
 
 
@@ -243,6 +244,7 @@ def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) ->
 
 def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
     """Raise ValueError if the facts that a run saved in file `where` differ in what could change a weight."""
+    saved = {**{name: value for name, value in _ADDED.items() if name in wanted}, **saved}
     # Class names are known only where something is evaluated, digests only to a whole run.
     left_out = {name for name in ("classes", *_CONTENT) if saved.get(name) is None or wanted.get(name) is None}
     left_out |= {path for name, paths in _CONTENT.items() if name not in left_out for path in paths}

@@ -225,7 +225,7 @@ def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
     if not path.is_file():
         return None
     summary, wanted = RunSummary.load(path.parent), as_facts(arguments, more)
-    check_same({name: summary.arguments.get(name) for name in wanted}, wanted, path)
+    check_same({name: value for name, value in summary.arguments.items() if name in wanted}, wanted, path)
     return summary
 
 

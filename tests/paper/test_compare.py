@@ -124,10 +124,11 @@ def test_a_claim_is_judged_within_each_size(made):
 
 def test_without_labels_by_knn(values, tiny_folder):
     output, swav = tiny_folder / "unlabelled", {**values, **SWAV, "mask": {"batch_norm": "adapt"}}
-    names, said = ["mask", "LoRA"], []
-    path = tiny_folder / "some.yaml"
-    methods = GRID["convolutional"]
-    path.write_text(yaml.safe_dump({"convolutional": {name: methods[name] for name in [*names, "linear probe"]}}))
+    names, said, path = ["mask", "LoRA"], [], tiny_folder / "single.yaml"
+    single = {name: {**GRID["convolutional"][name]} for name in [*names, "linear probe"]}
+    for method in single.values():
+        method["trials"] = method["trials"][:1]
+    path.write_text(yaml.safe_dump({"convolutional": single}))
     result = compare(swav, grid=path, seeds=1, output=output, say=said.append)
     assert said[0].startswith("linear probe is left out: adapt='head' needs objective='cross_entropy'")
     rows = {cell["row"]: cell for cell in result.record["cells"]}
@@ -208,10 +209,12 @@ def test_the_package_s_methods_have_as_many_trials_each():
     assert sections == {"ViT-Tiny, 64 px", "ResNetV2-50, 48 px"}
 
 
-def test_from_the_line(values, grid, tmp_path):
+def test_from_the_line(values, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({name: value for name, value in values.items() if name != "backbone"}))
-    line = ["compare", recipe, "--backbone", values["backbone"], "--methods", "mask", "--grid", grid, "--seeds", 1]
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump({"convolutional": {"head": {"adapt": "head", "trials": [{"head_lr": 0.01}]}}}))
+    line = ["compare", recipe, "--backbone", values["backbone"], "--methods", "head", "--grid", grid, "--seeds", 1]
     result = CliRunner().invoke(app, [str(word) for word in [*line, "--output", tmp_path / "out"]])
     assert result.exit_code == 0, result.output
     assert "chosen trials, tested once" in result.stdout

@@ -27,27 +27,18 @@ METHODS = {
     "ia3": ({}, True),
     "ln_tuning": ({}, True),
     "loha": ({"r": 2}, True),
-    "lokr": ({"r": 2}, True),
-    "boft": ({"boft_block_size": 4}, True),
+    "boft": ({"boft_block_size": 4}, False),  # the stem's 147 inputs do not divide into blocks
     "vera": ({"r": 8, "save_projection": False}, False),
     "beft": ({}, False),
     "shira": ({"r": 1}, False),
     "supertuning": ({"sparsity": 0.9, "save_precomputed_indices": False}, False),
     "oft": ({"oft_block_size": 8}, False),
 }
-# The stem's 147 inputs do not divide into BOFT's blocks.
-STEM = {"boft": {"mask": {"exclude_modules": ["backbone.conv1"]}}}
 
 
 def arguments_of(folder, method, network, **more):
     model = write_model(folder, "build_vit" if network == "vit" else "build")
-    options = {
-        "peft": METHODS[method][0],
-        **(STEM.get(method, {}) if network == "resnet" else {}),
-        "lr": 0.02,
-        "epochs": 1,
-        "backbone": model,
-    }
+    options = {"peft": METHODS[method][0], "lr": 0.02, "epochs": 1, "backbone": model}
     return tiny_arguments(folder, adapt=method, **{**options, **more})
 
 
