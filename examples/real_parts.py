@@ -22,7 +22,6 @@ from smn_peft.backbones import load_backbone
 from smn_peft.evaluation import Features, evaluate_accuracy
 from smn_peft.paper import small_resnet
 from smn_peft.storage.adapter_file import WEIGHTS_NAME, adapter_sizes
-from smn_peft.training.assemble import lora_sizes
 
 VIT_WEIGHTS = "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors"
 CODECS = {"bits": "bit-packed", "entropy": "coded"}
@@ -126,12 +125,12 @@ def saved(adapted: Any, recipe: Recipe, test: Images) -> dict[str, Any]:
             parts = {f"{part}_bytes": bits[part] for part in ("mask", "head", "statistics")}
             return {"density": adapted.density(), "bytes": bits["total"], **parts, "forms": forms}
         adapted.save_pretrained(folder)
-        forms = {"float32": lora_sizes(folder)}
+        path = Path(folder) / WEIGHTS_NAME
+        forms: dict[str, Any] = {"float32": {"total": path.stat().st_size}}
         with torch.no_grad():  # rounded first, measured then: what is saved is what is evaluated
             for parameter in (p for p in adapted.parameters() if p.requires_grad):
                 parameter.copy_(parameter.bfloat16())
-        path = Path(folder) / WEIGHTS_NAME
         save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path)
         accuracy = evaluate_accuracy(outputs(adapted, test))
-        forms["bfloat16"] = {**lora_sizes(folder), "test": accuracy}
+        forms["bfloat16"] = {"total": path.stat().st_size, "test": accuracy}
     return {"bytes": forms["float32"]["total"], "forms": forms}

@@ -8,11 +8,13 @@ from .plots import (
     Series,
     low_shot_series,
     low_shot_table,
+    pareto_front,
     plot_curves,
     plot_densities,
     plot_embedding_maps,
     plot_low_shot,
     plot_similarity,
+    plot_sizes,
     smooth,
 )
 
@@ -23,11 +25,13 @@ __all__ = [
     "layer_densities",
     "low_shot_series",
     "low_shot_table",
+    "pareto_front",
     "plot_curves",
     "plot_densities",
     "plot_embedding_maps",
     "plot_low_shot",
     "plot_similarity",
+    "plot_sizes",
     "similarity_matrix",
     "smooth",
 ]

@@ -131,7 +131,7 @@ def _style(index: int) -> dict[str, Any]:
 def _draw_points(axes: Any, series: Sequence[Series], **options: Any) -> None:
     """Draw lines with markers and error bars."""
     for index, line in enumerate(series):
-        style = {**_style(index), "marker": _MARKERS[index % len(_MARKERS)], "capsize": 2, **options}
+        style = {**_style(index), "marker": _MARKERS[(index + index // 7) % 7], "capsize": 2, **options}
         axes.errorbar(line.x, line.y, line.spread or None, label=line.label, **style)
 
 
@@ -168,6 +168,29 @@ def plot_curves(
             if not markers:
                 part.set_ylim(min(ends) - margin, max(ends) + margin)
             part.legend(frameon=False)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices, by size, of the (size, value) pairs that no other one beats: with a higher value at no larger size."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front
+
+
+def plot_sizes(panels: Mapping[str, Sequence[Series]], path: PathLike, *, ylabel: str) -> None:
+    """Draw accuracy over the size of the file in kB on a logarithmic axis, and the Pareto front, a panel per title."""
+    with canvas(path, columns=len(panels), size=(6.0, 4.5)) as axes:
+        for part, (title, lines) in zip(axes, panels.items(), strict=True):
+            points = [pair for line in lines for pair in zip(line.x, line.y, strict=True)]
+            x, y = zip(*(points[index] for index in pareto_front(points)), strict=True)
+            end = max(size for size, _ in points)
+            part.step([*x, end], [*y, y[-1]], where="post", color="0.6", zorder=0, label="Pareto front")
+            _draw_points(part, lines, linestyle="none")
+            part.set_xscale("log")
+            part.set(xlabel="size of the file (kB)", ylabel=ylabel, title=title)
+            _legend_outside(part, fontsize=8)
 
 
 def plot_low_shot(series: Sequence[Series], path: PathLike, *, title: str = "") -> None:

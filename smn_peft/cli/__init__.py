@@ -74,7 +74,8 @@ def app() -> None:
 
 for _command in (
     *(train.train, analyze.evaluate, adapters.push, adapters.pack, adapters.unpack, adapters.inspect, adapters.verify),
-    *(bank.bank, bank.serve, train.cascade, analyze.analyze, train.reproduce, train.recipes, adapters.targets),
+    *(bank.bank, bank.serve, train.cascade, analyze.analyze, train.compare),
+    *(train.reproduce, train.recipes, adapters.targets),
 ):
     app.add_command(_command)
 

@@ -87,12 +87,15 @@ def combined(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-def field_options(kind: type, *, only: Sequence[str] = (), shown: Sequence[str] = ()) -> Callable[[Any], Any]:
+def field_options(
+    kind: type, *, only: Sequence[str] = (), without: Sequence[str] = (), shown: Sequence[str] = ()
+) -> Callable[[Any], Any]:
     """Decorate a command with an option per field of a dataclass; [`given`] collects what the line says.
 
-    `only` are the fields to offer, if not all; `shown` those in `--help`, if not all: [`help_all`] shows the others.
+    `only` are the fields to offer, if not all, or all but those `without`; `shown` those in `--help`, if not all:
+    [`help_all`] shows the others.
     """
-    fields = {path: (hint, field) for path, hint, field in _fields_of(kind)}
+    fields = {path: (hint, field) for path, hint, field in _fields_of(kind) if path not in without}
     order = only or [*shown, *(path for path in fields if path not in shown)]
     return combined(*(_option(path, *fields[path], hidden=bool(shown) and path not in shown) for path in order))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn train`, `cascade`, `recipes` and `reproduce`: from options, a recipe or tasks, in one process or several."""
+"""`smn train`, `cascade`, `recipes`, `compare` and `reproduce`: from options, recipes or tasks to runs and tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from ..cascade.evaluate import METRICS
 from ..data import load_images
 from ..data.loading import STOP_SIGNALS
 from ..evaluation import report_table
-from ..paper import ARTEFACTS, SCALES, artefact_named, listing, scale_named
+from ..paper import ARTEFACTS, SCALES, Reproduction, artefact_named, listing, scale_named
+from ..paper import compare as compare_methods
 from ..paper import reproduce as reproduce_artefact
 from ..storage.files import atomic_write
 from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
@@ -318,6 +319,47 @@ def recipes(name: str | None) -> None:
     click.echo(yaml.safe_dump(read_recipe(name), sort_keys=False, allow_unicode=True).rstrip())
 
 
+# What a comparison decides itself, and what would make its runs unequal.
+_DECIDED = "output_dir resume adapt peft lr seed eval_fraction init_from save_dtype eval_probe fraction_seed".split()
+
+
+@click.command("compare")
+@click.argument("recipe")
+@field_options(
+    TrainArguments, without=_DECIDED, shown="backbone dataset epochs batch_size image_size limit cpu".split()
+)
+@click.option("--methods", multiple=True, help="Compare these methods only; may be repeated.")
+@click.option("--grid", type=PATH, help="A YAML file of methods and trials, in place of the package's methods.yaml.")
+@click.option("--budget", "budgets", type=float, multiple=True, help="Largest file in kB; may be repeated.")
+@click.option("--held-out", type=float, default=0.2, help="Part of the training images that trials are measured on.")
+@click.option("--seeds", type=int, default=3, help="Number of seeds of the runs that are tested.")
+@click.option("--output", type=PATH, default=Path("runs/compare"), help="Folder of all runs and of what is made.")
+@help_all
+@click.pass_context
+def compare(context: click.Context, recipe: str, **options: Any) -> None:
+    """Compare masks with other methods on a backbone and a dataset, with as many trials for each.
+
+    RECIPE is what all share: a recipe's name, such as supervised-small or swav-small, or a YAML file. Trials are
+    measured on held-out training images; within each size of file the best of each method is tested once.
+
+    What is done is not run again, and what was interrupted goes on.
+    """
+    names = ("methods", "grid", "budgets", "held_out", "seeds", "output")
+    values = merged(recipe_values(recipe), given(context, TrainArguments))
+    chosen: dict[str, Any] = {name: options[name] for name in names}
+    _show_made(partial(compare_methods, values, **chosen))
+
+
+def _show_made(make: Callable[..., Reproduction]) -> None:
+    """Print a table that is made, and the files of it."""
+    try:
+        made = make(say=partial(click.echo, err=True))
+    except Interrupted as stop:
+        raise Interrupted(f"{stop} The same command goes on.") from stop
+    click.echo(made.text)
+    click.echo("\n".join(str(path) for path in made.files), err=True)
+
+
 @click.command("reproduce")
 @click.argument("names", nargs=-1)
 @click.option("--scale", default="small", help=f"{' or '.join(SCALES)}: see --list.")
@@ -337,11 +379,6 @@ def reproduce(names: tuple[str, ...], scale: str, seeds: int | None, output: Pat
         return
     if not names:
         raise click.UsageError(f"name a table or figure, such as {next(iter(ARTEFACTS))}, or pass --list.")
-    chosen, size, say = [artefact_named(name) for name in names], scale_named(scale), partial(click.echo, err=True)
-    for artefact in chosen:
-        try:
-            made = reproduce_artefact(artefact, size, seeds=seeds, output=output, say=say)
-        except Interrupted as stop:
-            raise Interrupted(f"{stop} The same command goes on.") from stop
-        click.echo(made.text)
-        click.echo("\n".join(str(path) for path in made.files), err=True)
+    size = scale_named(scale)
+    for artefact in [artefact_named(name) for name in names]:
+        _show_made(partial(reproduce_artefact, artefact, size, seeds=seeds, output=output))

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import HFValidationError, logging, validate_repo_id
 from peft import PeftModel
+from torch import nn
 
 from ..evaluation import EvalReport
 from ..storage.adapter_config import CONFIG_NAME
@@ -204,9 +205,9 @@ def push_model(
     return _send(whole, message, private, revision, create_pr, token, commit_description)
 
 
-def full_bytes(model: PeftModel) -> int:
+def full_bytes(model: nn.Module) -> int:
     """Bytes of all weights and statistics of the base, heads included: what full fine-tuning would save."""
-    own = ("smn_", "lora_", "modules_to_save")
+    own = ("smn_", getattr(getattr(model, "base_model", None), "prefix", "smn_"), "modules_to_save")
     return sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in model.state_dict().items()

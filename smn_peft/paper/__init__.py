@@ -8,10 +8,21 @@ from collections.abc import Sequence
 from .._options import did_you_mean
 from ..evaluation import markdown_table
 from . import figures  # noqa: F401 - registers the figures, and the tables that it imports
-from .artefact import ARTEFACTS, Artefact, needed_runs, render, reproduce
+from .artefact import ARTEFACTS, Artefact, Reproduction, needed_runs, render, reproduce
+from .compare import compare
 from .scales import SCALES, Scale, scale_named
 
-__all__ = ["ARTEFACTS", "SCALES", "artefact_named", "listing", "render", "reproduce", "scale_named"]
+__all__ = [
+    "ARTEFACTS",
+    "SCALES",
+    "Reproduction",
+    "artefact_named",
+    "compare",
+    "listing",
+    "render",
+    "reproduce",
+    "scale_named",
+]
 
 
 def artefact_named(name: str) -> Artefact:

@@ -44,7 +44,7 @@ class Artefact:
     """A table or figure; title, note and the paper's numbers are those of ``artefacts.yaml``."""
 
     name: str  # "table2", "figure8"
-    cells: Callable[[Scale], list[Cell]]  # its numbers at a scale; every run that it needs is the run of a cell
+    cells: Callable[[Any], list[Cell]]  # its numbers at a scale; every run that it needs is the run of a cell
     title: str
     note: str  # how it differs from the paper's, and what to know when reading it
     paper: Mapping[str, Mapping[str, Mapping[str, float]]]  # the paper's numbers by section, row and column
@@ -55,6 +55,9 @@ class Artefact:
     draw: Callable[[Record, Path], list[Path]] | None = None
     seeds: int = 3  # default number of seeds
     each_seed: bool = False  # show every seed's value beside their mean
+    # (store, scale) -> the artefact that is shown, where its cells depend on what the runs of these gave, first seed.
+    then: Callable[[RunStore, Any], Artefact] | None = None
+    incomplete: bool = False  # whether there are details although a run failed
 
 
 ARTEFACTS: dict[str, Artefact] = {}
@@ -76,7 +79,7 @@ def artefact(name: str, **options: Any) -> Callable[[Callable[[Scale], list[Cell
     return register
 
 
-def needed_runs(artefact: Artefact, scale: Scale, seeds: Sequence[int]) -> list[RunSpec]:
+def needed_runs(artefact: Artefact, scale: Scale | None, seeds: Sequence[int]) -> list[RunSpec]:
     """The runs of an artefact, each once; a run whose density another takes comes before it."""
     found: dict[str, RunSpec] = {}
     for seed in seeds:
@@ -90,9 +93,10 @@ def needed_runs(artefact: Artefact, scale: Scale, seeds: Sequence[int]) -> list[
     return list(found.values())
 
 
-def make_record(artefact: Artefact, scale: Scale, store: RunStore, seeds: Sequence[int]) -> dict[str, Any]:
+def make_record(artefact: Artefact, scale: Scale | None, store: RunStore, seeds: Sequence[int]) -> dict[str, Any]:
     """Read the numbers of an artefact from its finished runs, as JSON-compatible data."""
     cells, rows, failures = artefact.cells(scale), [], {}
+    details = artefact.details
     for cell in cells:
         specs = [cell.run.seeded(seed) for seed in (seeds[:1] if cell.frozen else seeds)]
         failures.update({spec.id: reason for spec in specs if (reason := store.failure(spec)) is not None})
@@ -102,11 +106,11 @@ def make_record(artefact: Artefact, scale: Scale, store: RunStore, seeds: Sequen
     return {
         "format": 1,
         **{name: getattr(artefact, name) for name in ("name", "title", "note", "each_seed", "paper")},
-        "scale": scale.name,
+        "scale": None if scale is None else scale.name,
         "seeds": list(seeds),
         "cells": rows,
         "failures": failures,
-        "details": None if artefact.details is None or failures else artefact.details(store, cells, seeds),
+        "details": details(store, cells, seeds) if details and (artefact.incomplete or not failures) else None,
         "versions": library_versions(),
     }
 
@@ -121,7 +125,8 @@ def render(record: Record) -> str:
     """A record as Markdown: what was measured, then the paper's numbers."""
     seeds = len(record["seeds"])
     over = f"mean and standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    parts = [f"## {record['title']}", f"Scale `{record['scale']}`, {over}; accuracies and densities in percent."]
+    at = f"Scale `{record['scale']}`, {over}" if record["scale"] else over.capitalize()
+    parts = [f"## {record['title']}", f"{at}; accuracies and densities in percent."]
     parts += [record["note"]] if record["note"] else []
     for section, cells in by_section(record).items():
         parts += [f"### {section}"] if section else []
@@ -179,7 +184,7 @@ class Reproduction(NamedTuple):
 
 def reproduce(
     artefact: Artefact,
-    scale: Scale,
+    scale: Scale | None,
     *,
     seeds: int | None = None,
     output: str | Path = "runs/paper",
@@ -189,7 +194,7 @@ def reproduce(
 
     Args:
         artefact: The table or figure.
-        scale: Its size.
+        scale: Its size; None for one that has no scales.
         seeds: Number of seeds; None: the artefact's default.
         output: Folder of the runs and of what is written.
         say: Called with a line of text when a run starts.
@@ -201,18 +206,14 @@ def reproduce(
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}.")
     chosen, store = range(seeds or artefact.seeds), RunStore(Path(output))
-    specs = needed_runs(artefact, scale, chosen)
-    todo = [spec for spec in specs if not store.is_done(spec)]
-    if problem := missing_files(todo):
-        raise ValueError(f"{artefact.name} at scale {scale.name!r}: {problem}")
-    with share():
-        for number, spec in enumerate(todo, 1):
-            say(f"{artefact.name}: run {number} of {len(todo)} ({len(specs) - len(todo)} were done), {spec.id}")
-            store.ensure(spec)
+    if artefact.then is not None:
+        _run(artefact, scale, range(1), store, say)
+        artefact = artefact.then(store, scale)
+    _run(artefact, scale, chosen, store, say)
     # As JSON holds it, so that text and pictures are what the file gives.
     content = json.dumps(make_record(artefact, scale, store, chosen), indent=1, ensure_ascii=False)
     record = json.loads(content)
-    text, stem = render(record), store.folder / f"{artefact.name}-{scale.name}"
+    text, stem = render(record), store.folder / (f"{artefact.name}-{scale.name}" if scale else artefact.name)
     files = [Path(f"{stem}.json"), Path(f"{stem}.md")]
     store.folder.mkdir(parents=True, exist_ok=True)
     for path, written in zip(files, (content + "\n", text), strict=True):
@@ -221,3 +222,17 @@ def reproduce(
     if artefact.draw is not None and (artefact.details is None or record["details"] is not None):
         files += artefact.draw(record, stem)
     return Reproduction(record, text, files)
+
+
+def _run(
+    artefact: Artefact, scale: Scale | None, seeds: Sequence[int], store: RunStore, say: Callable[[str], None]
+) -> None:
+    """Do the runs of an artefact that are not done."""
+    specs = needed_runs(artefact, scale, seeds)
+    todo = [spec for spec in specs if not store.is_done(spec)]
+    if problem := missing_files(todo):
+        raise ValueError(f"{artefact.name}{f' at scale {scale.name!r}' if scale else ''}: {problem}")
+    with share():
+        for number, spec in enumerate(todo, 1):
+            say(f"{artefact.name}: run {number} of {len(todo)} ({len(specs) - len(todo)} were done), {spec.id}")
+            store.ensure(spec)

@@ -30,7 +30,6 @@ def frozen_cells(section: str, column: str, run: RunSpec) -> list[Cell]:
 def _table1(scale: Scale) -> list[Cell]:
     methods = {
         "full": "full fine-tuning",
-        "lora": "LoRA of at most the mask's bytes",
         "statistics": "new head, BatchNorm statistics alone",
         "mask_sgd": "mask, SGD and a random head",
         "mask": "mask",

@@ -18,6 +18,7 @@ from ..backbones.from_file import import_file
 from ..data import MultiCropOptions, SupervisedOptions
 from ..objectives import Objective, list_objectives, objective_class
 from ..tuner import MaskConfig
+from .adapters import check_adapt, peft_methods
 
 
 @dataclass
@@ -43,6 +44,9 @@ class LoopArguments:
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Autocast of the forward; scores stay as they are.")
     score_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "Dtype of scores and their momentum; bfloat16 takes half the memory, by stochastic rounding."
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16"] = option(
+        "float32", "Dtype that what trained is saved in, and is rounded to before the last evaluation."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward, to save memory.")
     channels_last: bool = option(False, "Keep images and convolution weights with channels last (GPU).")
@@ -71,15 +75,14 @@ class TrainArguments(LoopArguments):
     backbone_revision: str | None = option(None, "Git revision of the backbone on the Hub.")
     image_size: int | None = option(None, "Side of the images in pixels; None: the backbone's.", least=1, most=4096)
     init_from: str | None = option(None, "Start from the scores, head and statistics of the run in this folder.")
-    adapt: Literal["mask", "full", "head", "lora", "statistics"] = option(
+    adapt: str = option(
         "mask",
-        "What trains: a mask, all weights, the head alone, PEFT's LoRA on the layers of `mask`, or, beside the head, "
-        "nothing but the BatchNorm statistics.",
+        "What trains beside the head: a mask; all weights ('full'); every bias ('bias'); nothing ('head'); BatchNorm "
+        "statistics ('statistics'); or a method of PEFT on the layers of `mask`, by its name: 'lora', 'ia3' ….",
     )
+    peft: dict[str, Any] = option({}, "Options of that method of PEFT as key=value, such as r=4: its config's fields.")
     mask: MaskConfig = option(MaskConfig, "The mask adapter.")
     mask_stages: int | None = option(None, "Number of first stages, or blocks without stages, to mask.", least=1)
-    lora_rank: int | None = option(None, "Rank of adapt='lora'; None: the largest within a mask's bytes.", least=1)
-    lora_alpha: float | None = option(None, "α of adapt='lora', whose update is scaled by α / rank; None: 2 · rank.")
 
     dataset: str = option("", "Name of a known dataset, Hub id, image folder, parquet or npz file.")
     dataset_revision: str | None = option(None, "Git revision of the dataset on the Hub.")
@@ -128,6 +131,7 @@ class TrainArguments(LoopArguments):
         for name in ("backbone", "weights", "dataset", "init_from", "indices_file", "objective"):
             if getattr(self, name):
                 setattr(self, name, absolute(getattr(self, name)))
+        check_adapt(self.adapt, self.peft)
         if self.eval_fraction is not None and self.eval_split is None:
             raise ValueError("eval_fraction holds images out to evaluate on, and eval_split=None evaluates on none.")
         if self.head == "masked" and self.adapt != "mask":
@@ -136,8 +140,9 @@ class TrainArguments(LoopArguments):
             raise ValueError("adapt='head' needs objective='cross_entropy': nothing else has a head to keep.")
         if self.mask_stages is not None and self.mask.layers_to_transform is not None:
             raise ValueError("mask_stages and mask.layers_to_transform both choose layers: give one of them.")
-        if self.adapt == "lora" and self.mask.batch_norm == "adapt":
-            raise ValueError("adapt='lora' keeps the base's BatchNorm statistics: set mask.batch_norm='frozen'.")
+        if self.adapt in peft_methods() and self.mask.batch_norm == "adapt":
+            what = f"adapt={self.adapt!r} keeps the base's BatchNorm statistics"
+            raise ValueError(f"{what}: set mask.batch_norm='frozen'.")
 
 
 def absolute(name: str) -> str:
@@ -223,6 +228,7 @@ _CONTENT = {
     "base": ("backbone", "weights", "pretrained", "backbone_revision"),
     "data": ("dataset", "dataset_revision"),
 }
+_ADDED: dict[str, Any] = {"peft": {}, "save_dtype": "float32"}  # what runs of versions without these options did
 _MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest of the training images and labels)"}
 
 
@@ -238,6 +244,7 @@ def as_facts(arguments: LoopArguments, more: Mapping[str, Any] | None = None) ->
 
 def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: object) -> None:
     """Raise ValueError if the facts that a run saved in file `where` differ in what could change a weight."""
+    saved = {**{name: value for name, value in _ADDED.items() if name in wanted}, **saved}
     # Class names are known only where something is evaluated, digests only to a whole run.
     left_out = {name for name in ("classes", *_CONTENT) if saved.get(name) is None or wanted.get(name) is None}
     left_out |= {path for name, paths in _CONTENT.items() if name not in left_out for path in paths}

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From arguments to parts: images, base model, adapter (mask or LoRA), objective, loader and evaluation, checked."""
+"""From arguments to parts: images, base model under its adapter, objective, loader and evaluation, checked."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,9 +16,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 
 from ..backbones import Backbone, accept_size, is_file_spec, load_backbone, load_classifier, load_from_file
 from ..backbones.clip import templates_for, text_embeddings
@@ -46,12 +44,9 @@ from ..evaluation import (
     linear_probe,
 )
 from ..objectives import Objective, create_objective
-from ..storage.adapter_file import WEIGHTS_NAME
 from ..storage.files import check_regular
 from ..storage.fingerprint import fingerprint, tensor_digest
-from ..tuner import MaskConfig, explain_targets
-from ..tuner.batch_norm import has_statistics
-from ..tuner.targets import resolve_targets, stage_targets
+from .adapters import adapted
 from .arguments import TrainArguments, objective_kind
 from .checkpoint import latest_checkpoint, start_from
 from .task import TrainingTask
@@ -261,10 +256,11 @@ def build_task(
     if arguments.head == "probe" and num_classes is not None:
         backbone.model.to(device)
         _start_from_probe(backbone, images, arguments)
-    model = _adapted(arguments, backbone, num_classes is not None, images.train.classes)
+    model = adapted(arguments, backbone, images.train.classes)
     torch.manual_seed(arguments.seed)
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
-    task = TrainingTask(model, objective, adapt_statistics=arguments.adapt == "statistics", base=base)
+    statistics = {"statistics": True, "bias": False}.get(arguments.adapt)
+    task = TrainingTask(model, objective, adapt_statistics=statistics, base=base)
     if arguments.init_from is not None:
         start_from(task, arguments.init_from)
     return task, backbone
@@ -301,36 +297,6 @@ def _accept_crops(crops: MultiCropOptions, backbone: Backbone) -> None:
         accept_size(backbone, crops.local_size)
     except ValueError as error:
         raise ValueError(f"{error}. Set another multi_crop.local_size, or multi_crop.local_crops=0.") from error
-
-
-def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, classes: list[str] | None) -> nn.Module:
-    model: Any = backbone.model
-    if arguments.adapt in ("full", "head", "statistics"):
-        if arguments.adapt == "statistics" and not any(has_statistics(module) for module in model.modules()):
-            raise ValueError(f"adapt='statistics' needs BatchNorm, and {arguments.backbone} has none.")
-        model.requires_grad_(arguments.adapt == "full")
-        if has_head:
-            model.head.requires_grad_(True)
-        return model
-    config: MaskConfig = copy.deepcopy(arguments.mask)
-    # For users of the adapter, who may have its two files only.
-    config.preprocessing = backbone.preprocessing
-    config.id2label = dict(enumerate(classes)) if has_head and classes is not None else None
-    config.seed = config.seed or arguments.seed
-    if arguments.mask_stages is not None:
-        config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
-    if has_head and arguments.head == "masked":
-        targets = resolve_targets(model, config.target_modules)
-        if isinstance(targets, str):
-            raise ValueError("head='masked' adds the head to mask.target_modules: give those as a list, or None.")
-        config.target_modules = [*targets, "head"]
-    elif has_head:
-        config.modules_to_save = [*(config.modules_to_save or []), "head"]
-    if arguments.adapt == "mask":
-        return get_peft_model(model, config)
-    lora = lora_config(model, config, rank=arguments.lora_rank, alpha=arguments.lora_alpha)
-    torch.manual_seed(arguments.seed)  # PEFT draws the factors from the global stream
-    return get_peft_model(model, lora)
 
 
 def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
@@ -411,9 +377,10 @@ def evaluator_of(
     def evaluate(task: TrainingTask) -> dict[str, Any]:
         nonlocal fresh
         first, fresh = fresh, False
-        moved = arguments.init_from is not None or task.density() not in (None, 1)  # it does not start at the base
-        bare = task.model.disable_adapter() if first and moved and isinstance(task.model, PeftModel) else nullcontext()
-        of_base = first and (not moved or isinstance(task.model, PeftModel)) and accelerator.num_processes == 1
+        peft = isinstance(task.model, PeftModel)
+        moved = arguments.init_from is not None or (peft and task.density() != 1)  # perhaps not where the base is
+        bare = task.model.disable_adapter() if first and moved and peft else nullcontext()
+        of_base = first and (not moved or peft) and accelerator.num_processes == 1
 
         def features_of(part: ImageDataset) -> Features:
             extract = partial(extract_features, task.model, part, **loading)
@@ -428,45 +395,3 @@ def evaluator_of(
             }
 
     return evaluate
-
-
-# --- PEFT's LoRA as a baseline, on the layers of a mask and at its size ----------------------------------------------
-
-
-def lora_config(
-    model: nn.Module, mask: MaskConfig, *, rank: int | None = None, alpha: float | None = None
-) -> LoraConfig:
-    """Configure LoRA on the layers that a mask would take; None: the rank that matches it, alpha = 2 · rank."""
-    rank = matched_lora_rank(model, mask) if rank is None else rank
-    where: dict[str, Any] = {name: getattr(mask, name) for name in ("layers_to_transform", "layers_pattern")}
-    targets = resolve_targets(model, mask.target_modules, **where)
-    if targets is not mask.target_modules:  # the layers are in the names
-        where = {}
-    return LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]  # PEFT takes any number
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=mask.exclude_modules,
-        modules_to_save=mask.modules_to_save,
-        **where,
-    )
-
-
-def matched_lora_rank(model: nn.Module, mask: MaskConfig) -> int:
-    """The largest rank whose fp32 factors take no more bytes than the packed mask; ValueError if rank 1 takes more."""
-    available = explain_targets(model, mask, verbose=False).packed_bytes
-    empty = copy.deepcopy(model).to("meta")
-    adapted = get_peft_model(empty, lora_config(empty, mask, rank=1), low_cpu_mem_usage=True)
-    per_rank = 4 * sum(parameter.numel() for name, parameter in adapted.named_parameters() if ".lora_" in name)
-    if per_rank > available:
-        sizes = f"LoRA of rank 1 takes {per_rank:,} bytes, the mask of the same layers {available:,}"
-        raise ValueError(f"{sizes}: no rank matches it. Give one, as in lora_rank=1.")
-    return available // per_rank
-
-
-def lora_sizes(folder: str | Path) -> dict[str, int]:
-    """Bytes of a saved LoRA adapter: of its ``factors``, of the ``head`` and others in full, and ``total``."""
-    path, sums = Path(folder) / WEIGHTS_NAME, {"factors": 0, "head": 0}
-    for name, tensor in load_file(path).items():
-        sums["factors" if ".lora_" in name else "head"] += tensor.nbytes
-    return {**sums, "total": path.stat().st_size}

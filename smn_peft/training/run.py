@@ -25,11 +25,12 @@ from safetensors.torch import save
 from ..evaluation import library_versions
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage.adapter_config import CONFIG_NAME
-from ..storage.adapter_file import adapter_sizes
+from ..storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 from ..storage.files import atomic_write, read_json, to_disk
 from ..storage.fingerprint import tensor_digest
+from .adapters import saved_tensors
 from .arguments import TrainArguments, as_facts, check_same
-from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, lora_sizes, share
+from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, share
 from .checkpoint import latest_checkpoint, start_digest
 from .metrics import METRICS_NAME, TrainingFailure, read_metrics
 from .processes import build_accelerator, together
@@ -53,7 +54,7 @@ class RunSummary:
         loss: Mean loss of the last logged window.
         seconds: Time of the training loop in all sessions, evaluations included.
         images_per_second, waiting_for_data: Medians over the logged windows.
-        sizes: Bytes of the adapter's file by part; `full` is what a checkpoint of all weights would have.
+        sizes: Bytes of the saved file, `total`, and of a mask's by part; `full`: of all weights and statistics.
     """
 
     arguments: dict[str, Any]
@@ -71,8 +72,9 @@ class RunSummary:
     def text(self) -> str:
         """Lines for a terminal."""
         lines = [f"{self.steps} steps in {self.seconds:.0f} s, in {self.arguments['output_dir']}"]
-        if self.density is not None:
-            lines.append(f"density {self.density:.4f}, file {self.sizes.get('total', 0) / 1e3:.1f} kB")
+        density = [] if self.density is None else [f"density {self.density:.4f}"]
+        if "total" in self.sizes:  # earlier versions counted adapters only
+            lines.append(", ".join([*density, f"file {self.sizes['total'] / 1e3:.1f} kB"]))
         for name, value in self.after.items():
             lines.append(f"{name}: {f'{self.before[name]:.4f} -> ' if name in self.before else ''}{value:.4f}")
         return "\n".join(lines)
@@ -179,17 +181,19 @@ def run_lock(folder: str | Path) -> Iterator[None]:
 def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
     """Save what was trained, and only then the summary, which says that the run is finished."""
     folder, model = Path(trainer.arguments.output_dir), task.model
-    sizes: dict[str, int] = {}
-    if isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" asks the Hub
+    tensors = {} if task.mask_config is not None else saved_tensors(task, trainer.arguments.save_dtype)
+    if isinstance(model, PeftModel):  # save_embedding_layers="auto" asks the Hub
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors or None)
         for path in folder.glob("adapter_*"):
             to_disk(path)
-        sizes = lora_sizes(folder) if task.mask_config is None else vars(adapter_sizes(folder))
-        sizes["full"] = full_bytes(model)
+        sizes = {"total": (folder / WEIGHTS_NAME).stat().st_size}
     else:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         with atomic_write(folder / MODEL_NAME) as file:
-            file.write(save(tensors))
+            file.write(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+        sizes = {"total": (folder / MODEL_NAME).stat().st_size}
+    if task.mask_config is not None:
+        sizes = vars(adapter_sizes(folder))
+    sizes["full"] = full_bytes(model)
     to_disk(folder)
     lines = read_metrics(folder / METRICS_NAME)
     losses = [line for line in lines if "loss" in line]
@@ -221,7 +225,7 @@ def finished_run(arguments: TrainArguments, **more: Any) -> RunSummary | None:
     if not path.is_file():
         return None
     summary, wanted = RunSummary.load(path.parent), as_facts(arguments, more)
-    check_same({name: summary.arguments.get(name) for name in wanted}, wanted, path)
+    check_same({name: value for name, value in summary.arguments.items() if name in wanted}, wanted, path)
     return summary
 
 

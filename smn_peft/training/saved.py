@@ -28,6 +28,7 @@ from ..storage.adapter_file import (
 )
 from ..tuner import MaskConfig
 from ..tuner.checks import fingerprints
+from .adapters import WITHOUT_PEFT, select_trainable, trained_names
 from .arguments import TrainArguments
 from .assemble import METRICS, build_images, build_objective, evaluation_of, load_base, measure
 from .checkpoint import latest_checkpoint
@@ -94,7 +95,7 @@ def load_run(
         loaded = loaded.prepared_as({"image_size": image_size})
     if base:
         return arguments, loaded
-    if arguments is None or arguments.adapt in ("mask", "lora"):
+    if arguments is None or arguments.adapt not in WITHOUT_PEFT:
         read_config(folder)  # before PEFT reads it, which waits for a FIFO
         model: Any = PeftModel.from_pretrained(loaded.model, str(folder))
     else:
@@ -102,7 +103,12 @@ def load_run(
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist{_unfinished(folder)}.")
         try:
-            model.load_state_dict(read_adapter_file(path))
+            tensors, adapt = read_adapter_file(path), arguments.adapt
+            wanted = trained_names(select_trainable(model, adapt), statistics=adapt == "statistics")
+            # Strictly where the file has to hold all; it may hold more, as those of earlier versions do.
+            model.load_state_dict({**model.state_dict(), **tensors})
+            if missing := [name for name in wanted if name not in tensors]:
+                raise ValueError(f"it lacks {len(missing)} tensors, such as {missing[0]}")
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{path} does not fit the model that {folder / RUN_NAME} names: {error}") from error
     return arguments, replace(loaded, model=model.eval())

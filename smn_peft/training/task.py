@@ -17,6 +17,7 @@ from ..functional.packing import round_stochastically
 from ..objectives import Objective
 from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
+from .adapters import trained_names
 from .arguments import LoopArguments
 
 
@@ -26,12 +27,18 @@ class TrainingTask(nn.Module):
     Attributes:
         model: A vision model: under an adapter, or bare for the baselines.
         objective: Turns the model's features or logits into a loss.
-        adapt_statistics: Whether the BatchNorm statistics of a bare model adapt though none of its weights train.
+        adapt_statistics: Whether the BatchNorm statistics of a bare model adapt, whichever of its weights train; None:
+            if any weight does.
         base: Fingerprint of the frozen base, by which a resumed run knows it; None if not computed.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, *, adapt_statistics: bool = False, base: str | None = None
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        adapt_statistics: bool | None = None,
+        base: str | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model
@@ -42,18 +49,19 @@ class TrainingTask(nn.Module):
     def train(self, mode: bool = True) -> TrainingTask:
         """Set train mode, but keep what has no trainable weight in eval mode, or its BatchNorm statistics would move.
 
-        That is a frozen backbone and, under an adapter other than a mask, every frozen BatchNorm. A mask adapter has
-        a policy of its own.
+        That is a frozen backbone and, under an adapter other than a mask, every BatchNorm. A mask adapter has a policy
+        of its own.
         """
         super().train(mode)
         if self.adapt_statistics:
             return self
-        parts: list[nn.Module] = list(self.model.children())
-        if isinstance(self.model, PeftModel) and self.mask_config is None:
-            parts += [module for module in self.model.modules() if has_statistics(module)]
-        for part in parts:
+        for part in self.model.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
+        if self.adapt_statistics is False or (isinstance(self.model, PeftModel) and self.mask_config is None):
+            for module in self.model.modules():
+                if has_statistics(module):
+                    module.eval()
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -117,6 +125,14 @@ class TrainingTask(nn.Module):
             )
 
         return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if changes(name)}
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """What training changes of the model and is saved, by its name there."""
+        if isinstance(self.model, PeftModel):
+            state, start = self.training_state(), "model."
+            return {name.removeprefix(start): state[name].detach() for name in state if name.startswith(start)}
+        state = self.model.state_dict()
+        return {name: state[name] for name in trained_names(self.model, statistics=bool(self.adapt_statistics))}
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

@@ -16,10 +16,11 @@ from accelerate.utils import recursively_apply, send_to_device, set_seed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ..tuner import MaskConfig, round_extras
+from ..tuner import MaskConfig
+from .adapters import round_trained
 from .arguments import LoopArguments, as_facts
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from .metrics import MetricsLog, StopRequest, Window, check_collapse, check_training
+from .metrics import MetricsLog, StopRequest, TrainingFailure, Window, check_collapse, check_training
 from .processes import agree_on_start, build_accelerator, synchronise_batch_norm, together
 from .task import TrainingTask, build_optimizer, cast_scores, enable_gradient_checkpointing, warmup_cosine
 
@@ -122,11 +123,13 @@ class Trainer:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
         self.task.set_progress(1.0)  # for a run that is resumed at its end
-        if self.task.mask_config is not None:
-            round_extras(self.task.model)  # as saving will, so that what is evaluated is what is saved
+        round_trained(self.task, self.arguments.save_dtype)  # so that what is evaluated is what is saved
         if self.arguments.score_dtype == "bfloat16":
             cast_scores(self.task, torch.float32)  # no mask changes
-        self._evaluate()
+        try:
+            self._evaluate()
+        except ValueError as error:  # features of the same images were finite before
+            raise TrainingFailure(f"After the last step: {error}") from error
         for tracker in self.accelerator.trackers:  # end_training would also end the processes' group
             tracker.finish()
         return self.history

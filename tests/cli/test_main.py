@@ -64,8 +64,8 @@ def test_tab_completion():
     result = runner.invoke(app, env=environ)
     assert "--mask-bias" in result.stdout
     assert "--revision" not in result.stdout
-    environ = {"_SMN_COMPLETE": "bash_complete", "COMP_WORDS": "smn train --adapt l", "COMP_CWORD": "3"}
-    assert runner.invoke(app, env=environ).stdout.split() == ["plain,lora"]
+    environ = {"_SMN_COMPLETE": "bash_complete", "COMP_WORDS": "smn train --optimizer a", "COMP_CWORD": "3"}
+    assert runner.invoke(app, env=environ).stdout.split() == ["plain,adamw"]
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_first_stages_from_the_line(recipe, tmp_path):
 
 def test_lora_and_statistics_from_the_line(recipe, tmp_path):
     line = [*recipe, "--max-steps", 2, "--mask.batch-norm", "frozen"]
-    train(*line, "--adapt", "lora", "--lora-rank", 2, "--output-dir", tmp_path / "lora")
+    train(*line, "--adapt", "lora", "--peft", "r=2", "--output-dir", tmp_path / "lora")
     assert any("lora_A" in name for name in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
     train(*line, "--adapt", "statistics", "--output-dir", tmp_path / "statistics")
     assert (tmp_path / "statistics" / "model.safetensors").exists()
@@ -139,7 +139,8 @@ def test_mistakes_on_the_line(recipe):
     for words, code, message in (
         (["--epoch", 3], 2, "'--epochs'"),
         (["--num_processes", 2], 2, "need --launch"),
-        (["--adapt", "half"], 2, "must be mask|full|head|lora|statistics; got 'half'"),
+        (["--adapt", "lor"], 1, "got 'lor'. Did you mean lora?"),
+        (["--optimizer", "adam"], 2, "must be sgd|adamw; got 'adam'"),
         (["--lr", "fast"], 2, "must be float; got 'fast'"),
         (["--part", "1/2"], 2, "it is a share of --tasks"),
         (["--dataset", "cifar1000"], 1, "Did you mean cifar100"),

@@ -44,7 +44,6 @@ def tiny_scale(tiny_folder: Path) -> Scale:
     base = {"backbone": f"{tiny_folder / 'model.py'}:build"}
     supervised = {
         "full": merged(common, {"adapt": "full", "lr": 0.01}),
-        "lora": merged(common, {"adapt": "lora", "lora_rank": 1, "lr": 0.01}),
         "mask": mask,
     }
     unsupervised = {
@@ -83,6 +82,8 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "ablations_rates": (0.5, 2.0),
             "recipes": (("net", "colours", (1, 2)),),
             "recipes_methods": ("full", "mask", "mask"),
+            "methods": {"net": ("mask", "convolutional")},
+            "methods_dataset": "colours",
         },
     )
 

@@ -56,6 +56,9 @@ def test_runs_are_shared_between_tables_and_the_same_as_in_the_committed_records
     recorded = [json.loads(path.read_text("utf-8")) for path in RECORDS.glob("*.json")]
     assert recorded
     for record in recorded:
+        if ARTEFACTS[record["name"]].then is not None:  # its cells' runs are chosen by these
+            assert {trial["run"] for trial in record["details"]["trials"]} == runs[record["name"]]
+            continue
         assert {cell["runs"][0] for cell in record["cells"]} <= runs[record["name"]], record["name"]
 
 

@@ -25,8 +25,11 @@ def test_facts_are_json_and_sets_are_sorted():
 def test_only_what_moves_a_weight_has_to_be_the_same():
     saved = as_facts(arguments(log_every=5, knn_k=7))
     check_same(saved, as_facts(arguments(output_dir="elsewhere", num_workers=3, cache_images=True)), "x")
-    saved.pop("init_from")  # a run of a version without it
+    for name in ("init_from", "peft", "save_dtype"):  # a run of a version without them
+        saved.pop(name)
     check_same(saved, as_facts(arguments()), "x")
+    with pytest.raises(ValueError, match="save_dtype: was 'float32', is 'bfloat16'"):
+        check_same(saved, as_facts(arguments(save_dtype="bfloat16")), "x")
     with pytest.raises(ValueError, match=r"run\.json was written .*other settings(?s:.*)\n  lr: was 50\.0, is 2\.0\n"):
         check_same(saved, as_facts(arguments(lr=2.0)), "run.json")
 

@@ -93,7 +93,7 @@ def test_another_size_is_said(tmp_path):
 
 @pytest.mark.parametrize("adapt", ["lora", "head"])
 def test_what_has_no_config_of_ours_has_run_json(tmp_path, adapt):
-    arguments = tiny_arguments(tmp_path, adapt=adapt, lora_rank=1, lr=0.01, image_size=24, epochs=1)
+    arguments = tiny_arguments(tmp_path, adapt=adapt, lr=0.01, image_size=24, epochs=1)
     run(arguments)
     model = tmp_path / "model.py"
     model.write_text(model.read_text().replace("(0.25,) * 3, 16", "(0.3,) * 3, 20"))  # of the base as it is now

@@ -30,6 +30,12 @@ KINDS = {
     "swav": {**SWAV, **MASK},
     "full": {"adapt": "full", "lr": 0.05},
     "head": {"adapt": "head"},
+    "bias": {"adapt": "bias", "lr": 0.05},
+    "lora": {"adapt": "lora", "peft": {"r": 2}, "lr": 0.05},
+    "mask in bfloat16": {**MASK, "head": "probe", "save_dtype": "bfloat16"},
+    "full in bfloat16": {"adapt": "full", "lr": 0.05, "head": "probe", "save_dtype": "bfloat16"},
+    "lora in bfloat16": {"adapt": "lora", "peft": {"r": 2}, "lr": 0.05, "head": "probe", "save_dtype": "bfloat16"},
+    "bias in bfloat16": {"adapt": "bias", "lr": 0.05, "head": "probe", "save_dtype": "bfloat16"},
     "zero_shot": {"objective": "zero_shot", "templates": ["a photo of a {}."]},
 }
 

@@ -57,6 +57,14 @@ def write_npz(path: Path, labels: list[int] | None = None, broken: int | None = 
     return path
 
 
+VIT = """
+
+def build_vit():
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, **options)
+    model.mean, model.std, model.image_size = (0.5,) * 3, (0.25,) * 3, 16
+    return model
+"""
 DOUBLE = """
 
 def build_double():
@@ -67,8 +75,11 @@ def build_double():
 
 
 def write_model(folder: Path, function: str = "build") -> str:
-    """A user's file with the tiny model, and the same in float64 (`build_double`); returns "file.py:function"."""
-    (folder / "model.py").write_text(MODEL + DOUBLE)
+    """A user's file with the tiny ResNet, the same in float64 and a tiny ViT (`build_double`, `build_vit`).
+
+    Returns "file.py:function".
+    """
+    (folder / "model.py").write_text(MODEL + DOUBLE + VIT)
     return f"{folder / 'model.py'}:{function}"
 
 
