@@ -31,7 +31,7 @@ def test_every_recipe_is_whole(name):
     assert arguments.dataset in list_datasets()
     objective_class(arguments.objective).Options(**arguments.objective_options)
     notes = {key: value for key, value in read_recipe(name).items() if key not in recipe}
-    assert {"description", "source"} <= set(notes) <= {"description", "source", "expected"}
+    assert {"description", "source", "tuned_on"} <= set(notes) <= {"description", "source", "tuned_on", "expected"}
     expected = notes.get("expected", {})
     if not name.endswith("-small"):  # the paper's, by dataset; the others by backbone
         assert set(expected) <= set(list_datasets())
