@@ -33,8 +33,29 @@ def all_reduce(tensor: Tensor, reduction: Literal["sum", "max"] = "sum") -> Tens
     return tensor
 
 
-def gather_rows(tensor: Tensor, dim: int = 0) -> Tensor:
-    """Concatenate the processes' tensors, all of one shape and dtype, along `dim`, by rank and without gradient."""
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dim: int) -> Tensor:
+        ctx.dim = dim
+        return gather_rows(tensor, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Sum the gradients that all processes have for this one's rows."""
+        total = all_reduce(grad.contiguous().clone())
+        return total.chunk(process_count(), ctx.dim)[process_index()], None
+
+
+def gather_rows(tensor: Tensor, dim: int = 0, *, differentiable: bool = False) -> Tensor:
+    """Concatenate the processes' tensors, all of one shape and dtype, along `dim`, by rank.
+
+    With `differentiable`, gradients go back to the process whose rows they are of, summed over the processes; without,
+    there are none.
+    """
+    if differentiable:
+        gathered: Tensor = tensor if process_count() == 1 else _GatherRows.apply(tensor, dim)
+        return gathered
     tensor = tensor.detach()
     if process_count() == 1:
         return tensor

@@ -13,6 +13,7 @@ from .base import (
     objective_class,
     register_objective,
 )
+from .infonce import InfoNCE, InfoNCEOptions
 from .supervised import CrossEntropy, CrossEntropyOptions, ZeroShot
 from .swav import SwAV, SwAVOptions
 
@@ -20,6 +21,8 @@ __all__ = [
     "Batch",
     "CrossEntropy",
     "CrossEntropyOptions",
+    "InfoNCE",
+    "InfoNCEOptions",
     "Model",
     "NoOptions",
     "Objective",

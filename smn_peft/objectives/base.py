@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .._options import did_you_mean, from_mapping
@@ -98,6 +99,29 @@ class Objective(nn.Module):
             fix = "pass the model's pooled features, or its feature_dim when the objective is created"
             raise ValueError(f"{made} {tuple(features.shape)}: {fix}.")
         return features
+
+    def crops(self, batch: Batch, global_crops: int = 1) -> list[Tensor]:
+        """``batch["crops"]``: at least two tensors (batch, 3, h, w), the global crops first, all of one size."""
+        crops, needed = list(self.entry(batch, "crops")), max(global_crops, 2)
+        if len(crops) < needed:
+            found = f"the batch has {len(crops)}: make more crops, or lower global_crops"
+            raise ValueError(f"{self.name} needs {global_crops} global crops and {needed} crops in all, {found}.")
+        if len({len(crop) for crop in crops}) > 1:
+            raise ValueError(f"Every crop must hold the same images, got batch sizes {[len(crop) for crop in crops]}.")
+        sizes = [tuple(crop.shape[-2:]) for crop in crops]
+        if len(set(sizes[:global_crops])) > 1:
+            first = f"The first {global_crops} crops must be the global ones"
+            raise ValueError(f"{first}, of one size; got sizes {sizes}.")
+        return crops
+
+    def crop_features(self, model: Model, crops: Sequence[Tensor]) -> Tensor:
+        """Features of all crops, (crops · batch, dim), crop by crop; crops of one size share a forward."""
+        found: dict[int, Tensor] = {}
+        for shape in dict.fromkeys(crop.shape for crop in crops):
+            members = [i for i, crop in enumerate(crops) if crop.shape == shape]
+            features = self.features(model, torch.cat([crops[i] for i in members]))
+            found.update(zip(members, features.chunk(len(members)), strict=True))
+        return torch.cat([found[i] for i in range(len(crops))])
 
 
 AnyObjective = TypeVar("AnyObjective", bound=type[Objective])

@@ -8,7 +8,7 @@ what one process computes on the joined batch: Sinkhorn's sums and the queue run
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,14 +146,14 @@ class SwAV(Objective):
             ``"prototypes_used"``, how many are the argmax of some global crop of the joined batch.
         """
         options: SwAVOptions = self.options
-        crops = self._crops(batch)
+        crops = self.crops(batch, options.global_crops)
         images = len(crops[0]) * process_count()
         rows = images + options.queue_length
         if rows < options.prototypes and not options.allow_few_rows:
             found = f"the batch has {images} images over all processes and the queue {options.queue_length} rows"
             fix = f"Set prototypes to {rows} or less, enlarge the batch or queue_length, or set allow_few_rows=True."
             raise ValueError(f"{options.prototypes} prototypes cannot each get an image: {found}. {fix}")
-        embeddings = self.head(self._features(model, crops))
+        embeddings = self.head(self.crop_features(model, crops))
         with torch.autocast(embeddings.device.type, enabled=False):
             scores: Tensor = self.prototypes(embeddings).unflatten(0, (len(crops), -1))
             codes = self._codes(scores.detach()[: options.global_crops])
@@ -178,29 +178,6 @@ class SwAV(Objective):
         found = f"loss {logs['loss']:.3f} and the codes' entropy {logs['codes_entropy']:.3f} stand at ln K"
         fix = "Try projection='mlp', fewer prototypes, a smaller epsilon, or another learning rate of scores or head."
         return f"SwAV has collapsed: {found} = {uniform:.3f} for K = {self.options.prototypes}. {fix}"
-
-    def _crops(self, batch: Batch) -> list[Tensor]:
-        """``batch["crops"]``: at least two tensors (batch, 3, h, w), the global crops first, all of one size."""
-        crops, count = list(self.entry(batch, "crops")), self.options.global_crops
-        needed = max(count, 2)
-        if len(crops) < needed:
-            found = f"the batch has {len(crops)}: make more crops, or lower global_crops"
-            raise ValueError(f"{self.name} needs {count} global crops and {needed} crops in all, {found}.")
-        if len({len(crop) for crop in crops}) > 1:
-            raise ValueError(f"Every crop must hold the same images, got batch sizes {[len(crop) for crop in crops]}.")
-        sizes = [tuple(crop.shape[-2:]) for crop in crops]
-        if len(set(sizes[:count])) > 1:
-            raise ValueError(f"The first {count} crops must be the global ones, of one size; got sizes {sizes}.")
-        return crops
-
-    def _features(self, model: Model, crops: Sequence[Tensor]) -> Tensor:
-        """Features of all crops, (crops · batch, dim), crop by crop; crops of one size share a forward."""
-        found: dict[int, Tensor] = {}
-        for shape in dict.fromkeys(crop.shape for crop in crops):
-            members = [i for i, crop in enumerate(crops) if crop.shape == shape]
-            features = self.features(model, torch.cat([crops[i] for i in members]))
-            found.update(zip(members, features.chunk(len(members)), strict=True))
-        return torch.cat([found[i] for i in range(len(crops))])
 
     @torch.no_grad()
     def _codes(self, scores: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class TrainArguments(LoopArguments):
     supervised: SupervisedOptions = option(SupervisedOptions, "Augmentation of objectives with one view per image.")
     multi_crop: MultiCropOptions = option(MultiCropOptions, "Augmentation of objectives with several views per image.")
 
-    objective: str = option("cross_entropy", "cross_entropy, zero_shot, swav, or your own file.py:name.")
+    objective: str = option("cross_entropy", "cross_entropy, zero_shot, swav, infonce, or your own file.py:name.")
     objective_options: dict[str, Any] = option({}, "Options of the objective, as key=value.")
     head: Literal["trained", "probe", "masked"] = option(
         "trained", "Head for labels: new and trained; trained from a linear probe; or frozen, random and masked."

@@ -56,6 +56,7 @@ from .arguments import TrainArguments, objective_kind
 from .checkpoint import latest_checkpoint, start_from
 from .task import TrainingTask
 
+_HELD_OUT = 0.2  # share of the training images, where there is no other split to evaluate on
 METRICS = ("knn", "linear_probe", "accuracy")
 
 
@@ -100,9 +101,12 @@ def build_images(arguments: TrainArguments) -> Images:
     names = ("dataset", "image_column", "label_column", "dataset_revision", "class_limit", "eval_fraction")
     key = (*(getattr(arguments, name) for name in names), labelled, seed)
     train = full = _load(arguments, arguments.train_split, labelled)
-    held: ImageDataset | None = None
-    if arguments.eval_fraction is not None:
-        train, held = _without(full, arguments.eval_fraction, seed)
+    test, fraction = None, arguments.eval_fraction
+    if arguments.eval_split is not None and fraction is None:
+        test = _test_split(arguments)
+        fraction = _HELD_OUT if test is None else None
+    if fraction is not None:
+        train, test = _without(full, fraction, seed)
     train = _limited(train, arguments.limit, seed)
     if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
         train = _cached("train", (*key, arguments.train_split, arguments.limit), train)
@@ -119,19 +123,29 @@ def build_images(arguments: TrainArguments) -> Images:
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
         what = f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images"
         raise ValueError(f"{what} are all of one class: take another split, or more images.")
-    if (split := arguments.eval_split) is None:
+    if test is None:
         return Images(train, None, None, best, full.num_classes)
+    test = _limited(test, arguments.eval_limit, seed)
+    if arguments.cache_images:
+        test = _cached("test", (*key, arguments.eval_split, arguments.eval_limit), test)
+    return Images(train, _limited(bank, arguments.knn_limit, seed), test, best, full.num_classes)
+
+
+def _test_split(arguments: TrainArguments) -> ImageDataset | None:
+    """Open `eval_split`; None, with a warning, for the default "test" of a dataset that has but the training split."""
     try:
-        test = _limited(held or _load(arguments, split, True), arguments.eval_limit, seed)
+        return _load(arguments, str(arguments.eval_split), True)
     except NoLabelsError:
         raise
     except ValueError as error:
+        there = error.there if isinstance(error, NoSplitError) else None
+        if there is not None and arguments.eval_split == "test" and {*there} == {arguments.train_split}:
+            held = f"{_HELD_OUT:.0%} of its images, evenly of every class, are held out and evaluated on"
+            warnings.warn(f"{arguments.dataset} has no split 'test': {held} (--eval-fraction).", stacklevel=3)
+            return None
         fix = "name another; hold images of the training split out, by --eval-fraction 0.2; or pass --eval-split none"
         text = f"{error} It was opened to evaluate on: {fix}."
-        raise (NoSplitError(text, error.there) if isinstance(error, NoSplitError) else ValueError(text)) from error
-    if arguments.cache_images:
-        test = _cached("test", (*key, split, arguments.eval_limit), test)
-    return Images(train, _limited(bank, arguments.knn_limit, seed), test, best, full.num_classes)
+        raise (ValueError(text) if there is None else NoSplitError(text, there)) from error
 
 
 def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset:

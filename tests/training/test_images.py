@@ -12,7 +12,7 @@ import pytest
 
 from smn_peft.training import run
 from smn_peft.training.assemble import build_images, images_of_run
-from smn_peft.training.run import RunSummary
+from smn_peft.training.run import RunSummary, finished_run
 from smn_peft.training.saved import evaluate_run
 
 from .tiny import CLASSES, SWAV, picture, tiny_arguments, write_model
@@ -33,10 +33,10 @@ def files_of(dataset):
 def test_a_folder_of_classes_is_trained_on_with_images_held_out(tmp_path):
     folder = write_classes(tmp_path / "set")
     arguments = tiny_arguments(tmp_path, dataset=str(folder), epochs=1)
-    with pytest.raises(ValueError, match=r"no split 'test'.*hold images of the training split out.*--eval-fra"):
-        build_images(arguments)
+    with pytest.warns(UserWarning, match=r"no split 'test': 20% of its images, .*--eval-fraction"):
+        images = build_images(arguments)
     arguments = replace(arguments, eval_fraction=0.2, seed=5)
-    images = build_images(arguments)
+    assert files_of(build_images(arguments).test) == files_of(images.test)
     assert images.test.labels.bincount().tolist() == [2, 2, 2]
     assert images.train.labels.bincount().tolist() == [8, 8, 8]
     assert files_of(images.train) | files_of(images.test) == {str(path) for path in folder.rglob("*.png")}
@@ -67,6 +67,17 @@ def test_the_split_for_validation_is_taken_where_there_is_none_to_test_on(tmp_pa
     assert (arguments.eval_split, len(images.test)) == (name, 6)
     with pytest.raises(ValueError, match=r"no split 'tset'.*It was opened to evaluate on: name another"):
         images_of_run(replace(arguments, eval_split="tset"))
+
+
+def test_what_was_held_out_without_being_asked_for_is_held_out_again(tmp_path):
+    arguments = tiny_arguments(tmp_path, dataset=str(write_classes(tmp_path / "set")), epochs=1)
+    with pytest.warns(UserWarning, match="held out"):
+        summary = run(arguments)
+    with pytest.warns(UserWarning, match="held out"):
+        reports = evaluate_run(tmp_path / "out", backbone=arguments.backbone)
+    assert {report.metric: report.value for report in reports} == summary.after
+    assert {report.settings["test_images"] for report in reports} == {6}
+    assert finished_run(arguments) == summary
 
 
 def test_without_labels_nothing_is_held_out(tmp_path):
