@@ -121,6 +121,12 @@ class TrainArguments(LoopArguments):
     head: Literal["trained", "probe", "masked"] = option(
         "trained", "Head for labels: new and trained; trained from a linear probe; or frozen, random and masked."
     )
+    bound: float | None = option(
+        None,
+        "Weight in the loss of the squared distance of the features from those at the start, in standard deviations; "
+        "about 1 where few labels would lead astray.",
+        least=0,
+    )
     templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")
 
     def __post_init__(self) -> None:

@@ -277,6 +277,9 @@ def build_task(
     task = TrainingTask(model, objective, adapt_statistics=arguments.adapt == "statistics", base=base)
     if arguments.init_from is not None and not start_from(task, arguments.init_from) and probed:
         _start_from_probe(model.to(device), backbone, images, arguments)
+    if arguments.bound is not None:
+        options: dict[str, Any] = {"transform": evaluation_of(backbone), "batch_size": arguments.batch_size}
+        task.set_bound(arguments.bound, extract_features(model.to(device), images.train, **options).features)
     return task, backbone
 
 

@@ -76,8 +76,8 @@ def test_a_start_that_does_not_fit(first, tmp_path):
 def test_labels_on_top_of_a_run_without(first, tmp_path):
     """Mask and statistics are the other run's; the head is a probe on their features, under them one on the base's."""
     saved = checkpoint(first)
-    labels = {"objective": "cross_entropy", "objective_options": {}, "head": "probe", "init_from": first.output_dir}
-    arguments = replace(first, **labels, output_dir=str(tmp_path / "second"))
+    labels = {"objective": "cross_entropy", "objective_options": {}, "head": "probe", "bound": 1.0}
+    arguments = replace(first, **labels, init_from=first.output_dir, output_dir=str(tmp_path / "second"))
     images = build_images(arguments)
     task, backbone = build_task(arguments, images)
     own = {name: tensor for name, tensor in task.training_state().items() if ".head." not in name}
@@ -91,6 +91,8 @@ def test_labels_on_top_of_a_run_without(first, tmp_path):
             assert head.feature_mean.equal(features.features.mean(0))
             probe = fit_linear_probe(features, standardise=True, cautious=True)
             torch.testing.assert_close(head.weight.detach(), probe.weight)
+            if not disabled:  # the bound is to the other run's mask
+                assert task.start_features.equal(features.features)
     summary = run(arguments)
     assert summary.before["accuracy"] != summary.after["accuracy"]
     again = replace(arguments, init_from=arguments.output_dir, output_dir=str(tmp_path / "third"))
