@@ -348,7 +348,7 @@ def _adapted(arguments: TrainArguments, backbone: Backbone, has_head: bool, clas
 
 def _start_from_probe(model: Any, backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
     """Initialise the head with a linear probe on the features of the training images, the base's or an adapter's."""
-    classifier = model.get_base_model() if isinstance(model, PeftModel) else model
+    classifier: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     assert images.train.labels is not None
     counts = torch.bincount(images.train.labels, minlength=classifier.num_classes)
     if (present := int((counts > 0).sum())) < classifier.num_classes:
