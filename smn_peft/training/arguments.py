@@ -123,7 +123,7 @@ class TrainArguments(LoopArguments):
     )
     bound: float | None = option(
         None,
-        "Weight in the loss of the squared distance of the features from those at the start, in standard deviations; "
+        "Weight in the loss of the features' squared distance from those at the start, relative to their variance; "
         "about 1 where few labels would lead astray.",
         least=0,
     )

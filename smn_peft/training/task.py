@@ -40,14 +40,14 @@ class TrainingTask(nn.Module):
         self.adapt_statistics, self.base = adapt_statistics, base
         self._run = self._outputs
         self.bound: float | None = None
-        for name in ("start_features", "start_scale"):  # not saved: a resumed run computes them again
+        for name in ("start_features", "start_variance"):  # not saved: a resumed run computes them again
             self.register_buffer(name, None, persistent=False)
 
     def set_bound(self, weight: float, features: Tensor) -> None:
         """Bound how far training moves the features: add weight · distance from `features` to the loss.
 
-        The distance is the mean over images and features of ((f − start) / σ)², σ over the training images: the
-        penalty of Li et al. (DELTA, 2019) without attention, on standardised features.
+        The distance is ‖f − start‖² over images and features, divided by the features' variance over the training
+        images, both as means: the penalty of Li et al. (DELTA, 2019) without attention, free of the features' size.
 
         Args:
             weight: Factor of the distance.
@@ -58,7 +58,7 @@ class TrainingTask(nn.Module):
         """
         if self.objective.views != "one":
             raise ValueError(f"bound needs one view per image, and {self.objective.name} has several: leave it out.")
-        self.bound, self.start_features, self.start_scale = weight, features, features.std(0) + 1e-6
+        self.bound, self.start_features, self.start_variance = weight, features, features.var(0).mean()
 
     def train(self, mode: bool = True) -> TrainingTask:
         """Set train mode, but keep what has no trainable weight in eval mode, or its BatchNorm statistics would move.
@@ -101,8 +101,7 @@ class TrainingTask(nn.Module):
             return self._head(seen[0]) if self.objective.consumes == "logits" else seen[0]
 
         found = self.objective(model, batch)
-        moved = (seen[0].float() - self.start_features[batch["index"]]) / self.start_scale
-        distance = moved.square().mean()
+        distance = (seen[0].float() - self.start_features[batch["index"]]).square().mean() / self.start_variance
         return {**found, "loss": found["loss"] + self.bound * distance, "distance": distance.detach()}
 
     def _head(self, features: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ def test_loss_and_gradient_are_those_of_the_formula():
     torch.manual_seed(3)  # of the stochastic depth
     classifier = task.model.get_base_model()
     features = classifier.forward_features(batch["pixel_values"])
-    distance = sum(
-        ((features[:, j] - start[batch["index"], j]) / (start[:, j].std() + 1e-6)).pow(2).sum() for j in range(16)
-    ) / (len(batch["index"]) * 16)
+    squares = sum(
+        (feature - start[index]).pow(2).sum() for feature, index in zip(features, batch["index"], strict=True)
+    )
+    variance = sum(start[:, j].std() ** 2 for j in range(16)) / 16
+    distance = squares / (len(features) * 16) / variance
     wanted = F.cross_entropy(classifier.forward_head(features), batch["labels"]) + 0.7 * distance
     gradients = torch.autograd.grad(wanted, scores)
     plain = task(batch)
