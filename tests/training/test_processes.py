@@ -71,5 +71,6 @@ def test_two_processes_are_one(tmp_path, options, loss, scores):
     masks = [
         torch.cat([state[name].flatten() > 0 for name in state if "smn_scores" in name]) for state in (first, second)
     ]
-    assert (~masks[0]).sum() > (10 if one.best_step is None else 0)
+    if one.best_step is None:  # the best of the few labels is their start
+        assert (~masks[0]).sum() > 10
     assert (masks[0] != masks[1]).double().mean() < 1e-4
