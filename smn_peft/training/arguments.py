@@ -124,7 +124,7 @@ class TrainArguments(LoopArguments):
     bound: float | None = option(
         None,
         "Weight in the loss of the features' squared distance from those at the start, relative to their variance; "
-        "about 1 where few labels would lead astray.",
+        "about 1 where few labels would lead astray. BatchNorm statistics then stay the start's.",
         least=0,
     )
     templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")

@@ -63,14 +63,14 @@ class TrainingTask(nn.Module):
     def train(self, mode: bool = True) -> TrainingTask:
         """Set train mode, but keep what has no trainable weight in eval mode, or its BatchNorm statistics would move.
 
-        That is a frozen backbone and, under an adapter other than a mask, every frozen BatchNorm. A mask adapter has
-        a policy of its own.
+        That is a frozen backbone and, under an adapter other than a mask or with a bound, every frozen BatchNorm. A
+        mask adapter has a policy of its own.
         """
         super().train(mode)
         if self.adapt_statistics:
             return self
         parts: list[nn.Module] = list(self.model.children())
-        if isinstance(self.model, PeftModel) and self.mask_config is None:
+        if isinstance(self.model, PeftModel) and (self.mask_config is None or self.bound is not None):
             parts += [module for module in self.model.modules() if has_statistics(module)]
         for part in parts:
             if not any(parameter.requires_grad for parameter in part.parameters()):

@@ -46,6 +46,17 @@ def test_loss_and_gradient_are_those_of_the_formula():
         torch.testing.assert_close(gradient, expected)
 
 
+def test_statistics_stay_the_starts():
+    """Batches of few images would move them, and the features with them."""
+    task, batch = supervised_task(batch_norm="adapt"), next(iter(Batches()))
+    before = {name: tensor.clone() for name, tensor in task.training_state().items() if "running" in name}
+    assert before
+    task.set_bound(1.0, torch.randn(32, 16))
+    task.train()(batch)
+    after = task.training_state()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
 def test_views_of_one_image_have_no_bound(tmp_path):
     with pytest.raises(ValueError, match="bound needs one view per image, and swav has several"):
         swav_task().set_bound(1.0, torch.zeros(4, 16))
