@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..tuner.checks import base_name
@@ -76,7 +77,7 @@ class Classifier(nn.Module):
     def set_head(
         self, weight: Tensor, bias: Tensor | None = None, mean: Tensor | None = None, std: Tensor | None = None
     ) -> None:
-        """Set the head's values, such as a linear probe's.
+        """Set the head's values, such as a linear probe's; those of the active adapter that trains the head in full.
 
         Args:
             weight: (num_classes, feature_dim).
@@ -84,7 +85,7 @@ class Classifier(nn.Module):
             mean: (feature_dim,), subtracted from the features before the head; zeros if None.
             std: (feature_dim,), by which they are then divided; ones if None.
         """
-        if (wrapper := type(self.head)) is not nn.Linear:
+        if (wrapper := type(self.head)) not in (nn.Linear, ModulesToSaveWrapper):
             raise ValueError(f"An adapter wraps the head ({wrapper.__name__}): call set_head before get_peft_model.")
         head: Any = self.head
         values: dict[str, Tensor] = {

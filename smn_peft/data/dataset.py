@@ -211,5 +211,5 @@ def held_out(labels: Tensor, fraction: float, *, seed: int = 0) -> Tensor:
         count = len(of_class)
         found.append(of_class[: min(max(1, round(fraction * count)), count - 1)])
     if not sum(map(len, found)):
-        raise ValueError("No class has two images, so none can be held out to evaluate on.")
+        raise ValueError("No class has two images, so none can be held out: add some, or pass --eval-split none.")
     return torch.cat(found).sort().values

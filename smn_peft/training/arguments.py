@@ -106,6 +106,13 @@ class TrainArguments(LoopArguments):
     balanced: bool = option(True, "Take the fraction evenly from the classes, where labels are known.")
     subset_seed: int = option(0, "Seed of the limits, so that runs with other seeds see the same images.")
     fraction_seed: int = option(0, "Seed of the fraction; with one seed a smaller part lies in a larger one.")
+    keep_best: float | None = option(
+        None,
+        "End in the state that was best on this part of the training images, held out evenly of every class: at the "
+        "start, at the end, or where evaluate_every says.",
+        above=0,
+        below=1,
+    )
     indices_file: str | None = option(None, "A .npy of numbers of images to train on, of what the limits leave.")
     num_workers: int = option(0, "Processes that load and augment images; 0: the training process itself.", least=0)
     cache_images: bool = option(False, "Hold decoded images in memory, up to 2 GiB.")
@@ -116,6 +123,12 @@ class TrainArguments(LoopArguments):
     objective_options: dict[str, Any] = option({}, "Options of the objective, as key=value.")
     head: Literal["trained", "probe", "masked"] = option(
         "trained", "Head for labels: new and trained; trained from a linear probe; or frozen, random and masked."
+    )
+    bound: float | None = option(
+        None,
+        "Weight in the loss of the features' squared distance from those at the start, relative to their variance; "
+        "about 1 where few labels would lead astray. BatchNorm statistics then stay the start's.",
+        least=0,
     )
     templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")
 
@@ -143,6 +156,8 @@ class TrainArguments(LoopArguments):
         if self.adapt in peft_methods() and self.mask.batch_norm == "adapt":
             what = f"adapt={self.adapt!r} keeps the base's BatchNorm statistics"
             raise ValueError(f"{what}: set mask.batch_norm='frozen'.")
+        if self.keep_best is not None and self.mask.density_schedule is not None:
+            raise ValueError("keep_best may end in a denser mask than density_schedule asks for: give one of them.")
 
 
 def absolute(name: str) -> str:
@@ -168,7 +183,7 @@ def objective_kind(arguments: TrainArguments) -> type[Objective]:
 # --- Recipes: YAML files of arguments that carry the results to expect of them ---------------------------------------
 
 _RECIPES = Path(__file__).parent / "recipes"
-_NOTES = ("description", "source", "expected")  # what a recipe holds beside arguments
+_NOTES = ("description", "source", "tuned_on", "expected")  # what a recipe holds beside arguments
 
 
 def list_recipes() -> list[str]:
@@ -248,7 +263,9 @@ def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], where: objec
     # Class names are known only where something is evaluated, digests only to a whole run.
     left_out = {name for name in ("classes", *_CONTENT) if saved.get(name) is None or wanted.get(name) is None}
     left_out |= {path for name, paths in _CONTENT.items() if name not in left_out for path in paths}
-    names = sorted((set(saved) | set(wanted)) - _HARMLESS - left_out)
+    # Which states keep_best chooses from.
+    harmless = _HARMLESS - ({"evaluate_every"} if wanted.get("keep_best") is not None else set())
+    names = sorted((set(saved) | set(wanted)) - harmless - left_out)
     pairs = ((_MEANING.get(name, name), saved.get(name), wanted.get(name)) for name in names)
     if differing := "".join(f"  {name}: was {was!r}, is {now!r}\n" for name, was, now in pairs if was != now):
         what = f"{where} was written by a run with other settings, so going on would not be the same run"

@@ -62,6 +62,7 @@ class Images:
     train: ImageDataset
     bank: ImageDataset | None
     test: ImageDataset | None
+    held: ImageDataset | None = None  # of the labelled images, to choose the best state on
     num_classes: int | None = None  # of the whole training split, of which `train` may lack some
 
 
@@ -80,7 +81,7 @@ def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
         warnings.warn(f"{arguments.dataset} has no split 'test': {other!r} is evaluated on.", stacklevel=3)
         return found
     except NoLabelsError as error:
-        if objective_kind(arguments).needs_labels or arguments.eval_split is None:
+        if objective_kind(arguments).needs_labels or arguments.eval_split is None or arguments.keep_best:
             raise
         reason = str(error).partition(": ")[0]
         warnings.warn(f"{reason}: nothing is evaluated, as with --eval-split none.", stacklevel=3)
@@ -91,7 +92,7 @@ def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
 def build_images(arguments: TrainArguments) -> Images:
     """Open the dataset and choose the subsets that the arguments ask for; NoLabelsError if labels are missing."""
     needs_labels, seed = objective_kind(arguments).needs_labels, arguments.subset_seed
-    labelled = needs_labels or arguments.eval_split is not None
+    labelled = needs_labels or arguments.eval_split is not None or arguments.keep_best is not None
     names = ("dataset", "image_column", "label_column", "dataset_revision", "class_limit", "eval_fraction")
     key = (*(getattr(arguments, name) for name in names), labelled, seed)
     train = full = _load(arguments, arguments.train_split, labelled)
@@ -100,10 +101,7 @@ def build_images(arguments: TrainArguments) -> Images:
         test = _test_split(arguments)
         fraction = _HELD_OUT if test is None else None
     if fraction is not None:
-        assert full.labels is not None  # eval_split is not None either
-        chosen = held_out(full.labels, fraction, seed=seed)
-        rest = torch.ones(len(full), dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
-        train, test = full.subset(rest), full.subset(chosen)
+        train, test = _without(full, fraction, seed)
     train = _limited(train, arguments.limit, seed)
     if arguments.cache_images:  # not before: decoding all images for a small part can take longer than training
         train = _cached("train", (*key, arguments.train_split, arguments.limit), train)
@@ -114,15 +112,18 @@ def build_images(arguments: TrainArguments) -> Images:
         train = train.subset(label_subset(labels, fraction=arguments.fraction, **options))
     if arguments.indices_file is not None:
         train = train.subset(read_indices(arguments.indices_file, len(train)))
+    best: ImageDataset | None = None
+    if arguments.keep_best is not None:
+        train, best = _without(train, arguments.keep_best, seed)
     if needs_labels and train.labels is not None and len(train.labels.unique()) < 2:
         what = f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images"
         raise ValueError(f"{what} are all of one class: take another split, or more images.")
     if test is None:
-        return Images(train, None, None, full.num_classes)
+        return Images(train, None, None, best, full.num_classes)
     test = _limited(test, arguments.eval_limit, seed)
     if arguments.cache_images:
         test = _cached("test", (*key, arguments.eval_split, arguments.eval_limit), test)
-    return Images(train, _limited(bank, arguments.knn_limit, seed), test, full.num_classes)
+    return Images(train, _limited(bank, arguments.knn_limit, seed), test, best, full.num_classes)
 
 
 def _test_split(arguments: TrainArguments) -> ImageDataset | None:
@@ -150,6 +151,14 @@ def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset
     except NoLabelsError as error:
         raise NoLabelsError(f"{error} In training: an objective such as swav, and --eval-split none.") from error
     return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)
+
+
+def _without(images: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """The images but for a seeded fraction of every class, and those."""
+    assert images.labels is not None  # whoever holds some out has asked for them
+    chosen = held_out(images.labels, fraction, seed=seed)
+    rest = torch.ones(len(images), dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
+    return images.subset(rest), images.subset(chosen)
 
 
 def _limited(images: ImageDataset, limit: int | None, seed: int) -> ImageDataset:
@@ -253,16 +262,20 @@ def build_task(
     base = fingerprint((tensor_digest(tensor) for tensor in state.values()), first)
     if kind.views == "crops":
         _accept_crops(arguments.multi_crop, backbone)
-    if arguments.head == "probe" and num_classes is not None:
+    probed = arguments.head == "probe" and num_classes is not None
+    if probed:
         backbone.model.to(device)
-        _start_from_probe(backbone, images, arguments)
+        _start_from_probe(backbone.model, backbone, images, arguments)
     model = adapted(arguments, backbone, images.train.classes)
     torch.manual_seed(arguments.seed)
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
     statistics = {"statistics": True, "bias": False}.get(arguments.adapt)
     task = TrainingTask(model, objective, adapt_statistics=statistics, base=base)
-    if arguments.init_from is not None:
-        start_from(task, arguments.init_from)
+    if arguments.init_from is not None and not start_from(task, arguments.init_from) and probed:
+        _start_from_probe(model.to(device), backbone, images, arguments)
+    if arguments.bound is not None:
+        options: dict[str, Any] = {"transform": evaluation_of(backbone), "batch_size": arguments.batch_size}
+        task.set_bound(arguments.bound, extract_features(model.to(device), images.train, **options).features)
     return task, backbone
 
 
@@ -299,20 +312,20 @@ def _accept_crops(crops: MultiCropOptions, backbone: Backbone) -> None:
         raise ValueError(f"{error}. Set another multi_crop.local_size, or multi_crop.local_crops=0.") from error
 
 
-def _start_from_probe(backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
-    """Initialise the head with a linear probe on the frozen features of the training images."""
-    model: Any = backbone.model
+def _start_from_probe(model: Any, backbone: Backbone, images: Images, arguments: TrainArguments) -> None:
+    """Initialise the head with a linear probe on the features of the training images, the base's or an adapter's."""
+    classifier: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     assert images.train.labels is not None
-    counts = torch.bincount(images.train.labels, minlength=model.num_classes)
-    if (present := int((counts > 0).sum())) < model.num_classes:
-        found = f"the training images have {present} of {model.num_classes} classes"
+    counts = torch.bincount(images.train.labels, minlength=classifier.num_classes)
+    if (present := int((counts > 0).sum())) < classifier.num_classes:
+        found = f"the training images have {present} of {classifier.num_classes} classes"
         raise ValueError(f"head='probe' needs all: {found}. Take more of them, or head='trained'.")
     options: dict[str, Any] = {"decays": [PAPER_DECAY]} if int(counts.max()) == 1 else {}  # none left to choose on
     size, transform = arguments.batch_size, evaluation_of(backbone)
     extract = partial(extract_features, model, images.train, transform, batch_size=size)
-    features = base_features(arguments, images.train, extract)
+    features = extract() if isinstance(model, PeftModel) else base_features(arguments, images.train, extract)
     probe = fit_linear_probe(features, standardise=True, cautious=True, seed=arguments.subset_seed, **options)
-    model.set_head(probe.weight, probe.bias, probe.mean, probe.std)
+    classifier.set_head(probe.weight, probe.bias, probe.mean, probe.std)
 
 
 def evaluation_of(backbone: Backbone) -> Any:
@@ -363,10 +376,11 @@ def evaluator_of(
     """Build the function that evaluates a task on the run's images; None if there is nothing to test on.
 
     ``evaluation`` names images and k, so that only comparable values are compared. The first call of a run that does
-    not resume is of the frozen base: a mask that does not start with all ones is switched off for it.
+    not resume is of the frozen base: a mask that does not start with all ones is switched off for it. ``held_out`` is
+    what `keep_best` chooses by, always of the task as it is: accuracy with labels, else k-NN.
     """
-    bank, test = images.bank, images.test
-    if test is None or bank is None:
+    bank, test, held = images.bank, images.test, images.held
+    if test is None and held is None:
         return None
     fresh = latest_checkpoint(arguments.output_dir) is None
     names = ("eval_split", "eval_limit", "knn_k", "knn_limit")
@@ -388,10 +402,16 @@ def evaluator_of(
 
         labelled = task.objective.needs_labels
         metrics = ["knn", *["linear_probe"] * arguments.eval_probe, *["accuracy"] * labelled]
-        with bare:
-            return {
-                "evaluation": evaluation,
-                **measure(metrics, features_of(bank), features_of(test), arguments, task),
-            }
+        found: dict[str, Any] = {}
+        if test is not None and bank is not None:
+            with bare:
+                values = measure(metrics, features_of(bank), features_of(test), arguments, task)
+            found = {"evaluation": evaluation, **values}
+        if held is not None:
+            tested, metric = extract_features(task.model, held, **loading), "accuracy" if labelled else "knn"
+            # The images trained on vote, and not `bank`, in which are those that are held out.
+            voting = tested if labelled else extract_features(task.model, images.train, **loading)
+            found["held_out"] = measure([metric], voting, tested, arguments, task)[metric]
+        return found
 
     return evaluate

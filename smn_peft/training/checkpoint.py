@@ -49,10 +49,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
+    best: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove all but the `keep` newest.
 
-    `state` is JSON-compatible. OSError if the disk refuses; older checkpoints are untouched.
+    `state` is JSON-compatible, and has a "best" where tensors of the `best` state so far are given. OSError if the
+    disk refuses; older checkpoints are untouched.
     """
     folder = Path(folder)
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}"
@@ -64,7 +66,8 @@ def save_checkpoint(
         for left in folder.glob(".checkpoint-*"):  # by a process that was killed while it wrote
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir()
-        for part, content in (("model", tensors), ("optimizer", momentum)):
+        parts = {"model": tensors, "optimizer": momentum, **({} if best is None else {"best": best})}
+        for part, content in parts.items():
             content = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
             save_file(content, temporary / f"{part}.safetensors")
         # As it is read again: JSON turns tuples into lists.
@@ -132,17 +135,31 @@ def load_checkpoint(
     return state
 
 
-def start_from(task: TrainingTask, folder: str | Path) -> None:
+def start_from(task: TrainingTask, folder: str | Path) -> bool:
     """Give a task the scores, head, prototypes and statistics of the newest checkpoint in another run's folder.
 
-    Optimizer, step and `Objective.run_state` (SwAV's queue) start anew.
+    Optimizer, step and `Objective.run_state` (SwAV's queue) start anew; so do all of the objective's tensors where the
+    other run's was another, and the head where that run had none. Returns whether the head, if any, came along.
     """
     path = _start(folder)
-    read_state(path)  # checks the files
-    own = {f"objective.{name}" for name in task.objective.run_state}
-    tensors = {name: tensor for name, tensor in task.training_state().items() if name not in own}
+    facts, state = read_state(path)["facts"], task.training_state()  # read_state checks the files
+    new = [f"objective.{name}" for name in task.objective.run_state]
+    if str(facts.get("objective")).rpartition(":")[2] != task.objective.name:
+        new = ["objective."]
+    headless = task.objective.consumes == "logits" and facts.get("head_classes", ...) is None
+    head, body = (f"{_root(state)}{part}." for part in ("head", "backbone"))
+    if headless:  # its model is this one's backbone
+        new.append(head)
+    tensors = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(new))}
     fix = "It must be a run of the same backbone, mask and objective options as this one."
-    _load_tensors(path, tensors, fix, ignore=own)
+    _load_tensors(path, tensors, fix, ignore=tuple(new), rename=(_root(state), body) if headless else ("", ""))
+    return not headless
+
+
+def _root(state: Collection[str]) -> str:
+    """Start of the names of what an adapter wraps, or of a bare model's."""
+    adapted = "model.base_model.model."
+    return adapted if any(name.startswith(adapted) for name in state) else "model."
 
 
 def start_digest(folder: str | Path) -> str:
@@ -157,10 +174,22 @@ def _start(folder: str | Path) -> Path:
     return path
 
 
-def _load_tensors(path: Path, tensors: Mapping[str, Tensor], fix: str, ignore: Collection[str] = ()) -> None:
-    """Copy a checkpoint's tensors into the live ones; it may have those named in `ignore` besides."""
+def _load_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    fix: str,
+    ignore: tuple[str, ...] = (),
+    rename: tuple[str, str] = ("", ""),
+) -> None:
+    """Copy a checkpoint's tensors into the live ones.
+
+    Those of its names that begin as in `ignore` are left out; of the others a beginning is replaced, as in `rename`.
+    """
     loaded = load_file(path / "model.safetensors")
-    if missing := sorted(set(tensors) ^ (set(loaded) - set(ignore))):
+    loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith(ignore)}
+    old, new = rename
+    loaded = {f"{new}{name.removeprefix(old)}" if name.startswith(old) else name: loaded[name] for name in loaded}
+    if missing := sorted(set(tensors) ^ set(loaded)):
         found = f"{len(missing)} tensors are on one side only, such as {missing[0]}"
         raise ValueError(f"{path} belongs to another model or objective: {found}. {fix}")
     for name, tensor in tensors.items():
@@ -178,7 +207,8 @@ def _sha256(path: Path) -> str:
 
 def _digests(folder: Path, state: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of a checkpoint's files by name, of its state over all that it holds beside these."""
-    digests = {f"{part}.safetensors": _sha256(folder / f"{part}.safetensors") for part in ("model", "optimizer")}
+    parts = ("model", "optimizer", *["best"] * (state.get("best") is not None))
+    digests = {f"{part}.safetensors": _sha256(folder / f"{part}.safetensors") for part in parts}
     return {**digests, STATE_NAME: hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()}
 
 

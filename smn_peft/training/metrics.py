@@ -5,7 +5,9 @@ A line of training covers the steps since the line before in its epoch: ``loss``
 means over steps and processes; ``images_per_second`` of all processes; ``waiting_for_data``, the share of time, 0 to
 1, in which the loop waited for a batch to be loaded and sent to the device, mean over processes. As of ``step``, it
 has ``epoch``, a fraction; ``density`` of the mask, null without one; ``lr_scores`` and ``lr_head``, the learning
-rates. A line of an evaluation has ``step``, ``epoch``, the metrics and ``evaluation``, the images and k.
+rates. A line of an evaluation has ``step``, ``epoch``, the metrics and ``evaluation``, the images and k; and
+``held_out``, by which `keep_best` chooses: where the last state is not the best, one more line of the last step is of
+the best.
 """
 
 from __future__ import annotations
@@ -38,12 +40,16 @@ _ADVICE = "Lower lr or head_lr, warm up longer, or, under fp16, train in bf16. A
 
 
 class MetricsLog:
-    """Append lines to ``metrics.jsonl`` of a folder; lines of steps after `from_step` are cut off first."""
+    """Append lines to ``metrics.jsonl`` of a folder.
+
+    Lines of steps after `from_step` are cut off first, and its evaluation, which follows the checkpoint.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], from_step: int = 0) -> None:
         self.path = Path(folder) / METRICS_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step] if from_step else []
+        lines = read_metrics(self.path) if from_step else []
+        kept = [line for line in lines if line["step"] < from_step or (line["step"] == from_step and "loss" in line)]
         with atomic_write(self.path) as file:
             file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
 

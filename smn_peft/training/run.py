@@ -51,6 +51,7 @@ class RunSummary:
         before: Evaluation of the frozen base, by metric; of the start where `init_from` gave a model without an
             adapter; empty where the run was resumed with another evaluation.
         after: Evaluation at the end.
+        best_step: Step whose state `keep_best` ended in; None without.
         loss: Mean loss of the last logged window.
         seconds: Time of the training loop in all sessions, evaluations included.
         images_per_second, waiting_for_data: Medians over the logged windows.
@@ -68,10 +69,13 @@ class RunSummary:
     sizes: dict[str, int]
     versions: dict[str, str] = field(default_factory=dict)
     waiting_for_data: float | None = None
+    best_step: int | None = None
 
     def text(self) -> str:
         """Lines for a terminal."""
         lines = [f"{self.steps} steps in {self.seconds:.0f} s, in {self.arguments['output_dir']}"]
+        if self.best_step is not None:
+            lines.append(f"kept: the state after step {self.best_step}")
         density = [] if self.density is None else [f"density {self.density:.4f}"]
         if "total" in self.sizes:  # earlier versions counted adapters only
             lines.append(", ".join([*density, f"file {self.sizes['total'] / 1e3:.1f} kB"]))
@@ -124,7 +128,8 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
             "classes": images.train.classes,
             "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
         }
-        evaluation = evaluator_of(arguments, images, backbone, accelerator) if evaluate else None
+        tested = images if evaluate else replace(images, bank=None, test=None)
+        evaluation = evaluator_of(arguments, tested, backbone, accelerator)
         trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
         trainer.train()
         # The other processes see neither the log nor, on another machine, the folder.
@@ -212,6 +217,7 @@ def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
         sizes=sizes,
         versions={name: library_versions()[name] for name in ("smn_peft", "torch")},
         waiting_for_data=statistics.median(line["waiting_for_data"] for line in losses) if losses else None,
+        best_step=trainer.best_step,
     )
     summary.save(folder)
     if task.mask_config is not None:

@@ -315,7 +315,8 @@ def evaluation_arguments(
         fresh = TrainArguments(backbone=run.backbone, dataset=str(dataset))
         own = "dataset dataset_revision image_column label_column train_split eval_split eval_fraction".split()
         run = replace(run, **{name: getattr(fresh, name) for name in (*own, "templates", "limit", "class_limit")})
-    changes: dict[str, Any] = {"eval_split": split or run.eval_split or "test", "fraction": 1.0, "indices_file": None}
+    changes: dict[str, Any] = {"eval_split": split or run.eval_split or "test", "fraction": 1.0}
+    changes |= {"indices_file": None, "keep_best": None}
     if split is not None or eval_fraction is not None:
         changes["eval_fraction"] = eval_fraction
     if run.objective not in list_objectives():

@@ -30,6 +30,7 @@ class TrainingTask(nn.Module):
         adapt_statistics: Whether the BatchNorm statistics of a bare model adapt, whichever of its weights train; None:
             if any weight does.
         base: Fingerprint of the frozen base, by which a resumed run knows it; None if not computed.
+        bound: Weight of the distance from the start's features; None without, see [`set_bound`].
     """
 
     def __init__(
@@ -45,12 +46,32 @@ class TrainingTask(nn.Module):
         self.objective: Any = objective
         self.adapt_statistics, self.base = adapt_statistics, base
         self._run = self._outputs
+        self.bound: float | None = None
+        for name in ("start_features", "start_variance"):  # not saved: a resumed run computes them again
+            self.register_buffer(name, None, persistent=False)
+
+    def set_bound(self, weight: float, features: Tensor) -> None:
+        """Bound how far training moves the features: add weight · distance from `features` to the loss.
+
+        The distance is ‖f − start‖² over images and features, divided by the features' variance over the training
+        images, both as means: the penalty of Li et al. (DELTA, 2019) without attention, free of the features' size.
+
+        Args:
+            weight: Factor of the distance.
+            features: The start's, fp32 (training images, dim), by ``batch["index"]``.
+
+        Raises:
+            ValueError: If the objective takes several views of an image.
+        """
+        if self.objective.views != "one":
+            raise ValueError(f"bound needs one view per image, and {self.objective.name} has several: leave it out.")
+        self.bound, self.start_features, self.start_variance = weight, features, features.var(0).mean()
 
     def train(self, mode: bool = True) -> TrainingTask:
         """Set train mode, but keep what has no trainable weight in eval mode, or its BatchNorm statistics would move.
 
-        That is a frozen backbone and, under an adapter other than a mask, every BatchNorm. A mask adapter has a policy
-        of its own.
+        That is a frozen backbone and, under an adapter other than a mask or with a bound, every BatchNorm. A mask
+        adapter has a policy of its own.
         """
         super().train(mode)
         if self.adapt_statistics:
@@ -58,7 +79,8 @@ class TrainingTask(nn.Module):
         for part in self.model.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
-        if self.adapt_statistics is False or (isinstance(self.model, PeftModel) and self.mask_config is None):
+        other = isinstance(self.model, PeftModel) and self.mask_config is None
+        if self.adapt_statistics is False or self.bound is not None or other:
             for module in self.model.modules():
                 if has_statistics(module):
                     module.eval()
@@ -69,22 +91,38 @@ class TrainingTask(nn.Module):
         self._run = torch.compile(self._outputs, *args, **kwargs)
 
     def _outputs(self, pixel_values: Tensor) -> Tensor:
-        if self.objective.consumes == "features":
+        if self.objective.consumes == "features" or self.bound is not None:
             return pooled_features(self.model, pixel_values)
         output = self.model(pixel_values)
         logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss of a batch and scalars to log."""
-        return self.objective(self._run, batch)
+        """Loss of a batch and scalars to log, with a bound ``"distance"`` too."""
+        found: dict[str, Tensor]
+        if self.bound is None:
+            found = self.objective(self._run, batch)
+            return found
+        seen: list[Tensor] = []
+
+        def model(pixel_values: Tensor) -> Tensor:
+            seen.append(self._run(pixel_values))
+            return self._head(seen[0]) if self.objective.consumes == "logits" else seen[0]
+
+        found = self.objective(model, batch)
+        distance = (seen[0].float() - self.start_features[batch["index"]]).square().mean() / self.start_variance
+        return {**found, "loss": found["loss"] + self.bound * distance, "distance": distance.detach()}
+
+    def _head(self, features: Tensor) -> Tensor:
+        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        logits: Tensor = base.forward_head(features)
+        return logits
 
     @torch.no_grad()
     def logits_of(self, features: Tensor) -> Tensor:
         """Pooled features (n, dim) -> logits (n, classes), both fp32 on the CPU; needs an objective with labels."""
         device = next(self.model.parameters()).device
-        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        head = base.forward_head if self.objective.consumes == "logits" else self.objective.logits
+        head = self._head if self.objective.consumes == "logits" else self.objective.logits
         return torch.cat([head(part.to(device)).float().cpu() for part in features.split(4096)])
 
     def set_progress(self, progress: float) -> None:

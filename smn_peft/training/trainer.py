@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply, send_to_device, set_seed
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -40,12 +42,14 @@ class Trainer:
         loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
         arguments: How to train.
         accelerator: Created from the arguments if None.
-        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log.
+        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log. Where that has a
+            ``held_out``, training ends in the state of which this was highest, the first among equals.
         facts: What else must be equal on resuming (dataset, backbone …), JSON-compatible.
 
     Attributes:
         step: Optimizer steps done.
         history: Lines of metrics.jsonl that this session wrote.
+        best_step: Step of the state with the highest ``held_out`` so far; None if nothing was held out.
 
     Raises:
         ValueError: If there is nothing to train, or what is in `output_dir` does not go with the arguments.
@@ -86,6 +90,8 @@ class Trainer:
             warnings.warn(f"{text} Shorten the warm-up, or train longer.", stacklevel=2)
         self.step = 0
         self.history: list[dict[str, Any]] = []
+        self.best_step: int | None = None
+        self._best_value, self._best_state = -math.inf, dict[str, torch.Tensor]()
         self._earlier, self._started = 0.0, time.perf_counter()
         self._loss = torch.zeros(())
         self._collapsed: list[int] = []  # steps of the newest lines in a row that show a collapse
@@ -123,13 +129,15 @@ class Trainer:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
         self.task.set_progress(1.0)  # for a run that is resumed at its end
-        round_trained(self.task, self.arguments.save_dtype)  # so that what is evaluated is what is saved
         if self.arguments.score_dtype == "bfloat16":
             cast_scores(self.task, torch.float32)  # no mask changes
-        try:
-            self._evaluate()
-        except ValueError as error:  # features of the same images were finite before
-            raise TrainingFailure(f"After the last step: {error}") from error
+        self._evaluate_rounded()
+        if self.best_step not in (None, self.step):
+            with torch.no_grad():
+                for name, tensor in self.task.training_state().items():
+                    tensor.copy_(self._best_state[name])
+            self._evaluate_rounded()
+            self.save(again=True)  # for a run that starts from this one
         for tracker in self.accelerator.trackers:  # end_training would also end the processes' group
             tracker.finish()
         return self.history
@@ -137,6 +145,10 @@ class Trainer:
     def _epoch(self, bar: Any, stop: StopRequest) -> None:
         arguments, done = self.arguments, self.step % self.steps_per_epoch
         self.loader.set_epoch(self.step // self.steps_per_epoch, start_batch=done * arguments.accumulate)
+        # Not at the end of the epoch, whose checkpoint a resumed run may go on from.
+        epoch, every = self.step // self.steps_per_epoch, arguments.evaluate_every
+        if every is not None and self.step and not done and epoch % every == 0:
+            self._evaluate()
         window = Window(self.accelerator)
         with window.waiting():  # workers start here
             batches = iter(self.loader)
@@ -155,9 +167,6 @@ class Trainer:
                 raise Interrupted(f"Stopped after step {self.step} of {self.total_steps}. {where}.")
         if arguments.checkpoint_every is None or self.step == self.total_steps:
             self.save()
-        epoch, every = self.step // self.steps_per_epoch, arguments.evaluate_every
-        if every is not None and epoch % every == 0 and self.step < self.total_steps:
-            self._evaluate()
 
     def _one_step(self, batches: Any, window: Window) -> None:
         arguments, accelerator = self.arguments, self.accelerator
@@ -208,11 +217,17 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         state = load_checkpoint(path, self.task.training_state(), self.optimizer, self.facts)
         self.step, self._earlier = state["step"], state["seconds"]
+        if (best := state.get("best")) is not None:
+            self.best_step, self._best_value = best["step"], best["value"]
+            self._best_state = load_file(path / "best.safetensors")
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def save(self) -> Path | None:
+    def save(self, again: bool = False) -> Path | None:
         """Write a checkpoint of this step, unless it exists; every process takes part, the main one writes.
+
+        Args:
+            again: Replace one that exists.
 
         Raises:
             TrainingFailure: If there is nothing to go on from: a loss or what trains is not finite, a mask is empty.
@@ -223,11 +238,14 @@ class Trainer:
         check_training(self.task, self._loss, self.step)
 
         def write() -> None:
-            if self.accelerator.is_main_process and latest_checkpoint(path.parent) != path:
+            if self.accelerator.is_main_process and (again or latest_checkpoint(path.parent) != path):
                 scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
                 state = {"facts": self.facts, "scaler": scaler, "seconds": self.seconds}
+                best = None if self.best_step is None else self._best_state
+                if best is not None:
+                    state["best"] = {"step": self.best_step, "value": self._best_value}
                 tensors, keep = self.task.training_state(), self.arguments.keep_checkpoints
-                save_checkpoint(path.parent, self.step, tensors, self.optimizer, state, keep)
+                save_checkpoint(path.parent, self.step, tensors, self.optimizer, state, keep, best)
 
         together(self.accelerator, write)
         return path
@@ -250,9 +268,23 @@ class Trainer:
         bar.set_postfix({name: values[name] for name in shown if values[name] is not None})
         self._write(values)
 
+    def _evaluate_rounded(self) -> None:
+        """Evaluate what saving will write."""
+        round_trained(self.task, self.arguments.save_dtype)
+        try:
+            self._evaluate()
+        except ValueError as error:  # features of the same images were finite before
+            raise TrainingFailure(f"After the last step: {error}") from error
+
     def _evaluate(self) -> None:
-        if self.evaluate is not None:
-            self._write(self.evaluate(self.task))
+        if self.evaluate is None:
+            return
+        values = self.evaluate(self.task)
+        self._write(values)
+        if (value := values.get("held_out", -math.inf)) > self._best_value:
+            self.best_step, self._best_value = self.step, value
+            state = self.task.training_state().items()
+            self._best_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state}
 
     def _write(self, values: Mapping[str, Any]) -> None:
         line = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **values}

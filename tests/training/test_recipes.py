@@ -8,13 +8,14 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from smn_peft.data import list_datasets
 from smn_peft.objectives.base import objective_class
 from smn_peft.training import TrainArguments, list_recipes, load_recipe, run
 from smn_peft.training.arguments import read_recipe
 
-from .tiny import write_clip, write_npz
+from .tiny import SWAV, tiny_arguments, write_clip, write_npz
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -31,7 +32,7 @@ def test_every_recipe_is_whole(name):
     assert arguments.dataset in list_datasets()
     objective_class(arguments.objective).Options(**arguments.objective_options)
     notes = {key: value for key, value in read_recipe(name).items() if key not in recipe}
-    assert {"description", "source"} <= set(notes) <= {"description", "source", "expected"}
+    assert {"description", "source", "tuned_on"} <= set(notes) <= {"description", "source", "tuned_on", "expected"}
     expected = notes.get("expected", {})
     if not name.endswith("-small"):  # the paper's, by dataset; the others by backbone
         assert set(expected) <= set(list_datasets())
@@ -101,3 +102,15 @@ def test_the_small_clip_recipe_runs_at_its_own_size(tmp_path):
     assert summary.steps == 3
     assert summary.density < 1
     assert "accuracy" in summary.after
+
+
+def test_few_labels_goes_on_from_a_run_without(tmp_path):
+    first = tiny_arguments(tmp_path, **SWAV, mask={"batch_norm": "adapt"})
+    run(first)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    own = {name: getattr(first, name) for name in ("backbone", "dataset", "knn_k", "cpu")}
+    changes = {"fraction": 0.5, "init_from": first.output_dir, "output_dir": str(tmp_path / "few")}
+    summary = run(TrainArguments(**{**load_recipe("few-labels"), **own, **changes}))
+    assert summary.steps == 5  # an epoch has one batch of 16 of its 24 images
+    assert (summary.arguments["bound"], summary.arguments["head_lr"]) == (1.0, 0.0)
+    assert {"accuracy", "knn"} <= summary.before.keys() & summary.after.keys()

@@ -299,11 +299,11 @@ def test_without_labels_swav_trains_and_evaluates_nothing(tmp_path, folders):
         plan(replace(arguments, objective="cross_entropy", objective_options={}))
 
 
-def test_a_folder_of_one_split_names_the_option(tmp_path):
+def test_classes_of_one_image_leave_none_to_evaluate_on(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         (tmp_path / "images" / name / "0.png").write_bytes(picture(0, np.random.default_rng(0)))
-    with pytest.raises(ValueError, match=r"has no split 'test'.*or pass --eval-split none\."):
+    with pytest.warns(UserWarning, match="held out"), pytest.raises(ValueError, match=r"No class has two.*split none"):
         run(tiny_arguments(tmp_path, dataset=str(tmp_path / "images")))
 
 

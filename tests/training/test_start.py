@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from smn_peft.evaluation import extract_features, fit_linear_probe
 from smn_peft.storage.fingerprint import tensor_digest
 from smn_peft.training import run
-from smn_peft.training.assemble import build_images, build_task, read_indices
+from smn_peft.training.assemble import build_images, build_task, evaluation_of, read_indices
 from smn_peft.training.checkpoint import list_checkpoints, start_digest
 from smn_peft.training.run import finished_run
 from smn_peft.training.saved import evaluate_run
@@ -58,8 +60,9 @@ def test_a_start_that_does_not_fit(first, tmp_path):
     nothing = tmp_path / "nothing"
     for options, kind, message in (
         ({"init_from": str(nothing)}, FileNotFoundError, r"init_from=.*nothing holds no checkpoint.*keep_checkpoints"),
+        ({"mask": {"batch_norm": "frozen"}}, ValueError, r"on one side only.*same backbone"),
         (
-            {"objective": "cross_entropy", "objective_options": {}},
+            {"mask": {"exclude_modules": ["conv1"]}, "objective": "cross_entropy", "objective_options": {}},
             ValueError,
             r"on one side only.*same backbone",
         ),
@@ -68,6 +71,34 @@ def test_a_start_that_does_not_fit(first, tmp_path):
         arguments = replace(first, **{"init_from": first.output_dir, "output_dir": str(tmp_path), **options})
         with pytest.raises(kind, match=message):
             build_task(arguments, build_images(arguments))
+
+
+def test_labels_on_top_of_a_run_without(first, tmp_path):
+    """Mask and statistics are the other run's; the head is a probe on their features, under them one on the base's."""
+    saved = checkpoint(first)
+    labels = {"objective": "cross_entropy", "objective_options": {}, "head": "probe", "bound": 1.0}
+    arguments = replace(first, **labels, init_from=first.output_dir, output_dir=str(tmp_path / "second"))
+    images = build_images(arguments)
+    task, backbone = build_task(arguments, images)
+    own = {name: tensor for name, tensor in task.training_state().items() if ".head." not in name}
+    assert len(own) == sum(not name.startswith("objective.") for name in saved)
+    for name, tensor in own.items():
+        assert torch.equal(tensor, saved[name.replace(".backbone.", ".")])
+    head = task.model.get_base_model().head
+    for disabled in (False, True):
+        with task.model.disable_adapter() if disabled else nullcontext():
+            features = extract_features(task.model, images.train, evaluation_of(backbone), batch_size=12)
+            assert head.feature_mean.equal(features.features.mean(0))
+            probe = fit_linear_probe(features, standardise=True, cautious=True)
+            torch.testing.assert_close(head.weight.detach(), probe.weight)
+            if not disabled:  # the bound is to the other run's mask
+                assert task.start_features.equal(features.features)
+    summary = run(arguments)
+    assert summary.before["accuracy"] != summary.after["accuracy"]
+    again = replace(arguments, init_from=arguments.output_dir, output_dir=str(tmp_path / "third"))
+    task, _ = build_task(again, images)  # of a run with a head: as it is there
+    third = checkpoint(arguments)
+    assert all(torch.equal(tensor, third[name]) for name, tensor in task.training_state().items())
 
 
 def test_only_the_images_of_the_file_are_trained_on(first, tmp_path):
