@@ -25,7 +25,7 @@ from ..training.assemble import images_of_run, load_base
 from ..tuner.targets import matching_names, resolve_targets
 from .artefact import ARTEFACTS, TEXTS, Artefact, Cell, Record, Reproduction, reproduce
 from .runs import RunSpec, RunStore
-from .scales import Scale, read_yaml
+from .scales import Scale, Setting, read_yaml
 
 # What the final runs of all methods have in common: files as they are shipped, and what is not measured left out.
 _SHIPPED: dict[str, Any] = {"save_dtype": "bfloat16", "eval_probe": False, "mask": {"codec": "entropy"}}
@@ -59,6 +59,12 @@ class Comparison:
         """The run that is tested, if the trial is chosen."""
         frozen = {} if method.arguments.get("adapt", "mask") == "mask" else {"mask": {"batch_norm": "frozen"}}
         return RunSpec(merged(self.base, _SHIPPED, frozen, method.arguments, trial), minutes=self.minutes)
+
+    def cells(self) -> list[Cell]:
+        """The cells of the trials and, where k-NN is measured, of the frozen base."""
+        cells = [cell for cell, _ in self.trial_cells()]
+        frozen = [replace(cells[0], row="frozen base", column="", metric="frozen_knn")] if self.metric == "knn" else []
+        return cells + frozen
 
     def trial_cells(self) -> list[tuple[Cell, RunSpec]]:
         """A cell of every trial, measured on the held-out images, with the run that would be tested."""
@@ -124,7 +130,7 @@ def comparison(
     """The artefact whose cells are the trials at a scale, and that shows what was chosen once they are done."""
     return Artefact(
         name,
-        lambda scale: [cell for one in comparisons(scale) for cell, _ in one.trial_cells()],
+        lambda scale: [cell for one in comparisons(scale) for cell in one.cells()],
         title,
         note,
         {},
@@ -246,17 +252,20 @@ METHODS: dict[str, Any] = read_yaml("methods.yaml")
 """What ``methods.yaml`` holds: budgets, and methods by the kind of backbone that they apply to."""
 
 
-def _of_scale(scale: Scale) -> list[Comparison]:
+def _of_scale(name: str, scale: Scale) -> list[Comparison]:
     found = []
-    for key, (recipe, kind) in scale.choices["methods"].items():
-        setting, dataset = scale.supervised[key], scale.choices["methods_dataset"]
-        base = merged(setting.methods[recipe], setting.base, scale.datasets[dataset])
-        options = {"budgets": METHODS["budgets"], "minutes": setting.minutes}
-        found.append(Comparison(setting.label, base, read_methods(METHODS, kind), **options))
+    for place in scale.choices[name]:
+        setting: Setting = getattr(scale, place["of"])[place["setting"]]
+        shared = setting.methods[place["recipe"]], setting.base, scale.datasets[place["dataset"]]
+        options = {"budgets": place.get("budgets", METHODS["budgets"]), "minutes": setting.minutes}
+        base, methods = merged(*shared, place.get("options", {})), read_methods(METHODS, place["kind"])
+        found.append(Comparison(f"{setting.label}, {place['dataset']}", base, methods, **options))
     return found
 
 
-ARTEFACTS["methods"] = comparison("methods", TEXTS["methods"]["title"], TEXTS["methods"]["note"], _of_scale)
+for _name in ("methods", "unlabelled"):
+    _texts = TEXTS[_name]
+    ARTEFACTS[_name] = comparison(_name, _texts["title"], _texts["note"], partial(_of_scale, _name))
 
 
 def compare(

@@ -53,6 +53,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         "statistics": merged(swav, {"adapt": "statistics"}),
     }
     labelled, unlabelled = (Setting("Net", base, methods, 0.1, ("colours",)) for methods in (supervised, unsupervised))
+    shared = {"setting": "net", "dataset": "colours"}
     return Scale(
         name="tiny",
         machine="any",
@@ -82,8 +83,10 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "ablations_rates": (0.5, 2.0),
             "recipes": (("net", "colours", (1, 2)),),
             "recipes_methods": ("full", "mask", "mask"),
-            "methods": {"net": ("mask", "convolutional")},
-            "methods_dataset": "colours",
+            "methods": [{**shared, "of": "supervised", "recipe": "mask", "kind": "convolutional"}],
+            "unlabelled": [
+                {**shared, "of": "unsupervised", "recipe": "mask", "kind": "unlabelled", "budgets": [None]}
+            ],
         },
     )
 

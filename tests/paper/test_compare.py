@@ -205,8 +205,9 @@ def test_the_package_s_methods_have_as_many_trials_each():
         methods = read_methods(METHODS, kind)
         assert {len(method.trials) for method in methods.values()} == {6}
         assert {"mask", "LoRA", "full fine-tuning", "linear probe", "biases (BitFit)"} <= set(methods)
-    sections = {cell.section for cell in ARTEFACTS["methods"].cells(SCALES["small"])}
-    assert sections == {"ViT-Tiny, 64 px", "ResNetV2-50, 48 px"}
+    for name in ("methods", "unlabelled"):
+        sections = {cell.section for cell in ARTEFACTS[name].cells(SCALES["small"])}
+        assert sections == {"ViT-Tiny, 64 px, cifar10", "ResNetV2-50, 48 px, cifar10"}
 
 
 def test_from_the_line(values, tmp_path):
