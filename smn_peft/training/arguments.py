@@ -126,8 +126,9 @@ class TrainArguments(LoopArguments):
     )
     bound: float | None = option(
         None,
-        "Weight in the loss of the features' squared distance from those at the start, relative to their variance; "
-        "about 1 where few labels would lead astray. BatchNorm statistics then stay the start's.",
+        "Keep features near those at the start, lest few labels lead astray: their squared distance, relative to "
+        "their variance, counts this number / training images in the loss. 100 suits CIFAR-10. BatchNorm statistics "
+        "then stay the start's.",
         least=0,
     )
     templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")

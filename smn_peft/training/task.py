@@ -30,7 +30,7 @@ class TrainingTask(nn.Module):
         adapt_statistics: Whether the BatchNorm statistics of a bare model adapt, whichever of its weights train; None:
             if any weight does.
         base: Fingerprint of the frozen base, by which a resumed run knows it; None if not computed.
-        bound: Weight of the distance from the start's features; None without, see [`set_bound`].
+        bound: Factor of the distance from the start's features in the loss; None without, see [`set_bound`].
     """
 
     def __init__(
@@ -51,13 +51,14 @@ class TrainingTask(nn.Module):
             self.register_buffer(name, None, persistent=False)
 
     def set_bound(self, weight: float, features: Tensor) -> None:
-        """Bound how far training moves the features: add weight · distance from `features` to the loss.
+        """Bound how far training moves the features: add weight / images · distance from `features` to the loss.
 
         The distance is ‖f − start‖² over images and features, divided by the features' variance over the training
         images, both as means: the penalty of Li et al. (DELTA, 2019) without attention, free of the features' size.
+        A prior counts in a sum over images once, so in their mean it counts less the more there are.
 
         Args:
-            weight: Factor of the distance.
+            weight: Factor of the distance, times the number of training images.
             features: The start's, fp32 (training images, dim), by ``batch["index"]``.
 
         Raises:
@@ -65,7 +66,8 @@ class TrainingTask(nn.Module):
         """
         if self.objective.views != "one":
             raise ValueError(f"bound needs one view per image, and {self.objective.name} has several: leave it out.")
-        self.bound, self.start_features, self.start_variance = weight, features, features.var(0).mean()
+        self.bound = weight / len(features)
+        self.start_features, self.start_variance = features, features.var(0).mean()
 
     def train(self, mode: bool = True) -> TrainingTask:
         """Set train mode, but keep what has no trainable weight in eval mode, or its BatchNorm statistics would move.

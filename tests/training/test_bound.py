@@ -34,7 +34,7 @@ def test_loss_and_gradient_are_those_of_the_formula():
     wanted = F.cross_entropy(classifier.forward_head(features), batch["labels"]) + 0.7 * distance
     gradients = torch.autograd.grad(wanted, scores)
     plain = task(batch)
-    task.set_bound(0.7, start)
+    task.set_bound(0.7 * len(start), start)
     assert task.start_features is start
     assert not any("start" in name for name in task.state_dict())
     torch.manual_seed(3)
@@ -66,8 +66,8 @@ def test_views_of_one_image_have_no_bound(tmp_path):
 
 
 def test_a_bounded_run_stays_near_its_start(tmp_path):
-    loose = tiny_arguments(tmp_path, head="probe", epochs=3, bound=1e-6)
-    tight = replace(loose, bound=10.0, output_dir=str(tmp_path / "tight"))
+    loose = tiny_arguments(tmp_path, head="probe", epochs=3, bound=3e-5)
+    tight = replace(loose, bound=300.0, output_dir=str(tmp_path / "tight"))
     last = []
     for arguments in (loose, tight):
         run(arguments, evaluate=False)
