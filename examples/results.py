@@ -71,48 +71,13 @@ def recipe_table(record: dict[str, Any]) -> str:
     return markdown_table(table)
 
 
-def unlabelled_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of trials without labels, a row each, the best of a backbone last."""
-    table = []
-    for row in sorted(rows, key=lambda row: (row["backbone"] != "vit", row["after"])):
-        crops = "" if row["jitter"] is None else f", jitter {row['jitter'][0]:g}"
-        table.append(
-            {
-                "backbone": row["backbone"],
-                "trains": row["trains"],
-                "objective": row["objective"] + (f", τ = {row['temperature']:g}" if row["temperature"] else ""),
-                "optimizer, rate": f"{row['optimizer']}, {row['lr']:g}",
-                "crops": f"from {row['crops_from']:g}{crops}",
-                "steps": f"{row['steps']}",
-                "k-NN %": accuracy([row["after"]]),
-                "density": f"{row['density']:.4f}" if row["density"] else "",
-            }
-        )
-    return markdown_table(table)
+def trial_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of trials; a list holds a fraction per seed."""
 
+    def text(value: Any) -> str:
+        return accuracy(value) if isinstance(value, list) else "" if value is None else f"{value}"
 
-def few_labels_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of trials with few labels, means over the seeds."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in ("backbone", "start", "recipe", "labels")), []).append(row)
-    table = []
-    for (backbone, start, recipe, labels), all_runs in sorted(groups.items()):
-        for bound in sorted({row["bound"] for row in all_runs}, key=lambda bound: bound or 0):
-            runs = [row for row in all_runs if row["bound"] == bound]
-            table.append(
-                {
-                    "backbone": backbone,
-                    "starts from": start,
-                    "recipe": recipe,
-                    "labels": f"{labels}",
-                    "bound": "" if bound is None else f"{bound:g}",
-                    "probe at the start %": accuracy([row["before"] for row in runs]),
-                    "after %": accuracy([row["after"] for row in runs]),
-                    "seeds": f"{len(runs)}",
-                }
-            )
-    return markdown_table(table)
+    return markdown_table([{name: text(value) for name, value in row.items()} for row in rows])
 
 
 def paper_records() -> dict[str, Any]:
@@ -138,8 +103,7 @@ def blocks() -> dict[str, str]:
         "quickstart": quickstart.render(load("quickstart")),
         **{name: markdown_table(method_rows(load(name))) for name in METHODS},
         **{name: recipe_table(load(name)) for name in ("supervised_small", "swav_small")},
-        "unlabelled_trials": unlabelled_table(load("unlabelled_trials")["rows"]),
-        "few_labels_trials": few_labels_table(load("few_labels_trials")["rows"]),
+        **{name: trial_table(load(name)) for name in ("unlabelled_trials", "few_labels_trials")},
         "low_shot": low_shot_table([EvalReport.from_json(json.dumps(row)) for row in load("low_shot")]),
         "claims": claims_table(paper),
         "paper": _artefacts(paper),

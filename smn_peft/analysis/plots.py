@@ -131,7 +131,8 @@ def _style(index: int) -> dict[str, Any]:
 def _draw_points(axes: Any, series: Sequence[Series], **options: Any) -> None:
     """Draw lines with markers and error bars."""
     for index, line in enumerate(series):
-        style = {**_style(index), "marker": _MARKERS[(index + index // 7) % 7], "capsize": 2, **options}
+        marker = _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]  # another one when a colour comes again
+        style = {**_style(index), "marker": marker, "capsize": 2, **options}
         axes.errorbar(line.x, line.y, line.spread or None, label=line.label, **style)
 
 

@@ -78,7 +78,7 @@ class Comparison:
 
 
 def read_methods(content: Mapping[str, Any], kind: str, where: str = "methods.yaml") -> dict[str, Method]:
-    """Methods by name for backbones of `kind`, "linear" or "convolutional", of what a YAML file holds.
+    """Methods by name of a kind ("linear", "convolutional" or "unlabelled") of what a YAML file holds.
 
     A trial is named by what it changes, such as "lr=0.01, r=4", unless it has a `label`.
 
@@ -249,7 +249,7 @@ def _draw(record: Record, stem: Path) -> list[Path]:
 # --- The comparison of a scale, and a user's -------------------------------------------------------------------------
 
 METHODS: dict[str, Any] = read_yaml("methods.yaml")
-"""What ``methods.yaml`` holds: budgets, and methods by the kind of backbone that they apply to."""
+"""What ``methods.yaml`` holds: budgets, and methods by the kind of backbone or comparison that they are for."""
 
 
 def _of_scale(name: str, scale: Scale) -> list[Comparison]:
@@ -293,7 +293,7 @@ def compare(
 
     Raises:
         ValueError: Methods have unequal numbers of trials, a method that was asked for cannot take the backbone, or
-            there are no labelled images to test on.
+            there are no labelled images to test on beside the training split's.
         Interrupted: After Ctrl-C; the same call goes on.
     """
     arguments = TrainArguments(**values)
@@ -302,6 +302,9 @@ def compare(
     arguments, images = images_of_run(arguments)
     if images.test is None:
         raise ValueError(f"compare needs labelled images to test on, and {arguments.dataset} has none.")
+    if images.test.split == images.train.split:  # trials would be measured on these as well
+        fix = "put some into a folder or file of their own, and name it by eval_split"
+        raise ValueError(f"compare needs images to test on beside the split {images.test.split!r}: {fix}.")
     backbone = load_base(arguments)
     content = METHODS if grid is None else read_recipe(grid)
     found = read_methods(content, kind_of(backbone.model, arguments), str(grid or "methods.yaml"))

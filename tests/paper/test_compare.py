@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -159,6 +160,14 @@ def test_refusals(values, grid, tmp_path):
     with pytest.raises(ValueError, match="has no methods under 'convolutional': it holds linear"):
         read_methods({"linear": {}}, "convolutional", "my.yaml")
     assert list(tmp_path.iterdir()) == []
+    with np.load(values["dataset"]) as arrays:
+        np.savez(tmp_path / "one.npz", **{name: arrays[name] for name in arrays if name != "split"})
+    with (
+        pytest.warns(UserWarning, match="held out"),
+        pytest.raises(ValueError, match="images to test on beside the split 'train'"),
+    ):
+        compare({**values, "dataset": str(tmp_path / "one.npz")}, grid=grid, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
