@@ -14,9 +14,9 @@ from torch import nn
 
 from smn_peft import MaskConfig
 from smn_peft.evaluation import extract_features
-from smn_peft.training import TrainArguments, run
+from smn_peft.training import TrainArguments, Trainer, run
 from smn_peft.training.adapters import peft_config, peft_methods, trained_names
-from smn_peft.training.assemble import build_images, build_task, evaluation_of
+from smn_peft.training.assemble import build_images, build_task, build_train_loader, evaluation_of
 from smn_peft.training.saved import evaluate_run, load_run
 
 from .tiny import SWAV, tiny_arguments, write_model
@@ -147,6 +147,20 @@ def test_bfloat16_halves_the_file(tmp_path):
         arguments = tiny_arguments(tmp_path, adapt="full", epochs=1, lr=0.01, save_dtype=dtype, output_dir=str(out))
         totals[dtype] = run(arguments).sizes["total"]
     assert totals["bfloat16"] < 0.7 * totals["float32"]  # headers are alike
+
+
+def test_what_is_evaluated_last_is_rounded_as_it_is_saved(tmp_path):
+    arguments = tiny_arguments(tmp_path, adapt="full", epochs=1, lr=0.01, save_dtype="bfloat16")
+    images, exact = build_images(arguments), []
+    task, backbone = build_task(arguments, images)
+
+    def evaluate(task):
+        tensors = [tensor for tensor in task.trained_tensors().values() if tensor.is_floating_point()]
+        exact.append(all(torch.equal(tensor, tensor.bfloat16().to(tensor.dtype)) for tensor in tensors))
+        return {}
+
+    Trainer(task, build_train_loader(arguments, images, backbone, 1, 0), arguments, evaluate=evaluate).train()
+    assert exact == [False, True]
 
 
 def test_names_of_what_trains():
