@@ -100,11 +100,13 @@ class TrainingTask(nn.Module):
         return logits
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss of a batch and scalars to log, with a bound ``"distance"`` too."""
-        found: dict[str, Tensor]
-        if self.bound is None:
-            found = self.objective(self._run, batch)
-            return found
+        """Loss of a batch and scalars to log, ``"distance"`` with a bound and ``"rate"`` with the mask's rate too."""
+        found: dict[str, Tensor] = self.objective(self._run, batch) if self.bound is None else self._bounded(batch)
+        rate = None if self.mask_config is None else self.model.rate()
+        return found if rate is None else {**found, "loss": found["loss"] + rate, "rate": rate.detach()}
+
+    def _bounded(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The objective's, with the distance of the features from the start's in the loss."""
         seen: list[Tensor] = []
 
         def model(pixel_values: Tensor) -> Tensor:
@@ -142,6 +144,10 @@ class TrainingTask(nn.Module):
     def density(self) -> float | None:
         """Fraction of the masked weights that are active; None without a mask."""
         return None if self.mask_config is None else self.model.density()
+
+    def bits_per_weight(self) -> float | None:
+        """Entropy of the masks in bits per weight; None without a mask."""
+        return None if self.mask_config is None else self.model.bits_per_weight()
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
         """(name, parameter, whether it is a score or adapted weight rather than head or objective)."""

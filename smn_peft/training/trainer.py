@@ -262,7 +262,7 @@ class Trainer:
         self._collapsed = [*self._collapsed, self.step] if problem else []
         if problem:
             check_collapse(self._collapsed, problem, self.steps_per_epoch, objective.grace_steps, verbose=main)
-        values["density"] = self.task.density()
+        values["density"], values["bits_per_weight"] = self.task.density(), self.task.bits_per_weight()
         values.update({f"lr_{group['name']}": group["lr"] for group in self.optimizer.param_groups})
         shown = ("loss", "density", "images_per_second", "waiting_for_data")
         bar.set_postfix({name: values[name] for name in shown if values[name] is not None})

@@ -82,6 +82,11 @@ class MaskConfig(PeftConfig):
     )
     scale: bool = option(True, "Divide the masked weight by σ = sqrt(density), one σ per tensor.")
     scale_gradient: bool = option(True, "Let the gradient flow through σ.")
+    rate: float = option(
+        0.0,
+        "Weight of the masks' bits per weight (their entropy) in the loss, see `MaskModel.rate`: smaller files.",
+        least=0,
+    )
     mask_bias: bool = option(False, "Mask the biases of the target modules too.")
     trainable_fraction: float = option(
         1.0, "Fraction of each tensor's weights that take part; the rest stays on.", above=0, most=1
@@ -149,10 +154,16 @@ class MaskConfig(PeftConfig):
             raise ValueError(f"init_score must be a number or 'kaiming_uniform'; got {self.init_score!r}.")
         if self.mask_type == "threshold" and self.init_score == self.threshold:
             raise ValueError(f"init_score equals threshold ({self.threshold}): no weight would be on, a tie is off.")
+        if self.rate and (self.mask_type != "threshold" or not self._starts_on()):
+            fix = "mask_type='threshold' and init_score a number above threshold"
+            raise ValueError(f"rate={self.rate:g} pulls scores back to where they started: it needs {fix}.")
         if self.mask_type == "topk" and self.density is None:
             raise ValueError("mask_type='topk' needs density in (0, 1]; got None.")
         if self.mask_type != "topk" and (self.density is not None or self.density_schedule is not None):
             raise ValueError("density and density_schedule belong to mask_type='topk'; 'threshold' finds its density.")
+
+    def _starts_on(self) -> bool:
+        return not isinstance(self.init_score, str) and self.init_score > self.threshold
 
     def for_model(self) -> Self:
         """Copy the config for one model, which may write to the copy; this object stays the caller's."""

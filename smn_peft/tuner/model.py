@@ -20,7 +20,8 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..functional.masking import progressive_density
+from ..functional.masking import code_length, density, progressive_density
+from ..storage.inspection import binary_entropy
 from .batch_norm import BatchNorm, add_batch_norms, bare_norms
 from .checks import base_name, check_adapter_name, check_base, check_base_kind, check_saved, check_targets
 from .config import MaskConfig
@@ -172,6 +173,37 @@ class MaskModel(BaseTuner):
         """Fraction of an adapter's weights that are active (the paper's "sparsity")."""
         masks = self.masks(adapter_name).values()
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    def bits_per_weight(self, adapter_name: str | None = None) -> float:
+        """Mean entropy of an adapter's masks in bits per weight: what a coded file takes for them."""
+        masks = self.masks(adapter_name).values()
+        return sum(m.numel() * binary_entropy(density(m)) for m in masks) / sum(m.numel() for m in masks)
+
+    def rate(self) -> Tensor | None:
+        """Compute ``config.rate`` · bits per weight of the active adapters that train; None if none has a rate.
+
+        A term of the loss. The bits are the masks' entropy, with a gradient that pulls scores that fell back to their
+        start, see [`code_length`]. `smn train` adds it; add it to a loss of your own, and under transformers'
+        `Trainer` to that of its ``compute_loss``.
+
+        Returns:
+            A 0-dim fp32 tensor.
+        """
+        found = []
+        for name in self.active_adapters:
+            config: MaskConfig = self.peft_config[name]  # type: ignore[assignment]
+            if not config.rate:
+                continue
+            bits, weights = [], 0
+            for _, layer in adapter_layers(self.model):
+                for slot in layer.slots_of(name) if isinstance(layer, MaskLayer) else ():
+                    if (scores := layer.scores(slot).get(name)) is not None and scores.requires_grad:
+                        trainable, start = layer.trainable(name, slot), float(config.init_score)
+                        bits.append(code_length(scores, config.threshold, start, trainable))
+                        weights += scores.numel()
+            if bits:
+                found.append(config.rate / weights * torch.stack([part.to(bits[0].device) for part in bits]).sum())
+        return torch.stack(found).sum().float() if found else None
 
     def update_density(self, progress: float, adapter_name: str | None = None) -> None:
         """Move a topk adapter (the first active one if None) along its `density_schedule`; `progress` is 0 to 1."""
