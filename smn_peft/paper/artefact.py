@@ -87,8 +87,7 @@ def needed_runs(artefact: Artefact, scale: Scale | None, seeds: Sequence[int]) -
             if cell.frozen and seed != seeds[0]:
                 continue
             spec = cell.run.seeded(seed)
-            if spec.found is not None:
-                found.setdefault(spec.found.id, spec.found)
+            found |= {run.id: run for run in spec.earlier.values() if run.id not in found}
             found.setdefault(spec.id, spec)
     return list(found.values())
 

@@ -18,12 +18,13 @@ from .._options import did_you_mean, merged
 from ..analysis import plots
 from ..backbones import Backbone
 from ..evaluation import markdown_table
-from ..training import TrainArguments
+from ..training import TrainArguments, load_recipe
 from ..training.adapters import adapted
 from ..training.arguments import objective_kind, read_recipe
 from ..training.assemble import images_of_run, load_base
 from ..tuner.targets import matching_names, resolve_targets
 from .artefact import ARTEFACTS, TEXTS, Artefact, Cell, Record, Reproduction, reproduce
+from .figures import mean_lines, picture
 from .runs import RunSpec, RunStore
 from .scales import Scale, Setting, read_yaml
 
@@ -37,6 +38,8 @@ class Method:
 
     arguments: Mapping[str, Any]  # of `TrainArguments`, such as {"adapt": "lora"}
     trials: Mapping[str, Mapping[str, Any]]  # what each trial changes, learning rates and sizes, by its label
+    before: str = ""  # row of the accuracy before training, at the probe that it starts from; none: it is not shown
+    start: RunSpec | None = None  # a run without labels that it starts from
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Comparison:
     def final(self, method: Method, trial: Mapping[str, Any]) -> RunSpec:
         """The run that is tested, if the trial is chosen."""
         frozen = {} if method.arguments.get("adapt", "mask") == "mask" else {"mask": {"batch_norm": "frozen"}}
-        return RunSpec(merged(self.base, _SHIPPED, frozen, method.arguments, trial), minutes=self.minutes)
+        arguments = merged(self.base, _SHIPPED, frozen, method.arguments, trial)
+        return RunSpec(arguments, start=method.start, minutes=self.minutes)
 
     def cells(self) -> list[Cell]:
         """The cells of the trials and, where k-NN is measured, of the frozen base."""
@@ -73,12 +77,14 @@ class Comparison:
             for label, trial in method.trials.items():
                 final = self.final(method, trial)
                 tried = final.at(eval_fraction=self.held_out)
+                if final.start is not None:  # which has not seen these images either
+                    tried = replace(tried, start=final.start.at(eval_fraction=self.held_out))
                 cells.append((Cell(self.label, name, label, tried, self.metric), final))
         return cells
 
 
 def read_methods(content: Mapping[str, Any], kind: str, where: str = "methods.yaml") -> dict[str, Method]:
-    """Methods by name of a kind ("linear", "convolutional" or "unlabelled") of what a YAML file holds.
+    """Methods by name of a kind, such as "linear" or "convolutional", of what a YAML file holds.
 
     A trial is named by what it changes, such as "lr=0.01, r=4", unless it has a `label`.
 
@@ -92,14 +98,14 @@ def read_methods(content: Mapping[str, Any], kind: str, where: str = "methods.ya
         trials = arguments.get("trials") if isinstance(arguments, Mapping) else None
         if not (isinstance(trials, list) and trials and all(isinstance(trial, Mapping) for trial in trials)):
             raise ValueError(f"{where}: {name!r} needs trials, such as trials: [{{lr: 0.01}}, {{lr: 0.1}}].")
-        shared = _without(arguments, "trials")
+        shared = _without(_without(arguments, "trials"), "before")
         labelled = {str(trial.get("label") or _label(trial)): _without(trial, "label") for trial in trials}
         if len(labelled) < len(trials):
             raise ValueError(f"{where}: {name!r} has one trial twice, or two of one label: {', '.join(labelled)}.")
         if unknown := {*shared, *(key for trial in labelled.values() for key in trial)} - known:
             first = min(unknown)
             raise ValueError(f"{where}: {name!r} has an unknown option {first!r}.{did_you_mean(first, known)}")
-        found[name] = Method(shared, labelled)
+        found[name] = Method(shared, labelled, str(arguments.get("before", "")))
     check_trials(found)
     return found
 
@@ -156,6 +162,8 @@ def _finals(name: str, title: str, note: str, comparisons: Sequence[Comparison],
             for method, runs in measured.items():
                 if (chosen := best_within(runs, budget)) is not None:
                     cells.append(Cell(one.label, method, column, chosen, one.metric))
+                    if before := one.methods[method].before:
+                        cells.append(Cell(one.label, before, column, chosen, f"start_{one.metric}"))
         if one.metric == "knn" and (own := [cell for cell in cells if cell.section == one.label]):
             columns = dict.fromkeys(cell.column for cell in own)
             cells += [Cell(one.label, "frozen base", column, own[0].run, "frozen_knn") for column in columns]
@@ -178,7 +186,7 @@ def _details(
     finals: dict[tuple[str, str, str], dict[str, Any]] = {}
     for cell in cells:
         first = cell.run.seeded(0).id
-        if cell.frozen or (cell.section, cell.row, first) in finals:
+        if cell.metric not in ("accuracy", "knn") or (cell.section, cell.row, first) in finals:
             continue
         values, sizes = ([store.measure(cell.run.seeded(s), m) for s in seeds] for m in (cell.metric, "bytes"))
         place = {"section": cell.section, "method": cell.row, "trial": labels[first], "metric": cell.metric}
@@ -266,6 +274,40 @@ def _of_scale(name: str, scale: Scale) -> list[Comparison]:
 for _name in ("methods", "unlabelled"):
     _texts = TEXTS[_name]
     ARTEFACTS[_name] = comparison(_name, _texts["title"], _texts["note"], partial(_of_scale, _name))
+
+
+def _few_labels(scale: Scale) -> list[Comparison]:
+    """A comparison for every fraction of the labels; the recipe few-labels starts from the mask without labels."""
+    place, methods, found = scale.choices["figure3"], read_methods(METHODS, "few labels"), []
+    for dataset in place["datasets"]:
+        shared = scale.resnet.base, scale.datasets[dataset]
+        seen = Comparison(dataset, merged(scale.main.methods[place["start"]], *shared), {}, minutes=scale.main.minutes)
+        start = seen.final(Method({}, {}), {})
+        own = {**methods, "few-labels": replace(methods["few-labels"], start=start)}
+        for fraction in place["fractions"]:
+            base = merged(load_recipe("few-labels"), *shared, place.get("options", {}), {"fraction": fraction})
+            label = f"{dataset}, {100 * fraction:g} % of labels"
+            found.append(Comparison(label, base, own, minutes=scale.resnet.minutes))
+    return found
+
+
+def _draw_few_labels(record: Record, stem: Path) -> list[Path]:
+    """A picture per dataset: accuracy over the percentage of labels, a line per row."""
+    datasets: dict[str, list[dict[str, Any]]] = {}
+    for cell in record["cells"]:
+        dataset, _, column = cell["section"].rpartition(", ")
+        datasets.setdefault(dataset, []).append({**cell, "column": column})
+    return [
+        path
+        for dataset, cells in datasets.items()
+        for path in picture(Path(f"{stem}-{dataset}"), plots.plot_low_shot, mean_lines(cells), title=dataset)
+    ]
+
+
+_texts = TEXTS["figure3"]
+ARTEFACTS["figure3"] = replace(
+    comparison("figure3", _texts["title"], _texts["note"], _few_labels), draw=_draw_few_labels
+)
 
 
 def compare(

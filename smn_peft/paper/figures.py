@@ -17,12 +17,12 @@ from ..training import load_masks
 from ..training.assemble import build_images, evaluation_of, load_base
 from ..training.metrics import METRICS_NAME, read_metrics
 from .artefact import Cell, Record, artefact, by_section
-from .runs import RunStore
+from .runs import RunSpec, RunStore
 from .scales import Scale, Setting
 from .tables import frozen_cells
 
 
-def _picture(stem: Path, plot: Callable[..., Any], data: Any, **options: Any) -> list[Path]:
+def picture(stem: Path, plot: Callable[..., Any], data: Any, **options: Any) -> list[Path]:
     """Draw one picture, unless there is nothing to show."""
     if not data:
         return []
@@ -31,7 +31,7 @@ def _picture(stem: Path, plot: Callable[..., Any], data: Any, **options: Any) ->
     return [path]
 
 
-def _lines(cells: Sequence[Mapping[str, Any]]) -> list[plots.Series]:
+def mean_lines(cells: Sequence[Mapping[str, Any]]) -> list[plots.Series]:
     """A line per row: percent over the number that the column begins with, averaged over the seeds."""
     rows: dict[str, dict[float, list[float]]] = {}
     for cell in cells:
@@ -42,32 +42,6 @@ def _lines(cells: Sequence[Mapping[str, Any]]) -> list[plots.Series]:
         seeds = range(min(map(len, points.values())))
         lines.append(plots.mean_curve(row, [{x: 100 * y[seed] for x, y in points.items()} for seed in seeds]))
     return lines
-
-
-def _draw_low_shot(record: Record, stem: Path) -> list[Path]:
-    files = []
-    for dataset, cells in by_section(record).items():
-        files.append(Path(f"{stem}-{dataset}.png"))
-        plots.plot_low_shot(_lines(cells), files[-1], title=dataset)
-    return files
-
-
-@artefact("figure3", draw=_draw_low_shot)
-def _figure3(scale: Scale) -> list[Cell]:
-    options, cells = scale.choices["figure3_options"], []
-    for dataset in scale.choices["figure3"]:
-        mask = scale.run(scale.main, "mask", dataset)
-        for fraction in scale.choices["figure3_fractions"]:
-            few = {**options, "fraction": fraction, "eval_probe": False}
-            full, own = (scale.run(scale.resnet, method, dataset, **few) for method in ("full", "mask"))
-            for row, run, metric in (
-                ("linear probe, frozen base", mask, f"frozen_low_shot@{fraction:g}"),
-                ("full fine-tuning", full, "accuracy"),
-                ("mask with these labels", own, "accuracy"),
-                ("mask without labels, linear probe", mask, f"low_shot@{fraction:g}"),
-            ):
-                cells.append(Cell(dataset, row, f"{100 * fraction:g} %", run, metric))
-    return cells
 
 
 # Factor of the learning rate λ, initial score S⁰, threshold μ; the first two are equivalent.
@@ -89,7 +63,7 @@ def _draw_losses(record: Record, stem: Path) -> list[Path]:
         for name, seeds in record["details"].items()
     ]
     panels = {"Equivalent": lines[:2], "One of them changed": [lines[0], *lines[2:]]}
-    return _picture(stem, plots.plot_curves, panels)
+    return picture(stem, plots.plot_curves, panels)
 
 
 @artefact("figure5", details=_losses, draw=_draw_losses, seeds=1)
@@ -119,7 +93,7 @@ def _draw_densities(record: Record, stem: Path) -> list[Path]:
     details = record["details"]
     groups = {row: [masks.LayerDensity(**layer) for layer in layers] for row, layers in details.items()}
     title = "Density per layer" if len(details) > 1 else f"{next(iter(details))}, with labels"
-    return _picture(stem, plots.plot_densities, groups, title=title)
+    return picture(stem, plots.plot_densities, groups, title=title)
 
 
 @artefact("figure6", details=_averaged_densities, draw=_draw_densities)
@@ -169,7 +143,7 @@ def _draw_selective(record: Record, stem: Path) -> list[Path]:
     labels = dict.fromkeys(label for label, _, _ in rows)
     rows += [(label, 1.0, accuracy) for label in labels for accuracy in values["all weights"]]
     frozen = next(iter(values["frozen base"]), None)
-    return _picture(stem, plots.plot_selective, plots.share_series(rows), frozen=frozen)
+    return picture(stem, plots.plot_selective, plots.share_series(rows), frozen=frozen)
 
 
 @artefact("figure8", details=_stage_shares, draw=_draw_selective)
@@ -221,7 +195,7 @@ def _maps(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> list[
 def _draw_maps(record: Record, stem: Path) -> list[Path]:
     found = record["details"]
     maps = [masks.EmbeddingMap(one["label"], *map(torch.tensor, (one["points"], one["labels"]))) for one in found]
-    return _picture(stem, plots.plot_embedding_maps, maps, names=found[0]["names"])
+    return picture(stem, plots.plot_embedding_maps, maps, names=found[0]["names"])
 
 
 @artefact("figure10", details=_maps, draw=_draw_maps, seeds=1)
@@ -246,7 +220,7 @@ def _clusters(store: RunStore, cells: Sequence[Cell], seeds: Sequence[int]) -> l
 
 def _draw_clusters(record: Record, stem: Path) -> list[Path]:
     rows = [masks.ClusterComposition(**row) for row in record["details"]]
-    return _picture(stem, plots.plot_clusters, rows, title="Clusters of the training images")
+    return picture(stem, plots.plot_clusters, rows, title="Clusters of the training images")
 
 
 @artefact("figure11", details=_clusters, draw=_draw_clusters, seeds=1)
@@ -279,10 +253,19 @@ def _ablations(scale: Scale) -> list[Cell]:
     return cells
 
 
+def _lengths(recipe: RunSpec, lengths: Sequence[int]) -> dict[str, RunSpec]:
+    """A run at other numbers of epochs, its warm-up the same share of each, by column."""
+    found, rising = {}, recipe.arguments.get("warmup_epochs", 0)
+    for epochs in lengths:
+        warmup = {"warmup_epochs": rising * epochs / recipe.arguments["epochs"]} if rising else {}
+        found[f"{epochs} {'epoch' if epochs == 1 else 'epochs'}"] = recipe.at(epochs=epochs, **warmup)
+    return found
+
+
 def _draw_recipes(record: Record, stem: Path) -> list[Path]:
-    panels = {section: _lines(cells) for section, cells in by_section(record).items()}
+    panels = {section: mean_lines(cells) for section, cells in by_section(record).items()}
     panels = {section: lines for section, lines in panels.items() if len({x for line in lines for x in line.x}) > 1}
-    return _picture(stem, plots.plot_curves, panels, xlabel="epochs", ylabel="accuracy (%)", markers=True)
+    return picture(stem, plots.plot_curves, panels, xlabel="epochs", ylabel="accuracy (%)", markers=True)
 
 
 @artefact("recipes", draw=_draw_recipes)
@@ -291,13 +274,20 @@ def _recipes(scale: Scale) -> list[Cell]:
     for key, dataset, lengths in scale.choices["recipes"]:
         setting = scale.supervised[key]
         section = f"{setting.label}, {dataset}"
-        for epochs in lengths:
-            column, runs = f"{epochs} {'epoch' if epochs == 1 else 'epochs'}", {}
-            for row, method in zip(rows, scale.choices["recipes_methods"], strict=True):
-                recipe = scale.run(setting, method, dataset)
-                runs[row] = recipe.at(epochs=epochs)
-                if rising := recipe.arguments.get("warmup_epochs"):  # the same share of the run
-                    runs[row] = runs[row].at(warmup_epochs=rising * epochs / recipe.arguments["epochs"])
-            cells += frozen_cells(section, column, next(iter(runs.values())))
-            cells += [Cell(section, row, column, run, "accuracy") for row, run in runs.items()]
+        methods = dict(zip(rows, scale.choices["recipes_methods"], strict=True))
+        runs = {row: _lengths(scale.run(setting, method, dataset), lengths) for row, method in methods.items()}
+        for column, first in runs[rows[0]].items():
+            cells += frozen_cells(section, column, first)
+            cells += [Cell(section, row, column, found[column], "accuracy") for row, found in runs.items()]
+    return cells
+
+
+@artefact("steps", draw=_draw_recipes)
+def _steps(scale: Scale) -> list[Cell]:
+    cells = []
+    for key, dataset, lengths in scale.choices["steps"]:
+        setting = scale.unsupervised[key]
+        for column, run in _lengths(scale.run(setting, "infonce", dataset), lengths).items():
+            for row, metric in (("k-NN, frozen base", "frozen_knn"), ("k-NN, mask without labels", "knn")):
+                cells.append(Cell(f"{setting.label}, {dataset}", row, column, run, metric))
     return cells

@@ -15,6 +15,7 @@ from typing import Any
 
 from .._options import merged
 from ..cascade import Cascade, CascadeArguments, cascade_sizes, evaluate_cascade
+from ..objectives import objective_class
 from ..storage.files import atomic_write
 from ..training import RunSummary, TrainArguments, TrainingFailure, evaluate_run, run
 from ..training.checkpoint import list_checkpoints
@@ -41,6 +42,7 @@ class RunSpec:
 
     arguments: Mapping[str, Any]  # of `TrainArguments` by name, nested as in a recipe
     found: RunSpec | None = None  # a run whose density becomes this one's `mask.density`
+    start: RunSpec | None = None  # a run without labels whose mask this one starts from
     cascade: Mapping[str, Any] | None = None  # options of the cascade whose dispatcher the arguments describe
     minutes: float = 0.0  # rough duration on the scale's machine; not part of the hash
 
@@ -49,10 +51,15 @@ class RunSpec:
         return replace(self, arguments=merged(self.arguments, changes))
 
     def seeded(self, seed: int) -> RunSpec:
-        """Copy with a seed, which also chooses the labels of a `fraction` and is the seed of `found`."""
-        found = None if self.found is None else self.found.seeded(seed)
+        """Copy with a seed, which also chooses the labels of a `fraction` and is that of the runs before it."""
+        earlier = {name: run.seeded(seed) for name, run in self.earlier.items()}
         few = {"fraction_seed": seed} if "fraction" in self.arguments else {}
-        return replace(self.at(seed=seed, **few), found=found)
+        return replace(self.at(seed=seed, **few), **earlier)
+
+    @property
+    def earlier(self) -> dict[str, RunSpec]:
+        """The runs that come before this one, by the field that holds them."""
+        return {name: run for name, run in (("found", self.found), ("start", self.start)) if run is not None}
 
     @property
     def backbone(self) -> str:
@@ -68,22 +75,21 @@ class RunSpec:
         """
         arguments = merged(self.arguments, {} if self.found is None else {"mask": {"density": 0.5}})
         facts = _differing(TrainArguments(**arguments), TrainArguments(backbone="-", dataset="-"))
-        if self.found is not None:
-            facts["found"] = self.found.id
+        facts |= {name: run.id for name, run in self.earlier.items()}
         if self.cascade is not None:
             facts["cascade"] = dict(self.cascade)
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_plain).encode()).hexdigest()[:12]
 
-    def to_arguments(self, folder: Path, density: float | None = None) -> TrainArguments:
-        """Arguments to call `run` with, for an `output_dir` and the density of `found`.
+    def to_arguments(self, folder: Path, changes: Mapping[str, Any] | None = None) -> TrainArguments:
+        """Arguments to call `run` with, for an `output_dir` and what comes of earlier runs.
 
         Raises:
             ValueError: A folder that is needed is named by no environment variable, or lacks a file.
         """
         if problem := missing_files([self]):
             raise ValueError(problem)
-        values = merged(self.arguments, {} if density is None else {"mask": {"density": density}})
-        return TrainArguments(**{**_expanded(values), "output_dir": str(folder), "resume": True})
+        values = {**_expanded(self.arguments), "output_dir": str(folder), "resume": True}
+        return TrainArguments(**merged(values, changes or {}))
 
 
 def _differing(given: Any, defaults: Any) -> dict[str, Any]:
@@ -129,7 +135,7 @@ def missing_files(specs: list[RunSpec]) -> str:
 
 @dataclass(frozen=True)
 class RunStore:
-    """Finished runs in a folder, which is made with the first: ``runs/<hash>/``, without their checkpoints."""
+    """Finished runs in a folder, which is made with the first: ``runs/<hash>/``, without most checkpoints."""
 
     folder: Path
 
@@ -143,9 +149,10 @@ class RunStore:
         return (self.path(spec) / result).is_file() or self.failure(spec) is not None
 
     def failure(self, spec: RunSpec) -> str | None:
-        """Why a run, or the one whose density it takes, failed; None if it did not."""
-        if spec.found is not None and (reason := self.failure(spec.found)) is not None:
-            return reason
+        """Why a run, or one that comes before it, failed; None if it did not."""
+        for earlier in spec.earlier.values():
+            if (reason := self.failure(earlier)) is not None:
+                return reason
         path = self.path(spec) / _FAILED_NAME
         return str(json.loads(path.read_text("utf-8"))["error"]) if path.is_file() else None
 
@@ -159,11 +166,15 @@ class RunStore:
             ValueError: It cannot be started, such as for missing files, or for a cluster smaller than a batch.
             Interrupted: After Ctrl-C, once a checkpoint is written.
         """
-        if spec.found is not None:
-            self.ensure(spec.found)
+        for earlier in spec.earlier.values():
+            self.ensure(earlier)
         if not self.is_done(spec):
-            density = None if spec.found is None else self.summary(spec.found).density
-            arguments = spec.to_arguments(self.path(spec), density)
+            changes: dict[str, Any] = {}
+            if spec.found is not None:
+                changes["mask"] = {"density": self.summary(spec.found).density}
+            if spec.start is not None:
+                changes["init_from"] = str(self.path(spec.start))
+            arguments = spec.to_arguments(self.path(spec), changes)
             try:
                 if spec.cascade is None:
                     run(arguments)
@@ -171,6 +182,10 @@ class RunStore:
                     _train_cascade(arguments, spec.cascade)
             except TrainingFailure as error:
                 _write_json(self.path(spec) / _FAILED_NAME, {"error": str(error)})
+        objective = spec.arguments.get("objective", TrainArguments.objective)
+        adapts = spec.arguments.get("adapt", TrainArguments.adapt)
+        if spec.cascade is None and adapts == "mask" and not objective_class(objective).needs_labels:
+            return  # another run may start from its scores
         for folder in {path.parent for path in self.path(spec).rglob("checkpoint-*")}:
             for checkpoint in list_checkpoints(folder):
                 shutil.rmtree(checkpoint)
@@ -217,6 +232,7 @@ METRICS: dict[str, Callable[[RunStore, RunSpec, str], float | None]] = {
     "knn": lambda store, spec, _: store.summary(spec).after.get("knn"),
     "linear_probe": lambda store, spec, _: store.summary(spec).after.get("linear_probe"),
     "accuracy": lambda store, spec, _: store.summary(spec).after.get("accuracy"),
+    "start_accuracy": lambda store, spec, _: store.summary(spec).before.get("accuracy"),
     "low_shot": lambda store, spec, part: store.low_shot(spec, float(part)),
     "frozen_knn": lambda store, spec, _: store.summary(spec).before.get("knn"),
     "frozen_linear_probe": lambda store, spec, _: store.summary(spec).before.get("linear_probe"),

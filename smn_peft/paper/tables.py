@@ -98,7 +98,7 @@ def _table5(scale: Scale) -> list[Cell]:
             options = {"prototypes": number, **({"allow_few_rows": True} if number > rows else {})}
             varied = run.at(objective_options=options)
             cells.append(Cell(f"(a) Prototypes, {scale.varied.label}", str(number), dataset, varied, "knn"))
-        for setting in scale.unsupervised.values():
+        for setting in (each for each in scale.unsupervised.values() if dataset in each.datasets):
             run = scale.run(setting, "mask", dataset)
             for row, metric in (("frozen base", "frozen_knn"), ("mask", "knn")):
                 cells.append(Cell("(c) Initialisation", f"{setting.label}: {row}", dataset, run, metric))

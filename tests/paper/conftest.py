@@ -48,6 +48,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
     }
     unsupervised = {
         "mask": swav,
+        "infonce": {**swav, "objective": "infonce", "objective_options": {"hidden_dim": 8}},
         "topk": merged(swav, topk),
         "full": merged(swav, {"adapt": "full", "lr": 0.01}),
         "statistics": merged(swav, {"adapt": "statistics"}),
@@ -65,7 +66,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
         vit=labelled,
         resnet=labelled,
         choices={
-            **dict.fromkeys(("table3", "table5", "table9", "table10", "figure3", "densities"), ("colours",)),
+            **dict.fromkeys(("table3", "table5", "table9", "table10", "densities"), ("colours",)),
             **dict.fromkeys(("figure8", "figure9", "ablations"), "colours"),
             "table2": {"net": ("score",)},
             "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
@@ -73,8 +74,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "table5_prototypes": (4, 6, 200),
             "table6": ("net", "colours"),
             "table7": ("net", "colours"),
-            "figure3_fractions": (0.5,),
-            "figure3_options": {},
+            "figure3": {"datasets": ("colours",), "fractions": (0.5,), "start": "mask", "options": common},
             "figure5": ("colours", "mask"),
             "figure8_stages": (1,),
             "figure8_shares": (),
@@ -82,6 +82,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             "ablations_kinds": ("with labels", "without labels"),
             "ablations_rates": (0.5, 2.0),
             "recipes": (("net", "colours", (1, 2)),),
+            "steps": (("net", "colours", (1, 2)),),
             "recipes_methods": ("full", "mask", "mask"),
             "methods": [{**shared, "of": "supervised", "recipe": "mask", "kind": "convolutional"}],
             "unlabelled": [

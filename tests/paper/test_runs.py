@@ -58,7 +58,7 @@ def test_arguments_of_a_run(monkeypatch, tmp_path):
     arguments = SMALL.to_arguments(tmp_path / "out")
     assert (arguments.dataset, arguments.weights) == (str(tmp_path / "set.npz"), str(tmp_path / "w.safetensors"))
     assert (arguments.output_dir, arguments.resume) == (str(tmp_path / "out"), True)
-    assert TOPK.to_arguments(tmp_path, density=0.7).mask.density == 0.7
+    assert TOPK.to_arguments(tmp_path, {"mask": {"density": 0.7}}).mask.density == 0.7
     package = RunSpec({"backbone": "{package}/small_resnet.py:build", "dataset": "cifar10"}).to_arguments(tmp_path)
     assert package.backbone.endswith("smn_peft/paper/small_resnet.py:build")
 
