@@ -52,7 +52,7 @@ class RunSpec:
 
     def seeded(self, seed: int) -> RunSpec:
         """Copy with a seed, which also chooses the labels of a `fraction` and is that of the runs before it."""
-        earlier = {name: run.seeded(seed) for name, run in self.earlier.items()}
+        earlier: dict[str, Any] = {name: run.seeded(seed) for name, run in self.earlier.items()}
         few = {"fraction_seed": seed} if "fraction" in self.arguments else {}
         return replace(self.at(seed=seed, **few), **earlier)
 

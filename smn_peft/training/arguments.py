@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +131,9 @@ class TrainArguments(LoopArguments):
         "then stay the start's.",
         least=0,
     )
+    max_bytes: int | str | None = option(
+        None, "Largest size of the adapter's file, in bytes or such as 40kB: the rate of the mask is found for it."
+    )
     templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")
 
     def __post_init__(self) -> None:
@@ -157,8 +160,25 @@ class TrainArguments(LoopArguments):
         if self.adapt in peft_methods() and self.mask.batch_norm == "adapt":
             what = f"adapt={self.adapt!r} keeps the base's BatchNorm statistics"
             raise ValueError(f"{what}: set mask.batch_norm='frozen'.")
+        if self.max_bytes is not None:
+            self.max_bytes = _bytes(self.max_bytes)
+            if self.adapt != "mask" or self.mask.codec != "entropy" or self.keep_best is not None:
+                raise ValueError(
+                    "max_bytes is of coded masks: it needs adapt='mask', mask.codec='entropy', no keep_best."
+                )
+            replace(self.mask, rate=self.mask.rate or 1.0)  # refuses what has no rate
         if self.keep_best is not None and self.mask.density_schedule is not None:
             raise ValueError("keep_best may end in a denser mask than density_schedule asks for: give one of them.")
+
+
+def _bytes(size: int | str) -> int:
+    """A number of bytes, from text such as "40kB" too."""
+    from pydantic import ByteSize, TypeAdapter  # on use, as in `_options`
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValueError:
+        raise ValueError(f"max_bytes must be a size such as 40000, 40kB or 1MB; got {size!r}.") from None
 
 
 def absolute(name: str) -> str:

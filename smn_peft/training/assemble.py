@@ -48,6 +48,7 @@ from ..storage.files import check_regular
 from ..storage.fingerprint import fingerprint, tensor_digest
 from .adapters import adapted
 from .arguments import TrainArguments, objective_kind
+from .budget import Budget
 from .checkpoint import latest_checkpoint, start_from
 from .task import TrainingTask
 
@@ -276,6 +277,8 @@ def build_task(
     if arguments.bound is not None:
         options: dict[str, Any] = {"transform": evaluation_of(backbone), "batch_size": arguments.batch_size}
         task.set_bound(arguments.bound, extract_features(model.to(device), images.train, **options).features)
+    if arguments.max_bytes is not None:
+        task.budget = Budget(model, int(arguments.max_bytes))
     return task, backbone
 
 

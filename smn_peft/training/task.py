@@ -19,6 +19,7 @@ from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from .adapters import trained_names
 from .arguments import LoopArguments
+from .budget import Budget
 
 
 class TrainingTask(nn.Module):
@@ -31,6 +32,7 @@ class TrainingTask(nn.Module):
             if any weight does.
         base: Fingerprint of the frozen base, by which a resumed run knows it; None if not computed.
         bound: Factor of the distance from the start's features in the loss; None without, see [`set_bound`].
+        budget: What finds the mask's rate for a size of its file; None without.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TrainingTask(nn.Module):
         self.adapt_statistics, self.base = adapt_statistics, base
         self._run = self._outputs
         self.bound: float | None = None
+        self.budget: Budget | None = None
         for name in ("start_features", "start_variance"):  # not saved: a resumed run computes them again
             self.register_buffer(name, None, persistent=False)
 
@@ -107,6 +110,7 @@ class TrainingTask(nn.Module):
 
     def _bounded(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The objective's, with the distance of the features from the start's in the loss."""
+        assert self.bound is not None
         seen: list[Tensor] = []
 
         def model(pixel_values: Tensor) -> Tensor:
@@ -129,11 +133,19 @@ class TrainingTask(nn.Module):
         head = self._head if self.objective.consumes == "logits" else self.objective.logits
         return torch.cat([head(part.to(device)).float().cpu() for part in features.split(4096)])
 
-    def set_progress(self, progress: float) -> None:
-        """Set the density of a progressive mask for this fraction of the run."""
+    def before_step(self, step: int, steps: int) -> None:
+        """Set the density of a progressive mask, or the rate of one with a budget, for a step of so many."""
         config = self.mask_config
         if config is not None and config.density_schedule is not None:
-            self.model.update_density(progress)
+            self.model.update_density(step / max(1, steps - 1))
+        if self.budget is not None:
+            self.budget.before_step(self.model, step, steps)
+
+    def finish(self, steps: int) -> None:
+        """Make the mask what it is to be at the end, after so many steps."""
+        self.before_step(steps - 1, steps)  # for a run that is resumed at its end
+        if self.budget is not None:
+            self.budget.finish(self)
 
     @property
     def mask_config(self) -> MaskConfig | None:
@@ -162,7 +174,7 @@ class TrainingTask(nn.Module):
         parameters, adapter = dict(self.named_parameters(remove_duplicate=False)), isinstance(self.model, PeftModel)
 
         def changes(name: str) -> bool:
-            if name.startswith("objective."):
+            if name.startswith(("objective.", "budget.")):
                 return True
             if name in parameters:
                 return parameters[name].requires_grad

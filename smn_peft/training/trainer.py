@@ -128,9 +128,9 @@ class Trainer:
         with StopRequest() as stop, tqdm(**options, disable=hidden) as bar:
             while self.step < self.total_steps:
                 self._epoch(bar, stop)
-        self.task.set_progress(1.0)  # for a run that is resumed at its end
         if self.arguments.score_dtype == "bfloat16":
             cast_scores(self.task, torch.float32)  # no mask changes
+        self.task.finish(self.total_steps)
         self._evaluate_rounded()
         if self.best_step not in (None, self.step):
             with torch.no_grad():
@@ -179,7 +179,7 @@ class Trainer:
         seed = np.random.SeedSequence([arguments.seed, self.step, accelerator.process_index])
         set_seed(int(seed.generate_state(1)[0]))
         self.task.objective.before_step(self.step)
-        self.task.set_progress(self.step / max(1, self.total_steps - 1))
+        self.task.before_step(self.step, self.total_steps)
         losses = []
         for _ in range(arguments.accumulate):
             with window.waiting():

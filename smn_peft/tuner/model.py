@@ -182,28 +182,39 @@ class MaskModel(BaseTuner):
     def rate(self) -> Tensor | None:
         """Compute ``config.rate`` · bits per weight of the active adapters that train; None if none has a rate.
 
-        A term of the loss. The bits are the masks' entropy, with a gradient that pulls scores that fell back to their
-        start, see [`code_length`]. `smn train` adds it; add it to a loss of your own, and under transformers'
-        `Trainer` to that of its ``compute_loss``.
+        A term of the loss. The bits are those of [`code_length`], with a gradient that pulls scores that fell back to
+        their start. `smn train` adds it; add it to a loss of your own, and under transformers' `Trainer` to that of
+        its ``compute_loss``.
 
         Returns:
             A 0-dim fp32 tensor.
         """
-        found = []
-        for name in self.active_adapters:
-            config: MaskConfig = self.peft_config[name]  # type: ignore[assignment]
-            if not config.rate:
-                continue
-            bits, weights = [], 0
-            for _, layer in adapter_layers(self.model):
-                for slot in layer.slots_of(name) if isinstance(layer, MaskLayer) else ():
-                    if (scores := layer.scores(slot).get(name)) is not None and scores.requires_grad:
-                        trainable, start = layer.trainable(name, slot), float(config.init_score)
-                        bits.append(code_length(scores, config.threshold, start, trainable))
-                        weights += scores.numel()
-            if bits:
-                found.append(config.rate / weights * torch.stack([part.to(bits[0].device) for part in bits]).sum())
-        return torch.stack(found).sum().float() if found else None
+        rates = [(name, config.rate) for name in self.active_adapters if (config := self.peft_config[name]).rate]  # type: ignore[attr-defined]
+        lengths = [(rate, *self.code_length(name)) for name, rate in rates]
+        terms = [rate / weights * bits for rate, bits, weights in lengths if weights]
+        return torch.stack(terms).sum().float() if terms else None
+
+    def code_length(self, adapter_name: str | None = None, offset: float = 0.0) -> tuple[Tensor, int]:
+        """Compute the bits that an adapter's masks take at their entropy, see `functional.masking.code_length`.
+
+        Args:
+            adapter_name: An adapter with threshold masks; None: the first active one.
+            offset: Added to its threshold.
+
+        Returns:
+            The bits, a 0-dim tensor whose gradient goes to the scores, and the number of weights; of what trains.
+        """
+        name = adapter_name or self.active_adapters[0]
+        config: MaskConfig = self.peft_config[name]  # type: ignore[assignment]
+        bits, weights = [], 0
+        for _, layer in adapter_layers(self.model):
+            for slot in layer.slots_of(name) if isinstance(layer, MaskLayer) else ():
+                if (scores := layer.scores(slot).get(name)) is not None and scores.requires_grad:
+                    trainable, start = layer.trainable(name, slot), float(config.init_score)
+                    bits.append(code_length(scores, config.threshold + offset, start, trainable))
+                    weights += scores.numel()
+        device = bits[0].device if bits else torch.device("cpu")
+        return torch.stack([part.to(device) for part in bits]).sum() if bits else torch.zeros(()), weights
 
     def update_density(self, progress: float, adapter_name: str | None = None) -> None:
         """Move a topk adapter (the first active one if None) along its `density_schedule`; `progress` is 0 to 1."""
