@@ -50,8 +50,8 @@ class TrainingTask(nn.Module):
         self._run = self._outputs
         self.bound: float | None = None
         self.budget: Budget | None = None
-        for name in ("start_features", "start_variance"):  # not saved: a resumed run computes them again
-            self.register_buffer(name, None, persistent=False)
+        # No buffers: DDP would send them to every process in every step.
+        self.start_features, self.start_variance = torch.empty(0), 1.0
 
     def set_bound(self, weight: float, features: Tensor) -> None:
         """Bound how far training moves the features: add weight / images · distance from `features` to the loss.
@@ -70,7 +70,7 @@ class TrainingTask(nn.Module):
         if self.objective.views != "one":
             raise ValueError(f"bound needs one view per image, and {self.objective.name} has several: leave it out.")
         self.bound = weight / len(features)
-        self.start_features, self.start_variance = features, features.var(0).mean()
+        self.start_features, self.start_variance = features, float(features.var(0).mean())
 
     def train(self, mode: bool = True) -> TrainingTask:
         """Set train mode, but keep what has no trainable weight in eval mode, or its BatchNorm statistics would move.
@@ -118,6 +118,7 @@ class TrainingTask(nn.Module):
             return self._head(seen[0]) if self.objective.consumes == "logits" else seen[0]
 
         found = self.objective(model, batch)
+        self.start_features = self.start_features.to(seen[0].device)
         distance = (seen[0].float() - self.start_features[batch["index"]]).square().mean() / self.start_variance
         return {**found, "loss": found["loss"] + self.bound * distance, "distance": distance.detach()}
 
