@@ -19,9 +19,8 @@ from ..analysis import plots
 from ..backbones import Backbone
 from ..evaluation import markdown_table
 from ..training import TrainArguments, load_recipe
-from ..training.adapters import adapted
 from ..training.arguments import objective_kind, read_recipe
-from ..training.assemble import images_of_run, load_base
+from ..training.assemble import adapted, images_of_run, load_base
 from ..tuner.targets import matching_names, resolve_targets
 from .artefact import ARTEFACTS, TEXTS, Artefact, Cell, Record, Reproduction, reproduce
 from .figures import mean_lines, picture

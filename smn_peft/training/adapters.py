@@ -1,37 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `adapt` to a model that trains: a mask, another method of PEFT, the biases, the head, or all weights."""
+"""What `adapt` names: methods of PEFT and their configurations, and what trains of a model without PEFT."""
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from peft import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
     PeftConfig,
-    PeftModel,
     PeftType,
-    get_peft_model,
 )
 from torch import nn
 
 from .._options import did_you_mean
-from ..backbones import Backbone, Classifier, pooled_features
-from ..storage.adapter_file import rounded
-from ..tuner import MaskConfig, round_extras
+from ..backbones import Classifier
+from ..tuner import MaskConfig
 from ..tuner.batch_norm import has_statistics
 from ..tuner.forms import is_norm, iter_layers
-from ..tuner.targets import exact_targets, head_modules, matching_names, resolve_targets, stage_targets
-
-if TYPE_CHECKING:
-    from .arguments import TrainArguments
-    from .task import TrainingTask
+from ..tuner.targets import exact_targets, head_modules, matching_names, resolve_targets
 
 WITHOUT_PEFT = ("full", "head", "bias", "statistics")
 """Values of `adapt` that train parameters of the base itself, whose file is a state dict."""
@@ -61,62 +51,6 @@ def check_adapt(adapt: str, options: Mapping[str, Any]) -> None:
     if unknown := [name for name in options if name not in names]:
         hint = did_you_mean(unknown[0], names)
         raise ValueError(f"peft: {kind.__name__} of adapt={adapt!r} has no option {unknown[0]!r}.{hint}")
-
-
-def adapted(arguments: TrainArguments, backbone: Backbone, classes: list[str] | None) -> nn.Module:
-    """Prepare a loaded model for training as `arguments.adapt` says; a head trains unless it is masked.
-
-    Raises:
-        ValueError: The method cannot take the layers, or there is nothing of what it trains.
-    """
-    model: Any = backbone.model
-    has_head = isinstance(model, Classifier)
-    if arguments.adapt in WITHOUT_PEFT:
-        if arguments.adapt == "statistics" and not any(has_statistics(module) for module in model.modules()):
-            raise ValueError(f"adapt='statistics' needs BatchNorm, and {arguments.backbone} has none.")
-        return select_trainable(model, arguments.adapt)
-    config: MaskConfig = copy.deepcopy(arguments.mask)
-    # For users of the adapter, who may have its two files only.
-    config.preprocessing = backbone.preprocessing
-    config.id2label = dict(enumerate(classes)) if has_head and classes is not None else None
-    config.seed = config.seed or arguments.seed
-    if arguments.save_dtype != "float32":
-        config.save_dtype = arguments.save_dtype
-    if arguments.mask_stages is not None:
-        config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
-    if has_head and arguments.head == "masked":
-        targets = resolve_targets(model, config.target_modules)
-        if isinstance(targets, str):
-            raise ValueError("head='masked' adds the head to mask.target_modules: give those as a list, or None.")
-        config.target_modules = [*targets, "head"]
-    elif has_head:
-        config.modules_to_save = [*(config.modules_to_save or []), "head"]
-    if arguments.adapt == "mask":
-        return get_peft_model(model, config)
-    torch.manual_seed(arguments.seed)  # PEFT draws the first weights from the global stream
-    try:
-        before = _features_of_noise(model, backbone.image_size)
-        model = get_peft_model(model, peft_config(model, arguments.adapt, config, arguments.peft))
-        after = _features_of_noise(model, backbone.image_size)  # a method may fail only here
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # PEFT's, of many kinds
-        what = f"adapt={arguments.adapt!r} cannot adapt {arguments.backbone}: {' '.join(str(error).split())}"
-        fix = "Set options of the method by peft, other layers by mask.target_modules, or take another method."
-        raise ValueError(f"{what.rstrip('.')}. {fix}") from error
-    if (change := float((after - before).norm() / before.norm())) > 1e-3:
-        text = f"adapt={arguments.adapt!r} changes the features by {change:.2g} of their size before it is trained"
-        warnings.warn(f"{text}: it does not start from {arguments.backbone}.", stacklevel=2)
-    return model
-
-
-@torch.no_grad()
-def _features_of_noise(model: nn.Module, size: int) -> torch.Tensor:
-    """Features (2, dim) in eval mode of two images of noise, which draw nothing from the global stream."""
-    device = next(model.parameters()).device
-    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    training = model.training
-    found = pooled_features(model.eval(), noise).float()
-    model.train(training)
-    return found
 
 
 def peft_config(model: nn.Module, method: str, mask: MaskConfig, options: Mapping[str, Any]) -> PeftConfig:
@@ -187,23 +121,3 @@ def trained_names(model: nn.Module, *, statistics: bool = False) -> list[str]:
         if (whole and (own or has_statistics(module))) or (statistics and has_statistics(module)):
             chosen |= {f"{path}.{name}".removeprefix(".") for name, _ in module.named_buffers(recurse=False)}
     return [name for name in state if name in chosen]
-
-
-@torch.no_grad()
-def round_trained(task: TrainingTask, save_dtype: str) -> None:
-    """Round what training changed of the model to the dtype that it is saved in, in place; objectives stay.
-
-    The tensors keep their dtype: evaluate after this call, and what is measured is what is saved. A mask's config has
-    a `save_dtype` of its own. ValueError if a value is beyond what the dtype can hold.
-    """
-    if task.mask_config is not None:
-        round_extras(task.model)
-    elif save_dtype != "float32":
-        for name, tensor in task.trained_tensors().items():
-            tensor.copy_(rounded(name, tensor, save_dtype))
-
-
-def saved_tensors(task: TrainingTask, save_dtype: str) -> dict[str, torch.Tensor]:
-    """Tensors by name to save of a model without a mask: rounded; of another method of PEFT all of its state dict."""
-    narrow = {name: rounded(name, tensor, save_dtype) for name, tensor in task.trained_tensors().items()}
-    return {**task.model.state_dict(), **narrow} if isinstance(task.model, PeftModel) else narrow

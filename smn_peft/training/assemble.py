@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,10 +17,19 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
-from torch import Tensor
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 
-from ..backbones import Backbone, accept_size, is_file_spec, load_backbone, load_classifier, load_from_file
+from ..backbones import (
+    Backbone,
+    Classifier,
+    accept_size,
+    is_file_spec,
+    load_backbone,
+    load_classifier,
+    load_from_file,
+    pooled_features,
+)
 from ..backbones.clip import templates_for, text_embeddings
 from ..data import (
     ImageDataset,
@@ -46,7 +56,10 @@ from ..evaluation import (
 from ..objectives import Objective, create_objective
 from ..storage.files import check_regular
 from ..storage.fingerprint import fingerprint, tensor_digest
-from .adapters import adapted
+from ..tuner import MaskConfig
+from ..tuner.batch_norm import has_statistics
+from ..tuner.targets import resolve_targets, stage_targets
+from .adapters import WITHOUT_PEFT, peft_config, select_trainable
 from .arguments import TrainArguments, objective_kind
 from .budget import Budget
 from .checkpoint import latest_checkpoint, start_from
@@ -280,6 +293,62 @@ def build_task(
     if arguments.max_bytes is not None:
         task.budget = Budget(model, int(arguments.max_bytes))
     return task, backbone
+
+
+def adapted(arguments: TrainArguments, backbone: Backbone, classes: list[str] | None) -> nn.Module:
+    """Prepare a loaded model for training as `arguments.adapt` says; a head trains unless it is masked.
+
+    Raises:
+        ValueError: The method cannot take the layers, or there is nothing of what it trains.
+    """
+    model: Any = backbone.model
+    has_head = isinstance(model, Classifier)
+    if arguments.adapt in WITHOUT_PEFT:
+        if arguments.adapt == "statistics" and not any(has_statistics(module) for module in model.modules()):
+            raise ValueError(f"adapt='statistics' needs BatchNorm, and {arguments.backbone} has none.")
+        return select_trainable(model, arguments.adapt)
+    config: MaskConfig = copy.deepcopy(arguments.mask)
+    # For users of the adapter, who may have its two files only.
+    config.preprocessing = backbone.preprocessing
+    config.id2label = dict(enumerate(classes)) if has_head and classes is not None else None
+    config.seed = config.seed or arguments.seed
+    if arguments.save_dtype != "float32":
+        config.save_dtype = arguments.save_dtype
+    if arguments.mask_stages is not None:
+        config.target_modules = stage_targets(model, config.target_modules, arguments.mask_stages)
+    if has_head and arguments.head == "masked":
+        targets = resolve_targets(model, config.target_modules)
+        if isinstance(targets, str):
+            raise ValueError("head='masked' adds the head to mask.target_modules: give those as a list, or None.")
+        config.target_modules = [*targets, "head"]
+    elif has_head:
+        config.modules_to_save = [*(config.modules_to_save or []), "head"]
+    if arguments.adapt == "mask":
+        return get_peft_model(model, config)
+    torch.manual_seed(arguments.seed)  # PEFT draws the first weights from the global stream
+    try:
+        before = _features_of_noise(model, backbone.image_size)
+        model = get_peft_model(model, peft_config(model, arguments.adapt, config, arguments.peft))
+        after = _features_of_noise(model, backbone.image_size)  # a method may fail only here
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # PEFT's, of many kinds
+        what = f"adapt={arguments.adapt!r} cannot adapt {arguments.backbone}: {' '.join(str(error).split())}"
+        fix = "Set options of the method by peft, other layers by mask.target_modules, or take another method."
+        raise ValueError(f"{what.rstrip('.')}. {fix}") from error
+    if (change := float((after - before).norm() / before.norm())) > 1e-3:
+        text = f"adapt={arguments.adapt!r} changes the features by {change:.2g} of their size before it is trained"
+        warnings.warn(f"{text}: it does not start from {arguments.backbone}.", stacklevel=2)
+    return model
+
+
+@torch.no_grad()
+def _features_of_noise(model: nn.Module, size: int) -> torch.Tensor:
+    """Features (2, dim) in eval mode of two images of noise, which draw nothing from the global stream."""
+    device = next(model.parameters()).device
+    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    training = model.training
+    found = pooled_features(model.eval(), noise).float()
+    model.train(training)
+    return found
 
 
 def build_objective(

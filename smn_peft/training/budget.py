@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..storage.adapter_file import WEIGHTS_NAME
-
-if TYPE_CHECKING:
-    from .task import TrainingTask
 
 _EVERY = 5  # steps between two measurements
 _POWER = 0.25  # of what a mask takes of the plan, by which the rate is multiplied
@@ -73,27 +71,26 @@ class Budget(nn.Module):
         config.rate = float(self.rate)
 
     @torch.no_grad()
-    def finish(self, task: TrainingTask) -> None:
+    def finish(self, model: Any, scores: Sequence[Tensor]) -> None:
         """Move the scores, and so the threshold, until the file is within the budget, and near it where it can be."""
-        goal, size = self.bits, file_size(task.model)
+        goal, size = self.bits, file_size(model)
         for _ in range(10):
             if _LEAST * self.max_bytes <= size <= self.max_bytes:
                 return
-            at_end = _move(task, goal)
-            size = file_size(task.model)
+            at_end = _move(model, scores, goal)
+            size = file_size(model)
             if at_end and size <= self.max_bytes:
                 return
             goal += 8 * (_AIM * self.max_bytes - size)
         while size > self.max_bytes:  # few weights, each of which takes a part of the budget
             goal = 0.98 * min(goal, self.bits)
-            _move(task, goal)
-            size = file_size(task.model)
+            _move(model, scores, goal)
+            size = file_size(model)
 
 
-def _move(task: TrainingTask, bits: float) -> bool:
+def _move(model: Any, scores: Sequence[Tensor], bits: float) -> bool:
     """Shift all scores so that the masks take at most so many bits; returns whether they can take no more."""
-    model, config = task.model, task.model.active_peft_config
-    scores = [parameter for _, parameter, is_score in task.trainable() if is_score]
+    config = model.active_peft_config
     shift = _REACH * (config.init_score - config.threshold)
     if not (at_end := float(model.code_length(offset=shift)[0]) <= bits):
         low, high = (

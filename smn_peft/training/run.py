@@ -28,7 +28,6 @@ from ..storage.adapter_config import CONFIG_NAME
 from ..storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 from ..storage.files import atomic_write, read_json, to_disk
 from ..storage.fingerprint import tensor_digest
-from .adapters import saved_tensors
 from .arguments import TrainArguments, as_facts, check_same
 from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, share
 from .checkpoint import latest_checkpoint, start_digest
@@ -186,7 +185,7 @@ def run_lock(folder: str | Path) -> Iterator[None]:
 def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
     """Save what was trained, and only then the summary, which says that the run is finished."""
     folder, model = Path(trainer.arguments.output_dir), task.model
-    tensors = {} if task.mask_config is not None else saved_tensors(task, trainer.arguments.save_dtype)
+    tensors = {} if task.mask_config is not None else task.saved_tensors(trainer.arguments.save_dtype)
     if isinstance(model, PeftModel):  # save_embedding_layers="auto" asks the Hub
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors or None)
         for path in folder.glob("adapter_*"):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..backbones import pooled_features
 from ..functional.packing import round_stochastically
 from ..objectives import Objective
-from ..tuner import MaskConfig
+from ..storage.adapter_file import rounded
+from ..tuner import MaskConfig, round_extras
 from ..tuner.batch_norm import has_statistics
 from .adapters import trained_names
 from .arguments import LoopArguments
@@ -146,7 +147,7 @@ class TrainingTask(nn.Module):
         """Make the mask what it is to be at the end, after so many steps."""
         self.before_step(steps - 1, steps)  # for a run that is resumed at its end
         if self.budget is not None:
-            self.budget.finish(self)
+            self.budget.finish(self.model, [parameter for _, parameter, is_score in self.trainable() if is_score])
 
     @property
     def mask_config(self) -> MaskConfig | None:
@@ -192,6 +193,24 @@ class TrainingTask(nn.Module):
             return {name.removeprefix(start): state[name].detach() for name in state if name.startswith(start)}
         state = self.model.state_dict()
         return {name: state[name] for name in trained_names(self.model, statistics=bool(self.adapt_statistics))}
+
+    @torch.no_grad()
+    def round(self, save_dtype: str) -> None:
+        """Round what training changed of the model to the dtype that it is saved in, in place; objectives stay.
+
+        The tensors keep their dtype: evaluate after this call, and what is measured is what is saved. A mask's config
+        has a `save_dtype` of its own. ValueError if a value is beyond what the dtype can hold.
+        """
+        if self.mask_config is not None:
+            round_extras(self.model)
+        elif save_dtype != "float32":
+            for name, tensor in self.trained_tensors().items():
+                tensor.copy_(rounded(name, tensor, save_dtype))
+
+    def saved_tensors(self, save_dtype: str) -> dict[str, Tensor]:
+        """Tensors by name to save of a model without a mask: rounded; of a method of PEFT all of its state dict."""
+        narrow = {name: rounded(name, tensor, save_dtype) for name, tensor in self.trained_tensors().items()}
+        return {**self.model.state_dict(), **narrow} if isinstance(self.model, PeftModel) else narrow
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:

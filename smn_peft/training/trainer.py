@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..tuner import MaskConfig
-from .adapters import round_trained
 from .arguments import LoopArguments, as_facts
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .metrics import MetricsLog, StopRequest, TrainingFailure, Window, check_collapse, check_training
@@ -270,7 +269,7 @@ class Trainer:
 
     def _evaluate_rounded(self) -> None:
         """Evaluate what saving will write."""
-        round_trained(self.task, self.arguments.save_dtype)
+        self.task.round(self.arguments.save_dtype)
         try:
             self._evaluate()
         except ValueError as error:  # features of the same images were finite before
