@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import AdapterFileError, read_json
+from .files import MAX_JSON, AdapterFileError, read_json
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
@@ -28,7 +28,16 @@ SETTINGS = (
 ).split()
 """Fields of the config that decide an adapter's outputs. The keys of the file's tensors say what it targets."""
 
-
+_DEFLATED = b"\x01"  # first byte of deflated settings; JSON begins with a brace
+# Part of the format. What is likely stands last, where a reference to it is short.
+_USUAL = b"""ConvNextForImageClassification","resnet","openai/clip-vit-","timm/vit_base_patch16_224.augreg",\
+"timm/resnet50.","id2label":{"0":"","1":"","2":"","3":"","4":"","5":"","6":"","7":"","8":"","9":""},"mean":[0.5,0.5,0.5],\
+"std":[0.5,0.5,0.5]}{"base_fingerprint":"float32:","base_model_name_or_path":null,"batch_norm":"adapt",\
+"batch_norm":"frozen","checksum":"crc32: of 2","density":null,"density_schedule":null,"format_version":1,\
+"id2label":null,"init_score":1.0,"mask_type":"threshold","preprocessing":{"crop_pct":0.875,"image_size":224,\
+"interpolation":"bicubic","mean":[0.485,0.456,0.406],"std":[0.229,0.224,0.225]},"rank_by":"score","scale":true,\
+"scale_gradient":true,"seed":0,"select":"random","threshold":0.0,"trainable_fraction":1.0,\
+"unmasked_fingerprint":"float32:"""
 _TEXT = (str, NoneType)
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
@@ -102,11 +111,25 @@ def settings_tensor(config: Mapping[str, Any], rest: Collection[Tensor]) -> Tens
     """Encode the settings of a config as (bytes,) uint8 for the weights file, which PEFT may load without the config.
 
     The bytes are JSON, the same for the same settings, with a checksum of them and of `rest`: the file's other tensors
-    but masks, which have one of their own where they are coded.
+    but masks, which have one of their own where they are coded. Beside coded masks they are deflated with [`_USUAL`]
+    as dictionary, after a byte that says so.
     """
     values = json.loads(json.dumps({name: config[name] for name in SETTINGS if name in config}))  # keys are texts now
     values["checksum"] = _checksum(values, rest)
-    return torch.frombuffer(bytearray(_to_json(values)), dtype=torch.uint8)
+    return _encoded(values, config.get("codec"))
+
+
+def recoded_settings(tensor: Tensor, codec: str) -> Tensor:
+    """Encode settings as they stand beside masks of another codec."""
+    return _encoded(_from_json(SETTINGS_NAME, tensor), codec)
+
+
+def _encoded(values: Mapping[str, Any], codec: str | None) -> Tensor:
+    data = _to_json(values)
+    if codec == "entropy":
+        coder = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_USUAL)
+        data = _DEFLATED + coder.compress(data) + coder.flush()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def check_settings(where: object, tensor: Tensor, rest: Collection[Tensor]) -> str | None:
@@ -153,9 +176,15 @@ def _from_json(where: object, tensor: Tensor) -> dict[str, Any]:
     try:
         if tensor.dtype != torch.uint8 or tensor.dim() != 1:
             raise ValueError(f"it is {tensor.dtype} {tuple(tensor.shape)}")
-        values = json.loads(tensor.cpu().numpy().tobytes())
+        data = tensor.cpu().numpy().tobytes()
+        if data.startswith(_DEFLATED):
+            coder = zlib.decompressobj(-15, zdict=_USUAL)
+            data = coder.decompress(data[1:], MAX_JSON)
+            if not coder.eof:
+                raise ValueError(f"they are cut, or more than {MAX_JSON} bytes")
+        values = json.loads(data)
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, zlib.error) as error:
         raise AdapterFileError(f"{where} holds no settings of an adapter ({error}): fetch the file again.") from error
     return values

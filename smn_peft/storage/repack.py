@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .adapter_config import CONFIG_NAME, read_config
+from .adapter_config import CONFIG_NAME, is_settings, read_config, recoded_settings
 from .adapter_file import (
     WEIGHTS_NAME,
     AdapterSizes,
@@ -112,6 +112,7 @@ def _write(
 ) -> AdapterSizes:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors |= {name: recoded_settings(own, config["codec"]) for name, own in tensors.items() if is_settings(name)}
     write_adapter_file(folder / WEIGHTS_NAME, tensors)
     with atomic_write(folder / CONFIG_NAME) as file:
         file.write(json.dumps(config, indent=2, sort_keys=True).encode())

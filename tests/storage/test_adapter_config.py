@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from smn_peft.storage.adapter_config import (
     FORMAT_VERSION,
     check_config,
     check_format_version,
+    check_settings,
     read_config,
     read_settings,
     settings_tensor,
@@ -72,6 +74,25 @@ def test_settings_are_what_the_config_says(tmp_path):
             read_settings("x.smn_settings", wrong)
     with pytest.raises(ValueError, match="format version 9"):
         read_settings("x.smn_settings", settings_tensor({"format_version": 9}, []))
+
+
+def test_settings_beside_coded_masks_are_small():
+    config = MaskConfig(codec="entropy", id2label={0: "cat", 1: "dog"}).to_dict() | {
+        "base_fingerprint": f"float32:{'0123456789abcdef' * 2}",
+        "base_model_name_or_path": "timm/resnet18.a1_in1k",
+    }
+    tensor, plain = settings_tensor(config, []), settings_tensor({**config, "codec": "bits"}, [])
+    assert len(tensor) < 150 < 400 < len(plain)
+    assert read_settings("x", tensor) == read_settings("x", plain)
+    assert check_settings("x", tensor, []) == check_settings("x", plain, [])
+    damaged = tensor.clone()
+    damaged[40] ^= 255
+    bomb = torch.frombuffer(bytearray(b"\x01" + zlib.compress(b" " * (17 << 20), 9, -15)), dtype=torch.uint8)
+    for wrong in (tensor[:-1], tensor[:1], damaged, bomb):
+        with pytest.raises(
+            AdapterFileError, match="x holds no settings of an adapter|x: settings, head and statistics"
+        ):
+            check_settings("x", wrong, [])
 
 
 def test_what_is_no_object_or_no_text(tmp_path):
