@@ -65,6 +65,21 @@ def topk_mask(scores: Tensor, density: float, absolute: bool = False) -> Tensor:
     return (mask | (tied & (tied.cumsum(0) <= count - mask.sum()))).reshape(scores.shape)
 
 
+def two_of_four_mask(scores: Tensor) -> Tensor:
+    """Return the mask of the two highest of every four consecutive scores, the pattern of sparse tensor cores.
+
+    Rows are whole numbers of fours: groups never cross them. Among equal scores the first are on. ValueError if the
+    last dimensions do not divide into fours.
+    """
+    if not scores.ndim or (scores.numel() // max(1, len(scores))) % 4:
+        raise ValueError(f"A 2:4 mask needs rows of a multiple of four weights, got scores {tuple(scores.shape)}.")
+    four, on = scores.detach().reshape(-1, 4).unbind(1), []
+    for i, own in enumerate(four):
+        ahead = [other >= own for other in four[:i]] + [other > own for other in four[i + 1 :]]
+        on.append(torch.stack(ahead).sum(0) < 2)
+    return torch.stack(on, 1).reshape(scores.shape)
+
+
 def progressive_density(progress: float, final: float, start: float = 1.0) -> float:
     """Return the density on a linear schedule (the paper's progressive topk); `progress` is clipped to [0, 1]."""
     return start + (final - start) * min(max(progress, 0.0), 1.0)
@@ -73,6 +88,7 @@ def progressive_density(progress: float, final: float, start: float = 1.0) -> fl
 MASK_TYPES: dict[str, Callable[[Tensor, MaskSpec], Tensor]] = {
     "threshold": lambda scores, spec: threshold_mask(scores, spec.threshold),
     "topk": lambda scores, spec: topk_mask(scores, spec.density, spec.absolute),
+    "2:4": lambda scores, spec: two_of_four_mask(scores),
 }
 """Mask types by name: scores and spec in, bool mask of the scores' shape out."""
 

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..storage.fingerprint import PARTS, compare_fingerprints, fingerprint, tensor_digest
 from .batch_norm import has_statistics
 from .config import MaskConfig
-from .forms import is_norm, iter_layers, mask_layer_for, type_name
+from .forms import Embedding, LinearConv1D, is_norm, iter_layers, mask_layer_for, type_name
 from .layer import MaskLayer
 from .targets import base_model_of, head_modules, vision_scope
 from .wrapper import adapter_layers
@@ -80,6 +80,19 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
         module = model.get_submodule(name)
         if not isinstance(module, MaskLayer) and (problem := _layer_problem(name, module, model, tied)):
             raise ValueError(f"Target {name!r} {problem}")
+
+
+def check_granularity(config: MaskConfig, name: str, layer: MaskLayer) -> None:
+    """Refuse a layer whose weights of an output are not a whole number of fours, if `granularity` is "2:4"."""
+    if config.granularity != "2:4":
+        return
+    for slot in (slot for slot in layer.present_slots if not slot.is_bias):
+        shape, base = layer.base_tensor(slot).shape, layer.get_base_layer()
+        by_input = isinstance(layer, (Embedding, LinearConv1D)) or getattr(base, "transposed", False)
+        if by_input or shape.numel() // shape[0] % 4:
+            why = "does not hold its weights output by output" if by_input else "has no multiple of four inputs"
+            text = f"Target {name!r} ({type(base).__name__}, {slot.path} {tuple(shape)}) {why}"
+            raise ValueError(f"{text}, as granularity='2:4' needs: leave it out by exclude_modules.")
 
 
 def tied_parameters(model: nn.Module) -> dict[str, list[str]]:

@@ -25,9 +25,9 @@ from ..functional.masking import (
     straight_through,
 )
 from ..functional.merging import Stash, check_finite, merge_weight, unmerge_weight, unmerged_weight
-from ..functional.packing import pack_bits, packed_size, unpack_bits
+from ..functional.packing import pack_bits, unpack_bits
 from ..storage.adapter_file import check_packed
-from .config import MaskConfig
+from .config import MaskConfig, initial_bits, initial_scores, score_dtype
 from .mixed import MixedWeight, in_mixed_batch, rows_in_force
 from .wrapper import (
     STATE_LOCK,
@@ -187,7 +187,7 @@ class MaskLayer(AdapterLayer):
         distance = distance or 1.0
         by_size = config.mask_type == "topk" and config.rank_by == "absolute"
         low, high = (0.0, distance) if by_size else (config.threshold - distance, config.threshold + distance)
-        return torch.full_like(weight, low, dtype=_score_dtype(weight), requires_grad=False).masked_fill_(mask, high)
+        return torch.full_like(weight, low, dtype=score_dtype(weight), requires_grad=False).masked_fill_(mask, high)
 
     def trainable(self, adapter_name: str, slot: Slot) -> Tensor | None:
         """Bool tensor of the weights that take part (`trainable_fraction`), None if all do; the others stay on."""
@@ -566,34 +566,3 @@ def _is_eager() -> bool:
     """Whether neither torch.compile, torch.func nor a tracer runs the code, which want plain operations."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
     return not traced
-
-
-# --- What an adapter starts from -------------------------------------------------------------------------------------
-
-
-def _score_dtype(weight: Tensor) -> torch.dtype:
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def initial_scores(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
-    """Scores of a new adapter, in the weight's shape and memory format; random ones depend on seed and name only."""
-    if config.init_weights and not isinstance(config.init_score, str):
-        return torch.full_like(weight, config.init_score, dtype=_score_dtype(weight), requires_grad=False)
-    generator = seeded_generator(config.seed, f"{name}.init")
-    drawn = torch.empty(weight.shape)
-    if not config.init_weights:
-        drawn.normal_(generator=generator).add_(config.threshold)
-    elif weight.dim() > 1:
-        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
-    else:
-        drawn.uniform_(-1, 1, generator=generator)
-    return torch.empty_like(weight, dtype=_score_dtype(weight), requires_grad=False).copy_(drawn)
-
-
-def initial_bits(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
-    """Packed bits of an adapter for inference before a loader has written its own; see [`initial_scores`]."""
-    if weight.device.type == "meta":
-        return torch.empty(packed_size(weight.numel()), dtype=torch.uint8, device="meta")
-    if config.init_weights:
-        return pack_bits(torch.ones(weight.shape, dtype=torch.bool)).to(weight.device)
-    return pack_bits(initial_scores(config, name, weight) > config.threshold)

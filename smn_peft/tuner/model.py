@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from ..functional.masking import code_length, density, progressive_density
 from ..storage.inspection import binary_entropy
 from .batch_norm import BatchNorm, add_batch_norms, bare_norms
-from .checks import base_name, check_adapter_name, check_base, check_base_kind, check_saved, check_targets
+from .checks import (
+    base_name,
+    check_adapter_name,
+    check_base,
+    check_base_kind,
+    check_granularity,
+    check_saved,
+    check_targets,
+)
 from .config import MaskConfig
 from .forms import COMPILED, mask_layer_for, type_name
 from .layer import MaskLayer
@@ -106,6 +114,7 @@ class MaskModel(BaseTuner):
                 check_targets(self.model, [current_key])
             layer = form(target).train(target.training)  # type: ignore[misc]
             self._replace_module(parent, target_name, layer, target)
+        check_granularity(peft_config, current_key, layer)
         may_load = self._is_native or peft_config.comes_from_file
         layer.update_layer(adapter_name, peft_config, current_key, may_load=may_load)
 

@@ -90,7 +90,7 @@ def test_settings_beside_coded_masks_are_small():
     bomb = torch.frombuffer(bytearray(b"\x01" + zlib.compress(b" " * (17 << 20), 9, -15)), dtype=torch.uint8)
     for wrong in (tensor[:-1], tensor[:1], damaged, bomb):
         with pytest.raises(
-            AdapterFileError, match="x holds no settings of an adapter|x: settings, head and statistics"
+            AdapterFileError, match=r"x holds no settings of an adapter|x: settings, head and statistics"
         ):
             check_settings("x", wrong, [])
 

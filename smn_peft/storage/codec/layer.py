@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The codes of one layer's bits, and the choice of the cheapest: constant, gaps between the minority, or packed bytes.
+"""The codes of one layer's bits, and the choice of the cheapest: constant, gaps of the minority, fours, packed bytes.
 
 A gap is how many bits of the majority stand before a bit of the minority. It is split into its low k bits, stored raw
 as k bit planes, and its high part, bytes that DEFLATE codes by Huffman alone: 255 adds 255 and goes on. k leaves the
 high part a mean of about 16 to 32, where an alphabet of bytes costs nothing against the entropy and is cheap to read.
 A layer of few gaps may take a larger k (`shift`): fewer symbols make a smaller table of Huffman codes.
+
+Where two of every four bits are on, each four is one of six: five of them make a number below 6⁵, in 13 bits.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class LayerCode(IntEnum):
     GAPS_OF_OFF = 2
     GAPS_OF_ON = 3
     PACKED = 4
+    FOURS = 5
 
 
 _MAJORITY = {LayerCode.GAPS_OF_OFF: 255, LayerCode.GAPS_OF_ON: 0}
@@ -65,6 +68,9 @@ def encode_layer(packed: NDArray[np.uint8]) -> tuple[int, int, bytes]:
     code = LayerCode.GAPS_OF_ON if 2 * active <= total else LayerCode.GAPS_OF_OFF
     share = min(active, total - active) / total
     candidates: list[tuple[int, bytes]] = []
+    if total >= 1024 and active in (total // 2, total // 2 - 2):
+        if (fours := _encode_fours(packed, active // 2)) is not None:
+            candidates.append((LayerCode.FOURS, fours))
     if share < _SPARSE:
         minority = packed if code is LayerCode.GAPS_OF_ON else ~packed
         positions = np.flatnonzero(np.unpackbits(minority))
@@ -100,10 +106,43 @@ def decode_layer(code: int, active: int, payload: memoryview, out: NDArray[np.ui
             found += popcount_bytes(piece)
         if done != len(out) or found != active:
             raise damaged()
+    elif kind == LayerCode.FOURS:
+        _decode_fours(payload, active, out)
     else:
         if len(payload) or active not in (0, total):
             raise damaged()
         out[:] = 255 if active else 0
+
+
+_NIBBLES = np.array([0b0011, 0b0101, 0b0110, 0b1001, 0b1010, 0b1100], np.uint8)
+_DIGITS = np.full(16, 6, np.uint8)
+_DIGITS[_NIBBLES] = range(6)
+_POWERS = 6 ** np.arange(5, dtype=np.uint16)
+
+
+def _encode_fours(packed: NDArray[np.uint8], count: int) -> bytes | None:
+    """Encode the first `count` fours; None if two of each are not on, or one is missing that does not pad a byte."""
+    digits = _DIGITS[np.stack([packed >> 4, packed & 15], 1).reshape(-1)[:count]]
+    if (digits == 6).any():
+        return None
+    numbers = np.pad(digits, (0, -count % 5)).reshape(-1, 5) @ _POWERS
+    return np.packbits(np.unpackbits(numbers.astype(">u2").view(np.uint8)).reshape(-1, 16)[:, 3:]).tobytes()
+
+
+def _decode_fours(payload: memoryview, active: int, out: NDArray[np.uint8]) -> None:
+    """Decode what [`_encode_fours`] made; errors as of [`decode_layer`]."""
+    count, rest = divmod(active, 2)
+    rows = -(-count // 5)
+    if rest or count not in (2 * len(out), 2 * len(out) - 1) or len(payload) != packed_size(13 * rows):
+        raise damaged()
+    bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=13 * rows).reshape(-1, 13)
+    numbers = np.packbits(np.pad(bits, ((0, 0), (3, 0)))).view(">u2").astype(np.uint16)
+    digits = (numbers[:, None] // _POWERS % 6).reshape(-1)
+    if (numbers >= 6**5).any() or digits[count:].any():
+        raise damaged()
+    nibbles = np.zeros(2 * len(out), np.uint8)
+    nibbles[:count] = _NIBBLES[digits[:count]]
+    out[:] = nibbles[::2] << 4 | nibbles[1::2]
 
 
 def low_bits(total: int, count: int, shift: int = 0) -> int:

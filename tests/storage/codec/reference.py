@@ -43,6 +43,11 @@ def read_layer(code: int, active: int, payload: bytes, size: int) -> bytes:
         return bytes([255 * code]) * size
     if code == 4:
         return zlib.decompress(payload, -15)
+    if code == 5:  # numbers of 13 bits, each of five digits that name the two of four bits that are on, lowest first
+        bits, pairs = bits_of(payload), ["0011", "0101", "0110", "1001", "1010", "1100"]
+        numbers = [int("".join(map(str, bits[i : i + 13])), 2) for i in range(0, len(bits) - 12, 13)]
+        digits = [number // 6**place % 6 for number in numbers for place in range(5)][: active // 2]
+        return bytes_of([int(bit) for digit in digits for bit in pairs[digit]])
     minority, shift = code % 8 - 2, code // 8
     count = active if minority else 8 * size - active
     k = low_bits(8 * size, count, shift)

@@ -46,7 +46,7 @@ def expected() -> dict[str, np.ndarray]:
 
 def test_a_frozen_blob_decodes_bit_for_bit():
     blob = MaskBlob.parse((FOLDER / "frozen_entropy.smnm").read_bytes())
-    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode)
+    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode) - {LayerCode.FOURS}  # which is younger
     assert [entry.name for entry in blob.entries if entry.selected] == ["part"]
     found, wanted = decode_masks(blob, blob.size, Base()), expected()
     assert found.keys() == wanted.keys()

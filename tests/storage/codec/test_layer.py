@@ -38,7 +38,14 @@ def structured() -> dict[str, np.ndarray]:
     return packed | {f"{name} inverted": ~bits for name, bits in packed.items()}
 
 
+def fours(count: int) -> np.ndarray:
+    """Two of every four bits on, `count` times."""
+    on = np.argsort(np.random.default_rng(0).random((count, 4)), axis=1) < 2
+    return np.packbits(on)
+
+
 MASKS = {
+    **{f"{count} fours": fours(count) for count in (1, 2, 11, 256, 257, 2001, 2003, 2004)},
     **{f"{share:g} of {size}": random_bits(share, size) for share in SHARES for size in (1, 7, 300)},
     **{f"{share:g} of 1500": random_bits(share, 1500) for share in (0.001, 0.1, 0.4)},
     **{f"{1 - share:g} of {size}": ~random_bits(share, size, 1) for share in SHARES for size in (3, 400)},
@@ -151,13 +158,25 @@ def test_counts_that_contradict_the_code_are_refused():
     code, active, payload = encode_layer(packed)
     for wrong in (0, 1, active - 1, active + 1, 8000, 9000, -5):
         assert refused(code, wrong, payload, 1000)
-    for wrong in (5, 6, 7, 4 + 8, 0 + 8, 1 + 24, 2 + 32, 3 + 64, 5 + 8, 255):
+    for wrong in (6, 7, 4 + 8, 0 + 8, 1 + 24, 2 + 32, 3 + 64, 5 + 8, 255):
         with pytest.raises(AdapterFileError, match="layer code"):
             decoded(wrong, active, payload, 1000)
     assert refused(LayerCode.ALL_ON, 7, b"", 1000)
     assert refused(LayerCode.ALL_ON, 8000, b"x", 1000)
     assert refused(code, active, payload + b"x", 1000)
     assert refused(LayerCode.PACKED, active, b"", 1000)
+
+
+def test_fours_that_are_none_are_refused():
+    packed = fours(999)  # half a byte is left
+    code, active, payload = encode_layer(packed)
+    assert (code, active, len(payload)) == (LayerCode.FOURS, 1998, -(-13 * 200 // 8))
+    cut, longer, large = payload[:-1], payload + b"x", b"\xff" * len(payload)
+    hostile = [(cut, active, 500), (longer, active, 500), (large, active, 500)]
+    for wrong, count, size in (*hostile, (payload, 1996, 500), (payload, 1997, 500), (payload, active, 501)):
+        assert refused(code, count, wrong, size)
+    past = int.from_bytes(payload, "big") + 6**4  # the last of 1000 digits, which is of no four, is 1
+    assert refused(code, active, past.to_bytes(len(payload), "big"), 500)
 
 
 def test_gaps_that_run_over_the_end_of_a_layer(reader):
