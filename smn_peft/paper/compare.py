@@ -64,9 +64,13 @@ class Comparison:
         return RunSpec(arguments, start=method.start, minutes=self.minutes)
 
     def cells(self) -> list[Cell]:
-        """The cells of the trials and, where k-NN is measured, of the frozen base."""
+        """The cells of the trials and of what is before training: the frozen base's k-NN, the probe at the start."""
         cells = [cell for cell, _ in self.trial_cells()]
         frozen = [replace(cells[0], row="frozen base", column="", metric="frozen_knn")] if self.metric == "knn" else []
+        for name, method in self.methods.items():
+            if method.before:
+                first = next(cell for cell in cells if cell.row == name)
+                frozen.append(replace(first, row=method.before, column="", metric=f"start_{self.metric}"))
         return cells + frozen
 
     def trial_cells(self) -> list[tuple[Cell, RunSpec]]:
