@@ -285,13 +285,13 @@ def build_task(
     objective = build_objective(arguments, backbone, num_classes, images.train.classes)
     statistics = {"statistics": True, "bias": False}.get(arguments.adapt)
     task = TrainingTask(model, objective, adapt_statistics=statistics, base=base)
+    if arguments.max_bytes is not None:
+        task.budget = Budget(model, int(arguments.max_bytes))
     if arguments.init_from is not None and not start_from(task, arguments.init_from) and probed:
         _start_from_probe(model.to(device), backbone, images, arguments)
     if arguments.bound is not None:
         options: dict[str, Any] = {"transform": evaluation_of(backbone), "batch_size": arguments.batch_size}
         task.set_bound(arguments.bound, extract_features(model.to(device), images.train, **options).features)
-    if arguments.max_bytes is not None:
-        task.budget = Budget(model, int(arguments.max_bytes))
     return task, backbone
 
 

@@ -35,18 +35,16 @@ class Budget(nn.Module):
         first: Step at which the first weight was off, 0-dim int64; -1 before.
 
     Raises:
-        ValueError: If the file is larger without a single weight off, or its masks are not coded.
+        ValueError: If the file is larger without a single weight off.
     """
 
     rate: Tensor
     first: Tensor
 
     def __init__(self, model: Any, max_bytes: int) -> None:
-        """Take a `PeftModel` whose active adapter is a mask with every weight on, and the bytes of its file."""
+        """Take a `PeftModel` whose active adapter is a coded mask with every weight on, and the bytes of its file."""
         super().__init__()
         config, self.max_bytes = model.active_peft_config, max_bytes
-        if config.codec != "entropy":
-            raise ValueError(f"max_bytes={max_bytes} is of coded masks: set mask.codec='entropy'.")
         if (fixed := file_size(model)) >= max_bytes:
             narrower = "" if config.save_dtype != "float32" else ", or set save_dtype='bfloat16'"
             what = f"max_bytes={max_bytes} leaves nothing for masks: head, statistics and header take {fixed} bytes"
@@ -64,10 +62,11 @@ class Budget(nn.Module):
             return
         if bits := float(model.code_length()[0]):
             if self.first < 0:
-                self.first.fill_(max(0, step - _EVERY))
+                self.first.fill_(step)
             first = int(self.first)
-            planned = (step - first) / max(1.0, _PLANNED * (steps - first))
-            self.rate.mul_(min(4.0, max(0.25, bits / (min(1.0, planned) * self.bits))) ** _POWER)
+            passed = (step - first + _EVERY) / max(1.0, _PLANNED * (steps - first + _EVERY))
+            planned = min(1.0, passed) if first else 1.0  # a run that starts from a mask has weights off already
+            self.rate.mul_(min(4.0, max(0.25, bits / (planned * self.bits))) ** _POWER)
         config.rate = float(self.rate)
 
     @torch.no_grad()
@@ -93,10 +92,8 @@ def _move(model: Any, scores: Sequence[Tensor], bits: float) -> bool:
     config = model.active_peft_config
     shift = _REACH * (config.init_score - config.threshold)
     if not (at_end := float(model.code_length(offset=shift)[0]) <= bits):
-        low, high = (
-            min(float(each.min()) for each in scores) - config.threshold - 1e-6,
-            shift,
-        )  # every weight on; too many off
+        low = min(float(each.min()) for each in scores) - config.threshold - 1e-6  # every weight on
+        high = shift  # too many off
         for _ in range(30):
             shift = (low + high) / 2
             low, high = (shift, high) if float(model.code_length(offset=shift)[0]) <= bits else (low, shift)

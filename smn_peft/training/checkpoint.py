@@ -138,14 +138,16 @@ def load_checkpoint(
 def start_from(task: TrainingTask, folder: str | Path) -> bool:
     """Give a task the scores, head, prototypes and statistics of the newest checkpoint in another run's folder.
 
-    Optimizer, step and `Objective.run_state` (SwAV's queue) start anew; so do all of the objective's tensors where the
-    other run's was another, and the head where that run had none. Returns whether the head, if any, came along.
+    Optimizer, step, budget and `Objective.run_state` (SwAV's queue) start anew; so do all of the objective's tensors
+    where the other run's was another, and the head where that run had none. Returns whether the head, if any, came
+    along.
     """
     path = _start(folder)
     facts, state = read_state(path)["facts"], task.training_state()  # read_state checks the files
     new = [f"objective.{name}" for name in task.objective.run_state]
     if str(facts.get("objective")).rpartition(":")[2] != task.objective.name:
         new = ["objective."]
+    new.append("budget.")
     headless = task.objective.consumes == "logits" and facts.get("head_classes", ...) is None
     head, body = (f"{_root(state)}{part}." for part in ("head", "backbone"))
     if headless:  # its model is this one's backbone

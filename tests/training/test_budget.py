@@ -71,6 +71,16 @@ def test_it_resumes_exactly(tmp_path):
         assert (again / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("sizes", [(3500, None), (None, 3200), (3500, 3200)])
+def test_a_run_that_starts_from_another_has_a_budget_of_its_own(tmp_path, sizes):
+    first = tiny_arguments(tmp_path, **LONG, max_bytes=sizes[0])
+    run(first, evaluate=False)
+    arguments = replace(first, init_from=first.output_dir, output_dir=str(tmp_path / "next"), max_bytes=sizes[1])
+    summary = run(arguments, evaluate=False)
+    assert summary.density < 1
+    assert sizes[1] is None or summary.sizes["total"] <= sizes[1]
+
+
 def test_the_size_is_that_of_the_file(tmp_path):
     arguments = tiny_arguments(tmp_path, **LONG)
     task, _ = build_task(arguments, build_images(arguments))
