@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..evaluation import markdown_table
+from ..functional.packing import binary_entropy
 from ..storage.adapter_file import purpose_of, read_adapter_file
 from ..storage.codec.blob import encode_masks
-from ..storage.inspection import binary_entropy
 from ..storage.repack import MAX_UNPACKED, unpack_tensors
 
 _COMPRESSORS: dict[str, Callable[[bytes], Any]] = {

@@ -8,7 +8,7 @@ byte.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import log2, prod
 
 import numpy as np
 import torch
@@ -74,3 +74,8 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     )
     rounded = noise.bitwise_and_(-(1 << 16)).view(torch.float32)
     return torch.where(values.isfinite(), rounded, values).bfloat16()
+
+
+def binary_entropy(share: float) -> float:
+    """Entropy in bits of a coin that shows heads with this probability."""
+    return sum(p * -log2(p) for p in (share, 1 - share) if p > 0) + 0.0  # a coin with one side has 0, not -0

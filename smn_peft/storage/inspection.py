@@ -7,11 +7,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from math import log2
 from pathlib import Path
 from typing import Any
 
-from ..functional.packing import popcount
+from ..functional.packing import binary_entropy, popcount
 from .adapter_config import CONFIG_NAME, is_settings, read_config, read_settings
 from .adapter_file import AdapterSizes, adapter_sizes, check_adapter_file, coded_masks, purpose_of, read_adapter_file
 from .codec.blob import LayerEntry
@@ -19,11 +18,6 @@ from .codec.layer import LayerCode
 from .repack import MAX_UNPACKED, unpack_tensors
 
 _PROVENANCE = "base_model_name_or_path revision base_fingerprint format_version peft_version auto_mapping".split()
-
-
-def binary_entropy(share: float) -> float:
-    """Entropy in bits of a coin that shows heads with this probability."""
-    return sum(p * -log2(p) for p in (share, 1 - share) if p > 0) + 0.0  # a coin with one side has 0, not -0
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ import torch
 from recording import Recorder
 from torch import nn
 
+from smn_peft.functional.packing import binary_entropy
 from smn_peft.storage.adapter_file import write_adapter_file
 from smn_peft.storage.codec.blob import MaskBlob, decode_masks, encode_masks
 from smn_peft.storage.codec.layer import accelerate
-from smn_peft.storage.inspection import binary_entropy
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = (

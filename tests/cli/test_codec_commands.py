@@ -104,7 +104,7 @@ def test_inspect_counts_what_numpy_counts(tmp_path, base):
     config = json.loads((folder / CONFIG_NAME).read_text())
     text = smn("inspect", tmp_path / "coded")
     assert "base_model.model.2.smn_mask" in text
-    for fact in ("gaps of off", "all on", "checksum of the masks", config["base_fingerprint"], base, "entropy"):
+    for fact in ("numbered", "all on", "checksum of the masks", config["base_fingerprint"], base, "entropy"):
         assert fact in text
     assert config["base_fingerprint"] in smn("inspect", tmp_path / "coded" / WEIGHTS_NAME)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smn_peft.functional.packing import hamming, pack_bits, packed_size, popcount, unpack_bits
+from smn_peft.functional.packing import binary_entropy, hamming, pack_bits, packed_size, popcount, unpack_bits
 
 SHAPES = [
     (),
@@ -137,3 +137,11 @@ def test_errors_say_what_is_wrong(way):
             unpack_bits(packed.to(torch.uint8), shape)
     with pytest.raises(ValueError, match=r"Masks of \(1,\) and \(2,\) bytes cannot be compared"):
         hamming(torch.zeros(1, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8))
+
+
+def test_the_entropy_of_a_coin():
+    for share, entropy in ((0.5, 1.0), (0.25, 0.8112781244591328), (0.999, 0.011407757737461138)):
+        assert binary_entropy(share) == pytest.approx(entropy, rel=1e-12)
+        assert binary_entropy(1 - share) == pytest.approx(entropy, rel=1e-9)
+    for share in (0.0, 1.0):
+        assert f"{binary_entropy(share):.4f}" == "0.0000"  # and not -0.0000

@@ -80,7 +80,8 @@ def check_blob(data: bytes, base: Base, known: dict[bytes, dict[str, bytes]]) ->
 
 def check_layer(data: bytes) -> None:
     """Decode a layer whose payload is DEFLATE of hostile symbols, with a hostile code and count."""
-    from smn_peft.storage.codec.layer import decode_layer, deflate
+    from smn_peft.storage.codec.layer import deflate
+    from smn_peft.storage.codec.units import decode
     from smn_peft.storage.files import AdapterFileError
 
     if len(data) < 6:
@@ -92,7 +93,7 @@ def check_layer(data: bytes) -> None:
 
     def read() -> dict[str, bytes]:
         out = np.zeros(size, np.uint8)
-        decode_layer(code, active, payload, out)
+        decode(code, active, payload, out, np.frombuffer(data[:2], np.uint8))
         return {"": out.tobytes()}
 
     masks = by_both_readers(read, AdapterFileError)

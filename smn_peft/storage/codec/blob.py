@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from ...functional.packing import packed_size
 from ..files import AdapterFileError
-from .layer import damaged, decode_layer, deflate, encode_layer, inflate
+from .layer import damaged, deflate, inflate
+from .units import decode, encode, needs_before
 
 BLOB_NAME = "smn_masks"
 """Last part of the key under which an adapter's file holds a blob."""
@@ -103,20 +104,31 @@ class MaskBlob:
         """Whether a layer can be decoded only with the base: selective masking left weights out."""
         return any(entry.selected for entry in self.entries)
 
-    def decode_entry(self, entry: LayerEntry, base: Base | None = None) -> NDArray[np.uint8]:
+    def decode_entry(self, index: int, base: Base | None = None) -> NDArray[np.uint8]:
         """Decode the packed bits (size,) of one layer, whose size the caller has checked; errors as [`decode_masks`].
 
         The checksum, which is of all layers, is not compared.
         """
+        entry = self.entries[index]
         chosen = _selected(entry, base) if entry.selected else None
-        part = np.empty(entry.coded, np.uint8)
-        payload = self.payloads[entry.start : entry.start + entry.length]
-        decode_layer(entry.code, 8 * entry.coded - entry.inactive, payload, part)
+        part = self._decode_part(index)
         if chosen is None:
             return part
         full = np.ones(len(chosen), np.bool_)
         full[chosen] = np.unpackbits(part, count=int(np.count_nonzero(chosen))).view(np.bool_)
         return np.packbits(full)
+
+    def _decode_part(self, index: int) -> NDArray[np.uint8]:
+        """Decode the bits of a layer that are coded."""
+        entry, before = self.entries[index], None
+        if needs_before(entry.code):
+            if not index or needs_before(self.entries[index - 1].code):
+                raise damaged()
+            before = self._decode_part(index - 1)
+        part = np.empty(entry.coded, np.uint8)
+        payload = self.payloads[entry.start : entry.start + entry.length]
+        decode(entry.code, 8 * entry.coded - entry.inactive, payload, part, before)
+        return part
 
 
 def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[str, NDArray[np.uint8]]:
@@ -131,8 +143,8 @@ def decode_masks(blob: MaskBlob, limit: int, base: Base | None = None) -> dict[s
         raise AdapterFileError(f"Coded masks say that they unpack to {blob.size} bytes; at most {limit} are possible.")
     masks: dict[str, NDArray[np.uint8]] = {}
     checksum = zlib.crc32(blob.table)
-    for entry in blob.entries:
-        masks[entry.name] = blob.decode_entry(entry, base)
+    for index, entry in enumerate(blob.entries):
+        masks[entry.name] = blob.decode_entry(index, base)
         checksum = zlib.crc32(masks[entry.name].data, checksum)
     if checksum != blob.checksum:
         raise AdapterFileError(
@@ -151,7 +163,7 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], base: Base | None = Non
     """
     entries: list[LayerEntry] = []
     payloads: list[bytes] = []
-    start = 0
+    start, before = 0, None
     for name in sorted(masks):
         if not name or "\n" in name:
             raise ValueError(f"{name!r} cannot name a layer in a coded file.")
@@ -160,7 +172,8 @@ def encode_masks(masks: Mapping[str, NDArray[np.uint8]], base: Base | None = Non
             bits = np.unpackbits(packed, count=len(chosen)).view(np.bool_)
             if selected := bool(bits[~chosen].all()):
                 part = np.packbits(bits[chosen])
-        code, active, payload = encode_layer(part)
+        code, active, payload = encode(part, before)
+        before = None if needs_before(code) else part
         inactive = 8 * len(part) - active
         entries.append(LayerEntry(name, len(packed), len(part), inactive, code, selected, start, len(payload)))
         payloads.append(payload)

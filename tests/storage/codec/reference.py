@@ -37,6 +37,29 @@ def write_gaps(bits: list[int], minority: int, shift: int = 0) -> tuple[bytes, b
     return planes, symbols
 
 
+def read_numbers(bits: int, count: int, payload: bytes) -> list[int]:
+    """Positions of the minority: low bits, the counts of all parts but the last, the number of each part."""
+    k = max(0, math.floor(math.log2(max(1, bits // (8 * count)))))
+    buckets = math.ceil(bits / 2**k)
+    width = math.ceil(buckets / math.ceil(count / 192))
+    parts, planes = math.ceil(buckets / width), bits_of(payload[: math.ceil(k * count / 8)])
+    payload = payload[math.ceil(k * count / 8) :]
+    counts = [int.from_bytes(payload[2 * i : 2 * i + 2], "little") for i in range(parts - 1)]
+    payload, found = payload[2 * (parts - 1) :], []
+    for part, own in enumerate([*counts, count - sum(counts)]):
+        places = width + own - 1 if k and own else width  # with low bits several are in one bucket
+        size = math.ceil(math.log2(math.comb(places, own)) / 8) if math.comb(places, own) > 1 else 0
+        number, payload = int.from_bytes(payload[:size], "little"), payload[size:]
+        high = []
+        for left in range(own, 0, -1):
+            place = max(p for p in range(places) if math.comb(p, left) <= number)
+            number -= math.comb(place, left)
+            high.append(part * width + place - (left - 1 if k else 0))
+        found += high[::-1]
+    lows = [sum(planes[plane * count + i] << plane for plane in range(k)) for i in range(count)]
+    return [(high << k) + low for high, low in zip(found, lows, strict=True)]
+
+
 def read_layer(code: int, active: int, payload: bytes, size: int) -> bytes:
     """Packed bytes of a layer from its payload."""
     if code in (0, 1):
@@ -48,6 +71,10 @@ def read_layer(code: int, active: int, payload: bytes, size: int) -> bytes:
         numbers = [int("".join(map(str, bits[i : i + 13])), 2) for i in range(0, len(bits) - 12, 13)]
         digits = [number // 6**place % 6 for number in numbers for place in range(5)][: active // 2]
         return bytes_of([int(bit) for digit in digits for bit in pairs[digit]])
+    if code == 7:
+        minority = int(2 * active <= 8 * size)
+        places = set(read_numbers(8 * size, active if minority else 8 * size - active, payload))
+        return bytes_of([minority if place in places else 1 - minority for place in range(8 * size)])
     minority, shift = code % 8 - 2, code // 8
     count = active if minority else 8 * size - active
     k = low_bits(8 * size, count, shift)

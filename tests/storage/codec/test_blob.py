@@ -22,7 +22,7 @@ def bits(share: float, count: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture
 def masks() -> dict[str, np.ndarray]:
-    """A layer of every code, and sizes that are no multiple of 8."""
+    """Small layers of several codes, and sizes that are no multiple of 8."""
     return {
         "10.on": np.full(64, 255, np.uint8),
         "9.off": np.zeros(3, np.uint8),
@@ -49,13 +49,15 @@ def same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> bool:
 
 
 def test_masks_round_trip_by_every_code(masks):
+    masks |= {f"{share} of many": np.packbits(bits(share, 20_001)) for share in (0.1, 0.5, 0.9)}
+    masks["units"] = np.packbits(bits(0.5, 100)[:, None] & bits(0.9, 20_000).reshape(100, -1))
     blob = MaskBlob.parse(encode_masks(masks))
     assert same(decode_masks(blob, LIMIT), masks)
     assert {entry.code & 7 for entry in blob.entries} == set(LayerCode)
     assert {entry.name: entry.size for entry in blob.entries} == {name: len(m) for name, m in masks.items()}
-    for entry in blob.entries:
+    for index, entry in enumerate(blob.entries):
         assert 8 * entry.coded - entry.inactive == int(np.unpackbits(masks[entry.name]).sum())
-        assert np.array_equal(blob.decode_entry(entry), masks[entry.name])
+        assert np.array_equal(blob.decode_entry(index), masks[entry.name])
 
 
 def test_the_bytes_do_not_depend_on_the_order(masks):

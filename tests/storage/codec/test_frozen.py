@@ -14,6 +14,7 @@ from smn_peft.storage.files import AdapterFileError
 
 FOLDER = Path(__file__).parent
 COUNT = 6000
+YOUNGER = {LayerCode.FOURS, LayerCode.UNITS, LayerCode.NUMBERED}
 
 
 def numbers(factor: int) -> np.ndarray:
@@ -46,7 +47,7 @@ def expected() -> dict[str, np.ndarray]:
 
 def test_a_frozen_blob_decodes_bit_for_bit():
     blob = MaskBlob.parse((FOLDER / "frozen_entropy.smnm").read_bytes())
-    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode) - {LayerCode.FOURS}  # which is younger
+    assert {entry.code & 7 for entry in blob.entries} == set(LayerCode) - YOUNGER
     assert [entry.name for entry in blob.entries if entry.selected] == ["part"]
     found, wanted = decode_masks(blob, blob.size, Base()), expected()
     assert found.keys() == wanted.keys()

@@ -155,16 +155,32 @@ def test_what_is_decoded_is_bounded_by_the_layer(reader):
 
 def test_counts_that_contradict_the_code_are_refused():
     packed = random_bits(0.1, 1000)
-    code, active, payload = encode_layer(packed)
+    active, payload = int(np.unpackbits(packed).sum()), encode_gaps(np.flatnonzero(np.unpackbits(packed)), 8000)
+    code = LayerCode.GAPS_OF_ON
     for wrong in (0, 1, active - 1, active + 1, 8000, 9000, -5):
         assert refused(code, wrong, payload, 1000)
-    for wrong in (6, 7, 4 + 8, 0 + 8, 1 + 24, 2 + 32, 3 + 64, 5 + 8, 255):
+    for wrong in (6, 4 + 8, 0 + 8, 1 + 24, 2 + 32, 3 + 64, 5 + 8, 7 + 8, 255):
         with pytest.raises(AdapterFileError, match="layer code"):
             decoded(wrong, active, payload, 1000)
     assert refused(LayerCode.ALL_ON, 7, b"", 1000)
     assert refused(LayerCode.ALL_ON, 8000, b"x", 1000)
     assert refused(code, active, payload + b"x", 1000)
     assert refused(LayerCode.PACKED, active, b"", 1000)
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.1, 1000), (0.004, 20_000), (0.99, 8000)])
+def test_numbers_that_are_none_are_refused(share, size):
+    packed = random_bits(share, size)
+    code, active, payload = encode_layer(packed)
+    assert code == LayerCode.NUMBERED
+    for wrong in (0, 1, 8 * size, 8 * size + 100, -5, 4 * size):
+        assert refused(code, wrong, payload, size)
+    assert refused(code, active, payload[:-1], size)
+    assert refused(code, active, payload + b"x", size)
+    assert refused(code, active, b"\xff" * len(payload), size)
+    for wrong in (active - 1, active + 1):  # may be others' number: the blob has a checksum
+        assert refused(code, wrong, payload, size) or np.unpackbits(decoded(code, wrong, payload, size)).sum() == wrong
+    assert refused(code, 300_000, payload, 100_000)  # so many are not numbered
 
 
 def test_fours_that_are_none_are_refused():
@@ -188,8 +204,9 @@ def test_gaps_that_run_over_the_end_of_a_layer(reader):
 def test_the_loop_and_numpy_refuse_the_same(monkeypatch):
     for share in (0.02, 0.2, 0.97):
         packed = np.packbits(np.random.default_rng(0).random(1000) < share)
-        code, active, payload = encode_layer(packed)
-        assert code & 7 in (LayerCode.GAPS_OF_OFF, LayerCode.GAPS_OF_ON)
+        active, minority = int(np.unpackbits(packed).sum()), int(share < 0.5)
+        code = LayerCode.GAPS_OF_ON if minority else LayerCode.GAPS_OF_OFF
+        payload = encode_gaps(np.flatnonzero(np.unpackbits(packed) == minority), 1000)
         hostile = [(code, on, payload, size) for size, on in ((124, active), (126, active), (125, active + 1), (3, 1))]
         for place in range(8 * len(payload)):
             bent = bytearray(payload)
