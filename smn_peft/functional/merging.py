@@ -7,7 +7,7 @@ and the ones that the mask removed, are kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -31,9 +31,9 @@ def _divided(merged: Tensor, scale: Tensor) -> Tensor:
     return (merged.double() / scale.double()).to(merged.dtype)
 
 
-def check_finite(weight: Tensor, path: str, scores: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a frozen weight, at `path`, or scores, by adapter name, hold NaN or infinity."""
-    for name, own in scores.items():
+def check_finite(weight: Tensor, path: str, scores: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if a frozen weight, at `path`, or scores, with their adapter's name, hold NaN or infinity."""
+    for name, own in scores:
         if not torch.isfinite(own).all():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its scores are "

@@ -196,11 +196,11 @@ class BatchNorm(AdapterLayer):
         keys = {name: f"{prefix}smn_{name}.{adapter_name}" for name in own}
         return {key: state_dict.get(key, own[name]) for name, key in keys.items()}
 
-    def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_checkpoint(self, adapter_name: str, prefix: str, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """Statistics from an adapter's file, checked; see [`AdapterLayer.from_checkpoint`]."""
         result: dict[str, Tensor] = {}
         for name, own in self.statistics_of(adapter_name).items():
-            if (loaded := entries.get(f"smn_{name}")) is None:
+            if (loaded := entries.pop(f"smn_{name}", None)) is None:
                 raise KeyError(f"{prefix}smn_{name}")
             if loaded.shape != own.shape or loaded.is_floating_point() != own.is_floating_point():
                 raise ValueError(

@@ -83,16 +83,25 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_granularity(config: MaskConfig, name: str, layer: MaskLayer) -> None:
-    """Refuse a layer whose weights of an output are not a whole number of fours, if `granularity` is "2:4"."""
-    if config.granularity != "2:4":
+    """Refuse a layer whose weight does not have the rows, columns or fours that its granularity says."""
+    if (kind := config.granularity_of(name)) == "weight":
         return
     for slot in (slot for slot in layer.present_slots if not slot.is_bias):
         shape, base = layer.base_tensor(slot).shape, layer.get_base_layer()
         by_input = isinstance(layer, (Embedding, LinearConv1D)) or getattr(base, "transposed", False)
-        if by_input or shape.numel() // shape[0] % 4:
-            why = "does not hold its weights output by output" if by_input else "has no multiple of four inputs"
+        why = "does not hold its weights output by output" if by_input else ""
+        if kind == "2:4" and shape.numel() // shape[0] % 4:
+            why = why or "has no multiple of four inputs"
+        elif kind.startswith("column") and getattr(base, "groups", 1) > 1:
+            why = why or "reads its inputs in groups"
+        if why:
             text = f"Target {name!r} ({type(base).__name__}, {slot.path} {tuple(shape)}) {why}"
-            raise ValueError(f"{text}, as granularity='2:4' needs: leave it out by exclude_modules.")
+            fix = (
+                f"granularity_pattern={{{name.rpartition('.')[2]!r}: 'weight'}}"
+                if kind != "2:4"
+                else "exclude_modules"
+            )
+            raise ValueError(f"{text}, as granularity={kind!r} needs: leave it out by {fix}.")
 
 
 def tied_parameters(model: nn.Module) -> dict[str, list[str]]:

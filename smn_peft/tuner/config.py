@@ -9,17 +9,15 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import torch
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 from peft.utils.peft_types import PeftType
-from torch import Tensor, nn
 from typing_extensions import Self
 
 from .._options import check_options, option
-from ..functional.masking import MaskSpec, seeded_generator
-from ..functional.packing import pack_bits, packed_size
+from ..functional.masking import MaskSpec
 from ..storage.adapter_config import CONFIG_NAME, FORMAT_VERSION, check_format_version
 from ..storage.adapter_file import WEIGHTS_NAME
 from ..storage.files import atomic_write
@@ -30,6 +28,7 @@ MAX_SAVED = 128  # PEFT matches each of `modules_to_save` with every module
 MAX_NAME = 1_000
 MAX_PATTERN = 1_000_000
 MAX_CLASSES = 100_000
+Granularity = Literal["weight", "row", "column", "row+weight", "column+weight", "2:4"]
 MAX_SIZE = 4096  # pixels of a side: a downloaded config decides no more memory than that
 
 
@@ -83,10 +82,14 @@ class MaskConfig(PeftConfig):
     rank_by: Literal["score", "absolute"] = option(
         "score", "Rank by the score, or by its absolute value (mask_type='topk')."
     )
-    granularity: Literal["weight", "2:4"] = option(
+    granularity: Granularity = option(
         "weight",
-        "'weight': every weight for itself. '2:4': exactly two of every four inputs' weights, the pattern of sparse "
-        "tensor cores; scores start at init_score times the weights' sizes.",
+        "What one score switches: 'weight'; 'row', all that makes one output, its bias with it; 'column', all that "
+        "reads one input; 'row+weight' and 'column+weight', both; '2:4', exactly two of every four inputs' weights, "
+        "the pattern of sparse tensor cores, with scores that start at init_score times the weights' sizes.",
+    )
+    granularity_pattern: dict[str, Granularity] | None = option(
+        None, "Granularity of modules by name or regex, such as {'fc1': 'row+weight'}, as PEFT's rank_pattern."
     )
     scale: bool = option(True, "Divide the masked weight by σ = sqrt(density), one σ per tensor.")
     scale_gradient: bool = option(True, "Let the gradient flow through σ.")
@@ -165,14 +168,31 @@ class MaskConfig(PeftConfig):
         if self.rate and (self.mask_type != "threshold" or not self._starts_on()):
             fix = "mask_type='threshold' and init_score a number above threshold"
             raise ValueError(f"rate={self.rate:g} pulls scores back to where they started: it needs {fix}.")
-        whole = (self.mask_type, self.trainable_fraction, self.mask_bias) == ("threshold", 1.0, False)
-        if self.granularity == "2:4" and (self.rate or not whole or not self._starts_on()):
-            others = "mask_type, trainable_fraction, mask_bias, rate and init_score as they are"
-            raise ValueError(f"granularity='2:4' ranks the weights of every four: leave {others}.")
+        self._check_granularity()
         if self.mask_type == "topk" and self.density is None:
             raise ValueError("mask_type='topk' needs density in (0, 1]; got None.")
         if self.mask_type != "topk" and (self.density is not None or self.density_schedule is not None):
             raise ValueError("density and density_schedule belong to mask_type='topk'; 'threshold' finds its density.")
+
+    def _check_granularity(self) -> None:
+        _check_names("granularity_pattern", (self.granularity_pattern or {}).keys(), MAX_NAMES)
+        if unknown := [kind for kind in self._granularities() if kind not in get_args(Granularity)]:
+            raise ValueError(f"granularity must be one of {', '.join(get_args(Granularity))}; got {unknown[0]!r:.80}.")
+        others = next((kind for kind in self._granularities() if kind != "weight"), None)
+        if others and (self.mask_type, self.trainable_fraction, self.mask_bias) != ("threshold", 1.0, False):
+            raise ValueError(f"granularity={others!r} needs mask_type, trainable_fraction and mask_bias as they are.")
+        if "2:4" in self._granularities() and (self.rate or not self._starts_on()):
+            raise ValueError(
+                "granularity='2:4' ranks the weights of every four: leave rate and init_score as they are."
+            )
+
+    def _granularities(self) -> tuple[str, ...]:
+        return (self.granularity, *(self.granularity_pattern or {}).values())
+
+    def granularity_of(self, module_name: str) -> str:
+        """What one score switches in a module, by its name: `granularity_pattern`'s first match, or `granularity`."""
+        pattern = self.granularity_pattern or {}
+        return pattern.get(get_pattern_key(list(pattern), module_name), self.granularity)
 
     def _starts_on(self) -> bool:
         return not isinstance(self.init_score, str) and self.init_score > self.threshold
@@ -201,10 +221,10 @@ class MaskConfig(PeftConfig):
             if unmasked is not None and not was_saved_without:
                 self.unmasked_fingerprint, self._has_own_fingerprint = unmasked, True
 
-    def mask_spec(self) -> MaskSpec:
-        """The part of the configuration that the maths needs, at the start of training."""
+    def mask_spec(self, granularity: str | None = None) -> MaskSpec:
+        """The part of the configuration that the maths needs, at the start of training, for a granularity."""
         return MaskSpec(
-            mask_type=self.mask_type if self.granularity == "weight" else self.granularity,
+            mask_type="2:4" if (granularity or self.granularity) == "2:4" else self.mask_type,
             threshold=self.threshold,
             density=1.0 if self.density_schedule or self.density is None else self.density,
             absolute=self.rank_by == "absolute",
@@ -341,39 +361,3 @@ def _is_triple(value: Any, least: float) -> bool:
 
 def _is_within(value: Any, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
-
-
-# --- What an adapter starts from -------------------------------------------------------------------------------------
-
-
-def score_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of the scores of a weight: fp32, or fp64 as the weight."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def initial_scores(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
-    """Scores of a new adapter, in the weight's shape and memory format; random ones depend on seed and name only."""
-    if config.init_weights and not isinstance(config.init_score, str):
-        scores = torch.full_like(weight, config.init_score, dtype=score_dtype(weight), requires_grad=False)
-        if config.granularity == "2:4":
-            sizes = weight.detach().abs().to(scores.dtype)
-            scores.mul_(sizes / sizes.mean())
-        return scores
-    generator = seeded_generator(config.seed, f"{name}.init")
-    drawn = torch.empty(weight.shape)
-    if not config.init_weights:
-        drawn.normal_(generator=generator).add_(config.threshold)
-    elif weight.dim() > 1:
-        nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
-    else:
-        drawn.uniform_(-1, 1, generator=generator)
-    return torch.empty_like(weight, dtype=score_dtype(weight), requires_grad=False).copy_(drawn)
-
-
-def initial_bits(config: MaskConfig, name: str, weight: Tensor) -> Tensor:
-    """Packed bits of an adapter for inference before a loader has written its own; see [`initial_scores`]."""
-    if weight.device.type == "meta":
-        return torch.empty(packed_size(weight.numel()), dtype=torch.uint8, device="meta")
-    if config.init_weights:
-        return pack_bits(torch.ones(weight.shape, dtype=torch.bool)).to(weight.device)
-    return pack_bits(initial_scores(config, name, weight) > config.threshold)

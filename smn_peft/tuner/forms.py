@@ -112,8 +112,8 @@ class MultiheadAttention(MaskLayer):
         Slot("k_proj_", "k_proj_weight"),
         Slot("v_proj_", "v_proj_weight"),
         Slot("out_proj_", "out_proj.weight"),
-        Slot("in_proj_bias_", "in_proj_bias", is_bias=True),
-        Slot("out_proj_bias_", "out_proj.bias", is_bias=True),
+        Slot("in_proj_bias_", "in_proj_bias", weight="in_proj_"),
+        Slot("out_proj_bias_", "out_proj.bias", weight="out_proj_"),
     )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

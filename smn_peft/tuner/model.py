@@ -21,7 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..functional.masking import code_length, density, progressive_density
-from ..storage.inspection import binary_entropy
+from ..functional.packing import binary_entropy
 from .batch_norm import BatchNorm, add_batch_norms, bare_norms
 from .checks import (
     base_name,
@@ -185,8 +185,13 @@ class MaskModel(BaseTuner):
 
     def bits_per_weight(self, adapter_name: str | None = None) -> float:
         """Mean entropy of an adapter's masks in bits per weight: what a coded file takes for them."""
-        masks = self.masks(adapter_name).values()
-        return sum(m.numel() * binary_entropy(density(m)) for m in masks) / sum(m.numel() for m in masks)
+        name, bits, weights = adapter_name or self.active_adapters[0], 0.0, 0
+        for layer in (layer for _, layer in adapter_layers(self.model) if isinstance(layer, MaskLayer)):
+            for slot in layer.slots_of(name):
+                parts = [] if layer.goes_with_row(name, slot) else layer.mask_parts(name, slot)
+                bits += sum(part.numel() * binary_entropy(density(part)) for part in parts)
+                weights += layer.base_tensor(slot).numel()
+        return bits / weights
 
     def rate(self) -> Tensor | None:
         """Compute ``config.rate`` · bits per weight of the active adapters that train; None if none has a rate.
@@ -215,13 +220,15 @@ class MaskModel(BaseTuner):
         """
         name = adapter_name or self.active_adapters[0]
         config: MaskConfig = self.peft_config[name]  # type: ignore[assignment]
-        bits, weights = [], 0
-        for _, layer in adapter_layers(self.model):
-            for slot in layer.slots_of(name) if isinstance(layer, MaskLayer) else ():
-                if (scores := layer.scores(slot).get(name)) is not None and scores.requires_grad:
-                    trainable, start = layer.trainable(name, slot), float(config.init_score)
-                    bits.append(code_length(scores, config.threshold + offset, start, trainable))
-                    weights += scores.numel()
+        bits, weights, start = [], 0, config.init_score
+        masked = [layer for _, layer in adapter_layers(self.model) if isinstance(layer, MaskLayer)]
+        for layer in masked:
+            for slot in layer.slots_of(name):
+                scores = [own for own in layer.scores(name, slot).values() if own.requires_grad]
+                if scores and not layer.goes_with_row(name, slot):
+                    trainable = layer.trainable(name, slot)
+                    bits += [code_length(own, config.threshold + offset, float(start), trainable) for own in scores]
+                    weights += layer.base_tensor(slot).numel()
         device = bits[0].device if bits else torch.device("cpu")
         return torch.stack([part.to(device) for part in bits]).sum() if bits else torch.zeros(()), weights
 

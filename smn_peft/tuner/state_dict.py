@@ -171,27 +171,24 @@ def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
     places: dict[nn.Module, list[str]] = defaultdict(list)  # one module may stand in several
     for name, module in model.named_modules(remove_duplicate=False):
         places[module].append(name.replace("_fsdp_wrapped_module.", ""))
+    of_layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in [key for key in rest if key.rpartition(".")[2].startswith("smn_")]:
+        name, dot, attribute = key.removeprefix(BASE_PREFIX).rpartition(".")
+        of_layers[name + dot][attribute] = rest.pop(key)
     for layer, prefix, own in _named_layers(model):
-        bare = own.removeprefix(BASE_PREFIX)
-        entries = {
-            attribute: rest.pop(key)
-            for attribute in layer._modules
-            if attribute.startswith("smn_")
-            for key in (f"{bare}{attribute}", f"{BASE_PREFIX}{bare}{attribute}")
-            if key in rest
-        }
+        entries = of_layers[own.removeprefix(BASE_PREFIX)]
+        with_scores = any("scores" in key for key in entries)
         try:
             loaded = layer.from_checkpoint(adapter_name, prefix, entries)
         except KeyError as error:
             missing.append(str(error.args[0]))
             continue
-        taken = {key.partition(".")[0].replace("scores", "mask") for key in loaded}  # of scores and bits either
-        strange += [f"{bare}{attribute}" for attribute in entries if attribute.replace("scores", "mask") not in taken]
-        bits_only |= any("scores" in key for key in loaded) and not any("scores" in key for key in entries)
+        bits_only |= any("scores" in key for key in loaded) and not with_scores
         for place in places[layer]:
             result.update({f"{place}.{key}".removeprefix("."): value for key, value in loaded.items()})
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
-    strange += [key for key in rest if key.rpartition(".")[2].startswith("smn_") or _is_of_base(model, key, tensors)]
+    strange += [f"{name}{attribute}" for name, entries in of_layers.items() for attribute in entries]
+    strange += [key for key in rest if _is_of_base(model, key, tensors)]
     if missing or strange:
         raise _misfit(missing, strange)
     if bits_only:
@@ -287,11 +284,15 @@ def reload_entries(model: Any, adapter_name: str, state_dict: Mapping[str, Tenso
                 new = replace(config, **settings)
             except (TypeError, ValueError) as error:
                 raise AdapterFileError(f"The file says what no config can say: {error} Fetch it again.") from error
-            kept = {} if new.mask_spec() == config.mask_spec() else {"spec": new.mask_spec()}
-            adapts = new.batch_norm == "adapt"
+            adapts, same = new.batch_norm == "adapt", new.mask_spec() == config.mask_spec()
             put(
                 new,
-                {layer: replace(info, config=new, trainable={}, **kept) for layer, info in infos.items()},
+                {
+                    layer: replace(
+                        info, config=new, trainable={}, spec=info.spec if same else new.mask_spec(info.granularity)
+                    )
+                    for layer, info in infos.items()
+                },
                 {norm: (own or norm.base_statistics()) if adapts else {} for norm, own in statistics.items()},
             )
         entries = loaded_entries(model, adapter_name, state_dict)

@@ -51,17 +51,27 @@ class Slot(NamedTuple):
     Attributes:
         name: Infix of the adapter's keys: ``""`` gives ``smn_mask``, ``"bias_"`` gives ``smn_bias_mask``.
         path: Path of the parameter from the base layer.
-        is_bias: Whether it is masked only with ``mask_bias=True``.
+        weight: Of a bias, the `name` of its weight's slot; it is masked only with ``mask_bias=True`` or with its row.
     """
 
     name: str
     path: str
-    is_bias: bool = False
+    weight: str | None = None
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a bias."""
+        return self.weight is not None
 
     @property
     def scores_name(self) -> str:
         """Name of the container of scores."""
         return f"smn_{self.name}scores"
+
+    @property
+    def unit_scores_name(self) -> str:
+        """Name of the container of scores of whole rows or columns, which a bias shares with its weight."""
+        return f"smn_{self.weight if self.weight is not None else self.name}unit_scores"
 
     @property
     def mask_name(self) -> str:
@@ -77,6 +87,7 @@ class AdapterInfo:
     spec: MaskSpec
     key: str
     slots: tuple[Slot, ...]
+    granularity: str = "weight"
     trainable: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -227,8 +238,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
-    def from_checkpoint(self, adapter_name: str, prefix: str, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def from_checkpoint(self, adapter_name: str, prefix: str, entries: dict[str, Tensor]) -> dict[str, Tensor]:
         """State-dict entries of this layer (``smn_mask.default`` …) from a file's (``smn_mask`` …), checked.
+
+        What the layer knows is taken out of `entries`.
 
         Raises:
             KeyError: If a tensor is missing; the argument is its key.

@@ -110,7 +110,7 @@ def test_batch_norm_policies_combine(policies, chosen):
 
 def test_a_combination_that_fails_leaves_nothing():
     model = two({}, {})
-    model.base_model.model.enc[0].smn_scores["two"].data = torch.zeros(1)  # of no shape that could be combined
+    model.base_model.model.enc[0].smn_scores["two"].data = torch.zeros(7)  # of no shape that could be combined
     with pytest.raises(RuntimeError):
         model.add_weighted_adapter(["one", "two"], adapter_name="both")
     assert list(model.peft_config) == ["one", "two"]

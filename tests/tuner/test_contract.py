@@ -84,13 +84,13 @@ def test_the_gradient_is_autograd_s_over_the_written_out_formula(case):
     spec = model.peft_config["default"].mask_spec()
     for slot in layer.smn_info["default"].slots:
         parameter = base.body.get_parameter(slot.path)
-        leaves[slot.path] = layer.scores(slot)["default"].detach().clone().requires_grad_()
+        leaves[slot.path] = layer.parameters_of("default")[slot.scores_name].detach().clone().requires_grad_()
         mask = straight_through(leaves[slot.path], spec, parameter.dtype)
         tensors[f"body.{slot.path}"] = masked_weight(parameter.detach(), mask, spec)
     (torch.func.functional_call(base, tensors, (x,)).float().tanh() * weights).sum().backward()
     size = 1e-9 if case.dtype == torch.float64 else (1e-4 if case.dtype == torch.float32 else 6e-2)
     for slot in layer.smn_info["default"].slots:
-        expected, actual = leaves[slot.path].grad, layer.scores(slot)["default"].grad
+        expected, actual = leaves[slot.path].grad, layer.parameters_of("default")[slot.scores_name].grad
         assert expected.abs().max() > 0
         torch.testing.assert_close(actual, expected, rtol=size, atol=size * float(expected.abs().max()))
 
@@ -99,14 +99,16 @@ def test_the_gradient_is_autograd_s_over_the_written_out_formula(case):
 def test_training_changes_the_scores_and_nothing_else(case):
     base, model = case.base(), masked_model(case)
     layer = layer_of(model)
-    before = [layer.scores(slot)["default"].detach().clone() for slot in layer.smn_info["default"].slots]
+    before = [
+        layer.parameters_of("default")[slot.scores_name].detach().clone() for slot in layer.smn_info["default"].slots
+    ]
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("smn_" in name and "scores" in name for name in names)
     assert len(names) == len(case.weights)
     train(model, case.inputs())
     assert_same(weights_of(model), weights_of(base))
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in names)
-    after = [layer.scores(slot)["default"] for slot in layer.smn_info["default"].slots]
+    after = [layer.parameters_of("default")[slot.scores_name] for slot in layer.smn_info["default"].slots]
     assert not any(torch.equal(scores, old) for scores, old in zip(after, before, strict=True))
     assert any(not mask.all() for mask in mask_bits(model).values())
 
@@ -144,7 +146,7 @@ def test_a_loaded_adapter_trains_on_from_its_mask(case, tmp_path):
         assert torch.equal(loaded(x), expected)
     layer, config = layer_of(loaded), loaded.peft_config["default"]
     for slot in layer.smn_info["default"].slots:
-        scores = layer.scores(slot)["default"]
+        scores = layer.parameters_of("default")[slot.scores_name]
         assert scores.requires_grad
         distance = (scores - config.threshold).abs()
         torch.testing.assert_close(distance, torch.full_like(scores, abs(config.init_score - config.threshold)))
@@ -161,7 +163,10 @@ def test_saved_scores_resume_exactly(case, tmp_path):
         warnings.filterwarnings("error", message=".*saved as bits")
         loaded = reload(case, tmp_path, is_trainable=True)
     for slot in layer_of(model).smn_info["default"].slots:
-        assert torch.equal(layer_of(loaded).scores(slot)["default"], layer_of(model).scores(slot)["default"])
+        assert torch.equal(
+            layer_of(loaded).parameters_of("default")[slot.scores_name],
+            layer_of(model).parameters_of("default")[slot.scores_name],
+        )
     train(model, x)
     train(loaded, x)
     assert_same(mask_bits(loaded), mask_bits(model))
@@ -276,7 +281,7 @@ def test_several_adapters_switch_combine_and_go(case, packed):
     assert list(layer.smn_info) == ["first"]
     assert not any("second" in name for name in model.state_dict())
     for slot in layer.present_slots:
-        assert "second" not in [*layer.bits(slot).keys(), *layer.bits(slot).older, *layer.scores(slot).keys()]
+        assert "second" not in [*layer.bits(slot).keys(), *layer.bits(slot).older, *layer.parameters_of("second")]
     with torch.no_grad():
         torch.testing.assert_close(model(x), reference(case, masks["first"], scale)(x), **case.tolerance)
 
@@ -412,7 +417,7 @@ def test_what_is_not_trainable_stays_on(case, select, tmp_path):
         chosen = layer.trainable("default", slot)
         assert int(chosen.sum()) == round(0.5 * chosen.numel())
         assert masks[slot.path][~chosen].all()
-        scores = layer.scores(slot)["default"]
+        scores = layer.parameters_of("default")[slot.scores_name]
         assert torch.equal(scores[~chosen], torch.full_like(scores[~chosen], model.peft_config["default"].init_score))
         removed += int((~masks[slot.path]).sum())
         if select == "magnitude":
@@ -558,6 +563,6 @@ def test_the_table_covers_what_the_tuner_can_mask():
 def test_masks_are_those_of_the_scores():
     case = BY_NAME["conv2d"]
     model = masked_model(case, case.random())
-    scores = layer_of(model).scores(layer_of(model).present_slots[0])["default"]
+    scores = layer_of(model).parameters_of("default")[layer_of(model).present_slots[0].scores_name]
     assert torch.equal(mask_bits(model)["weight"], compute_mask(scores, model.peft_config["default"].mask_spec()))
     assert get_peft_model(case.base(), case.random()).base_model.density() == pytest.approx(model.base_model.density())
