@@ -5,9 +5,18 @@ from __future__ import annotations
 
 from ._push_to_hub import register
 from .bank import MaskBank
-from .tuner import MaskConfig, MaskModel, explain_targets, round_extras
+from .tuner import MaskConfig, MaskModel, explain_targets, load_sliced, round_extras, save_sliced, slice_model
 
-__all__ = ["MaskBank", "MaskConfig", "MaskModel", "explain_targets", "round_extras"]
+__all__ = [
+    "MaskBank",
+    "MaskConfig",
+    "MaskModel",
+    "explain_targets",
+    "load_sliced",
+    "round_extras",
+    "save_sliced",
+    "slice_model",
+]
 
 register()
 

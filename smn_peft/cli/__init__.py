@@ -73,7 +73,16 @@ def app() -> None:
 
 
 for _command in (
-    *(train.train, analyze.evaluate, adapters.push, adapters.pack, adapters.unpack, adapters.inspect, adapters.verify),
+    *(
+        train.train,
+        analyze.evaluate,
+        adapters.push,
+        adapters.pack,
+        adapters.unpack,
+        adapters.slice_,
+        adapters.inspect,
+        adapters.verify,
+    ),
     *(bank.bank, bank.serve, train.cascade, analyze.analyze, train.compare),
     *(train.reproduce, train.recipes, adapters.targets),
 ):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn targets|inspect|verify|pack|unpack|push`: one adapter and its file."""
+"""`smn targets|inspect|verify|pack|unpack|slice|push`: one adapter and its file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .. import storage
 from ..backbones import is_file_spec, load_backbone, load_from_file
 from ..hub import plan_push, push_run
-from ..training.saved import save_run_as, verify_run
-from ..tuner import MaskConfig, explain_targets
+from ..training.saved import load_run, save_run_as, verify_run
+from ..tuner import MaskConfig, explain_targets, save_sliced, slice_model
 from .options import PATH, backbone_option, field_options, given, place_options, read_reports
 
 _TARGETS = "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save mask_bias".split()
@@ -110,6 +112,36 @@ def unpack(folder: Path, out: Path, base: bool, backbone: str | None, max_bytes:
     else:
         after = storage.unpack_adapter(folder, out, max_bytes)
     click.echo(f"{out}: {storage.size_change(before, after)}")
+
+
+@click.command("slice")
+@click.argument("adapter")
+@backbone_option
+@click.option("--out", "-o", type=PATH, required=True, help="Safetensors file to write.")
+def slice_(adapter: str, backbone: str | None, out: Path) -> None:
+    """Cut out of a model what an adapter's mask switches off as a whole, and write the smaller model.
+
+    ADAPTER is an output folder of `smn train`, or the folder of an adapter. `smn_peft.load_sliced` reads the file.
+    """
+    loaded = load_run(adapter, backbone=backbone)[1]
+    images = torch.zeros(1, 3, loaded.image_size, loaded.image_size)
+    sliced = slice_model(loaded.model)
+    save_sliced(sliced, out)
+    before, after = (_cost(model, images) for model in (loaded.model, sliced))
+    for what, old, new in zip(("multiplications", "parameters"), before, after, strict=True):
+        click.echo(f"{what}: {old:,} -> {new:,} ({new / old:.3f})")
+    click.echo(f"{out}: {out.stat().st_size:,} bytes")
+
+
+def _cost(model: Any, images: torch.Tensor) -> tuple[int, int]:
+    """Multiplications of a forward of these images, and parameters, of a model without its adapters."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        base.eval()(images)
+    parameters = sum(
+        p.numel() for name, p in base.named_parameters() if "smn_" not in name and ".original_module." not in name
+    )
+    return counter.get_total_flops() // 2, parameters
 
 
 @click.command("push")

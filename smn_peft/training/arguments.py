@@ -134,6 +134,13 @@ class TrainArguments(LoopArguments):
     max_bytes: int | str | None = option(
         None, "Largest size of the adapter's file, in bytes or such as 40kB: the rate of the mask is found for it."
     )
+    max_flops: float | None = option(
+        None,
+        "Largest share of the backbone's multiplications that the sliced model takes, such as 0.7; needs "
+        "mask.granularity row, column or either with +weight.",
+        above=0,
+        most=1,
+    )
     templates: list[str] = option([], "Prompts of the zero-shot head, each with one {}; none: the dataset's own.")
 
     def __post_init__(self) -> None:
@@ -167,6 +174,10 @@ class TrainArguments(LoopArguments):
                     "max_bytes is of coded masks: it needs adapt='mask', mask.codec='entropy', no keep_best."
                 )
             replace(self.mask, rate=self.mask.rate or 1.0)  # refuses what has no rate
+        if self.max_flops is not None and (self.adapt != "mask" or {self.max_bytes, self.keep_best} != {None}):
+            raise ValueError(
+                "max_flops is of masks of rows or columns: it needs adapt='mask', no max_bytes, no keep_best."
+            )
         if self.keep_best is not None and self.mask.density_schedule is not None:
             raise ValueError("keep_best may end in a denser mask than density_schedule asks for: give one of them.")
 

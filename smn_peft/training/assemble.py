@@ -61,7 +61,7 @@ from ..tuner.batch_norm import has_statistics
 from ..tuner.targets import resolve_targets, stage_targets
 from .adapters import WITHOUT_PEFT, peft_config, select_trainable
 from .arguments import TrainArguments, objective_kind
-from .budget import Budget
+from .budget import BytesBudget, FlopsBudget
 from .checkpoint import latest_checkpoint, start_from
 from .task import TrainingTask
 
@@ -286,7 +286,10 @@ def build_task(
     statistics = {"statistics": True, "bias": False}.get(arguments.adapt)
     task = TrainingTask(model, objective, adapt_statistics=statistics, base=base)
     if arguments.max_bytes is not None:
-        task.budget = Budget(model, int(arguments.max_bytes))
+        task.budget = BytesBudget(model, int(arguments.max_bytes))
+    elif arguments.max_flops is not None:
+        images_of_zeros = torch.zeros(1, 3, backbone.image_size, backbone.image_size, dtype=first)
+        task.budget = FlopsBudget(model, arguments.max_flops, images_of_zeros)
     if arguments.init_from is not None and not start_from(task, arguments.init_from) and probed:
         _start_from_probe(model.to(device), backbone, images, arguments)
     if arguments.bound is not None:

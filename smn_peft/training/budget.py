@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Budget`: the rate of a mask that makes its coded file meet a size in bytes, found while training."""
+"""Budgets that a mask meets at the end of training: bytes of its coded file, multiplications of its sliced model.
+
+Both are met by a pull on the scores whose weight is found while training, and by moving the threshold at the end.
+"""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..functional.masking import straight_through
 from ..storage.adapter_file import WEIGHTS_NAME
+from ..tuner import MaskLayer
+from ..tuner.targets import base_model_of, hidden_channels
 
 _EVERY = 5  # steps between two measurements
 _POWER = 0.25  # of what a mask takes of the plan, by which the rate is multiplied
@@ -20,10 +30,13 @@ _PLANNED = 0.4  # of the steps after the first weight is off, a mask may take al
 _TERM = 0.25  # rate · bits per weight, where trials on CIFAR-10 ended: what the first rate is guessed by
 _LEAST = 0.98  # of the budget that a finished file takes, where weights are at hand to switch off
 _AIM = 0.995  # of the budget, where the first move missed it
+_PULL = 2e-4  # gradient of a row's or column's score to begin with
+_SLOWLY = 0.6  # of the steps after the first channel is off, the multiplications may take to fall
+_GAIN = 8.0  # how fast the weight grows with what the share is above the plan
 _REACH = 0.1  # of the way from the threshold to the start, by which the threshold rises at most
 
 
-class Budget(nn.Module):
+class BytesBudget(nn.Module):
     """Finds the rate λ (`MaskConfig.rate`) at which the coded file of a mask has at most so many bytes.
 
     Every few steps the mask is measured at its entropy, and λ multiplied by a power of what it takes of a plan: dual
@@ -53,6 +66,10 @@ class Budget(nn.Module):
         first_rate = config.rate or _TERM * model.code_length()[1] / self.bits
         self.register_buffer("rate", torch.tensor(first_rate, dtype=torch.float64))
         self.register_buffer("first", torch.tensor(-1))
+
+    def term(self, model: Any) -> Tensor | None:
+        """Nothing beside [`MaskModel.rate`], which the loss has anyway."""
+        return None
 
     @torch.no_grad()
     def before_step(self, model: Any, step: int, steps: int) -> None:
@@ -109,3 +126,110 @@ def file_size(model: Any) -> int:
         warnings.simplefilter("ignore")  # of rounding, which comes before the file is evaluated
         model.save_pretrained(folder, save_embedding_layers=False)
         return (Path(folder) / WEIGHTS_NAME).stat().st_size
+
+
+# --- Multiplications -------------------------------------------------------------------------------------------------
+
+
+class _Channels(NamedTuple):
+    """Hidden channels that a mask may switch off, and the layers that would be smaller without them."""
+
+    masked: list[MaskLayer]
+    producer: str
+    consumer: str
+
+
+class FlopsBudget(nn.Module):
+    """Finds the pull on rows and columns at which the sliced model takes at most a share of multiplications.
+
+    The share is of the whole model's. That of a layer falls with those of its inputs and outputs which are on,
+    straight through to the scores. Every few steps its weight in the loss is multiplied by the exponential of what
+    the share is above a plan, which falls from 1, when the first channel is off, to the budget. At the end the
+    threshold of rows and columns moves where the budget is not met.
+
+    Attributes:
+        weight: Weight of the share in the loss, 0-dim fp64.
+        first: Step at which the first channel was off, 0-dim int64; -1 before.
+
+    Raises:
+        ValueError: No rows or columns train that could be cut out, or not enough for the budget.
+    """
+
+    weight: Tensor
+    first: Tensor
+
+    def __init__(self, model: Any, max_flops: float, images: Tensor) -> None:
+        """Take a `PeftModel` whose active adapter masks rows or columns, and images (1, 3, height, width)."""
+        super().__init__()
+        self.max_flops, self.adapter = max_flops, model.active_adapter
+        base = base_model_of(model)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            base.eval()(images)
+        counts = {name.partition(".")[2]: sum(own.values()) for name, own in counter.get_flop_counts().items()}
+        self.total = counter.get_total_flops()
+        layers = dict(base.named_modules())
+        self.channels = []
+        for producer, consumer in hidden_channels(base):
+            kinds = (layers[producer], "row"), (layers[consumer], "column")
+            masked = [layer for layer, kind in kinds if isinstance(layer, MaskLayer) and self._masks(layer, kind)]
+            if masked:
+                self.channels.append(_Channels(masked, producer, consumer))
+        self.counts = {name: counts[name] for each in self.channels for name in each[1:]}
+        if not self.channels:
+            fix = "set mask.granularity to column+weight"
+            raise ValueError(f"max_flops cuts hidden channels out, and none are masked: {fix}, or row, column.")
+        if (least := 1 - sum(self.counts.values()) / self.total) >= max_flops:
+            what = f"max_flops={max_flops:g} cannot be met: what is not masked as hidden channels takes {least:.2f}"
+            raise ValueError(f"{what} of the multiplications. Allow more.")
+        number = sum(self._scores(each)[0].numel() for each in self.channels)
+        self.register_buffer("weight", torch.tensor(_PULL * number / (1 - least), dtype=torch.float64))
+        self.register_buffer("first", torch.tensor(-1))
+
+    def _masks(self, layer: MaskLayer, kind: str) -> bool:
+        info = layer.smn_info.get(self.adapter)
+        return info is not None and info.granularity.startswith(kind)
+
+    def _scores(self, channels: _Channels) -> list[Tensor]:
+        names = ((layer, layer.present_slots[0].unit_scores_name) for layer in channels.masked)
+        return [layer.parameters_of(self.adapter)[name].flatten() for layer, name in names]
+
+    def share(self, offset: float = 0.0) -> Tensor:
+        """Share of the multiplications that remain, 0-dim fp32; `offset` is added to the threshold."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        for each in self.channels:
+            spec = each.masked[0].smn_info[self.adapter].spec
+            spec = replace(spec, threshold=spec.threshold + offset)
+            masks = [straight_through(scores, spec, torch.float32) for scores in self._scores(each)]
+            outputs[each.producer] = inputs[each.consumer] = reduce(torch.mul, masks).mean()
+        one = next(iter(inputs.values())).new_ones(())
+        parts = [count * inputs.get(name, one) * outputs.get(name, one) for name, count in self.counts.items()]
+        return torch.stack(parts).sum() / self.total + 1 - sum(self.counts.values()) / self.total
+
+    def term(self, model: Any) -> Tensor | None:
+        """The weighted share, a term of the loss."""
+        return self.weight.float() * self.share()
+
+    @torch.no_grad()
+    def before_step(self, model: Any, step: int, steps: int) -> None:
+        """Set the weight for a step of so many."""
+        if step % _EVERY or (share := float(self.share())) == 1:
+            return
+        if self.first < 0:
+            self.first.fill_(step)
+        passed = (step - int(self.first) + _EVERY) / max(1.0, _SLOWLY * (steps - int(self.first)))
+        planned = 1 - (1 - self.max_flops) * min(1.0, passed)
+        self.weight.mul_(math.exp(min(1.0, max(-1.0, _GAIN * (share - planned)))))
+
+    @torch.no_grad()
+    def finish(self, model: Any, scores: Sequence[Tensor]) -> None:
+        """Move the scores of rows and columns, and so their threshold, until the share is within the budget."""
+        if float(self.share()) <= self.max_flops:
+            return
+        own = [each for channels in self.channels for each in self._scores(channels)]
+        low, high = 0.0, max(float(each.max()) for each in own) - float(model.active_peft_config.threshold)
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (low, middle) if float(self.share(middle)) <= self.max_flops else (middle, high)
+        for each in own:
+            each.sub_(high)

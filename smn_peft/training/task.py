@@ -20,7 +20,7 @@ from ..tuner import MaskConfig, round_extras
 from ..tuner.batch_norm import has_statistics
 from .adapters import trained_names
 from .arguments import LoopArguments
-from .budget import Budget
+from .budget import BytesBudget, FlopsBudget
 
 
 class TrainingTask(nn.Module):
@@ -33,7 +33,7 @@ class TrainingTask(nn.Module):
             if any weight does.
         base: Fingerprint of the frozen base, by which a resumed run knows it; None if not computed.
         bound: Factor of the distance from the start's features in the loss; None without, see [`set_bound`].
-        budget: What finds the mask's rate for a size of its file; None without.
+        budget: What makes the mask meet a size of its file, or a share of multiplications; None without.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TrainingTask(nn.Module):
         self.adapt_statistics, self.base = adapt_statistics, base
         self._run = self._outputs
         self.bound: float | None = None
-        self.budget: Budget | None = None
+        self.budget: BytesBudget | FlopsBudget | None = None
         # No buffers: DDP would send them to every process in every step.
         self.start_features, self.start_variance = torch.empty(0), 1.0
 
@@ -104,10 +104,14 @@ class TrainingTask(nn.Module):
         return logits
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Loss of a batch and scalars to log, ``"distance"`` with a bound and ``"rate"`` with the mask's rate too."""
+        """Loss of a batch and scalars to log, among them its terms ``"distance"``, ``"rate"`` and ``"flops"``."""
         found: dict[str, Tensor] = self.objective(self._run, batch) if self.bound is None else self._bounded(batch)
         rate = None if self.mask_config is None else self.model.rate()
-        return found if rate is None else {**found, "loss": found["loss"] + rate, "rate": rate.detach()}
+        terms = {"rate": rate, "flops": None if self.budget is None else self.budget.term(self.model)}
+        for name, term in terms.items():
+            if term is not None:
+                found = {**found, "loss": found["loss"] + term, name: term.detach()}
+        return found
 
     def _bounded(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The objective's, with the distance of the features from the start's in the loss."""

@@ -9,10 +9,20 @@ from peft.utils import register_peft_method
 from .config import SMN, MaskConfig
 from .layer import MaskLayer
 from .model import MaskModel
+from .slicing import load_sliced, save_sliced, slice_model
 from .state_dict import round_extras
 from .targets import explain_targets
 
-__all__ = ["MaskConfig", "MaskLayer", "MaskModel", "explain_targets", "round_extras"]
+__all__ = [
+    "MaskConfig",
+    "MaskLayer",
+    "MaskModel",
+    "explain_targets",
+    "load_sliced",
+    "round_extras",
+    "save_sliced",
+    "slice_model",
+]
 
 _registered = PEFT_TYPE_TO_TUNER_MAPPING.get(SMN)
 if _registered is None:

@@ -37,7 +37,7 @@ from .forms import COMPILED, mask_layer_for, type_name
 from .layer import MaskLayer
 from .mixed import mixed_batch
 from .state_dict import bare_key, check_pair, entries_of, loaded_entries, reload_entries
-from .targets import resolve_targets
+from .targets import resolve_targets, short_pattern, unit_targets
 from .wrapper import AdapterLayer, adapter_layers
 
 COMBINATIONS = ("union", "intersection", "majority")
@@ -334,8 +334,15 @@ def _resolve(config: MaskConfig, model: nn.Module) -> None:
     """Resolve the shorthands of `target_modules`, and check what they match."""
     given = config.target_modules
     targets = resolve_targets(
-        model, given, layers_to_transform=config.layers_to_transform, layers_pattern=config.layers_pattern
+        model,
+        given,
+        granularity=config.granularity,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
     )
+    if given is None and config.granularity.endswith("+weight"):  # of the other targets every weight for itself
+        own: Any = dict.fromkeys(short_pattern(model, unit_targets(model, config.granularity)), config.granularity)
+        config.granularity, config.granularity_pattern = "weight", {**(config.granularity_pattern or {}), **own}
     if targets is not given:  # the layers are in the names now; PEFT would look for them in a regex in vain
         config.layers_to_transform = config.layers_pattern = None
     config.target_modules = set(targets) if isinstance(targets, list) else targets  # type: ignore[assignment]

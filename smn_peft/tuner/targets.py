@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
 from .forms import COMPILED, CONVOLUTIONS, DENSE, Embedding, is_norm, iter_layers, mask_layer_for, type_name
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LIBRARIES = frozenset({"transformers", "timm", "torchvision", "open_clip", "clip"})
 _TOWERS = ("timm_model", "vision_model", "visual", "trunk")  # TimmWrapper, CLIP and SigLIP, OpenCLIP, its timm towers
 _TEXTS = ("text_model", "language_model", "text", "token_embedding")  # beside it; the last two are OpenCLIP's
@@ -167,17 +168,20 @@ def resolve_targets(
     model: nn.Module,
     target_modules: str | Iterable[str] | None,
     *,
+    granularity: str = "weight",
     layers_to_transform: Iterable[int] | int | None = None,
     layers_pattern: Iterable[str] | str | None = None,
 ) -> str | list[str] | set[str]:
     """Replace our shorthands by names or a regex that PEFT understands.
 
-    None gives the architecture's default, "all-conv" every convolution that can be masked except the classifier; both
-    are reduced to the blocks of `layers_to_transform`, which PEFT ignores for a regex and for full names. Everything
-    else is PEFT's to interpret and comes back as it is, "all-linear" too.
+    None gives the architecture's default, for rows or columns alone [`unit_targets`]; "all-conv" every convolution
+    that can be masked except the classifier; both are reduced to the blocks of `layers_to_transform`, which PEFT
+    ignores for a regex and for full names. Everything else is PEFT's to interpret and comes back as it is,
+    "all-linear" too.
     """
     if target_modules is None:
-        targets = default_targets(model)
+        alone = granularity in ("row", "column")
+        targets = exact_targets(model, unit_targets(model, granularity)) if alone else default_targets(model)
     elif isinstance(target_modules, str) and target_modules.lower() == "all-conv":
         heads, layers = head_modules(model, by_name=False), iter_layers(model)
         convolutions = [name for name, m in layers if mask_layer_for(m) in CONVOLUTIONS and id(m) not in heads]
@@ -200,6 +204,67 @@ def resolve_targets(
         given = f"layers_to_transform={sorted(indices)} with layers_pattern={layers_pattern!r}"
         raise ValueError(f"None of the default targets lies in {given}; they are named like {known[0]!r}.")
     return exact_targets(model, names)
+
+
+# --- Channels between two layers -------------------------------------------------------------------------------------
+
+
+class HiddenChannels(NamedTuple):
+    """Channels that one layer makes and the next one of the same block reads, by the names of the two."""
+
+    producer: str
+    consumer: str
+
+
+def hidden_channels(model: nn.Module) -> list[HiddenChannels]:
+    """Find the pairs of layers that follow each other in a block and have as many outputs as inputs.
+
+    Whether something else reads the channels is not looked at, see [`slice_model`]. Attention's projections, whose
+    channels belong to heads, and grouped convolutions are left out.
+    """
+    found, before = [], ("", nn.Module())
+    for name, layer in iter_layers(model):
+        if not isinstance(layer, _LAYERS):
+            continue
+        (earlier, producer), before = before, (name, layer)
+        if not isinstance(producer, _LAYERS) or _is_grouped(producer) or _is_grouped(layer):
+            continue
+        block = _block_of(name)
+        together = block == _block_of(earlier) and not hasattr(model.get_submodule(block), "num_heads")
+        if together and type(producer) is type(layer) and len(producer.weight) == layer.weight.shape[1]:
+            found.append(HiddenChannels(earlier, name))
+    return found
+
+
+def _is_grouped(layer: nn.Module) -> bool:
+    return getattr(layer, "groups", 1) > 1
+
+
+def _block_of(name: str) -> str:
+    """Name of the module that a layer lies in; of transformers' `intermediate.dense`, `output.dense` the one above."""
+    outer, _, own = name.rpartition(".")
+    return outer.rpartition(".")[0] if own == "dense" and outer.endswith(("intermediate", "output")) else outer
+
+
+def unit_targets(model: nn.Module, granularity: str) -> list[str]:
+    """Default targets whose rows, or columns, are channels that only two layers of one block share.
+
+    A mask that switches them off makes a model that `slice_model` makes smaller. ValueError if there are none.
+    """
+    known = set(matching_names(base_model_of(model), default_targets(model)))
+    place = 0 if granularity.startswith("row") else 1
+    names = [pair[place] for pair in hidden_channels(base_model_of(model)) if pair[place] in known]
+    if not names:
+        raise ValueError(f"{type_name(model)} has no hidden channels for granularity={granularity!r}. {_ADVICE}")
+    return names
+
+
+def short_pattern(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Regexes with a pattern for numbers that select exactly these of a model's layers, else the names."""
+    numbered = list(dict.fromkeys(re.sub(r"\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names))
+    layers = [name for name, _ in iter_layers(model)]
+    exact = {name for name in layers if any(re.fullmatch(f"(.*\\.)?({pattern})", name) for pattern in numbered)}
+    return numbered if exact == set(names) else [re.escape(name) for name in names]
 
 
 # Outermost first: "layer2.0.conv1" lies in the stage "layer" 2, "stages.1.blocks.0.conv1" in "stages" 1.
@@ -287,13 +352,16 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
     options = ("task_type", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     match: Any = SimpleNamespace(target_parameters=None, **{name: getattr(config, name, None) for name in options})
     given, note = getattr(config, "target_modules", None), ""
-    layers = {"layers_to_transform": match.layers_to_transform, "layers_pattern": match.layers_pattern}
+    layers: dict[str, Any] = {name: getattr(match, name) for name in ("layers_to_transform", "layers_pattern")}
+    layers["granularity"] = kind = getattr(config, "granularity", "weight")
     try:
         match.target_modules = resolve_targets(model, given, **layers)
     except ValueError as error:  # the report is what the error advises to look at
         match.target_modules, note = [], str(error)
     _maybe_include_all_linear_layers(match, model)
-    bitless = {"bias_k", "bias_v"} | (set() if getattr(config, "mask_bias", False) else {"bias", "in_proj_bias"})
+    bitless = {"bias_k", "bias_v"} | (
+        set() if getattr(config, "mask_bias", False) or kind.startswith("row") else {"bias", "in_proj_bias"}
+    )
     heads, seen = head_modules(model), set[int]()
     rows: list[TargetRow] = []
     packed_bytes = 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn pack`, `unpack`, `inspect` and `verify` on a real adapter in a folder: what they write, print and refuse."""
+"""`smn pack`, `unpack`, `inspect`, `verify` and `slice` on a real adapter in a folder: what they write, print and refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from smn_peft import MaskConfig
+from smn_peft import MaskConfig, load_sliced
 from smn_peft.backbones import load_from_file
 from smn_peft.cli import app
 from smn_peft.storage.adapter_config import CONFIG_NAME
@@ -166,3 +166,18 @@ def test_unpacking_is_bounded(tmp_path, base):
 def test_inspect_names_what_is_not_there(tmp_path):
     assert "does not exist" in smn("inspect", tmp_path / "none", code=1)
     assert "neither a file, a folder nor an adapter on the Hub" in smn("inspect", "nobody/nothing", code=1)
+
+
+def test_slicing_writes_the_smaller_model_and_says_what_it_saves(tmp_path, base):
+    model = get_peft_model(load_from_file(base).model, MaskConfig(target_modules=["2"], granularity="column"))
+    next(p for p in model.parameters() if p.requires_grad).data[:, :8] = -1
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(tmp_path / "adapter")
+    text = smn("slice", tmp_path / "adapter", "--backbone", base, "-o", tmp_path / "small.safetensors")
+    assert "(0.500)" in text
+    assert f"{(tmp_path / 'small.safetensors').stat().st_size:,} bytes" in text
+    small = load_sliced(load_from_file(base).model, tmp_path / "small.safetensors")
+    images = torch.randn(2, 3, 16, 16)
+    assert small[0].out_channels == 8
+    torch.testing.assert_close(small(images), model(images))
+    smn("slice", tmp_path / "nowhere", "-o", tmp_path / "small.safetensors", code=1)

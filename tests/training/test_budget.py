@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A budget of bytes: files within it, by a rate that is found while training; resumed exactly; refused in time."""
+"""Budgets of bytes and of multiplications: met by a pull that is found while training; resumed exactly; refusals."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from smn_peft import slice_model
 from smn_peft.storage.adapter_file import WEIGHTS_NAME
 from smn_peft.training import TrainArguments, run
 from smn_peft.training.assemble import build_images, build_task
 from smn_peft.training.budget import file_size
 from smn_peft.training.metrics import read_metrics
+from smn_peft.training.saved import load_run
 
-from .tiny import SWAV, tiny_arguments
+from .tiny import SWAV, tiny_arguments, write_model
 
 LONG = {"epochs": 8, "optimizer": "adamw", "lr": 0.3, "mask": {"codec": "entropy"}, "knn_k": 5}
 
@@ -115,3 +120,55 @@ def test_sizes_in_words():
     sizes = {"40kB": 40_000, "40KiB": 40_960, "1.5MB": 1_500_000, 777: 777}
     base = {"backbone": "resnet18", "dataset": "cifar10", "mask": {"codec": "entropy"}}
     assert [TrainArguments(**base, max_bytes=size).max_bytes for size in sizes] == list(sizes.values())
+
+
+# --- Multiplications -------------------------------------------------------------------------------------------------
+
+CUT = {"epochs": 12, "optimizer": "adamw", "lr": 0.2, "warmup_epochs": 0, "mask": {"granularity": "column+weight"}}
+
+
+def multiplications(model, side: int = 16) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 3, side, side))
+    return counter.get_total_flops()
+
+
+def vit_arguments(folder: Path, **options) -> TrainArguments:
+    return tiny_arguments(folder, **{**CUT, "backbone": write_model(folder, "build_vit"), **options})
+
+
+@pytest.mark.parametrize("granularity", ["column", "column+weight", "row+weight"])
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_the_multiplications_are_within_the_budget(tmp_path, granularity, share):
+    arguments = vit_arguments(tmp_path, mask={"granularity": granularity}, max_flops=share)
+    run(arguments)
+    model, base = (load_run(tmp_path / "out", base=b, backbone=arguments.backbone)[1].model for b in (False, True))
+    assert share - 0.25 < multiplications(slice_model(model)) / multiplications(base) <= share
+
+
+def test_a_budget_of_multiplications_resumes_exactly(tmp_path):
+    arguments = vit_arguments(tmp_path, max_flops=0.7, checkpoint_every=5, keep_checkpoints=100)
+    run(arguments, evaluate=False)
+    whole, again = tmp_path / "out", tmp_path / "again"
+    later = [path.name for path in whole.glob("checkpoint-*") if int(path.name.split("-")[1]) > 15]
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns("run.json", "adapter_*", "README.md", *later))
+    run(replace(arguments, output_dir=str(again), resume=True), evaluate=False)
+    assert (again / WEIGHTS_NAME).read_bytes() == (whole / WEIGHTS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_flops": 0.7}, r"none are masked: set mask\.granularity to column\+weight"),
+        (
+            {**CUT, "max_flops": 0.01},
+            r"max_flops=0\.01 cannot be met: what is not masked as hidden",
+        ),
+        ({"max_flops": 0.7, "max_bytes": 9000, "mask": {"codec": "entropy"}}, "max_flops is of masks of rows or col"),
+        ({"max_flops": 0.7, "adapt": "lora"}, "max_flops is of masks of rows or columns: it needs adapt='mask'"),
+        ({"max_flops": 1.7}, "max_flops must be"),
+    ],
+)
+def test_multiplications_that_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_arguments(tmp_path, **options), evaluate=False)

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import timm
 import torch
+import torchvision
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -185,3 +189,32 @@ def test_a_pattern_is_checked():
         MaskConfig(granularity_pattern={"fc1": "rows"})
     with pytest.raises(ValueError, match="granularity_pattern is a pattern that may take for ever"):
         MaskConfig(granularity_pattern={"(a*)*b": "row"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows", "columns"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}, "fc1", "fc2"),
+        ("resnet26d", {}, "conv[12]", "conv[23]"),
+        ("resnetv2_50", {}, "conv[12]", "conv[23]"),
+    ],
+)
+def test_the_default_is_what_can_be_cut_out(name, options, rows, columns):
+    for kind, wanted in (("row", rows), ("column", columns)):
+        alone = get_peft_model(timm.create_model(name, **options), MaskConfig(granularity=kind))
+        layers = {path.rpartition(".")[0] for path in alone.base_model.masks()}
+        assert layers
+        assert all(re.fullmatch(rf".*\.{wanted}|conv1\.\d", layer) for layer in layers)  # a stem's are as good
+        both = get_peft_model(timm.create_model(name, **options), MaskConfig(granularity=f"{kind}+weight"))
+        own = {path for path, _ in both.named_parameters() if "unit_scores" in path}
+        assert {path.split(".smn_")[0].removeprefix("base_model.model.") for path in own} == layers
+        assert len(both.base_model.masks()) > len(alone.base_model.masks()) // 2
+        assert both.peft_config["default"].granularity == "weight"
+        saved = MaskConfig(**{**both.peft_config["default"].to_dict(), "base_fingerprint": None})
+        again = get_peft_model(timm.create_model(name, **options), saved)
+        assert {path for path, _ in again.named_parameters() if "unit_scores" in path} == own
+
+
+def test_a_model_without_hidden_channels():
+    with pytest.raises(ValueError, match="has no hidden channels for granularity='row'"):
+        get_peft_model(torchvision.models.mobilenet_v2(), MaskConfig(granularity="row"))
