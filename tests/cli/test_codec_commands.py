@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`smn pack`, `unpack`, `inspect`, `verify` and `slice` on a real adapter in a folder: what they write, print and refuse."""
+"""`smn pack`, `unpack`, `inspect`, `verify` and `slice` on a real adapter in a folder: what they write and print."""
 
 from __future__ import annotations
 
