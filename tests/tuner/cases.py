@@ -128,6 +128,7 @@ _PACKED = ("in_proj_weight", "out_proj.weight")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
 _BIASES = ("in_proj_bias", "out_proj.bias")
 _BIAS = {"mask_bias": True}
+_ROWS, _BOTH = {"granularity": "row"}, {"granularity": "column+weight"}
 
 CASES = [
     Case("linear", lambda: nn.Linear(11, 5), (4, 11)),
@@ -138,10 +139,13 @@ CASES = [
     Case("linear-fp64", lambda: nn.Linear(11, 5), (4, 11), dtype=torch.float64),
     Case("linear-unscaled", lambda: nn.Linear(11, 5), (4, 11), options={"scale": False}),
     Case("linear-threshold", lambda: nn.Linear(11, 5), (4, 11), options={"threshold": 0.25, "init_score": 0.75}),
+    Case("linear-rows", lambda: nn.Linear(11, 5), (4, 11), ("weight", "bias"), _ROWS),
+    Case("linear-columns-and-weights", lambda: nn.Linear(11, 5), (4, 11), options=_BOTH),
     Case("conv1d", _conv(1, 3, 5, 3, stride=2, dilation=2), (4, 3, 13)),
     Case("conv1d-circular", _conv(1, 3, 5, 3, padding=2, padding_mode="circular"), (4, 3, 9)),
     Case("conv2d", _conv(2, 3, 5, 3, stride=2, padding=1), (4, 3, 7, 6)),
     Case("conv2d-bias", _conv(2, 3, 5, 3), (4, 3, 7, 6), ("weight", "bias"), _BIAS),
+    Case("conv2d-columns-and-weights", _conv(2, 3, 5, 3), (4, 3, 7, 6), options=_BOTH),
     Case("conv2d-grouped", _conv(2, 4, 6, 3, groups=2, bias=False), (4, 4, 6, 6)),
     Case("conv2d-depthwise", _conv(2, 5, 10, 3, groups=5), (4, 5, 6, 6)),
     Case("conv2d-reflect", _conv(2, 3, 5, 3, padding=(2, 1), padding_mode="reflect"), (4, 3, 6, 6)),
@@ -158,6 +162,7 @@ CASES = [
     Case("attention", _attention(), (4, 5, 8), _PACKED),
     Case("attention-bias", _attention(), (4, 5, 8), _PACKED + _BIASES, _BIAS),
     Case("attention-no-bias", _attention(bias=False), (4, 5, 8), _PACKED, _BIAS),
+    Case("attention-rows", _attention(), (4, 5, 8), _PACKED + _BIASES, _ROWS),
     Case("attention-separate", _attention(kdim=6, vdim=7), (4, 5, 8), _SEPARATE),
     Case("attention-kv", _attention(add_bias_kv=True, add_zero_attn=True), (4, 5, 8), _PACKED),
     Case("timm-same", lambda: timm.layers.Conv2dSame(3, 5, 3, stride=2), (4, 3, 7, 6)),
@@ -170,7 +175,8 @@ BY_NAME = {case.name: case for case in CASES}
 REPRESENTATIVES = [
     BY_NAME[name]
     for name in (
-        "linear-bias linear-fp64 conv2d-bf16 transposed2d conv1d-transformers embedding attention-bias timm-scaled-std"
+        "linear-bias linear-fp64 linear-rows conv2d-bf16 conv2d-columns-and-weights transposed2d conv1d-transformers "
+        "embedding attention-bias timm-scaled-std"
     ).split()
 ]
 

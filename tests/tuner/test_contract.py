@@ -20,6 +20,10 @@ from .cases import BY_NAME, CASES, REPRESENTATIVES, Case, layer_of, mask_bits, m
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 representatives = pytest.mark.parametrize("case", REPRESENTATIVES, ids=lambda case: case.name)
+# What only scores of single weights can do.
+of_weights = pytest.mark.parametrize(
+    "case", [case for case in REPRESENTATIVES if "granularity" not in case.options], ids=lambda case: case.name
+)
 # Bases without an id are expected here; what matters warns in a test of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file", "ignore:Unable to fetch remote file")
 
@@ -80,17 +84,18 @@ def test_the_gradient_is_autograd_s_over_the_written_out_formula(case):
     layer, x = layer_of(model), case.inputs()
     weights = torch.arange(1.0, 4.0)  # not a loss under which sums cancel
     (model(x).float().tanh() * weights).sum().backward()
-    base, leaves, tensors = case.base(), {}, {}
-    spec = model.peft_config["default"].mask_spec()
+    base, tensors, spec = case.base(), {}, model.peft_config["default"].mask_spec()
+    leaves = {name: own.detach().clone().requires_grad_() for name, own in layer.parameters_of("default").items()}
     for slot in layer.smn_info["default"].slots:
-        parameter = base.body.get_parameter(slot.path)
-        leaves[slot.path] = layer.parameters_of("default")[slot.scores_name].detach().clone().requires_grad_()
-        mask = straight_through(leaves[slot.path], spec, parameter.dtype)
+        parameter, mask = base.body.get_parameter(slot.path), torch.ones((), dtype=case.dtype)
+        for name in layer.scores("default", slot):
+            own = straight_through(leaves[name], spec, parameter.dtype)
+            mask = mask * (own.reshape(parameter.shape) if slot.is_bias else own)
         tensors[f"body.{slot.path}"] = masked_weight(parameter.detach(), mask, spec)
     (torch.func.functional_call(base, tensors, (x,)).float().tanh() * weights).sum().backward()
     size = 1e-9 if case.dtype == torch.float64 else (1e-4 if case.dtype == torch.float32 else 6e-2)
-    for slot in layer.smn_info["default"].slots:
-        expected, actual = leaves[slot.path].grad, layer.parameters_of("default")[slot.scores_name].grad
+    for name, actual in ((name, own.grad) for name, own in layer.parameters_of("default").items()):
+        expected = leaves[name].grad
         assert expected.abs().max() > 0
         torch.testing.assert_close(actual, expected, rtol=size, atol=size * float(expected.abs().max()))
 
@@ -99,16 +104,14 @@ def test_the_gradient_is_autograd_s_over_the_written_out_formula(case):
 def test_training_changes_the_scores_and_nothing_else(case):
     base, model = case.base(), masked_model(case)
     layer = layer_of(model)
-    before = [
-        layer.parameters_of("default")[slot.scores_name].detach().clone() for slot in layer.smn_info["default"].slots
-    ]
+    before = [own.detach().clone() for own in layer.parameters_of("default").values()]
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all("smn_" in name and "scores" in name for name in names)
-    assert len(names) == len(case.weights)
+    assert len(names) == len(before)
     train(model, case.inputs())
     assert_same(weights_of(model), weights_of(base))
     assert all(parameter.grad is None for name, parameter in model.named_parameters() if name not in names)
-    after = [layer.parameters_of("default")[slot.scores_name] for slot in layer.smn_info["default"].slots]
+    after = layer.parameters_of("default").values()
     assert not any(torch.equal(scores, old) for scores, old in zip(after, before, strict=True))
     assert any(not mask.all() for mask in mask_bits(model).values())
 
@@ -145,8 +148,7 @@ def test_a_loaded_adapter_trains_on_from_its_mask(case, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(x), expected)
     layer, config = layer_of(loaded), loaded.peft_config["default"]
-    for slot in layer.smn_info["default"].slots:
-        scores = layer.parameters_of("default")[slot.scores_name]
+    for scores in layer.parameters_of("default").values():
         assert scores.requires_grad
         distance = (scores - config.threshold).abs()
         torch.testing.assert_close(distance, torch.full_like(scores, abs(config.init_score - config.threshold)))
@@ -162,11 +164,9 @@ def test_saved_scores_resume_exactly(case, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*saved as bits")
         loaded = reload(case, tmp_path, is_trainable=True)
-    for slot in layer_of(model).smn_info["default"].slots:
-        assert torch.equal(
-            layer_of(loaded).parameters_of("default")[slot.scores_name],
-            layer_of(model).parameters_of("default")[slot.scores_name],
-        )
+    own, others = (layer_of(each).parameters_of("default") for each in (loaded, model))
+    assert own.keys() == others.keys()
+    assert all(map(torch.equal, own.values(), others.values()))
     train(model, x)
     train(loaded, x)
     assert_same(mask_bits(loaded), mask_bits(model))
@@ -393,7 +393,7 @@ def test_state_dicts_round_trip_strictly(case):
     assert all(parameter.requires_grad == ("scores" in name) for name, parameter in trainable.named_parameters())
 
 
-@representatives
+@of_weights
 @pytest.mark.parametrize("rank_by", ["score", "absolute"])
 def test_topk_keeps_exactly_its_density(case, rank_by):
     options = {"mask_type": "topk", "density": 0.3, "init_score": "kaiming_uniform", "rank_by": rank_by}
@@ -406,7 +406,7 @@ def test_topk_keeps_exactly_its_density(case, rank_by):
     torch.testing.assert_close(model(x), expected, **case.tolerance)
 
 
-@representatives
+@of_weights
 @pytest.mark.parametrize("select", ["random", "magnitude"])
 def test_what_is_not_trainable_stays_on(case, select, tmp_path):
     x, model = case.inputs(), masked_model(case, case.config(trainable_fraction=0.5, select=select, seed=3))
@@ -490,7 +490,8 @@ def test_scores_follow_a_cast_of_the_model_but_stay_wide(case):
 @representatives
 @pytest.mark.parametrize("packed", [False, True], ids=["scores", "packed"])
 def test_inference_mode_leaves_nothing_behind(case, packed):
-    x, model = case.inputs(), masked_model(case, case.random(inference_mode=packed, trainable_fraction=0.9))
+    some = {} if "granularity" in case.options else {"trainable_fraction": 0.9}
+    x, model = case.inputs(), masked_model(case, case.random(inference_mode=packed, **some))
     with torch.inference_mode():
         assert 0 < model.base_model.density() < 1
         first = model(x)
