@@ -17,7 +17,10 @@ from ..training.saved import load_run, save_run_as, verify_run
 from ..tuner import MaskConfig, explain_targets, save_sliced, slice_model
 from .options import PATH, backbone_option, field_options, given, place_options, read_reports
 
-_TARGETS = "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save mask_bias".split()
+_TARGETS = (
+    "target_modules exclude_modules layers_to_transform layers_pattern modules_to_save mask_bias granularity "
+    "granularity_pattern"
+).split()
 _out = click.option("--out", "-o", type=PATH, required=True, help="Folder to write.")
 _backbone = click.option("--backbone", help="With --base: where it is, if not where the folder says.")
 

@@ -359,9 +359,8 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
     except ValueError as error:  # the report is what the error advises to look at
         match.target_modules, note = [], str(error)
     _maybe_include_all_linear_layers(match, model)
-    bitless = {"bias_k", "bias_v"} | (
-        set() if getattr(config, "mask_bias", False) or kind.startswith("row") else {"bias", "in_proj_bias"}
-    )
+    kind_of = getattr(config, "granularity_of", lambda name: "weight")
+    of_units = set(unit_targets(model, kind)) if given is None and kind.endswith("+weight") and not note else None
     heads, seen = head_modules(model), set[int]()
     rows: list[TargetRow] = []
     packed_bytes = 0
@@ -379,6 +378,9 @@ def explain_targets(model: nn.Module, config: Any = None, *, verbose: bool = Tru
                 rows.append(TargetRow(f"{name}.{key}".lstrip("."), "Parameter", *size, 0, why))
             continue
         sizes = {key: value.numel() for key, value in parameters.items()}
+        rows_too = kind_of(name).startswith("row") and (of_units is None or name in of_units)
+        with_biases = getattr(config, "mask_bias", False) or rows_too
+        bitless = {"bias_k", "bias_v"} | (set() if with_biases else {"bias", "in_proj_bias"})
         bits = [size for key, size in sizes.items() if reason == "masked" and key.rpartition(".")[2] not in bitless]
         packed_bytes += sum(-(-size // 8) for size in bits)
         shape = next(iter(parameters.values())).shape

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from smn_peft import MaskConfig
+from smn_peft import MaskConfig, explain_targets
 from smn_peft.storage.files import AdapterFileError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file", "ignore:Unable to fetch remote file")
@@ -218,3 +219,12 @@ def test_the_default_is_what_can_be_cut_out(name, options, rows, columns):
 def test_a_model_without_hidden_channels():
     with pytest.raises(ValueError, match="has no hidden channels for granularity='row'"):
         get_peft_model(torchvision.models.mobilenet_v2(), MaskConfig(granularity="row"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_counts_what_is_masked(kind):
+    build = partial(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=2)
+    config = MaskConfig(granularity=kind)
+    report = explain_targets(build(), config, verbose=False)
+    masks = get_peft_model(build(), config).base_model.masks().values()
+    assert report.masked_weights == sum(mask.numel() for mask in masks)
