@@ -168,7 +168,7 @@ def test_counts_that_contradict_the_code_are_refused():
     assert refused(LayerCode.PACKED, active, b"", 1000)
 
 
-@pytest.mark.parametrize(("share", "size"), [(0.1, 1000), (0.004, 20_000), (0.99, 8000)])
+@pytest.mark.parametrize(("share", "size"), [(0.1, 1000), (0.002, 20_000), (0.995, 8000)])
 def test_numbers_that_are_none_are_refused(share, size):
     packed = random_bits(share, size)
     code, active, payload = encode_layer(packed)
