@@ -83,7 +83,7 @@ for _command in (
         adapters.inspect,
         adapters.verify,
     ),
-    *(bank.bank, bank.serve, train.cascade, analyze.analyze, train.compare),
+    *(train.convert, bank.bank, bank.serve, train.cascade, analyze.analyze, train.compare),
     *(train.reproduce, train.recipes, adapters.targets),
 ):
     app.add_command(_command)

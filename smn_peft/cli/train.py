@@ -32,6 +32,7 @@ from ..paper import compare as compare_methods
 from ..paper import reproduce as reproduce_artefact
 from ..storage.files import atomic_write
 from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
+from ..training import convert as convert_run
 from ..training.arguments import read_recipe
 from ..training.checkpoint import latest_checkpoint
 from ..training.run import EXPECTED, check_tasks
@@ -176,6 +177,27 @@ def train(
         results = [("", run(arguments))]
     if sum(_show(name, result) for name, result in results):
         context.exit(1)
+
+
+@click.command("convert", cls=Launchable)
+@click.argument("folder", type=PATH)
+@recipe_option
+@field_options(TrainArguments, shown="output_dir dataset limit eval_split max_bytes epochs lr".split())
+@launch_option
+@help_all
+@click.pass_context
+def convert(context: click.Context, folder: Path, recipe: str | None, launch: bool, **options: Any) -> None:
+    """Make a mask of a fine-tuned model: full fine-tuning, LoRA, or whatever `smn train` trained but a mask.
+
+    FOLDER is its output folder. Without --dataset the mask is the nearest to its weights. With a dataset, whose labels
+    are not needed, a mask is trained by the recipe `distill` until its outputs follow the model's; options are those
+    of `smn train`.
+    """
+    values = merged(recipe_values(recipe), given(context, TrainArguments))
+    if launch:
+        context.exit(launch_processes(["convert"], context.args, cpu=bool(values.get("cpu"))))
+    output, own = values.pop("output_dir", "output"), values.pop("backbone", None)
+    _show("", convert_run(folder, output, values, backbone=own))
 
 
 def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict[str, TrainArguments]:

@@ -13,6 +13,7 @@ from .base import (
     objective_class,
     register_objective,
 )
+from .distillation import Distillation, DistillationOptions
 from .infonce import InfoNCE, InfoNCEOptions
 from .supervised import CrossEntropy, CrossEntropyOptions, ZeroShot
 from .swav import SwAV, SwAVOptions
@@ -21,6 +22,8 @@ __all__ = [
     "Batch",
     "CrossEntropy",
     "CrossEntropyOptions",
+    "Distillation",
+    "DistillationOptions",
     "InfoNCE",
     "InfoNCEOptions",
     "Model",

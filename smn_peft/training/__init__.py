@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .arguments import LoopArguments, TrainArguments, list_recipes, load_recipe
+from .conversion import convert
 from .metrics import TrainingFailure
 from .run import RunSummary, plan, run, run_many
 from .saved import evaluate_run, load_masks, load_run
@@ -19,6 +20,7 @@ __all__ = [
     "Trainer",
     "TrainingFailure",
     "TrainingTask",
+    "convert",
     "evaluate_run",
     "list_recipes",
     "load_masks",

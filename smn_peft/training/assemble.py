@@ -264,31 +264,34 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
 
 
 def build_task(
-    arguments: TrainArguments, images: Images, device: torch.device | str = "cpu"
+    arguments: TrainArguments, images: Images, device: torch.device | str = "cpu", teacher: Classifier | None = None
 ) -> tuple[TrainingTask, Backbone]:
-    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`."""
+    """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`.
+
+    A `teacher` is the model that is distilled; the head starts as its head.
+    """
     kind = objective_kind(arguments)
     num_classes = images.num_classes if kind.consumes == "logits" else None
     backbone = load_base(arguments, num_classes)
     # Of all that the base's features depend on, before anything changes it.
-    state = getattr(backbone.model, "backbone", backbone.model).state_dict()
-    first = next((tensor.dtype for tensor in state.values()), torch.float32)
-    base = fingerprint((tensor_digest(tensor) for tensor in state.values()), first)
+    base = model_digest(getattr(backbone.model, "backbone", backbone.model))
     if kind.views == "crops":
         _accept_crops(arguments.multi_crop, backbone)
     probed = arguments.head == "probe" and num_classes is not None
     if probed:
         backbone.model.to(device)
         _start_from_probe(backbone.model, backbone, images, arguments)
+    if teacher is not None:
+        backbone.model.head.load_state_dict(teacher.head.state_dict())  # type: ignore[union-attr]
     model = adapted(arguments, backbone, images.train.classes)
     torch.manual_seed(arguments.seed)
-    objective = build_objective(arguments, backbone, num_classes, images.train.classes)
+    objective = build_objective(arguments, backbone, num_classes, images.train.classes, teacher)
     statistics = {"statistics": True, "bias": False}.get(arguments.adapt)
     task = TrainingTask(model, objective, adapt_statistics=statistics, base=base)
     if arguments.max_bytes is not None:
         task.budget = BytesBudget(model, int(arguments.max_bytes))
     elif arguments.max_flops is not None:
-        images_of_zeros = torch.zeros(1, 3, backbone.image_size, backbone.image_size, dtype=first)
+        images_of_zeros = torch.zeros(1, 3, backbone.image_size, backbone.image_size)
         task.budget = FlopsBudget(model, arguments.max_flops, images_of_zeros)
     if arguments.init_from is not None and not start_from(task, arguments.init_from) and probed:
         _start_from_probe(model.to(device), backbone, images, arguments)
@@ -296,6 +299,13 @@ def build_task(
         options: dict[str, Any] = {"transform": evaluation_of(backbone), "batch_size": arguments.batch_size}
         task.set_bound(arguments.bound, extract_features(model.to(device), images.train, **options).features)
     return task, backbone
+
+
+def model_digest(model: nn.Module) -> str:
+    """Fingerprint of all of a model's tensors."""
+    state = model.state_dict()
+    first = next((tensor.dtype for tensor in state.values()), torch.float32)
+    return fingerprint((tensor_digest(tensor) for tensor in state.values()), first)
 
 
 def adapted(arguments: TrainArguments, backbone: Backbone, classes: list[str] | None) -> nn.Module:
@@ -355,10 +365,14 @@ def _features_of_noise(model: nn.Module, size: int) -> torch.Tensor:
 
 
 def build_objective(
-    arguments: TrainArguments, backbone: Backbone, num_classes: int | None, classes: list[str] | None
+    arguments: TrainArguments,
+    backbone: Backbone,
+    num_classes: int | None,
+    classes: list[str] | None,
+    teacher: Classifier | None = None,
 ) -> Objective:
-    """Create the objective; zero-shot gets the embeddings of the class names."""
-    extra: dict[str, Any] = {}
+    """Create the objective; zero-shot gets the embeddings of the class names, distillation the teacher."""
+    extra: dict[str, Any] = {} if teacher is None else {"teacher": teacher}
     if arguments.objective == "zero_shot":
         if not classes:
             raise ValueError(f"objective='zero_shot' needs class names, and {arguments.dataset} has none.")
@@ -475,7 +489,8 @@ def evaluator_of(
             extract = partial(extract_features, task.model, part, **loading)
             return base_features(arguments, part, extract) if of_base else extract()
 
-        labelled = task.objective.needs_labels
+        same = test is not None and test.num_classes == task.objective.num_classes
+        labelled = task.objective.needs_labels or (task.objective.consumes == "logits" and same)
         metrics = ["knn", *["linear_probe"] * arguments.eval_probe, *["accuracy"] * labelled]
         found: dict[str, Any] = {}
         if test is not None and bank is not None:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import save
 
+from ..backbones import Classifier
 from ..evaluation import library_versions
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage.adapter_config import CONFIG_NAME
@@ -29,7 +30,7 @@ from ..storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 from ..storage.files import atomic_write, read_json, to_disk
 from ..storage.fingerprint import tensor_digest
 from .arguments import TrainArguments, as_facts, check_same
-from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, share
+from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, model_digest, share
 from .checkpoint import latest_checkpoint, start_digest
 from .metrics import METRICS_NAME, TrainingFailure, read_metrics
 from .processes import build_accelerator, together
@@ -97,10 +98,11 @@ class RunSummary:
             raise ValueError(f"{path} is not what a run writes ({error}): delete it, and name the dataset.") from error
 
 
-def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
+def run(arguments: TrainArguments, *, evaluate: bool = True, teacher: Classifier | None = None) -> RunSummary:
     """Train as the arguments say, and save the adapter in `output_dir`; every process of a distributed run calls this.
 
-    `evaluate=False` skips the evaluations; which images are trained on does not depend on it.
+    `evaluate=False` skips the evaluations; which images are trained on does not depend on it. A `teacher` is the model
+    that the objective ``distillation`` follows, see `convert`.
 
     Raises:
         ValueError: For arguments, data or a checkpoint that do not go together, before training starts.
@@ -114,10 +116,13 @@ def run(arguments: TrainArguments, *, evaluate: bool = True) -> RunSummary:
     with ExitStack() as held:
         together(accelerator, lambda: held.enter_context(lock))
         arguments, images = together(accelerator, lambda: images_of_run(arguments))
-        task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device))
+        if teacher is not None:
+            images = replace(images, num_classes=teacher.num_classes)
+        task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device, teacher))
         loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
         facts = {
             **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
+            **({} if teacher is None else {"teacher": model_digest(teacher)}),
             **({"indices": tensor_digest(images.train.rows)} if arguments.indices_file is not None else {}),
             "base": task.base,
             # Labels that the run does not need are known only where something is evaluated.
