@@ -103,7 +103,7 @@ def blocks() -> dict[str, str]:
         "quickstart": quickstart.render(load("quickstart")),
         **{name: markdown_table(method_rows(load(name))) for name in METHODS},
         **{name: recipe_table(load(name)) for name in ("supervised_small", "swav_small")},
-        **{name: trial_table(load(name)) for name in ("unlabelled_trials", "few_labels_trials", "rate_trials")},
+        **{path.stem: trial_table(load(path.stem)) for path in RECORDS.glob("*_trials.json")},
         "low_shot": low_shot_table([EvalReport.from_json(json.dumps(row)) for row in load("low_shot")]),
         "claims": claims_table(paper),
         "paper": _artefacts(paper),
