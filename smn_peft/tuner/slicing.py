@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..storage.files import atomic_write
+from ..storage.files import atomic_write, check_regular
 from .targets import HiddenChannels, hidden_channels
 
 __all__ = ["load_sliced", "save_sliced", "slice_model"]
@@ -266,14 +266,27 @@ def load_sliced(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: The file is of another architecture.
     """
-    with safe_open(path, "pt") as file:
-        heads = json.loads((file.metadata() or {}).get("heads", "{}"))
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    check_regular(path)
+    try:
+        with safe_open(path, "pt") as file:
+            heads = json.loads((file.metadata() or {}).get("heads", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Write it again with save_sliced.") from error
+    own = dict((*model.named_parameters(), *model.named_buffers()))
+    smaller = {name: tensor for name, tensor in tensors.items() if name in own and tensor.shape != own[name].shape}
+    for name, tensor in smaller.items():
+        sizes = tuple(tensor.shape), tuple(own[name].shape)
+        if len(sizes[0]) != len(sizes[1]) or any(new > old for new, old in zip(*sizes, strict=True)):
+            raise ValueError(
+                f"{path} is not of a {type(model).__name__} of this size: {name} {sizes[0]}, not {sizes[1]}."
+            )
     for name, module in model.named_modules():
-        prefix, known = f"{name}." if name else "", dict(_tensors(module))
-        own = {key: tensors[prefix + key] for key in ("weight", *known, "bias") if prefix + key in tensors}
-        _set(module, {key: new for key, new in own.items() if key not in known or known[key].shape != new.shape})
-        if name in heads:
+        prefix, known = f"{name}." if name else "", ("weight", *dict(_tensors(module)))
+        _set(module, {key: smaller[prefix + key] for key in known if prefix + key in smaller})
+        if getattr(module, "bias", 0) is None and prefix + "bias" in tensors:  # of constants
+            _set(module, {"bias": tensors[prefix + "bias"]})
+        if isinstance(heads.get(name), int) and 0 < heads[name] < getattr(module, "num_heads", 0):
             _set_heads(module, heads[name])
     try:
         model.load_state_dict(tensors)

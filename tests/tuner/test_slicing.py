@@ -177,3 +177,10 @@ def test_a_file_of_another_architecture_is_refused(tmp_path):
     save_sliced(slice_model(masked_rows(Mlp(nn.GELU())), torch.randn(4, 6)), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors is not of a Sequential of this size"):
         load_sliced(nn.Sequential(nn.Linear(6, 6)), tmp_path / "model.safetensors")
+    smaller = Mlp(nn.GELU())
+    smaller.fc1, smaller.fc2 = nn.Linear(6, 3), nn.Linear(3, 6)
+    with pytest.raises(ValueError, match=r"not of a Mlp of this size: fc1\.\w+ \(10.*, not \(3"):
+        load_sliced(smaller, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_sliced(Mlp(nn.GELU()), tmp_path / "model.safetensors")
