@@ -32,6 +32,7 @@ _LEAST = 0.98  # of the budget that a finished file takes, where weights are at 
 _AIM = 0.995  # of the budget, where the first move missed it
 _PULL = 2e-4  # gradient of a row's or column's score to begin with
 _SLOWLY = 0.6  # of the steps after the first channel is off, the multiplications may take to fall
+_AHEAD = 20  # steps that are looked ahead
 _GAIN = 8.0  # how fast the weight grows with what the share is above the plan
 _REACH = 0.1  # of the way from the threshold to the start, by which the threshold rises at most
 
@@ -144,12 +145,13 @@ class FlopsBudget(nn.Module):
 
     The share is of the whole model's. That of a layer falls with those of its inputs and outputs which are on,
     straight through to the scores. Every few steps its weight in the loss is multiplied by the exponential of what
-    the share is above a plan, which falls from 1, when the first channel is off, to the budget. At the end the
-    threshold of rows and columns moves where the budget is not met.
+    the share, as it falls, will be above a plan, which goes from 1, when the first channel is off, to the budget. At
+    the end the threshold of rows and columns moves where the budget is not met.
 
     Attributes:
         weight: Weight of the share in the loss, 0-dim fp64.
         first: Step at which the first channel was off, 0-dim int64; -1 before.
+        last: The share at the last measurement, 0-dim fp64.
 
     Raises:
         ValueError: No rows or columns train that could be cut out, or not enough for the budget.
@@ -157,6 +159,7 @@ class FlopsBudget(nn.Module):
 
     weight: Tensor
     first: Tensor
+    last: Tensor
 
     def __init__(self, model: Any, max_flops: float, images: Tensor) -> None:
         """Take a `PeftModel` whose active adapter masks rows or columns, and images (1, 3, height, width)."""
@@ -184,6 +187,7 @@ class FlopsBudget(nn.Module):
         number = sum(self._scores(each)[0].numel() for each in self.channels)
         self.register_buffer("weight", torch.tensor(_PULL * number / (1 - least), dtype=torch.float64))
         self.register_buffer("first", torch.tensor(-1))
+        self.register_buffer("last", torch.ones((), dtype=torch.float64))
 
     def _masks(self, layer: MaskLayer, kind: str) -> bool:
         info = layer.smn_info.get(self.adapter)
@@ -217,9 +221,12 @@ class FlopsBudget(nn.Module):
             return
         if self.first < 0:
             self.first.fill_(step)
-        passed = (step - int(self.first) + _EVERY) / max(1.0, _SLOWLY * (steps - int(self.first)))
-        planned = 1 - (1 - self.max_flops) * min(1.0, passed)
-        self.weight.mul_(math.exp(min(1.0, max(-1.0, _GAIN * (share - planned)))))
+        ahead = min(_AHEAD, max(0, steps - step)) / _EVERY  # measurements: scores go on falling for a while
+        expected = share + ahead * (share - float(self.last))
+        passed = step - int(self.first) + _EVERY * (1 + ahead)
+        planned = 1 - (1 - self.max_flops) * min(1.0, passed / max(1.0, _SLOWLY * (steps - int(self.first))))
+        self.weight.mul_(math.exp(min(1.0, max(-1.0, _GAIN * (expected - planned)))))
+        self.last.fill_(share)
 
     @torch.no_grad()
     def finish(self, model: Any, scores: Sequence[Tensor]) -> None:
