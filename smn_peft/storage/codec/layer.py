@@ -32,6 +32,7 @@ _FEW = 1 << 15  # up to so many gaps other numbers of low bits are tried
 _SHIFTS = 4
 _SMALL = 1 << 13  # bits of a layer that may be numbered whatever they are
 _FEWER = 1 << 9  # up to so many of the minority: each takes 2 µs to read
+_MOST = 1 << 12  # and so many may be in a file
 _TOGETHER = 192  # of them that make one number, about
 _FASTER = 1.006  # packed bytes are read twice as fast as gaps of such shares: worth so much in size
 _GO_ON = 255
@@ -189,7 +190,7 @@ def _encode_numbers(positions: NDArray[np.int64], total: int) -> bytes:
 
 def _decode_numbers(payload: memoryview, total: int, count: int, out: NDArray[np.uint8]) -> None:
     """Flip the bits of `out` that [`_encode_numbers`] coded; errors as of [`decode_layer`]."""
-    if total > _SMALL and count > _FEWER:
+    if count > _MOST:
         raise damaged()
     k, buckets, width = _parts_of_number(total, count)
     parts, size = -(-buckets // width), packed_size(k * count)
