@@ -110,7 +110,7 @@ class MaskLayer(MaskState):
                 owner = found[-1][-1]
             found.append((owner._parameters, attribute, self.base_tensor(slot)))
             for name in holders:
-                if self.scores(name, slot):
+                if self.scores_of(name, slot):
                     return None
                 found.append((bits.older if name in bits.older else bits._buffers, name, bits[name]))
         if any(place.get(key) is not source for place, key, source in found):  # FSDP's parameters are attributes
@@ -125,7 +125,7 @@ class MaskLayer(MaskState):
     def _effective(self, slot: Slot, holders: Sequence[str]) -> Tensor:
         """Effective tensor of a slot under adapters that mask it."""
         weight: Tensor = self.base_tensor(slot)
-        scores = {name: self.scores(name, slot) for name in holders}
+        scores = {name: self.scores_of(name, slot) for name in holders}
         trains = weight.requires_grad or any(s.requires_grad for own in scores.values() for s in own.values())
         if trains and torch.is_grad_enabled() and not torch.jit.is_tracing():  # a traced model is for inference
             factors = []
@@ -178,7 +178,7 @@ class MaskLayer(MaskState):
         holders, weight = self.holders(names, slot), self.base_tensor(slot)
         if len(holders) != 1 or weight.requires_grad:
             return None
-        if (scores := self.scores(name := holders[0], slot)).keys() != {slot.scores_name}:
+        if (scores := self.scores_of(name := holders[0], slot)).keys() != {slot.scores_name}:
             return None
         (own,) = scores.values()
         if not own.requires_grad or not _is_eager() or not is_plain(self._modules["base_layer"]):  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ class MaskLayer(MaskState):
         if not names:
             return
         for slot in self.present_slots if safe_merge else ():
-            scores = ((name, own) for name in self.holders(names, slot) for own in self.scores(name, slot).values())
+            scores = ((name, own) for name in self.holders(names, slot) for own in self.scores_of(name, slot).values())
             check_finite(self.base_tensor(slot), slot.path, scores)
         together = [*self.merged_adapters, *names]
         self._restore()

@@ -103,7 +103,11 @@ class MaskState(AdapterLayer):
             for weight, slot in merged
         }
 
-    def scores(self, adapter_name: str, slot: Slot) -> dict[str, Tensor]:
+    def scores(self, slot: Slot) -> ScoreDict:
+        """Scores of a slot's single weights by adapter name, of the adapters that can train them."""
+        return self._modules[slot.scores_name]  # type: ignore[return-value]
+
+    def scores_of(self, adapter_name: str, slot: Slot) -> dict[str, Tensor]:
         """Scores of a slot by container, in shapes that broadcast to its tensor's; empty for an adapter of bits."""
         found = {}
         for name in (slot.scores_name, slot.unit_scores_name):
@@ -160,7 +164,7 @@ class MaskState(AdapterLayer):
     def mask_parts(self, adapter_name: str, slot: Slot) -> list[Tensor]:
         """The masks whose intersection is the mask: one per tensor of scores, in its shape, or that of the bits."""
         self._ensure_loaded()
-        if scores := self.scores(adapter_name, slot):
+        if scores := self.scores_of(adapter_name, slot):
             return self._parts_of_scores(adapter_name, slot, scores)
         weight = self.base_tensor(slot)  # in a replica on another device than the bits, unless they are the newest
         return [unpack_bits(self.bits(slot)[adapter_name].to(weight.device), weight.shape)]
@@ -178,7 +182,7 @@ class MaskState(AdapterLayer):
         """Replace the mask of an adapter; one that trains gets the scores that [`_scores_from_bits`] gives."""
         self._cached = None
         self._ensure_loaded()
-        if self.scores(adapter_name, slot):
+        if self.scores_of(adapter_name, slot):
             self._set_scores(adapter_name, slot, pack_bits(mask))
         else:
             self.bits(slot)[adapter_name] = pack_bits(mask)
@@ -277,7 +281,7 @@ class MaskState(AdapterLayer):
     def _initial_mask(self, adapter_name: str, slot: Slot) -> Tensor:
         """Packed mask of the scores that an adapter started from."""
         weight, config = self.base_tensor(slot), self.smn_info[adapter_name].config
-        if any(own.device.type == "meta" for own in (weight, *self.scores(adapter_name, slot).values())):
+        if any(own.device.type == "meta" for own in (weight, *self.scores_of(adapter_name, slot).values())):
             return torch.empty(packed_size(weight.numel()), dtype=torch.uint8, device="meta")
         if config.inference_mode and config.init_weights:  # a loader will write it
             return pack_bits(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
@@ -287,7 +291,7 @@ class MaskState(AdapterLayer):
         """Switch the gradients of adapters; one that holds bits only cannot train, and is refused."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names if requires_grad else ():
-            if not all(self.scores(name, slot) for slot in self.slots_of(name)):
+            if not all(self.scores_of(name, slot) for slot in self.slots_of(name)):
                 raise ValueError(
                     f"Adapter {name!r} was loaded for inference and holds one bit per weight, nothing that could "
                     "train. Load it with is_trainable=True."
@@ -313,7 +317,7 @@ class MaskState(AdapterLayer):
         entries: dict[str, Tensor] = {}
         for slot in self.slots_of(adapter_name):
             mask_key = f"{prefix}{slot.mask_name}.{adapter_name}"
-            keys = {name: f"{prefix}{name}.{adapter_name}" for name in self.scores(adapter_name, slot)}
+            keys = {name: f"{prefix}{name}.{adapter_name}" for name in self.scores_of(adapter_name, slot)}
             if not keys:
                 entries[mask_key] = state_dict.get(mask_key, self.bits(slot)[adapter_name])
                 continue
@@ -346,7 +350,7 @@ class MaskState(AdapterLayer):
                         f"{prefix}{name} has shape {tuple(own.shape)}, the base weight {tuple(wanted)}: load the base "
                         "model that adapter_config.json names."
                     )
-            if not self.scores(adapter_name, slot):
+            if not self.scores_of(adapter_name, slot):
                 packed = self._mask_of_scores(adapter_name, slot, scores) if packed is None else packed
                 result[f"{slot.mask_name}.{adapter_name}"] = packed
                 continue
@@ -365,7 +369,7 @@ class MaskState(AdapterLayer):
         """Record that an adapter's masks are loaded."""
         self.pending.discard(adapter_name)
         for slot in self.present_slots:
-            if self.scores(adapter_name, slot):
+            if self.scores_of(adapter_name, slot):
                 self.bits(slot).discard(adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -373,7 +377,7 @@ class MaskState(AdapterLayer):
         self._cached = None
         for slot in self.present_slots:
             for name in [name for name, info in self.smn_info.items() if slot in info.slots]:
-                if not (keys := {part: f"{prefix}{part}.{name}" for part in self.scores(name, slot)}):
+                if not (keys := {part: f"{prefix}{part}.{name}" for part in self.scores_of(name, slot)}):
                     continue
                 packed = state_dict.pop(key := f"{prefix}{slot.mask_name}.{name}", None)
                 if packed is not None and not state_dict.keys() >= set(keys.values()):
@@ -410,14 +414,14 @@ class MaskState(AdapterLayer):
                         "configuration for a fresh adapter, pass dataclasses.replace(config, base_fingerprint=None)."
                     )
                 for slot in self.slots_of(name):
-                    if self.scores(name, slot) and name in self.bits(slot):
+                    if self.scores_of(name, slot) and name in self.bits(slot):
                         changed |= self._consume(name, slot, self.bits(slot)[name])
                         del self.bits(slot)[name]
             self.pending = set()  # now, and not before: other threads look at it
             return changed
 
     def _consume(self, adapter_name: str, slot: Slot, packed: Tensor) -> bool:
-        scores = self.scores(adapter_name, slot)
+        scores = self.scores_of(adapter_name, slot)
         if "meta" in (packed.device.type, *(own.device.type for own in scores.values())):
             return False
         own = self._mask_of_scores(adapter_name, slot, scores)

@@ -224,7 +224,7 @@ class MaskModel(BaseTuner):
         masked = [layer for _, layer in adapter_layers(self.model) if isinstance(layer, MaskLayer)]
         for layer in masked:
             for slot in layer.slots_of(name):
-                scores = [own for own in layer.scores(name, slot).values() if own.requires_grad]
+                scores = [own for own in layer.scores_of(name, slot).values() if own.requires_grad]
                 if scores and not layer.goes_with_row(name, slot):
                     trainable = layer.trainable(name, slot)
                     bits += [code_length(own, config.threshold + offset, float(start), trainable) for own in scores]

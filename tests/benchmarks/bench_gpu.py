@@ -97,11 +97,8 @@ def several(step: Callable[[], None]) -> Callable[[], None]:
 def masked_pairs(model: Any) -> list[tuple[Tensor, Tensor]]:
     """Weights and scores of all masked layers."""
     layers = [module for module in model.modules() if isinstance(module, MaskLayer)]
-    slots = [(layer, slot) for layer in layers for slot in layer.present_slots if layer.scores("default", slot)]
-    return [
-        (layer.base_tensor(slot).detach(), layer.parameters_of("default")[slot.scores_name].detach())
-        for layer, slot in slots
-    ]
+    slots = [(layer, slot) for layer in layers for slot in layer.present_slots if layer.scores_of("default", slot)]
+    return [(layer.base_tensor(slot).detach(), layer.scores(slot)["default"].detach()) for layer, slot in slots]
 
 
 def bandwidth(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[float, float]:

@@ -77,9 +77,7 @@ def test_an_optimizer_step(make):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_scores_that_change_with_no_version_moved(change, frozen):
     model, before = filled()
-    scores = (
-        layer_of(model).parameters_of("first")[layer_of(model).present_slots[0].scores_name].requires_grad_(not frozen)
-    )
+    scores = layer_of(model).scores(layer_of(model).present_slots[0])["first"].requires_grad_(not frozen)
     with torch.no_grad():
         assert torch.equal(model(X), before)
     change(scores)
@@ -103,12 +101,12 @@ def test_training_between_two_evaluations():
 
 def write(model: PeftModel) -> None:
     with torch.no_grad():
-        layer_of(model).parameters_of("first")[layer_of(model).present_slots[0].scores_name].neg_()
+        layer_of(model).scores(layer_of(model).present_slots[0])["first"].neg_()
 
 
 def write_bias(model: PeftModel) -> None:
     with torch.no_grad():
-        layer_of(model).parameters_of("first")[layer_of(model).present_slots[1].scores_name].neg_()
+        layer_of(model).scores(layer_of(model).present_slots[1])["first"].neg_()
 
 
 def edit_base(model: PeftModel) -> None:
@@ -306,6 +304,6 @@ def test_the_cache_is_used_and_costs_no_second_build(monkeypatch):
 def test_a_settled_layer_that_trains_again_gives_gradients():
     model, _ = filled()
     model(X).square().sum().backward()
-    scores = layer_of(model).parameters_of("first")[layer_of(model).present_slots[0].scores_name]
+    scores = layer_of(model).scores(layer_of(model).present_slots[0])["first"]
     assert scores.grad is not None
     assert scores.grad.any()

@@ -88,7 +88,7 @@ def test_the_gradient_is_autograd_s_over_the_written_out_formula(case):
     leaves = {name: own.detach().clone().requires_grad_() for name, own in layer.parameters_of("default").items()}
     for slot in layer.smn_info["default"].slots:
         parameter, mask = base.body.get_parameter(slot.path), torch.ones((), dtype=case.dtype)
-        for name in layer.scores("default", slot):
+        for name in layer.scores_of("default", slot):
             own = straight_through(leaves[name], spec, parameter.dtype)
             mask = mask * (own.reshape(parameter.shape) if slot.is_bias else own)
         tensors[f"body.{slot.path}"] = masked_weight(parameter.detach(), mask, spec)
@@ -417,7 +417,7 @@ def test_what_is_not_trainable_stays_on(case, select, tmp_path):
         chosen = layer.trainable("default", slot)
         assert int(chosen.sum()) == round(0.5 * chosen.numel())
         assert masks[slot.path][~chosen].all()
-        scores = layer.parameters_of("default")[slot.scores_name]
+        scores = layer.scores(slot)["default"]
         assert torch.equal(scores[~chosen], torch.full_like(scores[~chosen], model.peft_config["default"].init_score))
         removed += int((~masks[slot.path]).sum())
         if select == "magnitude":
@@ -564,6 +564,6 @@ def test_the_table_covers_what_the_tuner_can_mask():
 def test_masks_are_those_of_the_scores():
     case = BY_NAME["conv2d"]
     model = masked_model(case, case.random())
-    scores = layer_of(model).parameters_of("default")[layer_of(model).present_slots[0].scores_name]
+    scores = layer_of(model).scores(layer_of(model).present_slots[0])["default"]
     assert torch.equal(mask_bits(model)["weight"], compute_mask(scores, model.peft_config["default"].mask_spec()))
     assert get_peft_model(case.base(), case.random()).base_model.density() == pytest.approx(model.base_model.density())
