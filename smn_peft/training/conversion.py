@@ -69,11 +69,10 @@ def convert(
     """
     values, (teacher, arguments) = values or {}, load_teacher(folder, backbone)
     base = {name: getattr(arguments, name) for name in _OF_BASE}
+    fixed = {"output_dir": str(output_dir), "adapt": "mask", "objective": "distillation"}
     if values.get("dataset"):
-        fixed = {"output_dir": str(output_dir), "adapt": "mask", "objective": "distillation"}
         return run(TrainArguments(**merged(load_recipe("distill"), base, values, fixed)), teacher=teacher)
-    options = {"dataset": arguments.dataset, "output_dir": str(output_dir), "objective": "distillation"}
-    arguments = TrainArguments(**merged(base, values, options))
+    arguments = TrainArguments(**merged(base, values, fixed, {"dataset": arguments.dataset}))
     loaded = load_base(arguments, teacher.num_classes)
     loaded.model.head.load_state_dict(teacher.head.state_dict())  # type: ignore[union-attr]
     facts = RunSummary.load(folder).arguments

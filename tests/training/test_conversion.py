@@ -55,7 +55,7 @@ def test_the_loss_is_the_divergence_at_a_temperature():
 def test_the_nearest_mask_keeps_what_is_nearer_to_the_tuned_weight_than_zero(tmp_path, tuned):
     folder, base, _ = tuned
     with pytest.warns(UserWarning, match=r"\d+ tensors that no mask holds were fine-tuned too, such as backbone\.bn1"):
-        summary = convert(folder, tmp_path / "mask", {"mask": {"codec": "entropy"}}, backbone=base)
+        summary = convert(folder, tmp_path / "mask", {"mask": {"codec": "entropy"}, "adapt": "lora"}, backbone=base)
     assert summary.sizes["total"] == (tmp_path / "mask" / WEIGHTS_NAME).stat().st_size
     masks = load_masks(tmp_path / "mask", backbone=base)
     before, after = (load_run(folder, base=b, backbone=base)[1].model for b in (True, False))
