@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Classifier`: a backbone with a linear head on its pooled features, and `load_classifier` that makes one by name."""
+"""`Classifier`: a backbone and a linear head on its pooled features; `load_classifier`: with a new head or its own."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..tuner.checks import base_name
+from . import from_timm, from_transformers
 from .backbone import Backbone, pooled_features
 from .load import load_backbone
 
@@ -106,23 +107,40 @@ class Classifier(nn.Module):
 
 
 def load_classifier(
-    name: str | os.PathLike[str] | Backbone, num_classes: int, *, head_seed: int = 0, **kwargs: Any
+    name: str | os.PathLike[str] | Backbone, num_classes: int | None = None, *, head_seed: int = 0, **kwargs: Any
 ) -> Backbone:
-    """Load a pretrained vision model, by the arguments of `load_backbone`, and put a random linear head on it.
+    """Load a pretrained vision model, by the arguments of `load_backbone`, and put a linear head on it.
 
     Args:
         name: What `load_backbone` takes, or a `Backbone` already loaded.
-        num_classes: Number of classes.
+        num_classes: Number of classes of a random head; None: the head of the checkpoint.
         head_seed: See [`Classifier`].
         kwargs: Arguments of `load_backbone`.
 
     Returns:
         The backbone with a `Classifier` as its `model`; `features` and `feature_dim` are those before the head.
+
+    Raises:
+        ValueError: The checkpoint has no classifier that is one linear layer on `pooled_features`; or as
+            `load_backbone`.
     """
     if isinstance(name, Backbone) and kwargs:
         raise ValueError(f"{', '.join(kwargs)}: {name.name} is loaded already; pass this to load_backbone.")
     backbone = name if isinstance(name, Backbone) else load_backbone(name, **kwargs)
-    model = Classifier(backbone.model, backbone.feature_dim, num_classes, head_seed=head_seed)
+    if num_classes is not None:
+        model = Classifier(backbone.model, backbone.feature_dim, num_classes, head_seed=head_seed)
+        return replace(backbone, model=model)
+    if isinstance(name, Backbone) or not kwargs.get("pretrained", True):
+        raise ValueError("num_classes is needed where no checkpoint is loaded, whose head could be taken.")
+    of_timm = hasattr(backbone.model, "timm_model")
+    source = {"revision": kwargs.get("revision"), "state_dict": kwargs.get("state_dict")}
+    try:
+        weight, bias = (from_timm if of_timm else from_transformers).classifier_of(backbone, **source)
+        model = Classifier(backbone.model, backbone.feature_dim, len(weight), head_seed=head_seed)
+        model.set_head(weight, bias)
+    except (KeyError, ValueError) as error:
+        fix = "pass num_classes for a new head"
+        raise ValueError(f"{os.fspath(name)} has no classifier of one linear layer ({error}): {fix}.") from error
     return replace(backbone, model=model)
 
 

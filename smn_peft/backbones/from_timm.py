@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, EvalTransform, check_loading
 
-__all__ = ["built_size", "create", "load", "prepared"]
+__all__ = ["built_size", "classifier_of", "create", "load", "prepared"]
 
 
 def load(source: str, *, revision: str | None, image_size: int | None, dtype: torch.dtype, **kwargs: Any) -> Backbone:
@@ -30,7 +30,7 @@ def load(source: str, *, revision: str | None, image_size: int | None, dtype: to
     resample = image_size is not None and _has_fixed_size(architecture, model_args, pretrained_cfg)
     # timm writes num_classes among the arguments, which transformers' wrapper stumbles over.
     if kwargs or "num_classes" in model_args or resample:
-        return create(
+        made = create(
             architecture,
             state_dict=cached_file(source, "model.safetensors", revision=revision),
             image_size=image_size,
@@ -38,6 +38,9 @@ def load(source: str, *, revision: str | None, image_size: int | None, dtype: to
             pretrained_cfg=pretrained_cfg,
             **{**model_args, **kwargs},
         )
+        labels = transformers.TimmWrapperConfig.from_dict(config).id2label
+        made.model.config.id2label = labels  # type: ignore[union-attr]
+        return made
     wrapper: Any = transformers.TimmWrapperModel
     model, info = wrapper.from_pretrained(
         source, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -102,6 +105,22 @@ def _create_with(architecture: str, weights: dict[str, Tensor], overlay: dict[st
     if num_classes:
         model.reset_classifier(0)
     return model
+
+
+def classifier_of(
+    backbone: Backbone, revision: str | None, state_dict: str | os.PathLike[str] | Mapping[str, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight (classes, dim) and bias of a checkpoint's classifier, which loading the backbone left out."""
+    from transformers.utils import cached_file
+
+    inner: Any = backbone.model.timm_model
+    if state_dict is None:
+        state_dict = cached_file(backbone.name, "model.safetensors", revision=revision)
+        assert state_dict is not None
+    tensors, name = _read(state_dict), inner.pretrained_cfg.get("classifier")
+    if not isinstance(name, str) or (weight := tensors.get(f"{name}.weight")) is None:
+        raise ValueError(f"it holds no {name}.weight" if isinstance(name, str) else f"timm names {name}")
+    return weight.flatten(1), tensors.get(f"{name}.bias")  # of a ResNetV2 it is a 1 × 1 convolution
 
 
 def _read(state_dict: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import Backbone, EvalTransform, check_loading, interpolate_positions
 
-__all__ = ["load"]
+__all__ = ["classifier_of", "load"]
 
 
 def load(
@@ -80,6 +80,28 @@ def load(
         interpolate_positions(model)
     transform = EvalTransform(functools.partial(_processed, processor, overrides))
     return Backbone(model, transform, 0, "", image_size, tuple(processor.image_mean), tuple(processor.image_std))
+
+
+@torch.no_grad()
+def classifier_of(backbone: Backbone, revision: str | None, state_dict: None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight (classes, dim) and bias of a checkpoint's classifier, which loading the backbone left out.
+
+    It is the last linear layer, and the checkpoint's logits must be that layer on the backbone's features.
+    """
+    import transformers
+
+    auto: Any = transformers.AutoModelForImageClassification
+    dtype = next(backbone.model.parameters()).dtype
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    model, info = auto.from_pretrained(backbone.name, revision=revision, trust_remote_code=False, **options)
+    check_loading(info, backbone.name)
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    size, generator = backbone.image_size, torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 3, size, size, generator=generator).to(dtype)
+    features, logits = backbone.features(noise), model.eval()(noise).logits
+    if head.in_features != features.shape[1] or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"logits of {type(model).__name__} are not a linear layer on the pooled features")
+    return head.weight, head.bias
 
 
 def _default_processor(config: Any, source: str) -> Any:

@@ -180,24 +180,25 @@ def train(
 
 
 @click.command("convert", cls=Launchable)
-@click.argument("folder", type=PATH)
+@click.argument("model")
 @recipe_option
-@field_options(TrainArguments, shown="output_dir dataset limit eval_split max_bytes epochs lr".split())
+@field_options(TrainArguments, shown="backbone output_dir dataset limit eval_split max_bytes epochs lr".split())
 @launch_option
 @help_all
 @click.pass_context
-def convert(context: click.Context, folder: Path, recipe: str | None, launch: bool, **options: Any) -> None:
-    """Make a mask of a fine-tuned model: full fine-tuning, LoRA, or whatever `smn train` trained but a mask.
+def convert(context: click.Context, model: str, recipe: str | None, launch: bool, **options: Any) -> None:
+    """Make a mask of a fine-tuned model.
 
-    FOLDER is its output folder. Without --dataset the mask is the nearest to its weights. With a dataset, whose labels
-    are not needed, a mask is trained by the recipe `distill` until its outputs follow the model's; options are those
-    of `smn train`.
+    MODEL is the output folder of `smn train` with any --adapt but mask; or, with its base as --backbone, a classifier
+    of transformers or timm: a Hub id, a folder or a safetensors file. Without --dataset the mask is the nearest to its
+    weights. With a dataset, whose labels are not needed, a mask is trained by the recipe `distill` until its outputs
+    follow the model's; options are those of `smn train`.
     """
     values = merged(recipe_values(recipe), given(context, TrainArguments))
     if launch:
         context.exit(launch_processes(["convert"], context.args, cpu=bool(values.get("cpu"))))
     output, own = values.pop("output_dir", "output"), values.pop("backbone", None)
-    _show("", convert_run(folder, output, values, backbone=own))
+    _show("", convert_run(model, output, values, backbone=own))
 
 
 def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict[str, TrainArguments]:

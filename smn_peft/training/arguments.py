@@ -149,9 +149,8 @@ class TrainArguments(LoopArguments):
         for each in fields(self):
             if is_dataclass(kind := each.default_factory) and isinstance(value := getattr(self, each.name), Mapping):
                 setattr(self, each.name, from_mapping(kind, value, each.name))
-        for name, example in (("backbone", "timm/resnet50.a1_in1k"), ("dataset", "cifar10")):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: name one, such as {name}={example!r}.")
+        if not self.backbone:
+            raise ValueError("backbone is missing: name one, such as backbone='timm/resnet50.a1_in1k'.")
         for name in ("backbone", "weights", "dataset", "init_from", "indices_file", "objective"):
             if getattr(self, name):
                 setattr(self, name, absolute(getattr(self, name)))

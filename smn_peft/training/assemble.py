@@ -78,6 +78,17 @@ class Images:
     test: ImageDataset | None
     held: ImageDataset | None = None  # of the labelled images, to choose the best state on
     num_classes: int | None = None  # of the whole training split, of which `train` may lack some
+    classes: list[str] | None = None  # their names
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """A fine-tuned classifier, the arguments that name its base, and what it was trained on, as far as is known."""
+
+    model: Classifier
+    base: dict[str, Any]
+    dataset: str = ""
+    classes: list[str] | None = None
 
 
 def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
@@ -133,11 +144,12 @@ def build_images(arguments: TrainArguments) -> Images:
         what = f"{arguments.dataset} ({arguments.train_split}): the {len(train)} training images"
         raise ValueError(f"{what} are all of one class: take another split, or more images.")
     if test is None:
-        return Images(train, None, None, best, full.num_classes)
+        return Images(train, None, None, best, full.num_classes, full.classes)
     test = _limited(test, arguments.eval_limit, seed)
     if arguments.cache_images:
         test = _cached("test", (*key, arguments.eval_split, arguments.eval_limit), test)
-    return Images(train, _limited(bank, arguments.knn_limit, seed), test, best, full.num_classes)
+    bank = _limited(bank, arguments.knn_limit, seed)
+    return Images(train, bank, test, best, full.num_classes, full.classes)
 
 
 def _test_split(arguments: TrainArguments) -> ImageDataset | None:
@@ -158,6 +170,8 @@ def _test_split(arguments: TrainArguments) -> ImageDataset | None:
 
 
 def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset:
+    if not arguments.dataset:
+        raise ValueError("dataset is missing: name one, such as dataset='cifar10'.")
     options: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     options |= {"revision": arguments.dataset_revision, "labelled": labelled or arguments.class_limit is not None}
     try:
@@ -264,7 +278,7 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
 
 
 def build_task(
-    arguments: TrainArguments, images: Images, device: torch.device | str = "cpu", teacher: Classifier | None = None
+    arguments: TrainArguments, images: Images, device: torch.device | str = "cpu", teacher: FineTuned | None = None
 ) -> tuple[TrainingTask, Backbone]:
     """Build the model under its adapter (or bare, for the baselines) and the objective; head='probe' uses `device`.
 
@@ -282,10 +296,10 @@ def build_task(
         backbone.model.to(device)
         _start_from_probe(backbone.model, backbone, images, arguments)
     if teacher is not None:
-        backbone.model.head.load_state_dict(teacher.head.state_dict())  # type: ignore[union-attr]
-    model = adapted(arguments, backbone, images.train.classes)
+        backbone.model.head.load_state_dict(teacher.model.head.state_dict())  # type: ignore[union-attr]
+    model = adapted(arguments, backbone, images.classes)
     torch.manual_seed(arguments.seed)
-    objective = build_objective(arguments, backbone, num_classes, images.train.classes, teacher)
+    objective = build_objective(arguments, backbone, num_classes, images.classes, teacher)
     statistics = {"statistics": True, "bias": False}.get(arguments.adapt)
     task = TrainingTask(model, objective, adapt_statistics=statistics, base=base)
     if arguments.max_bytes is not None:
@@ -369,10 +383,10 @@ def build_objective(
     backbone: Backbone,
     num_classes: int | None,
     classes: list[str] | None,
-    teacher: Classifier | None = None,
+    teacher: FineTuned | None = None,
 ) -> Objective:
     """Create the objective; zero-shot gets the embeddings of the class names, distillation the teacher."""
-    extra: dict[str, Any] = {} if teacher is None else {"teacher": teacher}
+    extra: dict[str, Any] = {} if teacher is None else {"teacher": teacher.model}
     if arguments.objective == "zero_shot":
         if not classes:
             raise ValueError(f"objective='zero_shot' needs class names, and {arguments.dataset} has none.")
@@ -489,7 +503,9 @@ def evaluator_of(
             extract = partial(extract_features, task.model, part, **loading)
             return base_features(arguments, part, extract) if of_base else extract()
 
+        # Of a fine-tuned model's classes the names may not be known.
         same = test is not None and test.num_classes == task.objective.num_classes
+        same = same and images.classes in (None, getattr(test, "classes", None))
         labelled = task.objective.needs_labels or (task.objective.consumes == "logits" and same)
         metrics = ["knn", *["linear_probe"] * arguments.eval_probe, *["accuracy"] * labelled]
         found: dict[str, Any] = {}

@@ -22,7 +22,6 @@ from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import save
 
-from ..backbones import Classifier
 from ..evaluation import library_versions
 from ..hub import RUN_NAME, full_bytes, write_card
 from ..storage.adapter_config import CONFIG_NAME
@@ -30,7 +29,16 @@ from ..storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 from ..storage.files import atomic_write, read_json, to_disk
 from ..storage.fingerprint import tensor_digest
 from .arguments import TrainArguments, as_facts, check_same
-from .assemble import METRICS, build_task, build_train_loader, evaluator_of, images_of_run, model_digest, share
+from .assemble import (
+    METRICS,
+    FineTuned,
+    build_task,
+    build_train_loader,
+    evaluator_of,
+    images_of_run,
+    model_digest,
+    share,
+)
 from .checkpoint import latest_checkpoint, start_digest
 from .metrics import METRICS_NAME, TrainingFailure, read_metrics
 from .processes import build_accelerator, together
@@ -98,7 +106,7 @@ class RunSummary:
             raise ValueError(f"{path} is not what a run writes ({error}): delete it, and name the dataset.") from error
 
 
-def run(arguments: TrainArguments, *, evaluate: bool = True, teacher: Classifier | None = None) -> RunSummary:
+def run(arguments: TrainArguments, *, evaluate: bool = True, teacher: FineTuned | None = None) -> RunSummary:
     """Train as the arguments say, and save the adapter in `output_dir`; every process of a distributed run calls this.
 
     `evaluate=False` skips the evaluations; which images are trained on does not depend on it. A `teacher` is the model
@@ -111,25 +119,25 @@ def run(arguments: TrainArguments, *, evaluate: bool = True, teacher: Classifier
         RuntimeError: If another run is at work in `output_dir`, or another process of this one failed.
     """
     accelerator = build_accelerator(arguments)
-    together(accelerator, lambda: _check_folder(arguments))
+    together(accelerator, lambda: check_folder(arguments))
     lock = run_lock(arguments.output_dir) if accelerator.is_main_process else nullcontext()
     with ExitStack() as held:
         together(accelerator, lambda: held.enter_context(lock))
         arguments, images = together(accelerator, lambda: images_of_run(arguments))
         if teacher is not None:
-            images = replace(images, num_classes=teacher.num_classes)
+            images = replace(images, num_classes=teacher.model.num_classes, classes=teacher.classes)
         task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device, teacher))
         loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
         facts = {
             **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
-            **({} if teacher is None else {"teacher": model_digest(teacher)}),
+            **({} if teacher is None else {"teacher": model_digest(teacher.model)}),
             **({"indices": tensor_digest(images.train.rows)} if arguments.indices_file is not None else {}),
             "base": task.base,
             # Labels that the run does not need are known only where something is evaluated.
             "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
             "preprocessing": backbone.preprocessing,
             "images": len(images.train),
-            "classes": images.train.classes,
+            "classes": images.classes,
             "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
         }
         tested = images if evaluate else replace(images, bank=None, test=None)
@@ -143,7 +151,7 @@ def run(arguments: TrainArguments, *, evaluate: bool = True, teacher: Classifier
     return found[0]
 
 
-def _check_folder(arguments: TrainArguments) -> None:
+def check_folder(arguments: TrainArguments) -> None:
     """Refuse an `output_dir` that cannot be written to or holds something finished, before anything is loaded."""
     folder, checkpoint = Path(arguments.output_dir), latest_checkpoint(arguments.output_dir)
     finished = (folder / RUN_NAME).is_file()

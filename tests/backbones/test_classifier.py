@@ -7,12 +7,17 @@ import json
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
+from timm.models import save_for_hf
 from torch import nn
 
 from smn_peft import MaskConfig, explain_targets
 from smn_peft.backbones import Backbone, Classifier, load_backbone, load_classifier, pooled_features
+
+from .tiny import TINY
 
 VIT = {"depth": 2, "embed_dim": 32, "num_heads": 2}
 
@@ -265,3 +270,55 @@ def test_bad_arguments_of_load_classifier():
     backbone = resnet()
     with pytest.raises(ValueError, match="image_size: test_resnet is loaded already; pass this to load_backbone"):
         load_classifier(backbone, 3, image_size=64)
+
+
+CLASSIFIERS = {
+    "vit": ("ViTForImageClassification", TINY),
+    "convnext": ("ConvNextForImageClassification", {"hidden_sizes": [8, 32], "depths": [1, 1], "num_stages": 2}),
+    "resnet": ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 32], "depths": [1, 1]}),
+    "beit": ("BeitForImageClassification", TINY),
+}
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.filterwarnings("ignore:.* has no preprocessor_config")
+def test_the_classifier_of_a_transformers_checkpoint(family, tmp_path, perturbed):
+    name, settings = CLASSIFIERS[family]
+    model_class = getattr(transformers, name)
+    model = perturbed(model_class(model_class.config_class(**settings, num_labels=5)))
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = load_classifier(tmp_path, image_size=32).model(pixel_values)
+        torch.testing.assert_close(found, model(pixel_values).logits)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnetv2_18d"])
+def test_the_classifier_of_a_timm_checkpoint(name, tmp_path, perturbed):
+    options = VIT if name.startswith("vit") else {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_chs": 8}
+    model = perturbed(timm.create_model(name, num_classes=5, **options))
+    save_for_hf(model, str(tmp_path), model_args=options, safe_serialization=True)
+    (tmp_path / "pytorch_model.bin").unlink(missing_ok=True)
+    pixel_values = torch.randn(2, 3, 224, 224)
+    of_folder = load_classifier(tmp_path)
+    of_file = load_classifier(name, state_dict=tmp_path / "model.safetensors", **options)
+    with torch.no_grad():
+        for loaded in (of_folder, of_file):
+            torch.testing.assert_close(loaded.model(pixel_values), model(pixel_values))
+
+
+@pytest.mark.filterwarnings("ignore:.* has no preprocessor_config")
+def test_checkpoints_without_a_linear_classifier(clip_folder, tmp_path, perturbed):
+    dino = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**TINY))  # of token and mean together
+    perturbed(dino).save_pretrained(tmp_path / "dino")
+    bare = timm.create_model("test_resnet", num_classes=0).state_dict()
+    for name, options, reason in (
+        (clip_folder, {}, "do not fit its config"),
+        (tmp_path / "dino", {}, "logits of Dinov2ForImageClassification are not a linear layer"),
+        ("test_resnet", {"state_dict": bare}, r"holds no fc\.weight"),
+    ):
+        with pytest.raises(ValueError, match=rf"(?s)no classifier of one linear layer .*{reason}.*: pass num_classes"):
+            load_classifier(name, **options)
+    for name, options in ((resnet(), {}), ("test_resnet", {"pretrained": False})):
+        with pytest.raises(ValueError, match="num_classes is needed where no checkpoint is loaded"):
+            load_classifier(name, **options)

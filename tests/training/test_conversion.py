@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import timm
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from timm.models import save_for_hf
 
 from smn_peft.cli import app
 from smn_peft.objectives import create_objective
@@ -14,7 +18,7 @@ from smn_peft.storage.adapter_file import WEIGHTS_NAME, adapter_sizes
 from smn_peft.training import convert, evaluate_run, load_masks, load_run, run
 from smn_peft.training.metrics import read_metrics
 
-from .tiny import tiny_arguments, write_model
+from .tiny import tiny_arguments, write_model, write_npz
 
 LONG = {"epochs": 40, "lr": 0.1, "batch_size": 24, "mask": {"codec": "entropy", "batch_norm": "adapt"}}
 
@@ -99,6 +103,83 @@ def test_images_of_other_classes_will_do_and_are_not_evaluated(tmp_path, tuned):
     assert load_run(tmp_path / "mask", backbone=base)[1].model(torch.zeros(2, 3, 16, 16)).shape == (2, 3)
 
 
+def save_timm(folder, classes=(), **changes):
+    """A repository as timm writes it, of a tiny ResNet with a classifier of two classes, if any are named."""
+    torch.manual_seed(changes.pop("seed", 0))
+    options = {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_width": 8, **changes}
+    model = timm.create_model("resnet18", num_classes=len(classes), **options)
+    save_for_hf(model, str(folder), model_args=options, safe_serialization=True)
+    (folder / "pytorch_model.bin").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = [3, 32, 32]
+    if classes:
+        config["label_names"] = list(classes)
+    (folder / "config.json").write_text(json.dumps(config))
+    return model.eval()
+
+
+def test_a_checkpoint_of_timm(tmp_path):
+    save_timm(tmp_path / "base")
+    tuned = save_timm(tmp_path / "tuned", ("cat", "dog", "cow"), seed=1)
+    values = {"mask": {"codec": "entropy", "batch_norm": "adapt"}}
+    convert(tmp_path / "tuned", tmp_path / "mask", values, backbone=str(tmp_path / "base"))
+    config = json.loads((tmp_path / "mask" / "adapter_config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "dog", "2": "cow"}
+    model = load_run(tmp_path / "mask")[1].model.merge_and_unload()
+    torch.testing.assert_close(model.head.weight, tuned.fc.weight)
+    dataset = str(write_npz(tmp_path / "set.npz"))
+    values |= {"dataset": dataset, "epochs": 1, "batch_size": 12, "knn_k": 5}
+    file = str(tmp_path / "tuned" / "model.safetensors")
+    for source, backbone in ((tmp_path / "tuned", str(tmp_path / "base")), (file, "resnet18")):
+        if source == file:  # of an architecture with its own arguments there is no name
+            with pytest.raises(ValueError, match="The weights do not fit resnet18"):
+                convert(source, tmp_path / "other", values, backbone=backbone)
+        else:
+            summary = convert(source, tmp_path / "trained", values, backbone=backbone)
+    assert "accuracy" not in summary.after  # the classes of the images have other names
+    assert summary.arguments["classes"] == ["cat", "dog", "cow"]
+    with pytest.raises(ValueError, match=r"holds run\.json of a finished run"):
+        convert(tmp_path / "tuned", tmp_path / "mask", backbone=str(tmp_path / "base"))
+
+
+def test_a_checkpoint_at_another_size(tmp_path):
+    options = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 8}
+    for name, size, classes in (("base", 32, 0), ("tuned", 48, 2)):
+        args = {**options, "img_size": size}
+        model = timm.create_model("vit_tiny_patch16_224", num_classes=classes, **args)
+        save_for_hf(model, str(tmp_path / name), model_args=args, safe_serialization=True)
+        (tmp_path / name / "pytorch_model.bin").unlink(missing_ok=True)
+    summary = convert(tmp_path / "tuned", tmp_path / "mask", backbone=str(tmp_path / "base"))
+    assert summary.arguments["image_size"] == 48
+    assert load_run(tmp_path / "mask")[1].model(torch.zeros(1, 3, 48, 48)).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"channels": (16, 16, 32, 64)},
+            r"is not .*base fine-tuned: \d+ weights are missing .* such as timm_model\.layer4",
+        ),
+        ({"layers": (1, 1, 1, 2)}, r"\d+ weights are missing on one side .* such as timm_model\.layer4\.1"),
+        ({"std": [0.5, 0.5, 0.5]}, r"normalised with std \(0\.5, 0\.5, 0\.5\), those of .*base with \(0\.229"),
+    ],
+)
+def test_another_base(tmp_path, changes, message):
+    std = changes.pop("std", None)
+    save_timm(tmp_path / "base")
+    save_timm(tmp_path / "tuned", ("cat", "dog"), **changes)
+    if std:
+        config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+        config["pretrained_cfg"]["std"] = std
+        (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "tuned", tmp_path / "mask", backbone=str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="is no run of `smn train`, which would name its base: name it by --backbone"):
+        convert(tmp_path / "tuned", tmp_path / "mask")
+    assert not (tmp_path / "mask").exists()
+
+
 def test_it_goes_on_where_it_stopped(tmp_path, tuned):
     folder, base, dataset = tuned
     values = {"dataset": dataset, **LONG, "keep_checkpoints": 100, "checkpoint_every": 4, "eval_split": None}
@@ -126,7 +207,9 @@ def test_what_cannot_be_converted(tmp_path):
     run(tiny_arguments(tmp_path), evaluate=False)
     with pytest.raises(ValueError, match="holds a mask already"):
         convert(tmp_path / "out", tmp_path / "mask", backbone=write_model(tmp_path))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="name it by --backbone"):
         convert(tmp_path / "nowhere", tmp_path / "mask")
+    with pytest.raises(ValueError, match="Unknown backbone"):
+        convert("nowhere", tmp_path / "mask", backbone=write_model(tmp_path))
     with pytest.raises(ValueError, match="The objective 'distillation' follows another model: use `smn convert`"):
         run(tiny_arguments(tmp_path, output_dir=str(tmp_path / "other"), objective="distillation"))
