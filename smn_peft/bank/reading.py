@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..functional.masking import seeded_generator, select_trainable
 from ..functional.packing import packed_size
 from ..storage.adapter_config import is_settings
-from ..storage.adapter_file import BASE_PREFIX, coded_masks
+from ..storage.adapter_file import BASE_PREFIX, coded_masks, widened
 from ..storage.codec.blob import BLOB_NAME, MaskBlob, decode_masks
 from ..storage.codec.layer import accelerate
 from ..storage.fingerprint import PARTS, compare_fingerprints, fingerprint, tensor_digest
@@ -247,16 +247,16 @@ class _Decoder:
         return select_trainable(weight, fraction, self.config["select"], generator).reshape(-1).cpu().numpy()
 
     def _plain_heads(self, rest: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Fold a head's standardisation into its weight and bias, where the base's own head has no place for it."""
-        result = dict(rest)
+        """Widen heads; what standardises their input goes into weight and bias where the base has no place for it."""
+        result = widened(rest)
         for path in [key.removesuffix(".feature_mean") for key in rest if key.endswith(".feature_mean")]:
             if path not in self.modules or hasattr(self.modules[path], "feature_mean"):
                 continue
             mean, std = (result.pop(f"{path}.{which}").double() for which in ("feature_mean", "feature_std"))
             weight, bias = (result[f"{path}.{which}"] for which in ("weight", "bias"))
             folded = weight.double() / std
-            result[f"{path}.weight"] = folded.to(weight.dtype)
-            result[f"{path}.bias"] = (bias.double() - folded @ mean).to(bias.dtype)
+            result[f"{path}.weight"] = folded.float()  # a file's narrow dtype could not hold them
+            result[f"{path}.bias"] = (bias.double() - folded @ mean).float()
         return result
 
     def _check_complete(self, masks: Mapping[str, TaskMask], tensors: Mapping[str, Tensor]) -> None:

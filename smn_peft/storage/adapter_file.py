@@ -22,8 +22,8 @@ from .files import AdapterFileError, atomic_write, open_regular, read_bytes
 WEIGHTS_NAME = "adapter_model.safetensors"
 BASE_PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names in the keys of an adapter's file."""
-SAVE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Dtypes of a saved head and statistics by config name; float32 leaves every tensor as it is."""
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.bfloat16}
+_STANDARDISE = (".feature_mean", ".feature_std")  # of the head of `Classifier`
 _MAX_HEADER = 25_000_000  # a ViT-g header has 60 kB
 _MAX_DIM = 16
 _ADVICE = "The download or copy is incomplete or the file is damaged: fetch it again."
@@ -168,19 +168,52 @@ def adapter_sizes(path: str | os.PathLike[str]) -> AdapterSizes:
     return AdapterSizes(**sums, total=path.stat().st_size)
 
 
-def rounded(name: str, tensor: Tensor, save_dtype: str) -> Tensor:
-    """Round a float tensor to a narrower dtype of [`SAVE_DTYPES`]; ValueError if that overflows (fp16 ends at 65504).
+def narrowed(name: str, tensor: Tensor, save_dtype: str) -> Tensor:
+    """Round a tensor to how a file holds it with a `save_dtype`; what is no wider, or no float, is returned as it is.
 
-    Any other is returned as it is. `name` is its key, for the error.
+    With ``"int8"`` a matrix (rows, columns) becomes int8 (rows, columns + 2): numbers from −127 to 127, and in the
+    last two bytes of each row the bfloat16 that they count in; the mean or standard deviation by which a head
+    standardises its input becomes (1,) if all values are the same. All else is bfloat16.
+
+    Args:
+        name: Key of the tensor, for errors.
+        tensor: What to save.
+        save_dtype: As of `MaskConfig`.
+
+    Raises:
+        ValueError: A value is NaN, or beyond what the dtype can hold (float16 ends at 65504).
     """
-    dtype = SAVE_DTYPES[save_dtype]
-    if save_dtype == "float32" or not tensor.is_floating_point() or tensor.element_size() <= dtype.itemsize:
+    if save_dtype == "float32" or not tensor.is_floating_point():
         return tensor
-    narrow = tensor.detach().to(dtype)
+    dtype, tensor = _DTYPES[save_dtype], tensor.detach()
+    if save_dtype == "int8" and tensor.dim() == 2:
+        values = tensor.float()
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name} holds NaN or infinity, which int8 cannot: save it with save_dtype='float32'.")
+        step = (values.abs().amax(1, keepdim=True) / 127).to(dtype)
+        step = torch.where(step == 0, torch.ones_like(step), step)
+        numbers = (values / step.float()).round().clamp(-127, 127).to(torch.int8)
+        return torch.cat([numbers, step.view(torch.int8)], 1)
+    narrow = tensor if tensor.element_size() <= dtype.itemsize else tensor.to(dtype)
     if bool((torch.isinf(narrow) & torch.isfinite(tensor)).any()):
         beyond = f"values beyond what {save_dtype} can hold ({float(tensor.abs().max()):.3g})"
         raise ValueError(f"{name} holds {beyond}: save it with save_dtype='bfloat16' or 'float32'.")
+    if save_dtype == "int8" and name.endswith(_STANDARDISE) and bool((narrow == narrow[0]).all()):
+        return narrow[:1].clone()
     return narrow
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of a file's tensors by key, those of a head in int8 as float32; the inverse of [`narrowed`]."""
+    result = dict(tensors)
+    for key, narrow in tensors.items():
+        if narrow.dtype != torch.int8 or narrow.dim() != 2 or narrow.shape[1] <= 2:
+            continue
+        result[key] = narrow[:, :-2].float() * narrow[:, -2:].contiguous().view(torch.bfloat16).float()
+        for other in (key.removesuffix(".weight") + end for end in _STANDARDISE):
+            if other in tensors and tensors[other].shape == (1,):
+                result[other] = tensors[other].expand(narrow.shape[1] - 2)
+    return result
 
 
 def write_adapter_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:

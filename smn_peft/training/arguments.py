@@ -45,8 +45,10 @@ class LoopArguments:
     score_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "Dtype of scores and their momentum; bfloat16 takes half the memory, by stochastic rounding."
     )
-    save_dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "Dtype that what trained is saved in, and is rounded to before the last evaluation."
+    save_dtype: Literal["float32", "bfloat16", "float16", "int8"] = option(
+        "float32",
+        "Dtype that what trained beside a mask is saved in, and is rounded to before the last evaluation; int8, with "
+        "a scale per class, is of a mask's head.",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in backward, to save memory.")
     channels_last: bool = option(False, "Keep images and convolution weights with channels last (GPU).")
@@ -161,6 +163,8 @@ class TrainArguments(LoopArguments):
             raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
         if self.adapt == "head" and self.objective != "cross_entropy":
             raise ValueError("adapt='head' needs objective='cross_entropy': nothing else has a head to keep.")
+        if self.save_dtype == "int8" and self.adapt != "mask":
+            raise ValueError(f"save_dtype='int8' is of the head of a mask, not of {self.adapt!r}: take 'bfloat16'.")
         if self.mask_stages is not None and self.mask.layers_to_transform is not None:
             raise ValueError("mask_stages and mask.layers_to_transform both choose layers: give one of them.")
         if self.adapt in peft_methods() and self.mask.batch_norm == "adapt":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbones import pooled_features
 from ..functional.packing import round_stochastically
 from ..objectives import Objective
-from ..storage.adapter_file import rounded
+from ..storage.adapter_file import narrowed
 from ..tuner import MaskConfig, round_extras
 from ..tuner.batch_norm import has_statistics
 from .adapters import trained_names
@@ -209,11 +209,11 @@ class TrainingTask(nn.Module):
             round_extras(self.model)
         elif save_dtype != "float32":
             for name, tensor in self.trained_tensors().items():
-                tensor.copy_(rounded(name, tensor, save_dtype))
+                tensor.copy_(narrowed(name, tensor, save_dtype))
 
     def saved_tensors(self, save_dtype: str) -> dict[str, Tensor]:
         """Tensors by name to save of a model without a mask: rounded; of a method of PEFT all of its state dict."""
-        narrow = {name: rounded(name, tensor, save_dtype) for name, tensor in self.trained_tensors().items()}
+        narrow = {name: narrowed(name, tensor, save_dtype) for name, tensor in self.trained_tensors().items()}
         return {**self.model.state_dict(), **narrow} if isinstance(self.model, PeftModel) else narrow
 
 

@@ -114,8 +114,10 @@ class MaskConfig(PeftConfig):
     codec: Literal["bits", "entropy"] = option(
         "bits", "How masks are stored: 'bits', one per weight, or 'entropy', coded to about their entropy."
     )
-    save_dtype: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", "Dtype that head and BatchNorm statistics are saved in; `round_extras(model)` rounds the live ones."
+    save_dtype: Literal["float32", "bfloat16", "float16", "int8"] = option(
+        "float32",
+        "Dtype that head and BatchNorm statistics are saved in, with 'int8' a head's weights, a scale per class, and "
+        "all else bfloat16; `round_extras(model)` rounds the live ones.",
     )
     check_base: bool = option(True, "Refuse a base model that is not the one the mask was learned on.")
     format_version: int = option(FORMAT_VERSION, "Version of the adapter format.")

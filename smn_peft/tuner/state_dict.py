@@ -26,8 +26,9 @@ from ..storage.adapter_file import (
     BASE_PREFIX,
     check_packed,
     coded_masks,
+    narrowed,
     purpose_of,
-    rounded,
+    widened,
 )
 from ..storage.codec.blob import BLOB_NAME, decode_masks
 from ..storage.files import AdapterFileError
@@ -92,8 +93,11 @@ def entries_of(
     suffix = f".{adapter_name}"
     masks = [key for key in entries if purpose_of(key.removesuffix(suffix)) == "mask"]
     heads = [key for key in state_dict if f".modules_to_save{suffix}." in key]
-    changed = _round(config.save_dtype, state_dict, heads)
-    changed += _round(config.save_dtype, entries, [key for key in entries if "smn_running_" in key])
+    changed = 0
+    for part, keys in ((state_dict, heads), (entries, [key for key in entries if "smn_running_" in key])):
+        narrow, count = _narrow(config.save_dtype, {key: part[key] for key in keys})
+        part.update(narrow)
+        changed += count
     if changed:
         warnings.warn(
             f"{changed} values of head and statistics were rounded to {config.save_dtype} on saving: the file is not "
@@ -116,15 +120,12 @@ def entries_of(
     return {**entries, **{f"{key}{suffix}": value for key, value in coded.items()}}
 
 
-def _round(save_dtype: str, tensors: dict[str, Tensor], keys: list[str]) -> int:
-    """Round some of the tensors; returns how many values changed."""
-    changed = 0
-    for key in keys:
-        narrow = rounded(key, tensors[key], save_dtype)
-        if narrow is not tensors[key]:
-            changed += int((narrow.to(tensors[key].dtype) != tensors[key]).sum())
-            tensors[key] = narrow
-    return changed
+def _narrow(save_dtype: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Tensors as a file holds them, and how many values change by that."""
+    narrow = {key: narrowed(key, tensor, save_dtype) for key, tensor in tensors.items()}
+    wide = widened(narrow)
+    changed = (wide[key].to(tensor.dtype) != tensor for key, tensor in tensors.items() if narrow[key] is not tensor)
+    return narrow, sum(int(each.sum()) for each in changed)
 
 
 @torch.no_grad()
@@ -148,11 +149,12 @@ def round_extras(model: PeftModel, adapter_name: str = "default") -> int:
             extras = module.statistics_of(adapter_name)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             extras = module.adapter_state_dict(adapter_name, module.state_dict())  # type: ignore[call-arg]
-        narrow = {f"{path}.{name}": tensor for name, tensor in extras.items()}
-        if count := _round(config.save_dtype, narrow, list(narrow)):
+        narrow, count = _narrow(config.save_dtype, {f"{path}.{name}": tensor for name, tensor in extras.items()})
+        if count:
             changed += count
+            wide = widened(narrow)
             for name, tensor in extras.items():
-                tensor.copy_(narrow[f"{path}.{name}"])
+                tensor.copy_(wide[f"{path}.{name}"])
     return changed
 
 
@@ -163,7 +165,8 @@ def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
         AdapterFileError: If coded masks are damaged.
         ValueError: If masks are missing, do not fit, or belong to no masked layer.
     """
-    rest = {key: value for key, value in _decoded(model, adapter_name, state_dict).items() if not is_settings(key)}
+    tensors = widened(_decoded(model, adapter_name, state_dict))
+    rest = {key: value for key, value in tensors.items() if not is_settings(key)}
     result: dict[str, Tensor] = {}
     missing: list[str] = []
     strange: list[str] = []

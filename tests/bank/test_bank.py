@@ -315,13 +315,16 @@ def test_exclusive_banks_leave_the_last_task_live(saved):
     assert "forward" not in base.__dict__
 
 
-def test_selected_weights_and_a_classifier(tmp_path):
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.filterwarnings("ignore:.* were rounded to")
+def test_selected_weights_and_a_classifier(tmp_path, save_dtype):
     from smn_peft.backbones import Classifier
 
     def classifier():
         return Classifier(build("vit", 0), 32, 3).eval()
 
     config = MaskConfig(modules_to_save=["head"], trainable_fraction=0.3, select="magnitude", codec="entropy")
+    config.save_dtype = save_dtype
     model = get_peft_model(classifier(), config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -261,10 +261,11 @@ def test_a_store_in_another_users_folder(store, tmp_path):
     [
         {"batch_norm": "adapt"},
         {"codec": "entropy", "save_dtype": "bfloat16"},
+        {"codec": "entropy", "save_dtype": "int8"},
         {"codec": "entropy", "trainable_fraction": 0.5},
         {"save_scores": True},
     ],
-    ids=["bits", "coded", "selected", "scores"],
+    ids=["bits", "coded", "int8", "selected", "scores"],
 )
 def test_an_adapter_of_peft_goes_in_and_comes_out_unchanged(store, tmp_path, options):
     def build():

@@ -22,8 +22,9 @@ from smn_peft.storage.adapter_file import (
     adapter_sizes,
     check_adapter_file,
     check_packed,
+    narrowed,
     read_adapter_file,
-    rounded,
+    widened,
 )
 from smn_peft.storage.files import AdapterFileError
 
@@ -248,8 +249,31 @@ def test_a_mask_of_another_dtype_or_size_is_refused():
 
 def test_rounding_stops_at_what_overflows():
     tensor = torch.tensor([1.0, 1 / 3, 60000.0, float("inf")])
-    assert rounded("x", tensor, "float32") is tensor
-    assert rounded("x", torch.arange(3), "float16").dtype == torch.int64
-    assert torch.equal(rounded("x", tensor, "float16"), tensor.half())
+    assert narrowed("x", tensor, "float32") is tensor
+    assert narrowed("x", torch.arange(3), "float16").dtype == torch.int64
+    assert torch.equal(narrowed("x", tensor, "float16"), tensor.half())
     with pytest.raises(ValueError, match=r"x holds values beyond what float16 can hold \(7e\+04\)"):
-        rounded("x", torch.tensor([70000.0]), "float16")
+        narrowed("x", torch.tensor([70000.0]), "float16")
+
+
+def test_int8_is_within_half_a_step_of_each_row_and_comes_back_the_same():
+    weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [[1], [1e-3], [1e3], [0], [7.0]]
+    )
+    stored = {"h.weight": narrowed("h.weight", weight, "int8"), "h.bias": narrowed("h.bias", weight[0], "int8")}
+    stored["h.feature_mean"] = narrowed("h.feature_mean", torch.zeros(40), "int8")
+    stored["h.feature_std"] = narrowed("h.feature_std", torch.arange(40.0), "int8")
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in stored.items()} == {
+        "h.weight": (torch.int8, (5, 42)),
+        "h.bias": (torch.bfloat16, (40,)),
+        "h.feature_mean": (torch.bfloat16, (1,)),
+        "h.feature_std": (torch.bfloat16, (40,)),
+    }
+    wide = widened(stored)
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((wide["h.weight"] - weight).abs() <= step * (0.5 + 127 / 512)).all()  # the step itself is rounded to 2⁻⁹
+    assert ((wide["h.weight"] - weight).abs().mean(1) <= 0.3 * step.flatten()).all()
+    assert wide["h.feature_mean"].shape == (40,)
+    assert torch.equal(narrowed("h.weight", wide["h.weight"], "int8"), stored["h.weight"])
+    with pytest.raises(ValueError, match=r"h\.weight holds NaN or infinity, which int8 cannot"):
+        narrowed("h.weight", weight / 0, "int8")

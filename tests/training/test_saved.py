@@ -33,6 +33,8 @@ KINDS = {
     "bias": {"adapt": "bias", "lr": 0.05},
     "lora": {"adapt": "lora", "peft": {"r": 2}, "lr": 0.05},
     "mask in bfloat16": {**MASK, "head": "probe", "save_dtype": "bfloat16"},
+    "mask in int8": {**MASK, "save_dtype": "int8"},
+    "probe in int8": {**MASK, "head": "probe", "save_dtype": "int8"},
     "full in bfloat16": {"adapt": "full", "lr": 0.05, "head": "probe", "save_dtype": "bfloat16"},
     "lora in bfloat16": {"adapt": "lora", "peft": {"r": 2}, "lr": 0.05, "head": "probe", "save_dtype": "bfloat16"},
     "bias in bfloat16": {"adapt": "bias", "lr": 0.05, "head": "probe", "save_dtype": "bfloat16"},

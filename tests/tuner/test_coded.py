@@ -212,7 +212,7 @@ def test_magnitudes_in_another_dtype_are_a_checksum_error(tmp_path):
         PeftModel.from_pretrained(base().bfloat16(), tmp_path)
 
 
-@pytest.mark.parametrize("save_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("save_dtype", ["bfloat16", "float16", "int8"])
 @pytest.mark.parametrize("codec", ["bits", "entropy"])
 @pytest.mark.parametrize("low", [False, True])
 def test_what_is_rounded_before_is_what_is_saved(tmp_path, save_dtype, codec, low):
@@ -226,7 +226,8 @@ def test_what_is_rounded_before_is_what_is_saved(tmp_path, save_dtype, codec, lo
     data = saved(model, tmp_path / "half")
     assert len(data) < len(full)
     sizes, wide = adapter_sizes(tmp_path / "half"), adapter_sizes(tmp_path / "full")
-    assert 2 * sizes.head == wide.head
+    assert wide.head == 4 * (80 + 4)
+    assert sizes.head == (4 * (20 + 2) + 2 * 4 if save_dtype == "int8" else wide.head / 2)
     assert sizes.statistics == 2 * 2 * 16 + 8
     assert sizes.mask == wide.mask
     loaded = reload(tmp_path / "half", low_cpu_mem_usage=low)
