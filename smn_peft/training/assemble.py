@@ -63,6 +63,7 @@ from .adapters import WITHOUT_PEFT, peft_config, select_trainable
 from .arguments import TrainArguments, objective_kind
 from .budget import BytesBudget, FlopsBudget
 from .checkpoint import latest_checkpoint, start_from
+from .processes import decided
 from .task import TrainingTask
 
 _HELD_OUT = 0.2  # share of the training images, where there is no other split to evaluate on
@@ -485,7 +486,7 @@ def evaluator_of(
     bank, test, held = images.bank, images.test, images.held
     if test is None and held is None:
         return None
-    fresh = latest_checkpoint(arguments.output_dir) is None
+    fresh = decided(lambda: latest_checkpoint(arguments.output_dir)) is None
     names = ("eval_split", "eval_limit", "knn_k", "knn_limit")
     evaluation = ", ".join(f"{name}={getattr(arguments, name)}" for name in names)
     loading: dict[str, Any] = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}

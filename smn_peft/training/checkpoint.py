@@ -107,32 +107,43 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The state of a checkpoint, and its tensors, named from their file on; ValueError as of [`read_state`]."""
+    state = read_state(path)
+    files = {part: load_file(path / f"{part}.safetensors") for part in _parts(state)}
+    return state, {f"{part}.{name}": tensor for part, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def restore(
     path: Path,
+    state: Mapping[str, Any],
+    read: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Copy a checkpoint's tensors into the live ones, restore the optimizer, and return the state.
+) -> dict[str, Tensor]:
+    """Copy what [`read_checkpoint`] gave into the live tensors and the optimizer; returns the best state so far.
 
-    Nothing is written before everything is compared: ValueError if `facts`, names or shapes differ, or a file is
-    damaged.
+    Nothing is written before everything is compared: ValueError if `facts`, names or shapes differ.
     """
-    state = read_state(path)
     if facts is not None:
         check_same(state["facts"], facts, path)
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in _parts(state)}
+    for key, value in read.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = value
     entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(path / "optimizer.safetensors").items():
+    for key, value in parts["optimizer"].items():
         index, _, name = key.partition(".")
         entries.setdefault(int(index), {})[name] = value
-    _load_tensors(path, tensors, "Resume with the arguments that the run was started with.")
+    _copy(path, parts["model"], tensors, "Resume with the arguments that the run was started with.")
     optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
     # A file has C order only; fused steps want momentum in its parameter's memory format.
     for parameter, own in optimizer.state.items():
         for name, value in own.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-    return state
+    return parts.get("best", {})
 
 
 def start_from(task: TrainingTask, folder: str | Path) -> bool:
@@ -154,7 +165,12 @@ def start_from(task: TrainingTask, folder: str | Path) -> bool:
         new.append(head)
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(tuple(new))}
     fix = "It must be a run of the same backbone, mask and objective options as this one."
-    _load_tensors(path, tensors, fix, ignore=tuple(new), rename=(_root(state), body) if headless else ("", ""))
+    loaded = load_file(path / "model.safetensors")
+    loaded = {name: value for name, value in loaded.items() if not name.startswith(tuple(new))}
+    if headless:
+        root = _root(state)
+        loaded = {name.replace(root, body, 1) if name.startswith(root) else name: loaded[name] for name in loaded}
+    _copy(path, loaded, tensors, fix)
     return not headless
 
 
@@ -176,21 +192,8 @@ def _start(folder: str | Path) -> Path:
     return path
 
 
-def _load_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    fix: str,
-    ignore: tuple[str, ...] = (),
-    rename: tuple[str, str] = ("", ""),
-) -> None:
-    """Copy a checkpoint's tensors into the live ones.
-
-    Those of its names that begin as in `ignore` are left out; of the others a beginning is replaced, as in `rename`.
-    """
-    loaded = load_file(path / "model.safetensors")
-    loaded = {name: tensor for name, tensor in loaded.items() if not name.startswith(ignore)}
-    old, new = rename
-    loaded = {f"{new}{name.removeprefix(old)}" if name.startswith(old) else name: loaded[name] for name in loaded}
+def _copy(path: Path, loaded: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fix: str) -> None:
+    """Copy a checkpoint's tensors into the live ones of the same names."""
     if missing := sorted(set(tensors) ^ set(loaded)):
         found = f"{len(missing)} tensors are on one side only, such as {missing[0]}"
         raise ValueError(f"{path} belongs to another model or objective: {found}. {fix}")
@@ -209,9 +212,12 @@ def _sha256(path: Path) -> str:
 
 def _digests(folder: Path, state: Mapping[str, Any]) -> dict[str, str]:
     """SHA-256 of a checkpoint's files by name, of its state over all that it holds beside these."""
-    parts = ("model", "optimizer", *["best"] * (state.get("best") is not None))
-    digests = {f"{part}.safetensors": _sha256(folder / f"{part}.safetensors") for part in parts}
+    digests = {f"{part}.safetensors": _sha256(folder / f"{part}.safetensors") for part in _parts(state)}
     return {**digests, STATE_NAME: hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()}
+
+
+def _parts(state: Mapping[str, Any]) -> list[str]:
+    return ["model", "optimizer", *["best"] * (state.get("best") is not None)]
 
 
 def _before(path: Path) -> str | None:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +20,15 @@ from .arguments import LoopArguments
 from .checkpoint import checkpoint_name
 
 T = TypeVar("T")
+_ENDS = "Another process cannot go on, so this one ends too."
+# Digests among a run's facts, and what they are of.
+_ALIKE = {
+    "base": "weights of the base",
+    "data": "training images",
+    "indices": "numbers of images",
+    "start": "scores to start from",
+    "teacher": "weights of the fine-tuned model",
+}
 
 
 def build_accelerator(arguments: LoopArguments) -> Accelerator:
@@ -55,26 +65,63 @@ def together(accelerator: Accelerator, act: Callable[[], T]) -> T:
     if problem is not None:
         raise problem
     if failures:
-        raise RuntimeError(f"Another process cannot go on, so this one ends too. {failures[0]}")
+        raise RuntimeError(f"{_ENDS} {failures[0]}")
     return result
 
 
-def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Mapping[str, Any]) -> None:
-    """Check that every process, on its own disk, starts from the main process's checkpoint, base and images."""
-    mine: dict[str, Any] = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), **facts}
-    main, *_ = broadcast_object_list([mine]) if accelerator.num_processes > 1 else [mine]
+def decided(act: Callable[[], T]) -> T:
+    """What `act` gives on the main process, on every process; the others do not call it, and fail where it fails."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return act()
+    problem: Exception | None = None
+    found: list[Any] = [None, None]
+    try:
+        found[0] = act() if state.is_main_process else None
+    except Exception as error:
+        problem, found[1] = error, str(error)
+    result, message = broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    if message is not None:
+        raise RuntimeError(f"{_ENDS} {message}")
+    return result
+
+
+def agree_on_start(accelerator: Accelerator, checkpoint: Path | None, facts: Mapping[str, Any]) -> Path | None:
+    """The main process's checkpoint to go on from, which every other has too, or none; of all else they have the same.
+
+    ValueError, on every process, that names the folders or what differs.
+    """
+    mine = {"who": _name(accelerator), "from": checkpoint_name(checkpoint), "path": checkpoint, **facts}
+    main: dict[str, Any] = decided(lambda: mine)
 
     def compare() -> None:
-        if mine["from"] != main["from"]:
+        if mine["from"] not in (main["from"], None):
             here, there = (Path(each["output_dir"]).absolute() for each in (mine, main))
-            fix = "put output_dir on a disk that all share, or copy the main process's folder to every machine"
+            fix = "delete what is left of another run, or put output_dir on a disk that all share"
             starts = f"{main['who']} starts from {main['from'] or 'no checkpoint'} in {there}"
-            raise ValueError(f"{starts}, and {mine['who']} has {mine['from'] or 'none'} in {here}: {fix}.")
-        for name, what in (("base", "weights of the base"), ("data", "training images")):
+            raise ValueError(f"{starts}, and {mine['who']} has {mine['from']} in {here}: {fix}.")
+        for name, what in _ALIKE.items():
             if mine.get(name) != main.get(name):
                 raise ValueError(f"{mine['who']} reads other {what} than {main['who']}: copy them to every machine.")
 
     together(accelerator, compare)
+    found: Path | None = main["path"]
+    return found
+
+
+def sent_tensors(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The main process's tensors by name, on every process: on the CPU, in C order."""
+    if accelerator.num_processes == 1:
+        return dict(tensors)
+    names = decided(lambda: {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+    result = {}
+    for name, (shape, dtype) in names.items():
+        own = tensors[name].contiguous() if accelerator.is_main_process else torch.empty(shape, dtype=dtype)
+        data = own.reshape(-1).view(torch.uint8).to(accelerator.device)  # gloo sends few dtypes
+        result[name] = broadcast(data).cpu().view(dtype).reshape(shape) if data.numel() else own
+    return result
 
 
 def _name(accelerator: Accelerator) -> str:

@@ -12,12 +12,12 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors.torch import save
@@ -41,7 +41,7 @@ from .assemble import (
 )
 from .checkpoint import latest_checkpoint, start_digest
 from .metrics import METRICS_NAME, TrainingFailure, read_metrics
-from .processes import build_accelerator, together
+from .processes import build_accelerator, decided, together
 from .task import TrainingTask
 from .trainer import Trainer
 
@@ -145,10 +145,10 @@ def run(arguments: TrainArguments, *, evaluate: bool = True, teacher: FineTuned 
         trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
         trainer.train()
         # The other processes see neither the log nor, on another machine, the folder.
-        found = [together(accelerator, lambda: _save(trainer, task) if accelerator.is_main_process else None)]
-    broadcast_object_list(found)
-    assert found[0] is not None
-    return found[0]
+        saved = together(accelerator, lambda: _save(trainer, task) if accelerator.is_main_process else None)
+    summary = decided(lambda: saved)
+    assert summary is not None
+    return summary
 
 
 def check_folder(arguments: TrainArguments) -> None:
@@ -287,11 +287,13 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     check_tasks(tasks)
+    for arguments in list(tasks.values())[:1]:
+        build_accelerator(arguments)  # lets the processes know of each other
     with share():
         for name, arguments in tasks.items():
             arguments = replace(arguments, resume=True)
             try:
-                yield name, finished_run(arguments) or run(arguments)
+                yield name, decided(partial(finished_run, arguments)) or run(arguments)
             except EXPECTED as error:
                 if PartialState().num_processes > 1 and not isinstance(error, TrainingFailure):
                     raise RuntimeError(f"{name}: {error}") from error

@@ -14,15 +14,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply, send_to_device, set_seed
-from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..tuner import MaskConfig
 from .arguments import LoopArguments, as_facts
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import latest_checkpoint, read_checkpoint, restore, save_checkpoint
 from .metrics import MetricsLog, StopRequest, TrainingFailure, Window, check_collapse, check_training
-from .processes import agree_on_start, build_accelerator, synchronise_batch_norm, together
+from .processes import agree_on_start, build_accelerator, decided, sent_tensors, synchronise_batch_norm, together
 from .task import TrainingTask, build_optimizer, cast_scores, enable_gradient_checkpointing, warmup_cosine
 
 _ASK_EVERY = 10  # steps between two checks on a GPU whether any process was told to stop, since each one waits for it
@@ -95,8 +94,7 @@ class Trainer:
         self._loss = torch.zeros(())
         self._collapsed: list[int] = []  # steps of the newest lines in a row that show a collapse
         task.objective.begin(self.total_steps)
-        found = latest_checkpoint(arguments.output_dir)
-        agree_on_start(self.accelerator, found, self.facts)
+        found = agree_on_start(self.accelerator, latest_checkpoint(arguments.output_dir), self.facts)
         if found is not None and not arguments.resume:
             fix = "pass resume to go on from it, choose another output_dir, or delete it"
             raise ValueError(f"{arguments.output_dir} holds {found.name} of an earlier run: {fix}.")
@@ -104,7 +102,7 @@ class Trainer:
             task.compile()
         self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)
         if found is not None:  # after wrapping, which creates the scaler of fp16
-            together(self.accelerator, lambda: self._resume(found))
+            self._resume(found)
         self.log = MetricsLog(arguments.output_dir, self.step) if main else None
         self.accelerator.init_trackers("smn_peft", config={name: str(value) for name, value in self.facts.items()})
 
@@ -214,11 +212,15 @@ class Trainer:
         return bool(self.accelerator.check_trigger())
 
     def _resume(self, path: Path) -> None:
-        state = load_checkpoint(path, self.task.training_state(), self.optimizer, self.facts)
+        """Go on from the main process's checkpoint, which the others need not have on their disks."""
+        main = self.accelerator.is_main_process
+        state, read = together(self.accelerator, lambda: read_checkpoint(path) if main else ({}, {}))
+        state, read = decided(lambda: state), sent_tensors(self.accelerator, read)
+        live = self.task.training_state(), self.optimizer
+        self._best_state = together(self.accelerator, lambda: restore(path, state, read, *live, self.facts))
         self.step, self._earlier = state["step"], state["seconds"]
         if (best := state.get("best")) is not None:
             self.best_step, self._best_value = best["step"], best["value"]
-            self._best_state = load_file(path / "best.safetensors")
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -14,8 +14,9 @@ from smn_peft.training import checkpoint
 from smn_peft.training.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
-    load_checkpoint,
+    read_checkpoint,
     read_state,
+    restore,
     save_checkpoint,
 )
 
@@ -36,6 +37,12 @@ def advance(parameters, optimizer):
     optimizer.zero_grad()
     (parameters[0].sin() @ parameters[1]).sum().backward()
     optimizer.step()
+
+
+def load_checkpoint(path, tensors, optimizer):
+    state, read = read_checkpoint(path)
+    restore(path, state, read, tensors, optimizer)
+    return state
 
 
 def named(parameters):

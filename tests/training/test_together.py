@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
-from smn_peft.training import run
+from smn_peft.training import run, run_many
 from smn_peft.training.checkpoint import list_checkpoints
 from tests.gloo import join_group, run_processes
 
@@ -24,9 +25,16 @@ def resumed(arguments, folders):
     mine = replace(arguments, output_dir=folders[dist.get_rank()])
     try:
         said = f"{run(mine, evaluate=False).steps} steps"
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         said = str(error)
     return {"said": torch.tensor(list(said.encode()), dtype=torch.uint8)}
+
+
+def done(arguments, folders):
+    """Steps of the tasks that a process is told of, where only the first has the finished run on its disk."""
+    join_group()
+    tasks = run_many({"a": replace(arguments, output_dir=folders[dist.get_rank()])})
+    return {"steps": torch.tensor([summary.steps for _, summary in tasks])}
 
 
 def said_by_both(tmp_path, arguments, folders, number):
@@ -35,7 +43,28 @@ def said_by_both(tmp_path, arguments, folders, number):
     return [bytes(each["said"].tolist()).decode() for each in found]
 
 
-def test_who_would_start_from_another_checkpoint_ends_the_run(tmp_path):
+def test_a_process_without_the_checkpoint_takes_it_from_the_main_process(tmp_path):
+    """Two machines with a disk each, killed after two of four steps, end where a run that was not killed ends."""
+    options = {"keep_best": 0.3, "evaluate_every": 1, "optimizer": "adamw", "lr": 0.1, "head": "probe"}
+    arguments = tiny_arguments(tmp_path, epochs=2, keep_checkpoints=9, checkpoint_every=1, batch_size=8, **options)
+    torch.set_num_threads(1)
+    whole, main, other = (tmp_path / name for name in ("whole", "main", "other"))
+    (steps,) = {*said_by_both(tmp_path, arguments, (whole, whole), 0)}
+    main.mkdir()
+    part = list_checkpoints(whole)[3]
+    shutil.copytree(part, main / part.name)
+    going_on = replace(arguments, resume=True)
+    assert said_by_both(tmp_path, going_on, (main, other), 1) == [steps, steps]
+    ends = [list_checkpoints(folder)[-1] for folder in (whole, main)]
+    assert ends[0].name == ends[1].name > part.name
+    for name in ("model.safetensors", "optimizer.safetensors", "best.safetensors"):
+        first, second = (load_file(end / name) for end in ends)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    assert not list_checkpoints(other)
+
+
+def test_who_has_another_checkpoint_ends_the_run(tmp_path):
     arguments = tiny_arguments(tmp_path, epochs=1, keep_checkpoints=1, checkpoint_every=2)
     torch.set_num_threads(1)
     run(arguments, evaluate=False)
@@ -48,16 +77,24 @@ def test_who_would_start_from_another_checkpoint_ends_the_run(tmp_path):
     shutil.copytree(whole, copy)
     state = next(iter(list_checkpoints(other))) / "trainer_state.json"
     state.write_text(state.read_text() + "\n")  # the same step, written by another run
-    for number, (first, second) in enumerate([(whole, empty), (empty, whole), (whole, other)]):
-        for folder in (first, second):
-            (folder / "run.json").unlink(missing_ok=True)
+    for number, (first, second) in enumerate([(empty, whole), (whole, other)]):
         main, one = said_by_both(tmp_path, going_on, (first, second), number)
         wanted = f"in {first}, and process 1 on"
         assert wanted in main
         assert wanted in one
-        assert f"in {second}: put output_dir on a disk that all share" in one
+        assert f"in {second}: delete what is left of another run, or put output_dir on a disk that all share" in one
         assert main.startswith("Another process cannot go on, so this one ends too. process 1 on")
     assert said_by_both(tmp_path, going_on, (whole, copy), 3) == ["4 steps", "4 steps"]
+
+
+def test_only_the_main_process_knows_which_tasks_are_done(tmp_path):
+    arguments = tiny_arguments(tmp_path, max_steps=1)
+    torch.set_num_threads(1)
+    run(arguments, evaluate=False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    found = run_processes(done, 2, tmp_path, arguments, [str(tmp_path / "out"), str(tmp_path / "nothing")])
+    assert [each["steps"].tolist() for each in found] == [[1], [1]]
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_what_fails_on_one_process_fails_on_both(tmp_path):
@@ -65,16 +102,18 @@ def test_what_fails_on_one_process_fails_on_both(tmp_path):
     torch.set_num_threads(1)
     run(arguments, evaluate=False)
     AcceleratorState._reset_state(reset_partial_state=True)
-    folders = [tmp_path / "out", tmp_path / "copy"]
+    folders = [tmp_path / "out", tmp_path / "other"]
     (folders[0] / "run.json").unlink()
-    shutil.copytree(*folders)
-    for damaged in (0, 1):
-        file = list_checkpoints(folders[damaged])[0] / "optimizer.safetensors"
-        whole = file.read_bytes()
-        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        said = said_by_both(tmp_path, replace(arguments, resume=True), folders, damaged)
-        file.write_bytes(whole)
-        assert said[damaged].startswith(os.fspath(file.parent))
-        assert "optimizer.safetensors is not what was" in said[damaged]
-        other = said[1 - damaged]
-        assert other.startswith(f"Another process cannot go on, so this one ends too. process {damaged} on")
+    file = list_checkpoints(folders[0])[0] / "optimizer.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    main, other = said_by_both(tmp_path, replace(arguments, resume=True), folders, 0)
+    file.write_bytes(whole)
+    assert main.startswith(os.fspath(file.parent))
+    assert "optimizer.safetensors is not what was" in main
+    assert other.startswith("Another process cannot go on, so this one ends too. process 0 on")
+    folders[1].rmdir()
+    folders[1].write_text("a file, and no folder")
+    main, other = said_by_both(tmp_path, replace(arguments, resume=True), folders, 1)
+    assert main.startswith("Another process cannot go on, so this one ends too. process 1 on")
+    assert str(folders[1]) in other
