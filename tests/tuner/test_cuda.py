@@ -7,8 +7,10 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from torch import nn
 
+from smn_peft import MaskConfig
 from smn_peft.functional.masking import topk_mask
 from smn_peft.functional.merging import merge_weight, unmerge_weight
 from smn_peft.functional.packing import hamming, pack_bits, popcount, unpack_bits
@@ -150,3 +152,13 @@ def test_an_evaluation_after_the_replay_of_a_recorded_step():
         after = model(x)
         torch.testing.assert_close(after, copy.deepcopy(model)(x))
     assert not torch.equal(after, before)
+
+
+def test_two_of_four_is_what_semi_structured_tensors_take():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(128, 128, bias=False)).cuda().half()
+    model = get_peft_model(base, MaskConfig(target_modules=["0"], granularity="2:4", scale=False))
+    weight = model.merge_and_unload()[0].weight.detach()
+    x = torch.randn(128, 128, device="cuda", dtype=torch.float16)
+    sparse = torch.sparse.to_sparse_semi_structured(weight)
+    torch.testing.assert_close(nn.functional.linear(x, sparse), nn.functional.linear(x, weight), rtol=1e-2, atol=1e-2)
