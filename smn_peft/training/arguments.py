@@ -18,7 +18,7 @@ from ..backbones.from_file import import_file
 from ..data import MultiCropOptions, SupervisedOptions
 from ..objectives import Objective, list_objectives, objective_class
 from ..tuner import MaskConfig
-from .adapters import check_adapt, peft_methods
+from .adapters import WITHOUT_PEFT, check_adapt, peft_methods
 
 
 @dataclass
@@ -75,6 +75,9 @@ class TrainArguments(LoopArguments):
     weights: str | None = option(None, "A safetensors file with weights for the timm architecture `backbone`.")
     pretrained: bool = option(True, "False starts from random weights, which is good for tests only.")
     backbone_revision: str | None = option(None, "Git revision of the backbone on the Hub.")
+    base_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "Dtype of the frozen weights; bfloat16 halves their memory. BatchNorm stays float32."
+    )
     image_size: int | None = option(None, "Side of the images in pixels; None: the backbone's.", least=1, most=4096)
     init_from: str | None = option(None, "Start from the scores, head and statistics of the run in this folder.")
     adapt: str = option(
@@ -163,6 +166,10 @@ class TrainArguments(LoopArguments):
             raise ValueError("head='masked' needs adapt='mask': a frozen random head can only be masked.")
         if self.adapt == "head" and self.objective != "cross_entropy":
             raise ValueError("adapt='head' needs objective='cross_entropy': nothing else has a head to keep.")
+        if self.base_dtype != "float32" and self.adapt in WITHOUT_PEFT:
+            raise ValueError(
+                f"base_dtype={self.base_dtype!r} is of a frozen base, and adapt={self.adapt!r} trains it."
+            )
         if self.save_dtype == "int8" and self.adapt != "mask":
             raise ValueError(f"save_dtype='int8' is of the head of a mask, not of {self.adapt!r}: take 'bfloat16'.")
         if self.mask_stages is not None and self.mask.layers_to_transform is not None:
@@ -278,7 +285,11 @@ _CONTENT = {
     "base": ("backbone", "weights", "pretrained", "backbone_revision"),
     "data": ("dataset", "dataset_revision"),
 }
-_ADDED: dict[str, Any] = {"peft": {}, "save_dtype": "float32"}  # what runs of versions without these options did
+_ADDED: dict[str, Any] = {
+    "peft": {},
+    "save_dtype": "float32",
+    "base_dtype": "float32",
+}  # what runs of versions without these options did
 _MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest of the training images and labels)"}
 
 

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbones import (
     Backbone,
@@ -245,9 +246,13 @@ _FEATURES: WeakKeyDictionary[ImageDataset, tuple[Hashable, Features]] = WeakKeyD
 
 def base_features(arguments: TrainArguments, images: ImageDataset, extract: Callable[[], Features]) -> Features:
     """Features of the frozen base by `extract`, or those that it gave last for the same base and the same images."""
-    names = ("backbone", "weights", "pretrained", "backbone_revision", "image_size", "batch_size", "channels_last")
+    names = ("backbone", "weights", "pretrained", "backbone_revision", "base_dtype", "image_size", "batch_size")
     # A zero-shot run's features are projected; weights that no file gives are drawn from the seed.
-    base = *(getattr(arguments, name) for name in names), arguments.objective == "zero_shot", arguments.seed
+    base = (
+        *(getattr(arguments, name) for name in (*names, "channels_last")),
+        arguments.objective == "zero_shot",
+        arguments.seed,
+    )
     known = _FEATURES.get(images)
     if known is None or known[0] != base:
         known = _FEATURES[images] = base, extract()
@@ -255,6 +260,16 @@ def base_features(arguments: TrainArguments, images: ImageDataset, extract: Call
 
 
 # --- Model, objective, loader and evaluation -------------------------------------------------------------------------
+
+
+def freeze_in(model: nn.Module, dtype: str) -> None:
+    """Cast a base's weights to bfloat16, but for BatchNorm, whose statistics a mask may adapt in small steps."""
+    if dtype == "bfloat16":
+        for module in model.modules():
+            if not isinstance(module, _BatchNorm):
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    if tensor.is_floating_point():
+                        tensor.data = tensor.data.bfloat16()
 
 
 def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Backbone:
@@ -275,6 +290,7 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
                 revision=arguments.backbone_revision,
                 projection=arguments.objective == "zero_shot",
             )
+    freeze_in(backbone.model, arguments.base_dtype)
     return backbone if num_classes is None else load_classifier(backbone, num_classes, head_seed=arguments.seed)
 
 

@@ -25,7 +25,7 @@ from .assemble import FineTuned, adapted, load_base
 from .run import RUN_NAME, RunSummary, check_folder, run, run_lock
 from .saved import load_run
 
-_OF_BASE = ("backbone", "weights", "pretrained", "backbone_revision", "image_size", "seed")
+_OF_BASE = ("backbone", "weights", "pretrained", "backbone_revision", "base_dtype", "image_size", "seed")
 
 
 def load_fine_tuned(name: str | Path, base: Mapping[str, Any] | None = None) -> FineTuned:

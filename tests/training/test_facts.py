@@ -25,7 +25,7 @@ def test_facts_are_json_and_sets_are_sorted():
 def test_only_what_moves_a_weight_has_to_be_the_same():
     saved = as_facts(arguments(log_every=5, knn_k=7))
     check_same(saved, as_facts(arguments(output_dir="elsewhere", num_workers=3, cache_images=True)), "x")
-    for name in ("init_from", "peft", "save_dtype"):  # a run of a version without them
+    for name in ("init_from", "peft", "save_dtype", "base_dtype"):  # a run of a version without them
         saved.pop(name)
     check_same(saved, as_facts(arguments()), "x")
     with pytest.raises(ValueError, match="save_dtype: was 'float32', is 'bfloat16'"):
