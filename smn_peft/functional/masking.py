@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_IN_CACHE = 2**17  # scores of a part that a core's cache holds
+
 
 @dataclass(frozen=True)
 class MaskSpec:
@@ -191,15 +193,26 @@ def masked_weight(weight: Tensor, mask: Tensor, spec: MaskSpec) -> Tensor:
     return kept * (scale if spec.scale_gradient else scale.detach())
 
 
+def _count_off(scores: Tensor, threshold: float, trainable: Tensor | None) -> Tensor:
+    """Number of weights that are off, counted exactly as a float; on a CPU in parts that fit its cache."""
+    rows = max(1, _IN_CACHE * len(scores) // max(1, scores.numel())) if scores.dim() else 1
+    parts = [scores] if scores.device.type != "cpu" or scores.dim() == 0 else scores.split(rows)
+    chosen = [None] * len(parts) if trainable is None else [trainable] if len(parts) == 1 else trainable.split(rows)
+    wide, counts = torch.float32 if scores.device.type == "mps" else torch.float64, []
+    for part, taken in zip(parts, chosen, strict=True):
+        off = torch.le(part, threshold, out=torch.empty_like(part, dtype=torch.float32))
+        off = off if taken is None else off.mul_(taken)
+        counts.append(off.sum(dtype=None if off.numel() < 2**24 else wide))  # below, float32 counts exactly
+    return torch.stack([count.to(wide) for count in counts]).sum()
+
+
 class _CodeLength(torch.autograd.Function):
     """See [`code_length`]. Comparisons are written as floats: on a CPU torch's bools take three times as long."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, threshold: float, start: float, trainable: Tensor | None) -> Tensor:
-        off = torch.le(scores, threshold, out=torch.empty_like(scores))
         total = scores.numel() if trainable is None else torch.count_nonzero(trainable)
-        off = off if trainable is None else off.mul_(trainable)
-        count = off.sum(dtype=torch.float32 if off.device.type == "mps" else torch.float64)
+        count = _count_off(scores, threshold, trainable)
         # Half a weight at least: the first flip has a cost, and an empty mask is no NaN.
         log_off, log_on = (torch.log2(part.clamp(min=0.5) / total) for part in (count, total - count))
         ctx.save_for_backward(scores, trainable, (log_off - log_on).clamp(max=0))

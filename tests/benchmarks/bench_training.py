@@ -21,6 +21,7 @@ from smn_peft.training.task import NarrowSGD
 
 TIME_LIMIT, MEMORY_LIMIT = 1.05, 1.0
 LARGE, LARGE_LIMIT = 224, 1.02
+RATE, RATE_LIMIT = 1.0, 1.02
 RANK = 8
 PEERS: dict[str, tuple[PeftConfig, tuple[str, ...]]] = {
     "LoRA": (LoraConfig(r=RANK, lora_alpha=2 * RANK), ("resnet18", "vit_tiny")),
@@ -84,6 +85,11 @@ def tables() -> None:
         print(
             f"| {name} | {LARGE} | {full * 1e3:.0f} ms | {mask * 1e3:.0f} ms | {median:.3f} | ≤ {LARGE_LIMIT} | | | |"
         )
+    print("\nWith and without a rate\n\n| model | px | without | with | ratio | target |\n|---|---|---|---|---|---|")
+    for name in SHAPES:
+        rated, plain, ratios = ratio(step_of(masked(name, rate=RATE)), step_of(masked(name)), rounds=41)
+        median = recorder.add("step, mask with a rate / without", name, ratios, target=RATE_LIMIT)
+        print(f"| {name} | {SIZE} | {plain * 1e3:.0f} ms | {rated * 1e3:.0f} ms | {median:.3f} | ≤ {RATE_LIMIT} |")
     print("\nBoth compiled\n\n| model | px | full fine-tuning | mask | ratio | target |\n|---|---|---|---|---|---|")
     for name in SHAPES:
         compiled = [step_of(model, compiled=True) for model in (masked(name), build(name))]

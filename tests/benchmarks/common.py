@@ -37,9 +37,10 @@ def head_name(name: str) -> str:
     return "fc" if name == "resnet18" else "head"
 
 
-def masked(name: str, batch_norm: str = "adapt", size: int = SIZE) -> nn.Module:
+def masked(name: str, batch_norm: str = "adapt", size: int = SIZE, rate: float = 0.0) -> nn.Module:
     """The same model under a fresh mask adapter."""
-    return get_peft_model(build(name, size), MaskConfig(batch_norm=batch_norm, modules_to_save=[head_name(name)]))
+    config = MaskConfig(batch_norm=batch_norm, modules_to_save=[head_name(name)], rate=rate)
+    return get_peft_model(build(name, size), config)
 
 
 def synchronise() -> None:
@@ -55,7 +56,7 @@ def step_of(
     sgd: type[torch.optim.SGD] = torch.optim.SGD,
     compiled: bool = False,
 ) -> Callable[[], None]:
-    """One optimizer step of cross-entropy training, SGD with momentum on everything that trains."""
+    """One optimizer step of cross-entropy, and a mask's rate, with SGD with momentum on everything that trains."""
     model.train()
     groups = [
         {"params": [p for n, p in model.named_parameters() if p.requires_grad and "smn_" in n], "lr": score_lr},
@@ -64,11 +65,14 @@ def step_of(
     optimizer = sgd([g for g in groups if g["params"]], momentum=0.9)
     images = torch.randn(BATCH, 3, size, size, device=DEVICE)
     labels = torch.randint(CLASSES, (BATCH,), device=DEVICE)
+    rate: Callable[[], torch.Tensor | None] | None = getattr(model, "rate", None)
     forward: Callable[[torch.Tensor], torch.Tensor] = torch.compile(model) if compiled else model
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(forward(images), labels).backward()
+        loss = nn.functional.cross_entropy(forward(images), labels)
+        bits = rate() if rate is not None else None
+        (loss if bits is None else loss + bits).backward()
         optimizer.step()
 
     return step
