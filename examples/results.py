@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Render `records/` into RESULTS.md and README.md, each between the markers that bear its name.
 
-``results.py runs/paper`` first takes what `smn reproduce … --scale small --output-dir runs/paper` made. A tool for
-maintainers, not an example by itself.
+``results.py runs/paper`` first takes what `smn reproduce … --scale small --output-dir runs/paper` made, and the cards
+of the masks that were chosen. A tool for maintainers, not an example by itself.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import Any
 
 import quickstart
 from PIL import Image
-from real_recipes import accuracy, chosen_runs, method_rows
 
-from smn_peft.analysis import low_shot_table
-from smn_peft.evaluation import EvalReport, markdown_table
+from smn_peft.evaluation import format_fraction, markdown_table
 from smn_peft.paper import ARTEFACTS, render
 from smn_peft.paper.claims import CLAIMS, claims_table
 
 HERE = Path(__file__).resolve().parent
 RECORDS = HERE / "records"
-METHODS = ("real_vit", "real_vit_bytes", "real_resnet", "real_resnet_effects")
+CARDS = HERE.parent / "model_cards"
 PAGES = (HERE / "RESULTS.md", HERE.parent / "README.md")
+OWN = ("methods", "unlabelled", "figure3")  # artefacts with a place of their own on the page
 
 
 def load(name: str) -> Any:
@@ -35,40 +34,32 @@ def load(name: str) -> Any:
     return json.loads((RECORDS / f"{name}.json").read_text("utf-8"))
 
 
+def accuracy(fractions: list[float]) -> str:
+    """Mean in percent, and the spread of several seeds."""
+    spread = statistics.stdev(fractions) if len(fractions) > 1 else None
+    return format_fraction(statistics.mean(fractions), spread)
+
+
+def best(record: dict[str, Any], section: str) -> dict[str, dict[str, Any]]:
+    """Of a comparison's section the best of each method's runs that were tested, by method."""
+    finals = [final for final in record["details"]["finals"] if final["section"] == section]
+    finals.sort(key=lambda final: statistics.fmean(final["values"]))
+    return {final["method"]: final for final in finals}
+
+
+def sections(record: dict[str, Any]) -> list[str]:
+    """Sections of a comparison, in their order."""
+    return list(dict.fromkeys(final["section"] for final in record["details"]["finals"]))
+
+
 def headline(record: dict[str, Any]) -> str:
-    """README's table: four rows of the record, without the columns that explain them."""
-    rows = {row["method"]: row for row in method_rows(record)}
-    mask = "mask, Adam on the scores, head from the probe"
-    rows["frozen, linear probe"]["bytes"] = (
-        f"{chosen_runs(record['runs'], mask)[0]['head_bytes']:,}"  # as large a head
-    )
-    labels = {
-        "frozen, linear probe": "frozen, linear probe",
-        "LoRA, rank 8, bfloat16": "LoRA, rank 8, bf16",
-        "full fine-tuning, Adam": "full fine-tuning",
-        f"{mask}, coded": "mask, entropy-coded",
-    }
-    shown = [{**rows[label], "method": name} for label, name in labels.items()]
-    return markdown_table([{key: row[key] for key in ("method", "test accuracy %", "bytes")} for row in shown])
-
-
-def recipe_table(record: dict[str, Any]) -> str:
-    """Markdown of a record of `small_recipes.py`: a row per backbone, before and after."""
-    names = {"knn": ("k-NN before %", "k-NN after %"), "accuracy": ("linear probe %", "mask %")}
-    table, (before, reached) = [], names[record["metric"]]
-    for name in dict.fromkeys(row["backbone"] for row in record["rows"]):
-        mine = [row for row in record["rows"] if row["backbone"] == name]
-        table.append(
-            {
-                "backbone": f"{name}, {mine[0]['image_size']} px",
-                before: accuracy([mine[0]["before"]]),
-                reached: accuracy([row["after"] for row in mine]),
-                "density": f"{statistics.mean(row['density'] for row in mine):.4f}",
-                "bytes": f"{mine[0]['bytes']:,}",
-                "steps": f"{mine[0]['steps']}",
-            }
-        )
-    return markdown_table(table)
+    """README's table: what each method reached on the first backbone, smallest file first."""
+    rows = best(record, sections(record)[0])
+    order = sorted(rows, key=lambda method: statistics.fmean(rows[method]["bytes"]))
+    sizes = {method: f"{statistics.fmean(rows[method]['bytes']) / 1e3:,.0f}" for method in order}
+    columns = ("method", "file (kB)", "test accuracy %")
+    cells = ((method, sizes[method], accuracy(rows[method]["values"])) for method in order)
+    return markdown_table([dict(zip(columns, row, strict=True)) for row in cells])
 
 
 def trial_table(rows: list[dict[str, Any]]) -> str:
@@ -81,32 +72,28 @@ def trial_table(rows: list[dict[str, Any]]) -> str:
 
 
 def paper_records() -> dict[str, Any]:
-    """Records of the paper's tables and figures at the small scale, in the paper's order."""
+    """Records of the paper's tables and figures, and of comparisons, at the small scale, in the paper's order."""
     return {
         name: load(f"paper/{name}-small") for name in ARTEFACTS if (RECORDS / f"paper/{name}-small.json").is_file()
     }
 
 
-def _artefacts(found: dict[str, Any]) -> str:
-    parts = []
-    for name, record in found.items():
-        pictures = sorted((RECORDS / "paper").glob(f"{name}-small*.png"))
-        parts += [render(record).rstrip(), *(f"![](records/paper/{path.name})" for path in pictures)]
-    return "\n\n".join(parts)
+def _artefact(name: str, record: dict[str, Any]) -> str:
+    pictures = sorted((RECORDS / "paper").glob(f"{name}-small*.png"))
+    return "\n\n".join([render(record).rstrip(), *(f"![](records/paper/{path.name})" for path in pictures)])
 
 
 def blocks() -> dict[str, str]:
     """What stands between the markers of each name."""
     paper = paper_records()
+    rendered = {name: _artefact(name, record) for name, record in paper.items()}
     return {
-        "headline": headline(load("real_vit_bytes")),
+        "headline": headline(paper["methods"]),
         "quickstart": quickstart.render(load("quickstart")),
-        **{name: markdown_table(method_rows(load(name))) for name in METHODS},
-        **{name: recipe_table(load(name)) for name in ("supervised_small", "swav_small")},
+        **{name: rendered[name] for name in OWN if name in rendered},
         **{path.stem: trial_table(load(path.stem)) for path in RECORDS.glob("*_trials.json")},
-        "low_shot": low_shot_table([EvalReport.from_json(json.dumps(row)) for row in load("low_shot")]),
         "claims": claims_table(paper),
-        "paper": _artefacts(paper),
+        "paper": "\n\n".join(text for name, text in rendered.items() if name not in OWN),
     }
 
 
@@ -138,6 +125,19 @@ def take(folder: Path) -> None:
                 with Image.open(file) as picture:  # few colours: a third of the bytes
                     few = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
                     few.save(RECORDS / "paper" / file.name, optimize=True)
+            if name in ("methods", "unlabelled"):
+                take_cards(load(f"paper/{path.stem}"), folder / "runs")
+
+
+def take_cards(record: dict[str, Any], runs: Path) -> None:
+    """Copy the card of the best mask of every section, first seed, as `smn train` wrote it."""
+    for section in sections(record):
+        label = best(record, section)["mask"]["trial"]
+        trials = [t for t in record["details"]["trials"] if (t["section"], t["method"]) == (section, "mask")]
+        run = next(trial["final"] for trial in trials if trial["trial"] == label)
+        name = re.sub(r"\W+", "-", f"{section} {'labels' if record['name'] == 'methods' else 'unlabelled'}".lower())
+        text = (runs / run / "README.md").read_text("utf-8")
+        (CARDS / f"{name}.md").write_text(text.replace(run, f"smn-{name}"), "utf-8")
 
 
 if __name__ == "__main__":

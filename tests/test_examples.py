@@ -40,18 +40,6 @@ ALONE: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
 }
-# Scripts on real weights and images: a table of methods comes out. The last two run for half a minute each.
-ON_ASSETS = {
-    "real_backbones.py resnet": [r"\| frozen, k-NN +\|", r"\| mask, Adam"],
-    "real_backbones.py vit-bytes": [
-        r"\| full fine-tuning, Adam +\|",
-        r"\| LoRA, rank 8, bfloat16 +\|",
-        r"\| mask, Adam.*, coded +\|",
-    ],
-    "low_shot.py": [r"\| frozen, linear probe +\|", r"\| mask without labels"],
-    "small_recipes.py": [r"backbone vit, .* after 0\.\d+", r"backbone resnet, .* after 0\.\d+"],
-}
-SLOW = ("low_shot.py", "small_recipes.py")
 
 
 def docstring(path: Path) -> str:
@@ -67,15 +55,6 @@ def test_example_runs(name, tmp_path):
     arguments, promised = ALONE[name]
     output = run_example(name, *arguments, folder=tmp_path)
     assert missing(promised, output) == [], output
-
-
-@pytest.mark.parametrize(
-    "line", [pytest.param(line, marks=pytest.mark.slow) if line in SLOW else line for line in ON_ASSETS]
-)
-def test_example_on_real_weights_runs(line, tmp_path, assets):
-    name, *experiment = line.split()
-    output = run_example(name, *experiment, "--smoke", folder=tmp_path)
-    assert missing(ON_ASSETS[line], output) == [], output
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +120,7 @@ def images_of(part):
 def test_every_example_is_run_by_a_test_and_says_what_it_does_not_reproduce():
     texts = {path.name: docstring(path) for path in sorted(EXAMPLES.glob("*.py"))}
     examples = [name for name, text in texts.items() if NO_EXAMPLE not in text]
-    assert examples == sorted({*ALONE, *(line.split()[0] for line in ON_ASSETS), "quickstart.py"})
+    assert examples == sorted({*ALONE, "quickstart.py"})
     assert [name for name in examples if "paper" not in texts[name]] == []
 
 

@@ -128,9 +128,10 @@ def _style(index: int) -> dict[str, Any]:
     return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": "-" if index < len(_COLOURS) else "--"}
 
 
-def _draw_points(axes: Any, series: Sequence[Series], **options: Any) -> None:
-    """Draw lines with markers and error bars."""
-    for index, line in enumerate(series):
+def _draw_points(axes: Any, series: Sequence[Series], labels: Sequence[str] = (), **options: Any) -> None:
+    """Draw lines with markers and error bars, in the styles of their places among `labels`, all of them by default."""
+    labels = labels or [line.label for line in series]
+    for index, line in ((labels.index(line.label), line) for line in series):
         marker = _MARKERS[(index + index // len(_COLOURS)) % len(_MARKERS)]  # another one when a colour comes again
         style = {**_style(index), "marker": marker, "capsize": 2, **options}
         axes.errorbar(line.x, line.y, line.spread or None, label=line.label, **style)
@@ -181,15 +182,28 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot_sizes(panels: Mapping[str, Sequence[Series]], path: PathLike, *, ylabel: str) -> None:
-    """Draw accuracy over the size of the file in kB on a logarithmic axis, and the Pareto front, a panel per title."""
+    """Draw accuracy over the size of the file in kB on a logarithmic axis, and the Pareto front, a panel per title.
+
+    The axis ends below the worst line's best point; what is lower, as where training failed, is named at its edge.
+    """
+    labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
     with canvas(path, columns=len(panels), size=(6.0, 4.5)) as axes:
         for part, (title, lines) in zip(axes, panels.items(), strict=True):
             points = [pair for line in lines for pair in zip(line.x, line.y, strict=True)]
             x, y = zip(*(points[index] for index in pareto_front(points)), strict=True)
             end = max(size for size, _ in points)
             part.step([*x, end], [*y, y[-1]], where="post", color="0.6", zorder=0, label="Pareto front")
-            _draw_points(part, lines, linestyle="none")
             part.set_xscale("log")
+            least = min(max(line.y) for line in lines)
+            low: list[tuple[Series, int]] = []
+            for line in lines:
+                kept = [index for index, value in enumerate(line.y) if value >= least]
+                low += [(line, index) for index in range(len(line.y)) if index not in kept]
+                x, y, spread = (tuple(of[index] for index in kept if of) for of in (line.x, line.y, line.spread))
+                _draw_points(part, [Series(line.label, x, y, spread)], labels, linestyle="none")
+            for line, index in low:
+                text, edge = f"{line.label} {line.y[index]:.1f} ↓", part.get_ylim()[0]
+                part.annotate(text, (line.x[index], edge), ha="center", va="bottom", fontsize=7)
             part.set(xlabel="size of the file (kB)", ylabel=ylabel, title=title)
             _legend_outside(part, fontsize=8)
 

@@ -17,6 +17,7 @@ from smn_peft.analysis import (
     plot_embedding_maps,
     plot_low_shot,
     plot_similarity,
+    plot_sizes,
     smooth,
 )
 from smn_peft.analysis.masks import (
@@ -155,3 +156,12 @@ def test_pictures_have_every_label(tmp_path):
         draw(tmp_path / "a.svg")
         written = (tmp_path / "a.svg").read_text("utf-8")
         assert [text for text in texts.split("|") if f">{text}</text>" not in written] == [], name
+
+
+def test_a_run_that_failed_does_not_decide_the_scale(tmp_path):
+    lines = [Series("mask", (50.0, 100.0), (70.0, 75.0), (1.0, 1.0)), Series("LoKr", (60.0, 130.0), (72.0, 12.5))]
+    plot_sizes({"one": lines, "other": lines[1:]}, tmp_path / "a.svg", ylabel="accuracy (%)")
+    written = (tmp_path / "a.svg").read_text("utf-8")
+    assert written.count(">LoKr 12.5 ↓</text>") == 2
+    assert ">75</text>" in written
+    assert ">20</text>" not in written

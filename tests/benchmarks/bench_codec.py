@@ -10,11 +10,9 @@ by Adam (`--quick` leaves these out).
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import lzma
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,9 +25,11 @@ from recording import Recorder
 from torch import nn
 
 from smn_peft.functional.packing import binary_entropy
+from smn_peft.paper.scales import scale_named
 from smn_peft.storage.adapter_file import write_adapter_file
 from smn_peft.storage.codec.blob import MaskBlob, decode_masks, encode_masks
 from smn_peft.storage.codec.layer import accelerate
+from smn_peft.training import load_masks, run
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = (
@@ -158,20 +158,16 @@ def fixture() -> Masks:
     return decode_masks(blob, blob.size)
 
 
-def trained(name: str, adam: bool) -> Masks:
-    """A mask trained by an example's recipe on 512 CIFAR-10 images; about half a minute."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    example = importlib.import_module("real_backbones")
-    setting = example.SETTINGS[name]
-    images = example.load_task(setting, (512, 1, 1))["train"]
-    frozen = setting.build()
-    seen = example.outputs(frozen, images).features
-    torch.manual_seed(0)
-    model = example.Classifier(frozen, seen.mean(0), seen.std(0) + 1e-6)
-    paper, mask = example.RECIPES[name][-2:]
-    lr = 0.1 if adam else 30 if name == "vit" else 100
-    adapted, _ = example.train(model, images, mask if adam else paper, lr, 0, setting.targets)
-    return {path: np.packbits(mask.numpy()) for path, mask in adapted.base_model.masks().items()}
+def trained(key: str, adam: bool) -> Masks:
+    """A mask after 48 steps of a small recipe on 512 CIFAR-10 images; about half a minute."""
+    scale = scale_named("small")
+    short = {"limit": 512, "max_steps": 48, "epochs": 6, "eval_limit": 8, "eval_probe": False}
+    method = "mask" if adam else "mask_sgd"
+    spec = scale.run(scale.supervised[key], method, "cifar10", **short, **({"lr": 0.1} if adam else {}))
+    with tempfile.TemporaryDirectory() as folder:
+        run(spec.to_arguments(Path(folder)))
+        masks = load_masks(folder, backbone=spec.backbone)
+    return {path: np.packbits(mask.numpy()) for path, mask in masks.items()}
 
 
 def main() -> None:
@@ -192,8 +188,8 @@ def main() -> None:
     real = [("ViT-Tiny, SGD, 186 steps", fixture)]
     if not options.quick:
         real += [
-            (f"{label}, {'Adam' if adam else 'SGD'}, 48 steps", lambda name=name, adam=adam: trained(name, adam))
-            for label, name in (("ViT-Tiny", "vit"), ("ResNetV2", "resnet"))
+            (f"{label}, {'Adam' if adam else 'SGD'}, 48 steps", lambda key=key, adam=adam: trained(key, adam))
+            for label, key in (("ViT-Tiny", "vit"), ("ResNetV2", "resnet"))
             for adam in (False, True)
         ]
     for label, make in real:
