@@ -90,7 +90,7 @@ def blocks() -> dict[str, str]:
     return {
         "headline": headline(paper["methods"]),
         "quickstart": quickstart.render(load("quickstart")),
-        **{name: rendered[name] for name in OWN if name in rendered},
+        **{name: rendered[name] for name in OWN},
         **{path.stem: trial_table(load(path.stem)) for path in RECORDS.glob("*_trials.json")},
         "claims": claims_table(paper),
         "paper": "\n\n".join(text for name, text in rendered.items() if name not in OWN),

@@ -134,16 +134,25 @@ def check_trials(methods: Mapping[str, Method]) -> None:
 
 
 def comparison(
-    name: str, title: str, note: str, comparisons: Callable[[Any], Sequence[Comparison]], seeds: int = 3
+    name: str,
+    title: str,
+    note: str,
+    comparisons: Callable[[Any], Sequence[Comparison]],
+    seeds: int = 3,
+    draw: Callable[[Record, Path], list[Path]] | None = None,
 ) -> Artefact:
-    """The artefact whose cells are the trials at a scale, and that shows what was chosen once they are done."""
+    """The artefact whose cells are the trials at a scale, and that shows what was chosen once they are done.
+
+    `draw` makes its pictures, of accuracy over bytes by default.
+    """
     return Artefact(
         name,
         lambda scale: [cell for one in comparisons(scale) for cell in one.cells()],
         title,
         note,
         {},
-        then=lambda store, scale: _finals(name, title, note, comparisons(scale), store),
+        then=lambda store, scale: replace(_finals(name, title, note, comparisons(scale), store), draw=draw or _draw),
+        draw=draw,
         seeds=seeds,
     )
 
@@ -171,7 +180,7 @@ def _finals(name: str, title: str, note: str, comparisons: Sequence[Comparison],
             columns = dict.fromkeys(cell.column for cell in own)
             cells += [Cell(one.label, "frozen base", column, own[0].run, "frozen_knn") for column in columns]
     details = partial(_details, trials)
-    return Artefact(name, lambda _: cells, title, note, {}, details=details, draw=_draw, incomplete=True)
+    return Artefact(name, lambda _: cells, title, note, {}, details=details, incomplete=True)
 
 
 def best_within(trials: Sequence[tuple[float, float, RunSpec]], budget: float | None) -> RunSpec | None:
@@ -308,9 +317,7 @@ def _draw_few_labels(record: Record, stem: Path) -> list[Path]:
 
 
 _texts = TEXTS["figure3"]
-ARTEFACTS["figure3"] = replace(
-    comparison("figure3", _texts["title"], _texts["note"], _few_labels), draw=_draw_few_labels
-)
+ARTEFACTS["figure3"] = comparison("figure3", _texts["title"], _texts["note"], _few_labels, draw=_draw_few_labels)
 
 
 def compare(
