@@ -49,8 +49,9 @@ class Scale:
 
     def cascade(self, dataset: str) -> RunSpec:
         """The cascade of a dataset: dispatcher, experts, and at some scales an ensemble over seeds as a control."""
-        dispatcher = self.run(self.main, "mask", dataset, **self.choices["table3_options"].get(dataset, {}))
-        options = self.choices["cascade"]
+        setting, method = self.choices["table3_run"]
+        changes, options = self.choices["table3_options"].get(dataset, {}), self.choices["cascade"]
+        dispatcher = self.run(self.unsupervised[setting], method, dataset, **changes)
         masks = 1 + options["experts"] * (2 if options["ensemble"] else 1)
         return replace(dispatcher, cascade=options, minutes=dispatcher.minutes * masks)
 

@@ -70,6 +70,7 @@ def tiny_scale(tiny_folder: Path) -> Scale:
             **dict.fromkeys(("figure8", "figure9", "ablations"), "colours"),
             "table2": {"net": ("score",)},
             "cascade": {"experts": 2, "ensemble": False, "router": "kmeans", "router_dim": 2},
+            "table3_run": ("net", "mask"),
             "table3_options": {"colours": {"batch_size": 8, "eval_probe": False}},
             "table5_prototypes": (4, 6, 200),
             "table6": ("net", "colours"),
