@@ -248,7 +248,7 @@ class _Decoder:
 
     def _plain_heads(self, rest: dict[str, Tensor]) -> dict[str, Tensor]:
         """Widen heads; what standardises their input goes into weight and bias where the base has no place for it."""
-        result = widened(rest)
+        result = widened(rest) if self.config.get("save_dtype") == "int8" else dict(rest)
         for path in [key.removesuffix(".feature_mean") for key in rest if key.endswith(".feature_mean")]:
             if path not in self.modules or hasattr(self.modules[path], "feature_mean"):
                 continue

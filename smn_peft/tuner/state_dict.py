@@ -165,8 +165,10 @@ def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
         AdapterFileError: If coded masks are damaged.
         ValueError: If masks are missing, do not fit, or belong to no masked layer.
     """
-    tensors = widened(_decoded(model, adapter_name, state_dict))
-    rest = {key: value for key, value in tensors.items() if not is_settings(key)}
+    tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+    read = {key: value for key, value in _decoded(model, adapter_name, state_dict).items() if not is_settings(key)}
+    # What is int8 in the model too is no narrow head.
+    rest = read | widened({key: read[key] for key in read if getattr(tensors.get(key), "dtype", None) != torch.int8})
     result: dict[str, Tensor] = {}
     missing: list[str] = []
     strange: list[str] = []
@@ -189,7 +191,6 @@ def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
         bits_only |= any("scores" in key for key in loaded) and not with_scores
         for place in places[layer]:
             result.update({f"{place}.{key}".removeprefix("."): value for key, value in loaded.items()})
-    tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
     strange += [f"{name}{attribute}" for name, entries in of_layers.items() for attribute in entries]
     strange += [key for key in rest if _is_of_base(model, key, tensors)]
     if missing or strange:

@@ -242,6 +242,20 @@ def test_rounding_on_saving_alone_warns(tmp_path):
         model.save_pretrained(tmp_path)
 
 
+def test_a_matrix_of_int8_beside_the_masks_stays_what_it_is(tmp_path):
+    def model():
+        made = base()
+        made[4].register_buffer("table", torch.arange(12, dtype=torch.int8).reshape(3, 4))
+        return made
+
+    adapted = get_peft_model(model(), MaskConfig(target_modules=["0", "3"], modules_to_save=["4"]))
+    adapted.base_model.model[4].modules_to_save["default"].table.mul_(2)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model(), tmp_path)
+    table = loaded.base_model.model[4].modules_to_save["default"].table
+    assert torch.equal(table, 2 * torch.arange(12, dtype=torch.int8).reshape(3, 4))
+
+
 def test_values_beyond_fp16_are_refused(tmp_path):
     model = adapter(save_dtype="float16")
     with torch.no_grad():
