@@ -132,10 +132,12 @@ def load_classifier(
         return replace(backbone, model=model)
     if isinstance(name, Backbone) or not kwargs.get("pretrained", True):
         raise ValueError("num_classes is needed where no checkpoint is loaded, whose head could be taken.")
-    of_timm = hasattr(backbone.model, "timm_model")
-    source = {"revision": kwargs.get("revision"), "state_dict": kwargs.get("state_dict")}
+    revision = kwargs.get("revision")
     try:
-        weight, bias = (from_timm if of_timm else from_transformers).classifier_of(backbone, **source)
+        if hasattr(backbone.model, "timm_model"):
+            weight, bias = from_timm.classifier_of(backbone, revision, kwargs.get("state_dict"))
+        else:
+            weight, bias = from_transformers.classifier_of(backbone, revision)
         model = Classifier(backbone.model, backbone.feature_dim, len(weight), head_seed=head_seed)
         model.set_head(weight, bias)
     except (KeyError, ValueError) as error:

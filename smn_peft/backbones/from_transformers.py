@@ -83,7 +83,7 @@ def load(
 
 
 @torch.no_grad()
-def classifier_of(backbone: Backbone, revision: str | None, state_dict: None = None) -> tuple[Tensor, Tensor | None]:
+def classifier_of(backbone: Backbone, revision: str | None) -> tuple[Tensor, Tensor | None]:
     """Weight (classes, dim) and bias of a checkpoint's classifier, which loading the backbone left out.
 
     It is the last linear layer, and the checkpoint's logits must be that layer on the backbone's features.

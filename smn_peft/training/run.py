@@ -287,8 +287,8 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     check_tasks(tasks)
-    for arguments in list(tasks.values())[:1]:
-        build_accelerator(arguments)  # lets the processes know of each other
+    if tasks:
+        build_accelerator(next(iter(tasks.values())))  # lets the processes know of each other
     with share():
         for name, arguments in tasks.items():
             arguments = replace(arguments, resume=True)

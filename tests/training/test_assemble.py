@@ -233,3 +233,14 @@ def test_only_the_images_that_are_used_are_held_in_memory(tmp_path, monkeypatch)
     for part, images in zip((found.train, found.bank, found.test), expected, strict=True):
         assert all(torch.equal(item["image"], image) for item, image in zip(part, images, strict=True))
     assert len(rows) == 10 + 7  # all from memory
+
+
+def test_all_of_a_bfloat16_base_but_batch_norm(tmp_path):
+    model = load_base(tiny_arguments(tmp_path, base_dtype="bfloat16"), 3).model
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    wide = {id(tensor) for norm in norms for tensor in norm.state_dict(keep_vars=True).values()}
+    wide |= {id(tensor) for tensor in model.head.state_dict(keep_vars=True).values()}
+    assert norms
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            assert tensor.dtype == (torch.float32 if id(tensor) in wide else torch.bfloat16)

@@ -49,6 +49,20 @@ def test_bits_and_gradient_are_those_of_the_formula(off, share, dtype):
     assert set(np.unique(found.sign().float())) == {-1.0, 0.0}
 
 
+@pytest.mark.parametrize("shape", [(700, 500), (90, 20, 10, 10), (3, 200_000)])
+@pytest.mark.parametrize("fraction", [None, 0.4])
+def test_a_tensor_that_no_cache_holds_is_counted_whole(shape, fraction):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(shape, generator=generator) - 0.1
+    scores = scores.to(memory_format=torch.channels_last) if len(shape) == 4 else scores
+    trainable = None if fraction is None else torch.rand(shape, generator=generator) < fraction
+    off = scores <= 0 if trainable is None else (scores <= 0) & trainable
+    weights = scores.numel() if trainable is None else int(trainable.sum())
+    p = int(off.sum()) / weights
+    expected = -weights * (p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    assert float(code_length(scores, trainable=trainable)) == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_nothing_and_too_much_off_cost():
     scores = torch.full((8, 8), 1.0, requires_grad=True)
     assert code_length(scores).item() == 0
