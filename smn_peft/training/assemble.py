@@ -262,7 +262,7 @@ def base_features(arguments: TrainArguments, images: ImageDataset, extract: Call
 # --- Model, objective, loader and evaluation -------------------------------------------------------------------------
 
 
-def freeze_in(model: nn.Module, dtype: str) -> None:
+def cast_base(model: nn.Module, dtype: str) -> None:
     """Cast a base's weights to bfloat16, but for BatchNorm, whose statistics a mask may adapt in small steps."""
     if dtype == "bfloat16":
         for module in model.modules():
@@ -290,7 +290,7 @@ def load_base(arguments: TrainArguments, num_classes: int | None = None) -> Back
                 revision=arguments.backbone_revision,
                 projection=arguments.objective == "zero_shot",
             )
-    freeze_in(backbone.model, arguments.base_dtype)
+    cast_base(backbone.model, arguments.base_dtype)
     return backbone if num_classes is None else load_classifier(backbone, num_classes, head_seed=arguments.seed)
 
 

@@ -30,7 +30,7 @@ from ..tuner import MaskConfig
 from ..tuner.checks import fingerprints
 from .adapters import WITHOUT_PEFT, select_trainable, trained_names
 from .arguments import TrainArguments
-from .assemble import METRICS, build_images, build_objective, evaluation_of, freeze_in, load_base, measure
+from .assemble import METRICS, build_images, build_objective, cast_base, evaluation_of, load_base, measure
 from .checkpoint import latest_checkpoint
 from .run import MODEL_NAME, RUN_NAME, RunSummary
 from .task import TrainingTask
@@ -167,7 +167,7 @@ def _base_of_adapter(folder: Path, base: bool, backbone: str | None, image_size:
         loaded = load_backbone(name, **options)
         if image_size not in (None, loaded.image_size):  # asked for only then: most models take no argument for it
             loaded = load_backbone(name, image_size=image_size, **options)
-    freeze_in(loaded.model, str(config.get("base_fingerprint") or "float32").partition(":")[0])
+    cast_base(loaded.model, str(config.get("base_fingerprint") or "float32").partition(":")[0])
     if base:
         return loaded
     try:

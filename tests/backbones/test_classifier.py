@@ -311,10 +311,13 @@ def test_the_classifier_of_a_timm_checkpoint(name, tmp_path, perturbed):
 def test_checkpoints_without_a_linear_classifier(clip_folder, tmp_path, perturbed):
     dino = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**TINY))  # of token and mean together
     perturbed(dino).save_pretrained(tmp_path / "dino")
+    clip = transformers.CLIPForImageClassification(transformers.CLIPConfig.from_pretrained(clip_folder))  # of the mean
+    perturbed(clip).save_pretrained(tmp_path / "mean")
     bare = timm.create_model("test_resnet", num_classes=0).state_dict()
     for name, options, reason in (
         (clip_folder, {}, "do not fit its config"),
         (tmp_path / "dino", {}, "logits of Dinov2ForImageClassification are not a linear layer"),
+        (tmp_path / "mean", {}, "logits of CLIPForImageClassification are not a linear layer"),
         ("test_resnet", {"state_dict": bare}, r"holds no fc\.weight"),
     ):
         with pytest.raises(ValueError, match=rf"(?s)no classifier of one linear layer .*{reason}.*: pass num_classes"):
