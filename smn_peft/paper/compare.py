@@ -176,6 +176,10 @@ def _finals(name: str, title: str, note: str, comparisons: Sequence[Comparison],
                     cells.append(Cell(one.label, method, column, chosen, one.metric))
                     if before := one.methods[method].before:
                         cells.append(Cell(one.label, before, column, chosen, f"start_{one.metric}"))
+                    if (start := one.methods[method].start) is not None:
+                        for of, metric in (("frozen base", "frozen_low_shot"), ("mask without labels", "low_shot")):
+                            shot = f"{metric}@{one.base['fraction']}"
+                            cells.append(Cell(one.label, f"low-shot probe, {of}", column, start, shot))
         if one.metric == "knn" and (own := [cell for cell in cells if cell.section == one.label]):
             columns = dict.fromkeys(cell.column for cell in own)
             cells += [Cell(one.label, "frozen base", column, own[0].run, "frozen_knn") for column in columns]

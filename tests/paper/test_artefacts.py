@@ -13,7 +13,7 @@ from smn_peft.analysis.compression import adapter_compression, format_compressio
 from smn_peft.paper import ARTEFACTS, SCALES, artefact_named, listing, render, reproduce, scale_named
 from smn_peft.paper.artefact import needed_runs
 from smn_peft.paper.runs import METRICS
-from smn_peft.training import RunSummary
+from smn_peft.training import RunSummary, evaluate_run
 from tests.training.tiny import ROOT
 
 RECORDS = ROOT / "examples" / "records" / "paper"
@@ -173,7 +173,7 @@ def test_few_labels_on_top_of_a_mask_without(tiny_scale, store):
     assert pictures(result.files) == 1
     rows = {cell["row"]: cell for cell in result.record["cells"]}
     tried = {trial["method"]: arguments(trial["run"]) for trial in result.record["details"]["trials"]}
-    assert len(rows) == len(tried) + 1
+    assert len(rows) == len(tried) + 3
     start = rows["linear probe, frozen base"]
     assert start["runs"] == rows["mask with these labels"]["runs"]
     for row in ("mask with these labels", "few-labels"):
@@ -186,6 +186,11 @@ def test_few_labels_on_top_of_a_mask_without(tiny_scale, store):
     runs = [tried["few-labels"], *map(arguments, rows["few-labels"]["runs"])]
     starts = [arguments(Path(run["init_from"]).name) for run in runs]
     assert [(start["seed"], start["eval_fraction"]) for start in starts] == [(0, 0.2), (0, None), (1, None)]
+    probes = [rows[f"low-shot probe, {name}"] for name in ("frozen base", "mask without labels")]
+    names = [Path(run["init_from"]).name for run in runs[1:]]
+    assert [probe["runs"] for probe in probes] == [names[:1], names]
+    shots = evaluate_run(store.folder / "runs" / names[0], low_shot=[0.5], seeds=3)
+    assert probes[1]["values"][0] == shots[0].value
 
 
 def test_pictures_of_the_committed_records(tmp_path):
