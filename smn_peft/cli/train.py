@@ -35,7 +35,7 @@ from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, lo
 from ..training import convert as convert_run
 from ..training.arguments import read_recipe
 from ..training.checkpoint import latest_checkpoint
-from ..training.run import EXPECTED, check_tasks
+from ..training.run import EXPECTED, FolderInUse, check_tasks
 from .options import (
     PATH,
     Group,
@@ -156,8 +156,9 @@ def train(
     Options on the line win over those of --recipe.
 
     --tasks takes a file such as `birds: {dataset: user/birds}`, a task per line with what it changes; each trains in
-    its folder of --output-dir. Tasks that are finished are not trained again, interrupted ones go on: repeat the line.
-    One that fails does not stop the others.
+    its folder of --output-dir. Tasks that are finished are not trained again, interrupted ones go on, and one that
+    fails does not stop the others: repeat the line. Jobs that share the disk share the tasks by the same line: each
+    takes the next that none is at work on.
     """
     if part is not None and tasks is None:
         raise click.BadParameter("it is a share of --tasks, which is not given.", param_hint="--part")
@@ -244,7 +245,7 @@ def _show(name: str, result: str | RunSummary | Exception) -> bool:
             text = one_line(result)
         between = "\n" if isinstance(result, str) else ": "
         click.echo(f"{name}{between}{text}" if name else text, err=isinstance(result, Exception))
-    return isinstance(result, Exception)
+    return isinstance(result, Exception) and not isinstance(result, FolderInUse)
 
 
 _cascade_folder = click.argument("folder", type=PATH)

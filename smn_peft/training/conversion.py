@@ -22,7 +22,7 @@ from ..tuner import MaskConfig, MaskLayer
 from ..tuner.wrapper import adapter_layers
 from .arguments import TrainArguments, as_facts, load_recipe
 from .assemble import FineTuned, adapted, load_base
-from .run import RUN_NAME, RunSummary, check_folder, run, run_lock
+from .run import RUN_NAME, RunSummary, check_folder, claim, run
 from .saved import load_run
 
 _OF_BASE = ("backbone", "weights", "pretrained", "backbone_revision", "base_dtype", "image_size", "seed")
@@ -128,7 +128,7 @@ def convert(
             "them as the base has them. With a dataset the mask is trained to make up for that.",
             stacklevel=2,
         )
-    with run_lock(output_dir):
+    with claim(output_dir):
         model.save_pretrained(str(output_dir), save_embedding_layers=False)
         facts: dict[str, Any] = {"classes": tuned.classes, "head_classes": tuned.model.num_classes}
         facts["preprocessing"] = loaded.preprocessing

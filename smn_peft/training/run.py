@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
+import _thread
 import json
-import os
-import platform
 import statistics
-import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from filelock import FileLock, Timeout
+from accelerate import Accelerator, PartialState
+from filelock import SoftFileLease, Timeout
 from peft import PeftModel
 from safetensors.torch import save
 
@@ -48,6 +47,12 @@ from .trainer import Trainer
 MODEL_NAME = "model.safetensors"
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
 """Errors whose message says what to do; others are bugs, and end everything."""
+LEASE = 60.0
+"""Seconds without a sign of life after which another machine takes an output folder over."""
+
+
+class FolderInUse(RuntimeError):
+    """Another run is at work in an output folder."""
 
 
 @dataclass
@@ -116,43 +121,49 @@ def run(arguments: TrainArguments, *, evaluate: bool = True, teacher: FineTuned 
         ValueError: For arguments, data or a checkpoint that do not go together, before training starts.
         TrainingFailure: If training cannot go on usefully.
         Interrupted: After Ctrl-C, SIGTERM or SIGUSR1, once a checkpoint is written.
-        RuntimeError: If another run is at work in `output_dir`, or another process of this one failed.
+        FolderInUse: If another run is at work in `output_dir`.
+        RuntimeError: If another process of this run failed.
     """
     accelerator = build_accelerator(arguments)
+    with claim(arguments.output_dir):
+        return _run(accelerator, arguments, evaluate, teacher)
+
+
+def _run(
+    accelerator: Accelerator, arguments: TrainArguments, evaluate: bool = True, teacher: FineTuned | None = None
+) -> RunSummary:
+    """What [`run`] does in a folder that is its own."""
     together(accelerator, lambda: check_folder(arguments))
-    lock = run_lock(arguments.output_dir) if accelerator.is_main_process else nullcontext()
-    with ExitStack() as held:
-        together(accelerator, lambda: held.enter_context(lock))
-        arguments, images = together(accelerator, lambda: images_of_run(arguments))
-        if teacher is not None:
-            images = replace(images, num_classes=teacher.model.num_classes, classes=teacher.classes)
-        task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device, teacher))
-        loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
-        facts = {
-            **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
-            **({} if teacher is None else {"teacher": model_digest(teacher.model)}),
-            **({"indices": tensor_digest(images.train.rows)} if arguments.indices_file is not None else {}),
-            "base": task.base,
-            # Labels that the run does not need are known only where something is evaluated.
-            "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
-            "preprocessing": backbone.preprocessing,
-            "images": len(images.train),
-            "classes": images.classes,
-            "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
-        }
-        tested = images if evaluate else replace(images, bank=None, test=None)
-        evaluation = evaluator_of(arguments, tested, backbone, accelerator)
-        trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
-        trainer.train()
-        # The other processes see neither the log nor, on another machine, the folder.
-        saved = together(accelerator, lambda: _save(trainer, task) if accelerator.is_main_process else None)
+    arguments, images = together(accelerator, lambda: images_of_run(arguments))
+    if teacher is not None:
+        images = replace(images, num_classes=teacher.model.num_classes, classes=teacher.classes)
+    task, backbone = together(accelerator, lambda: build_task(arguments, images, accelerator.device, teacher))
+    loader = build_train_loader(arguments, images, backbone, accelerator.num_processes, accelerator.process_index)
+    facts = {
+        **({"start": start_digest(arguments.init_from)} if arguments.init_from is not None else {}),
+        **({} if teacher is None else {"teacher": model_digest(teacher.model)}),
+        **({"indices": tensor_digest(images.train.rows)} if arguments.indices_file is not None else {}),
+        "base": task.base,
+        # Labels that the run does not need are known only where something is evaluated.
+        "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
+        "preprocessing": backbone.preprocessing,
+        "images": len(images.train),
+        "classes": images.classes,
+        "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
+    }
+    tested = images if evaluate else replace(images, bank=None, test=None)
+    evaluation = evaluator_of(arguments, tested, backbone, accelerator)
+    trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
+    trainer.train()
+    # The other processes see neither the log nor, on another machine, the folder.
+    saved = together(accelerator, lambda: _save(trainer, task) if accelerator.is_main_process else None)
     summary = decided(lambda: saved)
     assert summary is not None
     return summary
 
 
 def check_folder(arguments: TrainArguments) -> None:
-    """Refuse an `output_dir` that cannot be written to or holds something finished, before anything is loaded."""
+    """Refuse an `output_dir` that holds something finished, before anything is loaded."""
     folder, checkpoint = Path(arguments.output_dir), latest_checkpoint(arguments.output_dir)
     finished = (folder / RUN_NAME).is_file()
     if finished and not (arguments.resume and checkpoint):
@@ -160,39 +171,49 @@ def check_folder(arguments: TrainArguments) -> None:
         raise ValueError(f"{folder} holds {what}: choose another output_dir, or delete it.")
     if (folder / CONFIG_NAME).is_file() and not (finished or checkpoint or (folder / METRICS_NAME).is_file()):
         raise ValueError(f"{folder} holds an adapter ({CONFIG_NAME}) that no run wrote: choose another output_dir.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        text = f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
-        raise OSError(error.errno, text) from error
 
 
 @contextmanager
-def run_lock(folder: str | Path) -> Iterator[None]:
-    """Hold the lock of an output folder; RuntimeError if another run does. The system releases it however it ends."""
+def claim(folder: str | Path) -> Iterator[None]:
+    """Make an output folder this run's, among all that share the disk; every process of a distributed run calls this.
+
+    What a process left that died is taken over: at once on its own machine, a minute after its last sign of life on
+    another.
+
+    Raises:
+        FolderInUse: On every process, if another run is at work in it.
+        OSError: If the folder cannot be written to.
+    """
     path = Path(folder) / ".run.lock"
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-        if not path.exists():  # the run that held it has removed it since this one opened it
-            lock.release()
-            lock.acquire(timeout=0)
-    except Timeout:
-        held_by = path.read_text("utf-8") if path.is_file() else ""
+
+    def lost(_: Any) -> None:
+        warnings.warn(f"{folder} is another run's now: this one gave no sign of life for {LEASE:g} s.", stacklevel=2)
+        _thread.interrupt_main()
+
+    lease = SoftFileLease(path, lease_duration=LEASE, on_compromise=lost)
+
+    def holder() -> str | None:
+        silent = 0.0
+        with suppress(FileNotFoundError):
+            silent = time.time() - path.stat().st_mtime
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lease.acquire(timeout=1.2 * LEASE if silent > LEASE else 0)
+        except Timeout:
+            owner = lease.owner
+            return "another run" if owner is None else f"process {owner.pid} on {owner.hostname}"
+        except OSError as error:
+            text = f"Cannot write into output_dir={folder}: {error.strerror}. Name another."
+            raise OSError(error.errno, text) from error
+        return None
+
+    if (other := decided(holder)) is not None:
         fix = "wait for it, stop it, or choose another output_dir"
-        raise RuntimeError(f"{folder} is in use by {held_by or 'another run'}: {fix}.") from None
-    except (OSError, NotImplementedError) as error:
-        warnings.warn(f"{folder} cannot be locked ({error}): start no other run in it.", stacklevel=3)
-        yield
-        return
+        raise FolderInUse(f"{folder} is in use by {other}: {fix}.")
     try:
-        path.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
         yield
     finally:
-        with suppress(OSError):  # Windows keeps what is open
-            path.unlink(missing_ok=True)
-        lock.release()
+        lease.release()
 
 
 def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
@@ -277,7 +298,8 @@ def plan(arguments: TrainArguments) -> str:
 def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSummary | Exception]]:
     """Train the tasks in turn in this process, and yield the name and the summary or error of each when it is done.
 
-    A finished task is not trained again, an interrupted one resumes, and one that fails does not stop the others.
+    A finished task is not trained again, an interrupted one resumes, one that another run is at work on is left to it
+    ([`FolderInUse`]), and one that fails does not stop the others: jobs that share a disk share the tasks.
     Tasks that follow one another with `cache_images` on the same images share them decoded, and the frozen base's
     features of them.
 
@@ -287,15 +309,17 @@ def run_many(tasks: Mapping[str, TrainArguments]) -> Iterator[tuple[str, RunSumm
         Interrupted: After Ctrl-C, once a checkpoint is written.
     """
     check_tasks(tasks)
-    if tasks:
-        build_accelerator(next(iter(tasks.values())))  # lets the processes know of each other
     with share():
         for name, arguments in tasks.items():
             arguments = replace(arguments, resume=True)
             try:
-                yield name, decided(partial(finished_run, arguments)) or run(arguments)
+                accelerator = build_accelerator(arguments)
+                with claim(arguments.output_dir):
+                    summary = decided(partial(finished_run, arguments)) or _run(accelerator, arguments)
+                yield name, summary
             except EXPECTED as error:
-                if PartialState().num_processes > 1 and not isinstance(error, TrainingFailure):
+                alike = isinstance(error, TrainingFailure | FolderInUse)
+                if PartialState().num_processes > 1 and not alike:
                     raise RuntimeError(f"{name}: {error}") from error
                 yield name, error
 
