@@ -18,6 +18,7 @@ from ..cascade import Cascade, CascadeArguments, cascade_sizes, evaluate_cascade
 from ..objectives import objective_class
 from ..storage.files import atomic_write
 from ..training import RunSummary, TrainArguments, TrainingFailure, evaluate_run, run
+from ..training.budget import BudgetError
 from ..training.checkpoint import list_checkpoints
 from ..training.run import RUN_NAME
 
@@ -159,8 +160,8 @@ class RunStore:
     def ensure(self, spec: RunSpec) -> None:
         """Run what is not done yet, from its newest checkpoint if there is one.
 
-        A run that fails (a loss that is not finite, an empty mask, collapsed codes) counts as done, with its reason
-        in the folder: it would fail again. Delete the folder to try anew.
+        A run that fails (a loss that is not finite, an empty mask, collapsed codes, a budget below the head's size)
+        counts as done, with its reason in the folder: it would fail again. Delete the folder to try anew.
 
         Raises:
             ValueError: It cannot be started, such as for missing files, or for a cluster smaller than a batch.
@@ -180,7 +181,7 @@ class RunStore:
                     run(arguments)
                 else:
                     _train_cascade(arguments, spec.cascade)
-            except TrainingFailure as error:
+            except (TrainingFailure, BudgetError) as error:
                 _write_json(self.path(spec) / _FAILED_NAME, {"error": str(error)})
         objective = spec.arguments.get("objective", TrainArguments.objective)
         adapts = spec.arguments.get("adapt", TrainArguments.adapt)

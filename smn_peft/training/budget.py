@@ -34,7 +34,12 @@ _PULL = 2e-4  # gradient of a row's or column's score to begin with
 _SLOWLY = 0.6  # of the steps after the first channel is off, the multiplications may take to fall
 _AHEAD = 20  # steps that are looked ahead
 _GAIN = 8.0  # how fast the weight grows with what the share is above the plan
-_REACH = 0.1  # of the way from the threshold to the start, by which the threshold rises at most
+_REACH = 0.5  # of the way from the threshold to the start, by which the threshold rises at most
+_BINDS = 0.01  # of the first rate: below it the mask has been free to grow
+
+
+class BudgetError(ValueError):
+    """A budget that no mask of the model could meet."""
 
 
 class BytesBudget(nn.Module):
@@ -49,7 +54,7 @@ class BytesBudget(nn.Module):
         first: Step at which the first weight was off, 0-dim int64; -1 before.
 
     Raises:
-        ValueError: If the file is larger without a single weight off.
+        BudgetError: If the file is larger without a single weight off.
     """
 
     rate: Tensor
@@ -62,10 +67,10 @@ class BytesBudget(nn.Module):
         if (fixed := file_size(model)) >= max_bytes:
             narrower = "" if config.save_dtype != "float32" else ", or set save_dtype='bfloat16'"
             what = f"max_bytes={max_bytes} leaves nothing for masks: head, statistics and header take {fixed} bytes"
-            raise ValueError(f"{what}. Allow more{narrower}.")
+            raise BudgetError(f"{what}. Allow more{narrower}.")
         self.bits = 8.0 * (max_bytes - fixed)  # for masks
-        first_rate = config.rate or _TERM * model.code_length()[1] / self.bits
-        self.register_buffer("rate", torch.tensor(first_rate, dtype=torch.float64))
+        self.first_rate = config.rate or _TERM * model.code_length()[1] / self.bits
+        self.register_buffer("rate", torch.tensor(self.first_rate, dtype=torch.float64))
         self.register_buffer("first", torch.tensor(-1))
 
     def term(self, model: Any) -> Tensor | None:
@@ -89,26 +94,27 @@ class BytesBudget(nn.Module):
 
     @torch.no_grad()
     def finish(self, model: Any, scores: Sequence[Tensor]) -> None:
-        """Move the scores, and so the threshold, until the file is within the budget, and near it where it can be."""
+        """Move the scores, and so the threshold, until the file is within the budget, and near it where it was held."""
         goal, size = self.bits, file_size(model)
+        reach = _REACH if self.rate > _BINDS * self.first_rate else 0.0
         for _ in range(10):
             if _LEAST * self.max_bytes <= size <= self.max_bytes:
                 return
-            at_end = _move(model, scores, goal)
+            at_end = _move(model, scores, goal, reach)
             size = file_size(model)
             if at_end and size <= self.max_bytes:
                 return
             goal += 8 * (_AIM * self.max_bytes - size)
         while size > self.max_bytes:  # few weights, each of which takes a part of the budget
             goal = 0.98 * min(goal, self.bits)
-            _move(model, scores, goal)
+            _move(model, scores, goal, reach)
             size = file_size(model)
 
 
-def _move(model: Any, scores: Sequence[Tensor], bits: float) -> bool:
+def _move(model: Any, scores: Sequence[Tensor], bits: float, reach: float) -> bool:
     """Shift all scores so that the masks take at most so many bits; returns whether they can take no more."""
     config = model.active_peft_config
-    shift = _REACH * (config.init_score - config.threshold)
+    shift = reach * (config.init_score - config.threshold)
     if not (at_end := float(model.code_length(offset=shift)[0]) <= bits):
         low = min(float(each.min()) for each in scores) - config.threshold - 1e-6  # every weight on
         high = shift  # too many off
@@ -154,7 +160,8 @@ class FlopsBudget(nn.Module):
         last: The share at the last measurement, 0-dim fp64.
 
     Raises:
-        ValueError: No rows or columns train that could be cut out, or not enough for the budget.
+        ValueError: No rows or columns train that could be cut out.
+        BudgetError: Not enough of them do.
     """
 
     weight: Tensor
@@ -183,7 +190,7 @@ class FlopsBudget(nn.Module):
             raise ValueError(f"max_flops cuts hidden channels out, and none are masked: {fix}, or row, column.")
         if (least := 1 - sum(self.counts.values()) / self.total) >= max_flops:
             what = f"max_flops={max_flops:g} cannot be met: what is not masked as hidden channels takes {least:.2f}"
-            raise ValueError(f"{what} of the multiplications. Allow more.")
+            raise BudgetError(f"{what} of the multiplications. Allow more.")
         number = sum(self._scores(each)[0].numel() for each in self.channels)
         self.register_buffer("weight", torch.tensor(_PULL * number / (1 - least), dtype=torch.float64))
         self.register_buffer("first", torch.tensor(-1))

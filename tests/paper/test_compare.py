@@ -141,13 +141,18 @@ def test_without_labels_by_knn(values, tiny_folder):
 
 
 def test_a_trial_that_fails_is_shown_and_not_chosen(values, tiny_folder):
-    trials = [{"lr": 0.01}, {"lr": 1e30}]
     path = tiny_folder / "failing.yaml"
-    path.write_text(yaml.safe_dump({"convolutional": {"LoRA": {"adapt": "lora", "trials": trials}}}))
+    content = {
+        "LoRA": {"adapt": "lora", "trials": [{"lr": 0.01}, {"lr": 1e30}]},
+        "mask": {"trials": [{"lr": 0.01}, {"lr": 0.02, "max_bytes": 100}]},  # below the size of the head
+    }
+    path.write_text(yaml.safe_dump({"convolutional": content}))
     result = compare({**values, "max_steps": 4}, grid=path, seeds=1, output=tiny_folder / "failing")
-    good, failed = result.record["details"]["trials"]
-    assert failed["value"] is failed["bytes"] is None
-    assert [cell["runs"] for cell in result.record["cells"]] == [[good["final"]]]
+    trials = result.record["details"]["trials"]
+    for good, failed in (trials[:2], trials[2:]):
+        assert failed["value"] is failed["bytes"] is None
+        (cell,) = (cell for cell in result.record["cells"] if cell["row"] == good["method"])
+        assert cell["runs"] == [good["final"]]
 
 
 def test_refusals(values, grid, tmp_path):

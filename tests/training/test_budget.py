@@ -52,7 +52,7 @@ def test_the_file_is_within_the_budget_and_near_it(tmp_path, without, share, mor
     else:
         budget = int(fixed + share * without.sizes["mask"])
     summary = run(replace(arguments, max_bytes=budget))
-    assert 0.95 * budget <= summary.sizes["total"] <= budget
+    assert 0.97 * budget <= summary.sizes["total"] <= budget
     line = [line for line in read_metrics(f"{arguments.output_dir}/metrics.jsonl") if "loss" in line][-1]
     assert line["rate"] > 0
     assert summary.density < 1
@@ -61,7 +61,7 @@ def test_the_file_is_within_the_budget_and_near_it(tmp_path, without, share, mor
 
 def test_a_budget_that_is_not_needed_takes_nothing_away(tmp_path, without):
     summary = run(tiny_arguments(tmp_path, **LONG, max_bytes="1MB"), evaluate=False)
-    assert summary.sizes["mask"] > 0.8 * without.sizes["mask"]
+    assert 0.8 * without.sizes["mask"] < summary.sizes["mask"] < 1.2 * without.sizes["mask"]
 
 
 def test_it_resumes_exactly(tmp_path):
