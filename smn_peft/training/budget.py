@@ -94,7 +94,7 @@ class BytesBudget(nn.Module):
 
     @torch.no_grad()
     def finish(self, model: Any, scores: Sequence[Tensor]) -> None:
-        """Move the scores, and so the threshold, until the file is within the budget, and near it where it was held."""
+        """Move the scores, and so the threshold, until the file is within the budget, and near it if it was held."""
         goal, size = self.bits, file_size(model)
         reach = _REACH if self.rate > _BINDS * self.first_rate else 0.0
         for _ in range(10):
