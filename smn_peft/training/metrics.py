@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.loading import STOP_SIGNALS
-from ..functional.distributed import read_flags
+from ..functional.distributed import read_flags, unsharded
 from ..storage.files import atomic_write
 from .task import TrainingTask
 
@@ -118,7 +118,7 @@ def check_training(task: TrainingTask, loss: Tensor, step: int) -> None:
     Scores that are NaN count as off, and then the loss stays finite.
     """
     parameters = {name: parameter for name, parameter, _ in task.trainable()}
-    finite = read_flags([torch.isfinite(tensor).all() for tensor in (*parameters.values(), loss)])
+    finite = read_flags([torch.isfinite(unsharded(tensor)).all() for tensor in (*parameters.values(), loss)])
     broken = [name for name, good in zip(parameters, finite, strict=False) if not good]
     what = f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity" if broken else "every parameter is finite"
     if not finite[-1]:

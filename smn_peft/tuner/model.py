@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..functional.distributed import unsharded
 from ..functional.masking import code_length, density, progressive_density
 from ..functional.packing import binary_entropy
 from .batch_norm import BatchNorm, add_batch_norms, bare_norms
@@ -227,7 +228,8 @@ class MaskModel(BaseTuner):
                 scores = [own for own in layer.scores_of(name, slot).values() if own.requires_grad]
                 if scores and not layer.goes_with_row(name, slot):
                     trainable = layer.trainable(name, slot)
-                    bits += [code_length(own, config.threshold + offset, float(start), trainable) for own in scores]
+                    threshold = config.threshold + offset
+                    bits += [code_length(unsharded(own), threshold, float(start), trainable) for own in scores]
                     weights += layer.base_tensor(slot).numel()
         device = bits[0].device if bits else torch.device("cpu")
         return torch.stack([part.to(device) for part in bits]).sum() if bits else torch.zeros(()), weights
