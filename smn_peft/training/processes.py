@@ -62,22 +62,21 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
 
 def _prepare_engine(accelerator: Accelerator, arguments: LoopArguments) -> None:
     """Refuse engines that cannot train a mask, and set FSDP2 up for one."""
-    kind, plugin = accelerator.distributed_type, getattr(accelerator.state, "fsdp_plugin", None)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != DistributedType.FSDP:
-        where = f"{accelerator.num_processes} process(es) on {accelerator.device}"
-        raise ValueError(f"FSDP was asked for, and accelerate has none for {where}: leave --use_fsdp out there.")
-    version = 0 if plugin is None else getattr(plugin, "fsdp_version", 1)
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or version == 1:
-        name = "FSDP1" if kind == DistributedType.FSDP else kind.value
-        raise ValueError(f"Masks do not train under {name}: use FSDP2, by --use_fsdp --fsdp_version 2.")
+    asked = {
+        name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"
+    }
+    if asked == {"FSDP"} and not is_sharding(accelerator):
+        fix = "leave --use_fsdp out, or a --config_file that names it"
+        raise ValueError(f"FSDP was asked for, and accelerate has none on {accelerator.device}: {fix}.")
+    plugin: Any = accelerator.state.fsdp_plugin if is_sharding(accelerator) else None
+    if asked - {"FSDP"} or getattr(plugin, "fsdp_version", 2) != 2:
+        engine = "FSDP1" if plugin is not None else " and ".join(sorted(asked))
+        raise ValueError(f"smn_peft does not train under {engine}: use FSDP2, by --use_fsdp --fsdp_version 2.")
     if plugin is None:
         return
-    if arguments.score_dtype != "float32":
-        fix = "leave it out, since every process holds a part of the scores only"
-        raise ValueError(f"score_dtype={arguments.score_dtype!r} does not go with FSDP2: {fix}.")
-    for name in ("compile", "channels_last"):
-        if getattr(arguments, name):
-            raise ValueError(f"{name} does not go with FSDP2: leave it out.")
+    for name, value in {"score_dtype": "float32", "compile": False, "channels_last": False}.items():
+        if getattr(arguments, name) != value:
+            raise ValueError(f"{name}={getattr(arguments, name)!r} does not go with FSDP2: leave it out.")
     # Every process loads the base, and buffers would not come along; under autocast scores stay as wide as they are.
     plugin.cpu_ram_efficient_loading, plugin.mixed_precision_policy = False, None
 
