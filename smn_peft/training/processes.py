@@ -56,12 +56,12 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
     if started != str(there):
         found = f"{started} processes were started (WORLD_SIZE), but accelerate has {there} on {accelerator.device}"
         raise ValueError(f"{found}: pass --cpu (cpu=True), or unset WORLD_SIZE if this is the only process.")
-    _prepare_engine(accelerator, arguments)
+    check_engine(accelerator, arguments)
     return accelerator
 
 
-def _prepare_engine(accelerator: Accelerator, arguments: LoopArguments) -> None:
-    """Refuse engines that cannot train a mask, and set FSDP2 up for one."""
+def check_engine(accelerator: Accelerator, arguments: LoopArguments) -> None:
+    """Refuse engines of accelerate that cannot train a task, with ValueError, and set FSDP2 up for one."""
     asked = {
         name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"
     }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import recursively_apply, send_to_device, set_seed
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -25,6 +26,7 @@ from .metrics import MetricsLog, StopRequest, TrainingFailure, Window, check_col
 from .processes import (
     agree_on_start,
     build_accelerator,
+    check_engine,
     decided,
     is_sharding,
     on_main_process,
@@ -51,8 +53,9 @@ class Trainer:
         loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
         arguments: How to train.
         accelerator: Created from the arguments if None.
-        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log. Where that has a
-            ``held_out``, training ends in the state of which this was highest, the first among equals.
+        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log. Under FSDP2 it has to
+            go by `TrainingTask.features` and `logits_of`. Where it returns a ``held_out``, training ends in the state
+            of which this was highest, the first among equals.
         facts: What else must be equal on resuming (dataset, backbone …), JSON-compatible.
 
     Attributes:
@@ -75,11 +78,13 @@ class Trainer:
     ) -> None:
         self.task, self.arguments, self.loader, self.evaluate = task, arguments, loader, evaluate
         self.accelerator = accelerator or build_accelerator(arguments)
+        check_engine(self.accelerator, arguments)
         self.facts = as_facts(arguments, facts)
         set_seed(arguments.seed)
         if arguments.gradient_checkpointing:
             enable_gradient_checkpointing(task.model)
-        task.to(self.accelerator.device)
+        if not is_sharding(self.accelerator):  # else each process takes only its part there
+            task.to(self.accelerator.device)
         if arguments.channels_last:
             task.to(memory_format=torch.channels_last)
         if self.accelerator.num_processes > 1 and arguments.sync_batch_norm:
@@ -330,19 +335,29 @@ class ExactResumeCallback(TrainerCallback):
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model("adapter")
     ```
+
+    Under FSDP2 the `Trainer` writes an adapter only with `state_dict_type` FULL_STATE_DICT.
     """
 
     def __init__(self) -> None:
         self._switched: list[MaskConfig] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Switch ``save_scores`` on for every mask adapter that trains; a ValueError says if there is none."""
+        """Switch ``save_scores`` on for every mask adapter that trains.
+
+        Raises:
+            ValueError: There is none, or the `Trainer` would write no adapter.
+        """
         self.on_train_end()  # of a run that was interrupted
         configs = getattr(kwargs.get("model"), "peft_config", {}).values()
         masks = [config for config in configs if isinstance(config, MaskConfig) and not config.inference_mode]
         if not masks:
             fix = "wrap the model with get_peft_model(model, MaskConfig(…)) first, or leave the callback out"
             raise ValueError(f"ExactResumeCallback found no mask adapter that trains: {fix}.")
+        plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
+        if plugin is not None and "FULL" not in str(plugin.state_dict_type):
+            fix = "set it to FULL_STATE_DICT, by --fsdp_state_dict_type"
+            raise ValueError(f"With state_dict_type={plugin.state_dict_type} the Trainer writes no adapter: {fix}.")
         self._switched = [config for config in masks if not config.save_scores]
         for config in self._switched:
             config.save_scores = True

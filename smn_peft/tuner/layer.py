@@ -203,7 +203,7 @@ class MaskLayer(MaskState):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
         if not names:
             return
-        refuse_if_sharded(self, "to merge")
+        refuse_if_sharded(self, "merge")
         for slot in self.present_slots if safe_merge else ():
             scores = ((name, own) for name in self.holders(names, slot) for own in self.scores_of(name, slot).values())
             check_finite(self.base_tensor(slot), slot.path, scores)

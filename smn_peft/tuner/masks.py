@@ -200,7 +200,7 @@ class MaskState(AdapterLayer):
         Where scores are ranked by their size, weights that are off have 0. A schedule goes on from the mask's density.
         A row or column is off where all its weights are; their own scores are then those of weights that are on.
         """
-        refuse_if_sharded(self, "to set its scores")
+        refuse_if_sharded(self, "load or set masks that train")
         weight, info = self.base_tensor(slot), self.smn_info[adapter_name]
         config, templates = info.config, self._templates(slot, info.granularity)
         mask = unpack_bits(packed.to(weight.device), weight.shape)
@@ -259,7 +259,7 @@ class MaskState(AdapterLayer):
         self.smn_info[adapter_name] = AdapterInfo(config, config.mask_spec(granularity), key, slots, granularity)
         for slot in slots:
             if not config.inference_mode:
-                refuse_if_sharded(self, "to add scores")
+                refuse_if_sharded(self, "add an adapter that trains")
                 for name, scores in self._initial_scores(adapter_name, slot).items():
                     if name not in self._modules:
                         self.add_module(name, ScoreDict())

@@ -32,9 +32,9 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def refuse_if_sharded(layer: MaskState, what: str) -> None:
-    """Raise ValueError where FSDP shards a layer, whose parameters only its optimizer may write then."""
+    """Raise ValueError where a layer is sharded, whose parameters only an optimizer may write then."""
     if is_managed(layer) or any(is_sharded(layer.base_tensor(slot)) for slot in layer.present_slots):
-        raise ValueError(f"{_name(layer)} is sharded, and {what} is not possible then: do it before the sharding.")
+        raise ValueError(f"{_name(layer)} is sharded already: {what} before the model is sharded.")
 
 
 def check_forward(layer: MaskState, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from dataclasses import replace
@@ -11,13 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
+from smn_peft import MaskConfig
 from smn_peft.storage.adapter_config import read_config
-from smn_peft.training import TrainArguments, run
+from smn_peft.training import ExactResumeCallback, TrainArguments, run
 from smn_peft.training.checkpoint import latest_checkpoint, list_checkpoints
 from smn_peft.training.metrics import read_metrics
 from smn_peft.training.run import RunSummary
@@ -37,15 +42,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def use_fsdp(arguments: TrainArguments, version: int = 2) -> None:
+def switch_to_fsdp(version: int = 2, **options: Any) -> None:
     """Switch on what accelerate keeps for GPUs: its state says FSDP, on the CPU's processes."""
+    for state in (AcceleratorState(), PartialState()):
+        state.distributed_type = DistributedType.FSDP
+    options = {"auto_wrap_policy": "transformer_based_wrap", **options}
+    AcceleratorState().fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=version, **options)
+
+
+def use_fsdp(arguments: TrainArguments, version: int = 2) -> None:
     join_group()
     Accelerator(cpu=True, mixed_precision=arguments.mixed_precision)
     block = "Block" if arguments.backbone.endswith("vit") else "BasicBlock"
-    options = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": [block]}
-    for state in (AcceleratorState(), PartialState()):
-        state.distributed_type = DistributedType.FSDP
-    AcceleratorState().fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=version, **options)
+    switch_to_fsdp(version, transformer_cls_names_to_wrap=[block])
 
 
 def run_sharded(arguments: TrainArguments) -> dict[str, torch.Tensor]:
@@ -142,3 +151,52 @@ def refuse(arguments: TrainArguments) -> dict[str, torch.Tensor]:
 
 def test_what_is_refused(tmp_path):
     run_processes(refuse, 2, tmp_path, tiny_arguments(tmp_path))
+
+
+def train_by_transformers(folder: Path, state_dict_type: str = "FULL_STATE_DICT") -> dict[str, torch.Tensor]:
+    """transformers' own Trainer, in whole, and going on from its first checkpoint."""
+    several = torch.distributed.get_world_size() > 1
+    join_group()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    base = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3)).double()
+    data = [{"pixel_values": torch.randn(3, 16, 16).double(), "labels": index % 3} for index in range(24)]
+    found: dict[str, torch.Tensor] = {}
+    for name in ("whole", "resumed"):
+        model = get_peft_model(copy.deepcopy(base), MaskConfig(modules_to_save=["classifier"], init_score=0.15))
+        options: dict[str, Any] = {"per_device_train_batch_size": 4 if several else 8, "learning_rate": 0.1}
+        options |= {"max_steps": 4, "save_steps": 2, "logging_steps": 1, "max_grad_norm": 0.0}
+        arguments = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **options)
+        if several:
+            Accelerator(cpu=True)
+            switch_to_fsdp(transformer_cls_names_to_wrap=["ViTLayer"], state_dict_type=state_dict_type)
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=data, eval_dataset=data, callbacks=[ExactResumeCallback()]
+        )
+        assert trainer.accelerator.is_fsdp2 == several
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if name == "resumed" else None)
+        trainer.save_model(str(folder / name))
+        numbers = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+        found[name] = torch.tensor([*numbers, trainer.evaluate()["eval_loss"], model.base_model.density()])
+    return found
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers(tmp_path):
+    for name in ("one", "two", "parts"):
+        (tmp_path / name).mkdir()
+    (one,) = run_processes(train_by_transformers, 1, tmp_path / "one", tmp_path / "one")
+    two = run_processes(train_by_transformers, 2, tmp_path / "two", tmp_path / "two")
+    assert one["whole"][-1] < 1
+    for found in (one, *two):
+        for numbers in found.values():
+            torch.testing.assert_close(numbers, one["whole"], rtol=1e-6, atol=1e-6)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "two/whole" / name).read_bytes() == (tmp_path / "two/resumed" / name).read_bytes()
+    files = [load_file(tmp_path / folder / name) for folder in ("one/whole", "two/whole")]
+    for file in files:
+        del file["base_model.model.smn_settings"]
+    torch.testing.assert_close(*files, rtol=1e-9, atol=1e-9)
+    assert read_config(tmp_path / "one" / "whole") == read_config(tmp_path / "two" / "whole")
+    with pytest.raises(Exception, match=r"the Trainer writes no adapter: set it to FULL_STATE_DICT"):
+        run_processes(train_by_transformers, 2, tmp_path / "parts", tmp_path / "parts", "SHARDED_STATE_DICT")
