@@ -69,7 +69,7 @@ def check_engine(accelerator: Accelerator, arguments: LoopArguments) -> None:
         fix = "leave --use_fsdp out, or a --config_file that names it"
         raise ValueError(f"FSDP was asked for, and accelerate has none on {accelerator.device}: {fix}.")
     plugin: Any = accelerator.state.fsdp_plugin if is_sharding(accelerator) else None
-    if asked - {"FSDP"} or getattr(plugin, "fsdp_version", 2) != 2:
+    if asked - {"FSDP"} or (plugin is not None and getattr(plugin, "fsdp_version", 1) != 2):
         engine = "FSDP1" if plugin is not None else " and ".join(sorted(asked))
         raise ValueError(f"smn_peft does not train under {engine}: use FSDP2, by --use_fsdp --fsdp_version 2.")
     if plugin is None:

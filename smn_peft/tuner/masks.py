@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional.distributed import overwrite, unsharded
+from ..functional.distributed import unsharded
 from ..functional.masking import compute_mask, density, seeded_generator, select_trainable
 from ..functional.merging import Stash, unmerged_weight
 from ..functional.packing import pack_bits, packed_size, unpack_bits
@@ -192,7 +192,7 @@ class MaskState(AdapterLayer):
     @torch.no_grad()
     def _set_scores(self, adapter_name: str, slot: Slot, packed: Tensor) -> None:
         for name, scores in self._scores_from_bits(adapter_name, slot, packed).items():
-            overwrite(self.parameters_of(adapter_name)[name], scores)
+            self.parameters_of(adapter_name)[name].copy_(scores)
 
     def _scores_from_bits(self, adapter_name: str, slot: Slot, packed: Tensor) -> dict[str, Tensor]:
         """Scores by container that make a mask: threshold ± |initial score − threshold|, or ± 1 where that is 0.

@@ -68,7 +68,9 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(latest_checkpoint(folder) / "model.safetensors")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", ["labels", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "labels")]
+)
 def test_a_sharded_run_is_one_process(tmp_path, case):
     # Masks in float64: where rounding flips one bit, all that follows differs.
     backbone = write_model(tmp_path, "build_double" if "mask" in CASES[case] else "build")

@@ -14,7 +14,9 @@ from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from smn_peft import MaskConfig, round_extras
 from tests.gloo import run_processes
@@ -146,6 +148,16 @@ def refuse_all(folder: Path) -> dict[str, Tensor]:
     past = sharded(masked())
     with pytest.raises(ValueError, match=r"'1.first' is sharded in its own forward.*call the module that was given"):
         past.get_base_model()[1].first(torch.zeros(2, 12, dtype=torch.float64))
+
+    mesh = init_device_mesh("cpu", (2,))
+    parallel = masked()
+    parallelize_module(parallel.get_base_model()[1].first.base_layer, mesh, ColwiseParallel())
+    with pytest.raises(ValueError, match=r"'1.first' is sharded in its own forward.*merge_and_unload\(\) first"):
+        parallel(images)
+    merged = masked(init_weights=False).merge_and_unload().eval()
+    expected = merged(images)
+    parallelize_module(merged[1], mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
+    torch.testing.assert_close(merged(images), expected)
 
     flat = FullyShardedDataParallel(masked(), device_id=torch.device("cpu"), use_orig_params=True)
     with pytest.raises(ValueError, match=r"'1.first' is flattened by FSDP1.*--fsdp_version 2"):
