@@ -246,7 +246,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Create SGD or AdamW over two groups, each with its peak rate as `peak_lr`; ValueError if nothing trains.
 
-    Sharded tensors have no fused SGD.
+    Steps are fused where they can be: not those of SGD over a task that FSDP2 `will_shard`.
     """
     rates = {True: ("scores", arguments.lr, arguments.weight_decay)}
     rates[False] = ("head", arguments.head_lr, arguments.head_weight_decay)

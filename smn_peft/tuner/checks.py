@@ -251,16 +251,13 @@ def masked_parameters(model: nn.Module, adapter_name: str) -> set[str]:
 
 
 def fingerprint_of(
-    model: nn.Module, tensors: Iterable[Tensor], state_dict: Mapping[str, Tensor] | None = None
+    model: nn.Module, tensors: Iterable[Tensor], gathered: Mapping[int, Tensor] | None = None
 ) -> str | None:
     """Fingerprint of the base's own values of tensors, whatever is merged into them; None if one is not known.
 
-    What is sharded is taken from the model's `state_dict`, which may be gathered, and else gathered by all processes.
+    `gathered` has the whole of sharded tensors by their `id`; what is not in it all processes gather.
     """
-    own: dict[int, Tensor | None] = {}
-    if state_dict:
-        live = model.state_dict(keep_vars=True).items()
-        own = {id(tensor): state_dict[key] for key, tensor in live if is_sharded(tensor) and key in state_dict}
+    own: dict[int, Tensor | None] = dict(gathered or {})
     own |= {key: value for _, layer in adapter_layers(model) for key, value in layer.unmerged().items()}
     values = [own.get(id(tensor), tensor) for tensor in tensors]
     known = [tensor for tensor in values if tensor is not None and tensor.device.type != "meta"]
@@ -274,12 +271,16 @@ def fingerprints(
 ) -> tuple[str | None, str | None]:
     """Fingerprints of a model's own weights: those that an adapter masks, and all else that its features depend on.
 
-    `state_dict` is as in [`fingerprint_of`].
+    Sharded tensors are taken from the model's `state_dict` where it is given, gathered or not.
     """
+    gathered: dict[int, Tensor] = {}
+    if state_dict:  # the live one comes first: with it FSDP2 frees what a forward left gathered
+        live = model.state_dict(keep_vars=True).items()
+        gathered = {id(tensor): state_dict[key] for key, tensor in live if is_sharded(tensor) and key in state_dict}
     rest = unmasked_tensors(model, masked_parameters(model, adapter_name), config.to_dict())
     masked = _masked_tensors(model, adapter_name)
-    own = fingerprint_of(model, masked, state_dict) if masked else None
-    return own, fingerprint_of(model, rest.values(), state_dict)
+    own = fingerprint_of(model, masked, gathered) if masked else None
+    return own, fingerprint_of(model, rest.values(), gathered)
 
 
 def check_base(model: nn.Module, adapter_name: str, config: MaskConfig) -> str | None:

@@ -107,6 +107,8 @@ def train_and_save(name: str, folder: Path) -> dict[str, Tensor]:
         # As accelerate and transformers' Trainer save: gathered for the main process, which goes on alone.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered = get_model_state_dict(model, options=options)
+        with torch.no_grad():  # leaves tensors of the root gathered
+            model(batch(0, 1)[0])
         if main:
             save(model, folder / f"{name} gathered", state_dict=gathered)
     return found
