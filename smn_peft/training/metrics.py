@@ -125,9 +125,8 @@ def check_training(task: TrainingTask, loss: Tensor, step: int) -> None:
         raise TrainingFailure(f"The loss is {float(loss.mean())} at step {step}; {what}. {_ADVICE}")
     if broken:
         raise TrainingFailure(f"{what} at step {step}. {_ADVICE}")
-    masks = {} if task.mask_config is None else task.model.masks()
-    some_left = read_flags([mask.any() for mask in masks.values()])
-    if empty := [name for name, some in zip(masks, some_left, strict=True) if not some]:
+    left = {} if task.mask_config is None else {name: mask.any() for name, mask in task.model.iter_masks()}
+    if empty := [name for name, some in zip(left, read_flags([*left.values()]), strict=True) if not some]:
         what = f"The mask of {empty[0]} is empty at step {step} ({len(empty)} such layers): nothing after it can learn"
         raise TrainingFailure(f"{what}. Lower lr, warm up longer, or leave the layer out with exclude_modules.")
 
