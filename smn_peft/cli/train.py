@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -18,7 +19,9 @@ import click
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 from safetensors.torch import save
 
 from .._options import merged, read_values
@@ -101,9 +104,10 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
             rest.pop(0)
         elif word != "--launch":
             own.append(word)
-    # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs.
-    processes = launch_command_parser().parse_known_args([*extra, "-m", "smn_peft.cli"])[0].num_processes or 1
-    several = ["--multi_gpu"] if cpu and processes > 1 and "--multi_gpu" not in extra else []
+    # On the CPU accelerate starts one process whatever it is told, unless it takes its way of several GPUs; with that
+    # it would forget an engine, which the processes refuse there.
+    told = launch_command_parser().parse_known_args([*extra, "-m", "smn_peft.cli"])[0]
+    several = ["--multi_gpu"] if cpu and (told.num_processes or 1) > 1 and not _names_engine(told) else []
     line = [sys.executable, "-c", _LAUNCHER, *several, *extra, "-m", "smn_peft.cli", *command, *own]
     # On the CPU each process would otherwise look for a GPU and take itself for the only one.
     environment = {**os.environ, **({"ACCELERATE_USE_CPU": "true"} if cpu else {})}
@@ -129,6 +133,14 @@ def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 130 if interrupted else code
+
+
+def _names_engine(told: Namespace) -> bool:
+    """Whether options of `accelerate launch`, or the file that they name, say how processes share the work."""
+    if told.multi_gpu or told.use_fsdp or told.use_deepspeed or told.use_megatron_lm:
+        return True
+    engines = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    return told.config_file is not None and load_config_from_file(told.config_file).distributed_type in engines
 
 
 recipe_option = click.option("--recipe", help="Name of a recipe (`smn recipes` lists them), or a YAML file.")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reductions over the processes of a distributed run, and what is built on them: BatchNorm and Sinkhorn-Knopp.
 
-With one process the reductions return what they are given.
+With one process the reductions return what they are given. Sharded tensors (`DTensor`) made whole and written to.
 """
 
 from __future__ import annotations
@@ -45,6 +45,34 @@ class _GatherRows(torch.autograd.Function):
         """Sum the gradients that all processes have for this one's rows."""
         total = all_reduce(grad.contiguous().clone())
         return total.chunk(process_count(), ctx.dim)[process_index()], None
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`, of which each process may hold a part, as outside a forward under FSDP2."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def unsharded(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor, on every process, which must all call this; any other tensor is returned as it is.
+
+    Differentiable: each process takes its part of the gradient, which must be the same on all.
+    """
+    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return gathered
+
+
+def shard_as(tensor: Any, values: Tensor) -> Tensor:
+    """Shard values, which every process has, as another tensor of their shape is sharded."""
+    from torch.distributed.tensor import distribute_tensor
+
+    values = values.to(tensor.device)
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Copy values into a tensor of their shape; of a sharded one each process writes its own part."""
+    tensor.copy_(shard_as(tensor, values) if is_sharded(tensor) else values)
 
 
 def gather_rows(tensor: Tensor, dim: int = 0, *, differentiable: bool = False) -> Tensor:

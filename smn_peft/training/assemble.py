@@ -508,6 +508,9 @@ def evaluator_of(
     loading: dict[str, Any] = {"batch_size": arguments.batch_size, "num_workers": arguments.num_workers}
     loading |= {"transform": evaluation_of(backbone), "accelerator": accelerator}
 
+    def extract(task: TrainingTask, part: ImageDataset) -> Features:
+        return extract_features(task, part, function=task.features, **loading)
+
     def evaluate(task: TrainingTask) -> dict[str, Any]:
         nonlocal fresh
         first, fresh = fresh, False
@@ -517,8 +520,7 @@ def evaluator_of(
         of_base = first and (not moved or peft) and accelerator.num_processes == 1
 
         def features_of(part: ImageDataset) -> Features:
-            extract = partial(extract_features, task.model, part, **loading)
-            return base_features(arguments, part, extract) if of_base else extract()
+            return base_features(arguments, part, partial(extract, task, part)) if of_base else extract(task, part)
 
         # Of a fine-tuned model's classes the names may not be known.
         same = test is not None and test.num_classes == task.objective.num_classes
@@ -531,9 +533,9 @@ def evaluator_of(
                 values = measure(metrics, features_of(bank), features_of(test), arguments, task)
             found = {"evaluation": evaluation, **values}
         if held is not None:
-            tested, metric = extract_features(task.model, held, **loading), "accuracy" if labelled else "knn"
+            tested, metric = extract(task, held), "accuracy" if labelled else "knn"
             # The images trained on vote, and not `bank`, in which are those that are held out.
-            voting = tested if labelled else extract_features(task.model, images.train, **loading)
+            voting = tested if labelled else extract(task, images.train)
             found["held_out"] = measure([metric], voting, tested, arguments, task)[metric]
         return found
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..functional.distributed import unsharded
 from ..functional.masking import straight_through
 from ..storage.adapter_file import WEIGHTS_NAME
 from ..tuner import MaskLayer
@@ -116,7 +117,7 @@ def _move(model: Any, scores: Sequence[Tensor], bits: float, reach: float) -> bo
     config = model.active_peft_config
     shift = reach * (config.init_score - config.threshold)
     if not (at_end := float(model.code_length(offset=shift)[0]) <= bits):
-        low = min(float(each.min()) for each in scores) - config.threshold - 1e-6  # every weight on
+        low = min(float(unsharded(each).min()) for each in scores) - config.threshold - 1e-6  # every weight on
         high = shift  # too many off
         for _ in range(30):
             shift = (low + high) / 2
@@ -200,9 +201,12 @@ class FlopsBudget(nn.Module):
         info = layer.smn_info.get(self.adapter)
         return info is not None and info.granularity.startswith(kind)
 
-    def _scores(self, channels: _Channels) -> list[Tensor]:
+    def _live_scores(self, channels: _Channels) -> list[nn.Parameter]:
         names = ((layer, layer.present_slots[0].unit_scores_name) for layer in channels.masked)
-        return [layer.parameters_of(self.adapter)[name].flatten() for layer, name in names]
+        return [layer.parameters_of(self.adapter)[name] for layer, name in names]
+
+    def _scores(self, channels: _Channels) -> list[Tensor]:
+        return [unsharded(each).flatten() for each in self._live_scores(channels)]
 
     def share(self, offset: float = 0.0) -> Tensor:
         """Share of the multiplications that remain, 0-dim fp32; `offset` is added to the threshold."""
@@ -240,8 +244,8 @@ class FlopsBudget(nn.Module):
         """Move the scores of rows and columns, and so their threshold, until the share is within the budget."""
         if float(self.share()) <= self.max_flops:
             return
-        own = [each for channels in self.channels for each in self._scores(channels)]
-        low, high = 0.0, max(float(each.max()) for each in own) - float(model.active_peft_config.threshold)
+        own = [each for channels in self.channels for each in self._live_scores(channels)]
+        low, high = 0.0, max(float(unsharded(each).max()) for each in own) - float(model.active_peft_config.threshold)
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (low, middle) if float(self.share(middle)) <= self.max_flops else (middle, high)

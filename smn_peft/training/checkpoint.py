@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..functional.distributed import is_sharded, overwrite, shard_as
 from ..storage.files import to_disk
 from .arguments import check_same
 from .task import TrainingTask
@@ -46,20 +47,19 @@ def save_checkpoint(
     folder: str | os.PathLike[str],
     step: int,
     tensors: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Any],
     state: Mapping[str, Any],
     keep: int,
     best: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``checkpoint-<step>`` under a temporary name, rename it, and only then remove all but the `keep` newest.
 
-    `state` is JSON-compatible, and has a "best" where tensors of the `best` state so far are given. OSError if the
-    disk refuses; older checkpoints are untouched.
+    `optimizer` is its state dict; `state` is JSON-compatible, and has a "best" where tensors of the `best` state so
+    far are given. OSError if the disk refuses; older checkpoints are untouched.
     """
     folder = Path(folder)
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}"
-    inside = optimizer.state_dict()
-    entries = ((f"{i}.{name}", value) for i, entry in inside["state"].items() for name, value in entry.items())
+    entries = ((f"{i}.{name}", value) for i, entry in optimizer["state"].items() for name, value in entry.items())
     momentum = {name: value for name, value in entries if value is not None}  # None: SGD before its first step
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def save_checkpoint(
             content = {name: tensor.detach().cpu().contiguous() for name, tensor in content.items()}
             save_file(content, temporary / f"{part}.safetensors")
         # As it is read again: JSON turns tuples into lists.
-        facts = json.loads(json.dumps({**state, "step": step, "param_groups": inside["param_groups"]}))
+        facts = json.loads(json.dumps({**state, "step": step, "param_groups": optimizer["param_groups"]}))
         text = json.dumps({**facts, _DIGESTS: _digests(temporary, facts)}, indent=1)
         (temporary / STATE_NAME).write_text(text, "utf-8")
         for path in temporary.iterdir():
@@ -136,6 +136,11 @@ def restore(
     for key, value in parts["optimizer"].items():
         index, _, name = key.partition(".")
         entries.setdefault(int(index), {})[name] = value
+    live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in entries.items():
+        if is_sharded(live[index]):
+            same = {name: value for name, value in entry.items() if value.shape == live[index].shape}
+            entry.update({name: shard_as(live[index], value) for name, value in same.items()})
     _copy(path, parts["model"], tensors, "Resume with the arguments that the run was started with.")
     optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
     # A file has C order only; fused steps want momentum in its parameter's memory format.
@@ -203,7 +208,7 @@ def _copy(path: Path, loaded: Mapping[str, Tensor], tensors: Mapping[str, Tensor
             raise ValueError(f"{path}: {name} has shape {there}, the model's has {here}. {fix}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(loaded[name])
+            overwrite(tensor, loaded[name])
 
 
 def _sha256(path: Path) -> str:

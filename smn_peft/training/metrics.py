@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.loading import STOP_SIGNALS
-from ..functional.distributed import read_flags
+from ..functional.distributed import read_flags, unsharded
 from ..storage.files import atomic_write
 from .task import TrainingTask
 
@@ -118,16 +118,15 @@ def check_training(task: TrainingTask, loss: Tensor, step: int) -> None:
     Scores that are NaN count as off, and then the loss stays finite.
     """
     parameters = {name: parameter for name, parameter, _ in task.trainable()}
-    finite = read_flags([torch.isfinite(tensor).all() for tensor in (*parameters.values(), loss)])
+    finite = read_flags([torch.isfinite(unsharded(tensor)).all() for tensor in (*parameters.values(), loss)])
     broken = [name for name, good in zip(parameters, finite, strict=False) if not good]
     what = f"{broken[0]} and {len(broken) - 1} more hold NaN or infinity" if broken else "every parameter is finite"
     if not finite[-1]:
         raise TrainingFailure(f"The loss is {float(loss.mean())} at step {step}; {what}. {_ADVICE}")
     if broken:
         raise TrainingFailure(f"{what} at step {step}. {_ADVICE}")
-    masks = {} if task.mask_config is None else task.model.masks()
-    some_left = read_flags([mask.any() for mask in masks.values()])
-    if empty := [name for name, some in zip(masks, some_left, strict=True) if not some]:
+    left = {} if task.mask_config is None else {name: mask.any() for name, mask in task.model.iter_masks()}
+    if empty := [name for name, some in zip(left, read_flags([*left.values()]), strict=True) if not some]:
         what = f"The mask of {empty[0]} is empty at step {step} ({len(empty)} such layers): nothing after it can learn"
         raise TrainingFailure(f"{what}. Lower lr, warm up longer, or leave the layer out with exclude_modules.")
 

@@ -11,15 +11,21 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    broadcast,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..functional.distributed import joined_batch_norm, process_count
+from ..functional.distributed import is_sharded, joined_batch_norm, process_count, unsharded
 from .arguments import LoopArguments
 from .checkpoint import checkpoint_name
 
-T = TypeVar("T")
+T, K = TypeVar("T"), TypeVar("K")
 _ENDS = "Another process cannot go on, so this one ends too."
 # Digests among a run's facts, and what they are of.
 _ALIKE = {
@@ -32,7 +38,11 @@ _ALIKE = {
 
 
 def build_accelerator(arguments: LoopArguments) -> Accelerator:
-    """Create the accelerator of a run; ValueError if several processes would each train alone, into one folder."""
+    """Create the accelerator of a run: plain, under DDP or under FSDP2.
+
+    Raises:
+        ValueError: If several processes would each train alone, into one folder, or under another engine than asked.
+    """
     accelerator = Accelerator(
         cpu=arguments.cpu,
         mixed_precision=arguments.mixed_precision,
@@ -46,7 +56,54 @@ def build_accelerator(arguments: LoopArguments) -> Accelerator:
     if started != str(there):
         found = f"{started} processes were started (WORLD_SIZE), but accelerate has {there} on {accelerator.device}"
         raise ValueError(f"{found}: pass --cpu (cpu=True), or unset WORLD_SIZE if this is the only process.")
+    check_engine(accelerator, arguments)
     return accelerator
+
+
+def check_engine(accelerator: Accelerator, arguments: LoopArguments) -> None:
+    """Refuse engines of accelerate that cannot train a task, with ValueError, and set FSDP2 up for one."""
+    asked = {
+        name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"
+    }
+    if asked == {"FSDP"} and not is_sharding(accelerator):
+        fix = "leave --use_fsdp out, or a --config_file that names it"
+        raise ValueError(f"FSDP was asked for, and accelerate has none on {accelerator.device}: {fix}.")
+    plugin: Any = accelerator.state.fsdp_plugin if is_sharding(accelerator) else None
+    if asked - {"FSDP"} or (plugin is not None and getattr(plugin, "fsdp_version", 1) != 2):
+        engine = "FSDP1" if plugin is not None else " and ".join(sorted(asked))
+        raise ValueError(f"smn_peft does not train under {engine}: use FSDP2, by --use_fsdp --fsdp_version 2.")
+    if plugin is None:
+        return
+    for name, value in {"score_dtype": "float32", "compile": False, "channels_last": False}.items():
+        if getattr(arguments, name) != value:
+            raise ValueError(f"{name}={getattr(arguments, name)!r} does not go with FSDP2: leave it out.")
+    # Every process loads the base, and buffers would not come along; under autocast scores stay as wide as they are.
+    plugin.cpu_ram_efficient_loading, plugin.mixed_precision_policy = False, None
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether the run is under FSDP2."""
+    return bool(accelerator.distributed_type == DistributedType.FSDP)
+
+
+def on_main_process(accelerator: Accelerator, tensors: Mapping[K, Any]) -> dict[K, Any]:
+    """Tensors with the sharded ones gathered, by all processes, on the main one's CPU; the others leave these out."""
+    found: dict[K, Any] = {}
+    for name, tensor in tensors.items():
+        if not is_sharded(tensor):
+            found[name] = tensor
+            continue
+        gathered = unsharded(tensor.detach())
+        if accelerator.is_main_process:
+            found[name] = gathered.cpu()
+    return found
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what a forward without a backward left gathered under FSDP2, so that nobody writes to a copy."""
+    for part in module.modules():
+        if hasattr(type(part), "reshard"):
+            part.reshard()
 
 
 def together(accelerator: Accelerator, act: Callable[[], T]) -> T:

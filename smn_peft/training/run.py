@@ -20,6 +20,7 @@ from accelerate import Accelerator, PartialState
 from filelock import SoftFileLease, Timeout
 from peft import PeftModel
 from safetensors.torch import save
+from torch import Tensor
 
 from ..evaluation import library_versions
 from ..hub import RUN_NAME, full_bytes, write_card
@@ -40,7 +41,7 @@ from .assemble import (
 )
 from .checkpoint import latest_checkpoint, start_digest
 from .metrics import METRICS_NAME, TrainingFailure, read_metrics
-from .processes import build_accelerator, decided, together
+from .processes import build_accelerator, decided, on_main_process, together
 from .task import TrainingTask
 from .trainer import Trainer
 
@@ -155,8 +156,10 @@ def _run(
     evaluation = evaluator_of(arguments, tested, backbone, accelerator)
     trainer = Trainer(task, loader, arguments, accelerator, evaluation, facts)
     trainer.train()
+    tensors = on_main_process(accelerator, task.saved_tensors(arguments.save_dtype))
+    density, main = task.density(), accelerator.is_main_process
     # The other processes see neither the log nor, on another machine, the folder.
-    saved = together(accelerator, lambda: _save(trainer, task) if accelerator.is_main_process else None)
+    saved = together(accelerator, lambda: _save(trainer, task, tensors, density) if main else None)
     summary = decided(lambda: saved)
     assert summary is not None
     return summary
@@ -216,12 +219,11 @@ def claim(folder: str | Path) -> Iterator[None]:
         lease.release()
 
 
-def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
+def _save(trainer: Trainer, task: TrainingTask, tensors: dict[str, Tensor], density: float | None) -> RunSummary:
     """Save what was trained, and only then the summary, which says that the run is finished."""
     folder, model = Path(trainer.arguments.output_dir), task.model
-    tensors = {} if task.mask_config is not None else task.saved_tensors(trainer.arguments.save_dtype)
     if isinstance(model, PeftModel):  # save_embedding_layers="auto" asks the Hub
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors or None)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=tensors)
         for path in folder.glob("adapter_*"):
             to_disk(path)
         sizes = {"total": (folder / WEIGHTS_NAME).stat().st_size}
@@ -243,7 +245,7 @@ def _save(trainer: Trainer, task: TrainingTask) -> RunSummary:
         before={name: value for name, value in next(alike, {}).items() if name in METRICS},
         after={name: value for name, value in after.items() if name in METRICS},
         loss=losses[-1]["loss"] if losses else None,
-        density=task.density(),
+        density=density,
         steps=trainer.step,
         seconds=trainer.seconds,
         images_per_second=statistics.median(line["images_per_second"] for line in losses) if losses else None,

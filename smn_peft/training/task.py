@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..backbones import pooled_features
+from ..functional.distributed import overwrite, unsharded
 from ..functional.packing import round_stochastically
 from ..objectives import Objective
 from ..storage.adapter_file import narrowed
@@ -95,6 +96,10 @@ class TrainingTask(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the model's forward; the objective, which gathers over processes, stays as it is."""
         self._run = torch.compile(self._outputs, *args, **kwargs)
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """Pooled features (batch, dim) of images, for evaluations: under FSDP2 `model` alone would be in parts."""
+        return pooled_features(self.model, pixel_values)
 
     def _outputs(self, pixel_values: Tensor) -> Tensor:
         if self.objective.consumes == "features" or self.bound is not None:
@@ -209,11 +214,14 @@ class TrainingTask(nn.Module):
             round_extras(self.model)
         elif save_dtype != "float32":
             for name, tensor in self.trained_tensors().items():
-                tensor.copy_(narrowed(name, tensor, save_dtype))
+                overwrite(tensor, narrowed(name, unsharded(tensor), save_dtype))
 
     def saved_tensors(self, save_dtype: str) -> dict[str, Tensor]:
-        """Tensors by name to save of a model without a mask: rounded; of a method of PEFT all of its state dict."""
-        narrow = {name: narrowed(name, tensor, save_dtype) for name, tensor in self.trained_tensors().items()}
+        """Tensors by name to save: all of a `PeftModel`, which saves its part; rounded where a mask does not do it."""
+        if self.mask_config is not None:
+            return dict(self.model.state_dict())
+        trained = self.trained_tensors().items()
+        narrow = {name: narrowed(name, unsharded(tensor), save_dtype) for name, tensor in trained}
         return {**self.model.state_dict(), **narrow} if isinstance(self.model, PeftModel) else narrow
 
 
@@ -233,8 +241,13 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 # --- Optimizer -------------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim.Optimizer:
-    """Create SGD or AdamW over two groups, each with its peak rate as `peak_lr`; ValueError if nothing trains."""
+def build_optimizer(
+    task: TrainingTask, arguments: LoopArguments, *, will_shard: bool = False
+) -> torch.optim.Optimizer:
+    """Create SGD or AdamW over two groups, each with its peak rate as `peak_lr`; ValueError if nothing trains.
+
+    Steps are fused where they can be: not those of SGD over a task that FSDP2 `will_shard`.
+    """
     rates = {True: ("scores", arguments.lr, arguments.weight_decay)}
     rates[False] = ("head", arguments.head_lr, arguments.head_weight_decay)
     groups: list[dict[str, Any]] = []
@@ -255,6 +268,7 @@ def build_optimizer(task: TrainingTask, arguments: LoopArguments) -> torch.optim
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters) or None
     if arguments.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=fused, **options)
+    fused = None if will_shard else fused
     sgd = torch.optim.SGD(groups, fused=fused, **options)
     if fused and arguments.momentum:
         # The fused step refuses a parameter whose first gradient comes later than the others'. Zeros change no number.

@@ -13,15 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import recursively_apply, send_to_device, set_seed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from ..functional.distributed import overwrite, unsharded
 from ..tuner import MaskConfig
 from .arguments import LoopArguments, as_facts
 from .checkpoint import latest_checkpoint, read_checkpoint, restore, save_checkpoint
 from .metrics import MetricsLog, StopRequest, TrainingFailure, Window, check_collapse, check_training
-from .processes import agree_on_start, build_accelerator, decided, sent_tensors, synchronise_batch_norm, together
+from .processes import (
+    agree_on_start,
+    build_accelerator,
+    check_engine,
+    decided,
+    is_sharding,
+    on_main_process,
+    reshard,
+    sent_tensors,
+    synchronise_batch_norm,
+    together,
+)
 from .task import TrainingTask, build_optimizer, cast_scores, enable_gradient_checkpointing, warmup_cosine
 
 _ASK_EVERY = 10  # steps between two checks on a GPU whether any process was told to stop, since each one waits for it
@@ -40,8 +53,9 @@ class Trainer:
         loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
         arguments: How to train.
         accelerator: Created from the arguments if None.
-        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log. Where that has a
-            ``held_out``, training ends in the state of which this was highest, the first among equals.
+        evaluate: Called before, after and every `evaluate_every` epochs; returns what to log. Under FSDP2 it has to
+            go by `TrainingTask.features` and `logits_of`. Where it returns a ``held_out``, training ends in the state
+            of which this was highest, the first among equals.
         facts: What else must be equal on resuming (dataset, backbone …), JSON-compatible.
 
     Attributes:
@@ -64,11 +78,13 @@ class Trainer:
     ) -> None:
         self.task, self.arguments, self.loader, self.evaluate = task, arguments, loader, evaluate
         self.accelerator = accelerator or build_accelerator(arguments)
+        check_engine(self.accelerator, arguments)
         self.facts = as_facts(arguments, facts)
         set_seed(arguments.seed)
         if arguments.gradient_checkpointing:
             enable_gradient_checkpointing(task.model)
-        task.to(self.accelerator.device)
+        if not is_sharding(self.accelerator):  # else each process takes only its part there
+            task.to(self.accelerator.device)
         if arguments.channels_last:
             task.to(memory_format=torch.channels_last)
         if self.accelerator.num_processes > 1 and arguments.sync_batch_norm:
@@ -77,7 +93,7 @@ class Trainer:
             if task.mask_config is None:
                 raise ValueError("score_dtype='bfloat16' is of a mask's scores: use it with adapt='mask'.")
             cast_scores(task, torch.bfloat16)
-        self.optimizer = build_optimizer(task, arguments)
+        self.optimizer = build_optimizer(task, arguments, will_shard=is_sharding(self.accelerator))
         self.steps_per_epoch = len(loader) // arguments.accumulate
         if self.steps_per_epoch == 0:
             raise ValueError(f"An epoch has only {len(loader)} batches: lower accumulate={arguments.accumulate}.")
@@ -101,6 +117,11 @@ class Trainer:
         if arguments.compile:
             task.compile()
         self._wrapped, self._optimizer = self.accelerator.prepare(task, self.optimizer)
+        if is_sharding(self.accelerator):
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            for name in ("features", "logits_of"):
+                register_fsdp_forward_method(task, name)
         if found is not None:  # after wrapping, which creates the scaler of fp16
             self._resume(found)
         self.log = MetricsLog(arguments.output_dir, self.step) if main else None
@@ -132,7 +153,7 @@ class Trainer:
         if self.best_step not in (None, self.step):
             with torch.no_grad():
                 for name, tensor in self.task.training_state().items():
-                    tensor.copy_(self._best_state[name])
+                    overwrite(tensor, self._best_state[name])
             self._evaluate_rounded()
             self.save(again=True)  # for a run that starts from this one
         for tracker in self.accelerator.trackers:  # end_training would also end the processes' group
@@ -182,13 +203,15 @@ class Trainer:
             with window.waiting():
                 batch = self._on_device(next(batches))
             with accelerator.accumulate(self._wrapped):
-                outputs = self._wrapped(batch)
+                with accelerator.autocast():  # which accelerate leaves to FSDP2, and that would narrow the scores
+                    outputs = self._wrapped(batch)
                 accelerator.backward(outputs["loss"])
             window.add(outputs, len(batch["index"]))
             losses.append(outputs["loss"].detach())
         self._loss = torch.stack(losses)
-        # On a GPU this would wait for it: there _log and save look.
-        if accelerator.device.type == "cpu" and not self._loss.isfinite().all():
+        # On a GPU this would wait for it, and where scores are sharded for the others: there _log and save look.
+        alone = accelerator.device.type == "cpu" and not is_sharding(accelerator)
+        if alone and not self._loss.isfinite().all():
             check_training(self.task, self._loss, self.step)
         self.task.objective.after_backward(self.step)
         self._optimizer.step()
@@ -237,6 +260,8 @@ class Trainer:
             return None
         path = Path(self.arguments.output_dir) / f"checkpoint-{self.step}"
         check_training(self.task, self._loss, self.step)
+        tensors, moments = on_main_process(self.accelerator, self.task.training_state()), self.optimizer.state_dict()
+        moments["state"] = {i: on_main_process(self.accelerator, own) for i, own in moments["state"].items()}
 
         def write() -> None:
             if self.accelerator.is_main_process and (again or latest_checkpoint(path.parent) != path):
@@ -245,8 +270,7 @@ class Trainer:
                 best = None if self.best_step is None else self._best_state
                 if best is not None:
                     state["best"] = {"step": self.best_step, "value": self._best_value}
-                tensors, keep = self.task.training_state(), self.arguments.keep_checkpoints
-                save_checkpoint(path.parent, self.step, tensors, self.optimizer, state, keep, best)
+                save_checkpoint(path.parent, self.step, tensors, moments, state, self.arguments.keep_checkpoints, best)
 
         together(self.accelerator, write)
         return path
@@ -281,11 +305,13 @@ class Trainer:
         if self.evaluate is None:
             return
         values = self.evaluate(self.task)
+        if is_sharding(self.accelerator):
+            reshard(self.task)
         self._write(values)
         if (value := values.get("held_out", -math.inf)) > self._best_value:
             self.best_step, self._best_value = self.step, value
             state = self.task.training_state().items()
-            self._best_state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state}
+            self._best_state = {name: unsharded(tensor.detach()).to("cpu", copy=True) for name, tensor in state}
 
     def _write(self, values: Mapping[str, Any]) -> None:
         line = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **values}
@@ -309,19 +335,29 @@ class ExactResumeCallback(TrainerCallback):
     trainer.train(resume_from_checkpoint=True)
     trainer.save_model("adapter")
     ```
+
+    Under FSDP2 the `Trainer` writes an adapter only with `state_dict_type` FULL_STATE_DICT.
     """
 
     def __init__(self) -> None:
         self._switched: list[MaskConfig] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Switch ``save_scores`` on for every mask adapter that trains; a ValueError says if there is none."""
+        """Switch ``save_scores`` on for every mask adapter that trains.
+
+        Raises:
+            ValueError: There is none, or the `Trainer` would write no adapter.
+        """
         self.on_train_end()  # of a run that was interrupted
         configs = getattr(kwargs.get("model"), "peft_config", {}).values()
         masks = [config for config in configs if isinstance(config, MaskConfig) and not config.inference_mode]
         if not masks:
             fix = "wrap the model with get_peft_model(model, MaskConfig(…)) first, or leave the callback out"
             raise ValueError(f"ExactResumeCallback found no mask adapter that trains: {fix}.")
+        plugin = getattr(AcceleratorState(), "fsdp_plugin", None) if is_initialized() else None
+        if plugin is not None and "FULL" not in str(plugin.state_dict_type):
+            fix = "set it to FULL_STATE_DICT, by --fsdp_state_dict_type"
+            raise ValueError(f"With state_dict_type={plugin.state_dict_type} the Trainer writes no adapter: {fix}.")
         self._switched = [config for config in masks if not config.save_scores]
         for config in self._switched:
             config.save_scores = True

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..functional.distributed import is_sharded, unsharded
 from ..storage.fingerprint import PARTS, compare_fingerprints, fingerprint, tensor_digest
 from .batch_norm import has_statistics
 from .config import MaskConfig
 from .forms import Embedding, LinearConv1D, is_norm, iter_layers, mask_layer_for, type_name
 from .layer import MaskLayer
+from .sharding import ZERO3, is_offloaded
 from .targets import base_model_of, head_modules, vision_scope
 from .wrapper import adapter_layers
 
@@ -130,8 +132,7 @@ def _layer_problem(name: str, module: nn.Module, model: nn.Module, tied: Mapping
         )
     if isinstance(model.get_submodule(outer), nn.MultiheadAttention):
         return f"is inside an nn.MultiheadAttention, which never calls it: target the attention itself: {outer!r}."
-    hook = getattr(module, "_hf_hook", None)
-    if any(getattr(each, "offload", False) for each in (hook, *getattr(hook, "hooks", ()))):
+    if is_offloaded(module):
         return "is offloaded to CPU or disk by accelerate, which is not supported yet: load it without device_map."
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "is an Embedding with max_norm, which rewrites its weights: set it to None."
@@ -170,8 +171,8 @@ def _tensor_problem(module: nn.Module, path: str) -> str | None:
         return f"has no parameter {path}: {what} computes it. Keep its value with {keep}, or use exclude_modules."
     kind = type(weight)
     if hasattr(weight, "ds_id"):
-        return "is partitioned by DeepSpeed's ZeRO-3, which is not supported: use ZeRO-1 or 2, which leave it whole."
-    if kind.__name__ == "DTensor":
+        return ZERO3
+    if is_sharded(weight):
         return (
             "is sharded over a device mesh: load it without tp_plan, or add the adapter before the model is sharded."
         )
@@ -191,6 +192,8 @@ _digests: WeakIdKeyDictionary = WeakIdKeyDictionary()  # tensor -> (version, pla
 
 
 def _digest(tensor: Tensor) -> str:
+    if is_sharded(tensor):
+        return tensor_digest(unsharded(tensor))
     state = (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr())
     if (known := _digests.get(tensor)) is None or known[0] != state:
         known = _digests[tensor] = (state, tensor_digest(tensor))
@@ -247,9 +250,15 @@ def masked_parameters(model: nn.Module, adapter_name: str) -> set[str]:
     }
 
 
-def fingerprint_of(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
-    """Fingerprint of the base's own values of tensors, whatever is merged into them; None if one is not known."""
-    own = {key: value for _, layer in adapter_layers(model) for key, value in layer.unmerged().items()}
+def fingerprint_of(
+    model: nn.Module, tensors: Iterable[Tensor], gathered: Mapping[int, Tensor] | None = None
+) -> str | None:
+    """Fingerprint of the base's own values of tensors, whatever is merged into them; None if one is not known.
+
+    `gathered` has the whole of sharded tensors by their `id`; what is not in it all processes gather.
+    """
+    own: dict[int, Tensor | None] = dict(gathered or {})
+    own |= {key: value for _, layer in adapter_layers(model) for key, value in layer.unmerged().items()}
     values = [own.get(id(tensor), tensor) for tensor in tensors]
     known = [tensor for tensor in values if tensor is not None and tensor.device.type != "meta"]
     if len(known) < len(values):
@@ -257,11 +266,21 @@ def fingerprint_of(model: nn.Module, tensors: Iterable[Tensor]) -> str | None:
     return fingerprint((_digest(tensor) for tensor in known), known[0].dtype if known else torch.float32)
 
 
-def fingerprints(model: nn.Module, adapter_name: str, config: MaskConfig) -> tuple[str | None, str | None]:
-    """Fingerprints of a model's own weights: those that an adapter masks, and all else that its features depend on."""
+def fingerprints(
+    model: nn.Module, adapter_name: str, config: MaskConfig, state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[str | None, str | None]:
+    """Fingerprints of a model's own weights: those that an adapter masks, and all else that its features depend on.
+
+    Sharded tensors are taken from the model's `state_dict` where it is given, gathered or not.
+    """
+    gathered: dict[int, Tensor] = {}
+    if state_dict:  # the live one comes first: with it FSDP2 frees what a forward left gathered
+        live = model.state_dict(keep_vars=True).items()
+        gathered = {id(tensor): state_dict[key] for key, tensor in live if is_sharded(tensor) and key in state_dict}
     rest = unmasked_tensors(model, masked_parameters(model, adapter_name), config.to_dict())
     masked = _masked_tensors(model, adapter_name)
-    return fingerprint_of(model, masked) if masked else None, fingerprint_of(model, rest.values())
+    own = fingerprint_of(model, masked, gathered) if masked else None
+    return own, fingerprint_of(model, rest.values(), gathered)
 
 
 def check_base(model: nn.Module, adapter_name: str, config: MaskConfig) -> str | None:

@@ -18,6 +18,7 @@ from ..functional.masking import MaskSpec, effective_weight, masked_weight, stra
 from ..functional.merging import check_finite, merge_weight, unmerge_weight
 from .masks import MaskState
 from .mixed import MixedWeight, in_mixed_batch, rows_in_force
+from .sharding import check_forward, is_managed, refuse_if_sharded
 from .wrapper import Slot, call_with, is_plain, view_with
 
 __all__ = ["MaskLayer"]
@@ -97,6 +98,8 @@ class MaskLayer(MaskState):
 
     def _sources(self, names: Sequence[str]) -> list[tuple[Mapping[str, Any], str, Any]] | None:
         """All that effective tensors are made from, and where it lies; None where one may change unnoticed."""
+        if is_managed(self):  # what FSDP frees after the forward is not kept here
+            return None
         base: Any = self._modules["base_layer"]
         found: list[tuple[Mapping[str, Any], str, Any]] = [(self._modules, "base_layer", base)]
         found += [(self.smn_info, name, self.smn_info[name]) for name in names]
@@ -113,7 +116,7 @@ class MaskLayer(MaskState):
                 if self.scores_of(name, slot):
                     return None
                 found.append((bits.older if name in bits.older else bits._buffers, name, bits[name]))
-        if any(place.get(key) is not source for place, key, source in found):  # FSDP's parameters are attributes
+        if any(place.get(key) is not source for place, key, source in found):  # a replica's parameters are attributes
             return None
         tensors = (source for *_, source in found if isinstance(source, Tensor))
         return None if any(tensor.requires_grad or tensor.is_inference() for tensor in tensors) else found
@@ -160,6 +163,8 @@ class MaskLayer(MaskState):
         base: Any = self._modules["base_layer"]
         if not names:
             return base(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            check_forward(self, names)
         if self.has_node and torch.is_grad_enabled() and (own := self._trained_alone(names)) is not None:
             return self.node(own, *args, **kwargs)
         return self.run_with(self.effective(names), *args, **kwargs)
@@ -198,6 +203,7 @@ class MaskLayer(MaskState):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smn_info]
         if not names:
             return
+        refuse_if_sharded(self, "merge")
         for slot in self.present_slots if safe_merge else ():
             scores = ((name, own) for name in self.holders(names, slot) for own in self.scores_of(name, slot).values())
             check_finite(self.base_tensor(slot), slot.path, scores)

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..functional.distributed import unsharded
 from ..functional.masking import compute_mask, density, seeded_generator, select_trainable
 from ..functional.merging import Stash, unmerged_weight
 from ..functional.packing import pack_bits, packed_size, unpack_bits
 from ..storage.adapter_file import check_packed
 from ..storage.files import AdapterFileError
 from .config import MaskConfig
+from .sharding import refuse_if_sharded
 from .wrapper import STATE_LOCK, AdapterInfo, AdapterLayer, ResidentBuffers, ScoreDict, Slot
 
 __all__ = ["MaskState", "score_dtype"]
@@ -93,7 +95,7 @@ class MaskState(AdapterLayer):
     def own_tensor(self, slot: Slot) -> Tensor:
         """The base's own values of a slot, whatever is merged into them."""
         weight, stash = self.base_tensor(slot), self._stashes.get(slot.name)
-        return weight if stash is None else unmerged_weight(weight, stash)
+        return weight if stash is None else unmerged_weight(unsharded(weight), stash)
 
     def unmerged(self) -> dict[int, Tensor | None]:
         """See [`AdapterLayer.unmerged`]; a weight that was cast while merged comes back up to rounding only."""
@@ -171,7 +173,7 @@ class MaskState(AdapterLayer):
 
     def _parts_of_scores(self, adapter_name: str, slot: Slot, scores: Mapping[str, Tensor]) -> list[Tensor]:
         spec, trainable = self.smn_info[adapter_name].spec, self.trainable(adapter_name, slot)
-        return [compute_mask(_shaped(slot, own.detach()), spec, trainable) for own in scores.values()]
+        return [compute_mask(_shaped(slot, unsharded(own.detach())), spec, trainable) for own in scores.values()]
 
     def _mask_of_scores(self, adapter_name: str, slot: Slot, scores: Mapping[str, Tensor]) -> Tensor:
         """Packed mask of scores by container."""
@@ -198,6 +200,7 @@ class MaskState(AdapterLayer):
         Where scores are ranked by their size, weights that are off have 0. A schedule goes on from the mask's density.
         A row or column is off where all its weights are; their own scores are then those of weights that are on.
         """
+        refuse_if_sharded(self, "load or set masks that train")
         weight, info = self.base_tensor(slot), self.smn_info[adapter_name]
         config, templates = info.config, self._templates(slot, info.granularity)
         mask = unpack_bits(packed.to(weight.device), weight.shape)
@@ -237,9 +240,8 @@ class MaskState(AdapterLayer):
         if selected is None or selected.device != weight.device:
             generator = seeded_generator(info.config.seed, f"{info.key}.{slot.path}.select")
             with torch.inference_mode(False):  # what is kept serves a backward as well
-                selected = select_trainable(
-                    self.own_tensor(slot).detach(), info.config.trainable_fraction, info.config.select, generator
-                )
+                values, config = unsharded(self.own_tensor(slot).detach()), info.config
+                selected = select_trainable(values, config.trainable_fraction, config.select, generator)
             info.trainable[slot.name] = selected
         return selected
 
@@ -257,6 +259,7 @@ class MaskState(AdapterLayer):
         self.smn_info[adapter_name] = AdapterInfo(config, config.mask_spec(granularity), key, slots, granularity)
         for slot in slots:
             if not config.inference_mode:
+                refuse_if_sharded(self, "add an adapter that trains")
                 for name, scores in self._initial_scores(adapter_name, slot).items():
                     if name not in self._modules:
                         self.add_module(name, ScoreDict())
@@ -322,7 +325,7 @@ class MaskState(AdapterLayer):
                 entries[mask_key] = state_dict.get(mask_key, self.bits(slot)[adapter_name])
                 continue
             own = self.parameters_of(adapter_name)
-            scores = {name: state_dict.get(key, own[name]) for name, key in keys.items()}
+            scores = {name: unsharded(state_dict.get(key, own[name])) for name, key in keys.items()}
             if any(torch.isnan(each).any() for each in scores.values()):
                 raise ValueError(
                     f"The scores of adapter {adapter_name!r} hold NaN at {prefix}{slot.path}: nothing was saved. "

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..functional.distributed import unsharded
 from ..functional.masking import code_length, density, progressive_density
 from ..functional.packing import binary_entropy
 from .batch_norm import BatchNorm, add_batch_norms, bare_norms
@@ -170,18 +171,19 @@ class MaskModel(BaseTuner):
 
     def masks(self, adapter_name: str | None = None) -> dict[str, Tensor]:
         """Bool masks by weight name, of one adapter (the first active one if None)."""
+        return dict(self.iter_masks(adapter_name))
+
+    def iter_masks(self, adapter_name: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over [`masks`], of which only one is then in memory."""
         name = adapter_name or self.active_adapters[0]
-        return {
-            f"{path}.{slot.path}": layer.mask(name, slot)
-            for path, layer in adapter_layers(self.model)
-            if isinstance(layer, MaskLayer)
-            for slot in layer.slots_of(name)
-        }
+        for path, layer in adapter_layers(self.model):
+            for slot in layer.slots_of(name) if isinstance(layer, MaskLayer) else ():
+                yield f"{path}.{slot.path}", layer.mask(name, slot)
 
     def density(self, adapter_name: str | None = None) -> float:
         """Fraction of an adapter's weights that are active (the paper's "sparsity")."""
-        masks = self.masks(adapter_name).values()
-        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+        counts = [(int(mask.sum()), mask.numel()) for _, mask in self.iter_masks(adapter_name)]
+        return sum(active for active, _ in counts) / sum(total for _, total in counts)
 
     def bits_per_weight(self, adapter_name: str | None = None) -> float:
         """Mean entropy of an adapter's masks in bits per weight: what a coded file takes for them."""
@@ -227,7 +229,8 @@ class MaskModel(BaseTuner):
                 scores = [own for own in layer.scores_of(name, slot).values() if own.requires_grad]
                 if scores and not layer.goes_with_row(name, slot):
                     trainable = layer.trainable(name, slot)
-                    bits += [code_length(own, config.threshold + offset, float(start), trainable) for own in scores]
+                    threshold = config.threshold + offset
+                    bits += [code_length(unsharded(own), threshold, float(start), trainable) for own in scores]
                     weights += layer.base_tensor(slot).numel()
         device = bits[0].device if bits else torch.device("cpu")
         return torch.stack([part.to(device) for part in bits]).sum() if bits else torch.zeros(()), weights

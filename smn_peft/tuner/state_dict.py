@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..functional.distributed import overwrite, unsharded
 from ..storage.adapter_config import (
     SETTINGS_NAME,
     is_settings,
@@ -41,8 +42,8 @@ from .wrapper import AdapterInfo, AdapterLayer, Slot, adapter_layers
 
 
 def bare_key(key: str) -> str:
-    """Remove what wrappers of FSDP and `torch.compile` put into a key."""
-    return key.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+    """Remove what the wrapper of `torch.compile` puts into a key."""
+    return key.replace("_orig_mod.", "")
 
 
 def _named_layers(model: nn.Module) -> list[tuple[AdapterLayer, str, str]]:
@@ -89,10 +90,11 @@ def entries_of(
     for layer, prefix, own in _named_layers(model):
         found = layer.to_checkpoint(adapter_name, prefix, state_dict)
         entries.update({f"{own}{key.removeprefix(prefix)}": value for key, value in found.items()})
-    config.take_fingerprints(*fingerprints(model, adapter_name, config))
+    config.take_fingerprints(*fingerprints(model, adapter_name, config, state_dict))
     suffix = f".{adapter_name}"
     masks = [key for key in entries if purpose_of(key.removesuffix(suffix)) == "mask"]
     heads = [key for key in state_dict if f".modules_to_save{suffix}." in key]
+    state_dict.update({key: unsharded(state_dict[key]) for key in heads})
     changed = 0
     for part, keys in ((state_dict, heads), (entries, [key for key in entries if "smn_running_" in key])):
         narrow, count = _narrow(config.save_dtype, {key: part[key] for key in keys})
@@ -107,10 +109,8 @@ def entries_of(
     if config.unmasked_fingerprint is not None:  # an adapter of an earlier release keeps its file as it was
         rest = [value for key, value in entries.items() if key not in masks]
         for name, module in model.named_modules():
-            prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}."
             if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT adds it to the file
-                held = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-                rest += module.adapter_state_dict(adapter_name, held).values()  # type: ignore[call-arg]
+                rest += _of_wrapper(module, name, adapter_name, state_dict).values()
         prefix = BASE_PREFIX if any(key.startswith(BASE_PREFIX) for key in entries) else ""
         entries[f"{prefix}{SETTINGS_NAME}{suffix}"] = settings_tensor(config.to_dict(), rest)
     if config.codec == "bits" or not masks:
@@ -118,6 +118,13 @@ def entries_of(
     packed = {key.removesuffix(suffix): entries.pop(key) for key in masks}
     coded = pack_tensors(packed, _Places(model, adapter_name, shared_prefix(packed)))
     return {**entries, **{f"{key}{suffix}": value for key, value in coded.items()}}
+
+
+def _of_wrapper(module: Any, name: str, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter trains whole of a module of PEFT's at `name`, out of the model's state dict."""
+    held = {key.removeprefix(f"{name}."): own for key, own in state_dict.items() if key.startswith(f"{name}.")}
+    found: dict[str, Tensor] = module.adapter_state_dict(adapter_name, held)
+    return found
 
 
 def _narrow(save_dtype: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -142,19 +149,20 @@ def round_extras(model: PeftModel, adapter_name: str = "default") -> int:
         ValueError: If a value is beyond what the dtype can hold.
     """
     config: MaskConfig = model.peft_config[adapter_name]  # type: ignore[assignment]
-    changed = 0
+    changed, state = 0, model.state_dict()  # the model's: under FSDP2 a part's may be a copy
     for path, module in model.named_modules():
         extras: dict[str, Tensor] = {}
         if isinstance(module, BatchNorm):
             extras = module.statistics_of(adapter_name)
         elif isinstance(module, AuxiliaryTrainingWrapper):
-            extras = module.adapter_state_dict(adapter_name, module.state_dict())  # type: ignore[call-arg]
-        narrow, count = _narrow(config.save_dtype, {f"{path}.{name}": tensor for name, tensor in extras.items()})
+            extras = _of_wrapper(module, path, adapter_name, state)
+        values = {name: unsharded(tensor) for name, tensor in extras.items()}
+        narrow, count = _narrow(config.save_dtype, {f"{path}.{name}": tensor for name, tensor in values.items()})
         if count:
             changed += count
             wide = widened(narrow)
             for name, tensor in extras.items():
-                tensor.copy_(wide[f"{path}.{name}"])
+                overwrite(tensor, wide[f"{path}.{name}"])
     return changed
 
 
@@ -175,7 +183,7 @@ def loaded_entries(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
     bits_only = False
     places: dict[nn.Module, list[str]] = defaultdict(list)  # one module may stand in several
     for name, module in model.named_modules(remove_duplicate=False):
-        places[module].append(name.replace("_fsdp_wrapped_module.", ""))
+        places[module].append(name)
     of_layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key in [key for key in rest if key.rpartition(".")[2].startswith("smn_")]:
         name, dot, attribute = key.removeprefix(BASE_PREFIX).rpartition(".")

@@ -269,10 +269,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdapterLayer]]:
-    """Every layer that adapters live on, with its name in the (unsharded) state dict."""
+    """Every layer that adapters live on, with its name in the state dict."""
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer):
-            yield name.replace("_fsdp_wrapped_module.", ""), module
+            yield name, module
 
 
 # --- A layer with other tensors --------------------------------------------------------------------------------------

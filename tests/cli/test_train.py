@@ -293,8 +293,13 @@ def test_two_processes_are_one(recipe, tmp_path):
     compare_with_one_process([*recipe, *unsaid, "--epochs", 3], tmp_path, 1e-4, 1e-3)
 
 
-@pytest.mark.parametrize("cpu", [True, False])
-def test_what_is_launched(monkeypatch, recipe, cpu):
+FSDP = "{compute_environment: LOCAL_MACHINE, distributed_type: FSDP, fsdp_config: {fsdp_version: 2}, num_processes: 2}"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "engine"), [(True, []), (False, []), (True, ["--use_fsdp"]), (True, ["--config_file", "fsdp.yaml"])]
+)
+def test_what_is_launched(monkeypatch, recipe, tmp_path, cpu, engine):
     """`accelerate launch` gets its own options first, and the processes know whether they stay on the CPU."""
     started = []
 
@@ -311,14 +316,26 @@ def test_what_is_launched(monkeypatch, recipe, cpu):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: not cpu)
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setenv("KEPT", "1")
-    words = ["train", "--launch", "--num_processes", "2", *recipe, "--no-cpu", "--lr", "3"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    words = ["train", "--launch", *engine, "--num_processes", "2", *recipe, "--no-cpu", "--lr", "3"]
     monkeypatch.setattr(sys, "argv", ["smn", *words])
     assert runner.invoke(app, words).exit_code == 3
     ((line, on_cpu, kept, own_session),) = started
     module = line.index("-m")
-    assert line[3:module] == [*(["--multi_gpu"] if cpu else []), "--num_processes", "2"]
+    assert line[3:module] == [*(["--multi_gpu"] if cpu and not engine else []), *engine, "--num_processes", "2"]
     assert line[module:] == ["-m", "smn_peft.cli", "train", *recipe, "--no-cpu", "--lr", "3"]
     assert (on_cpu, kept, own_session) == ("true" if cpu else None, "1", True)
+
+
+@pytest.mark.slow
+def test_fsdp_is_not_forgotten(recipe, tmp_path):
+    (tmp_path / "fsdp.yaml").write_text(FSDP)
+    for words in (["--use_fsdp", "--fsdp_version", 2], ["--config_file", tmp_path / "fsdp.yaml"]):
+        done = launch(*words, *recipe)
+        assert done.returncode == 1
+        assert "FSDP was asked for, and accelerate has none on cpu" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_damaged_facts_are_named(tmp_path, text):
 )
 def test_a_resumed_optimizer_takes_the_same_steps(tmp_path, kind, options):
     parameters, optimizer = stepped(kind, **options)
-    save_checkpoint(tmp_path, 3, named(parameters), optimizer, {"facts": {"a": 1}}, keep=1)
+    save_checkpoint(tmp_path, 3, named(parameters), optimizer.state_dict(), {"facts": {"a": 1}}, keep=1)
     other, resumed = stepped(kind, seed=1, **options)
     state = load_checkpoint(tmp_path / "checkpoint-3", named(other), resumed)
     assert state["step"] == 3
@@ -86,7 +86,7 @@ def test_only_the_newest_stay_and_strangers_are_left_alone(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-7").mkdir()  # without its state: not complete
     for step in (1, 2, 10):
-        save_checkpoint(tmp_path, step, named(parameters), optimizer, {}, keep=2)
+        save_checkpoint(tmp_path, step, named(parameters), optimizer.state_dict(), {}, keep=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-10"]
     assert latest_checkpoint(tmp_path).name == "checkpoint-10"
     assert (tmp_path / "checkpoint-best").is_dir()
@@ -95,7 +95,7 @@ def test_only_the_newest_stay_and_strangers_are_left_alone(tmp_path):
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path, monkeypatch):
     parameters, optimizer = stepped(torch.optim.SGD, lr=0.1)
-    save_checkpoint(tmp_path, 1, named(parameters), optimizer, {}, keep=1)
+    save_checkpoint(tmp_path, 1, named(parameters), optimizer.state_dict(), {}, keep=1)
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -104,14 +104,14 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(tmp_path, monkeypat
     with pytest.raises(
         OSError, match=r"checkpoint-2: No space left on device\. checkpoint-1 is whole: free some space"
     ):
-        save_checkpoint(tmp_path, 2, named(parameters), optimizer, {}, keep=1)
+        save_checkpoint(tmp_path, 2, named(parameters), optimizer.state_dict(), {}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     load_checkpoint(tmp_path / "checkpoint-1", named(parameters), optimizer)
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(tmp_path):
     parameters, optimizer = stepped(torch.optim.SGD, lr=0.1)
-    save_checkpoint(tmp_path, 1, named(parameters), optimizer, {}, keep=1)
+    save_checkpoint(tmp_path, 1, named(parameters), optimizer.state_dict(), {}, keep=1)
     before = [p.detach().clone() for p in parameters]
     with pytest.raises(ValueError, match=r"another model or objective: 1 tensors are on one side only, such as p1"):
         load_checkpoint(tmp_path / "checkpoint-1", {"p0": parameters[0]}, optimizer)
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(tmp
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json"])
 def test_a_damaged_file_is_named(tmp_path, name):
     parameters, optimizer = stepped(torch.optim.SGD, lr=0.1, momentum=0.9)
-    path = save_checkpoint(tmp_path, 1, named(parameters), optimizer, {}, keep=1)
+    path = save_checkpoint(tmp_path, 1, named(parameters), optimizer.state_dict(), {}, keep=1)
     (path / name).write_bytes((path / name).read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"checkpoint-1 is damaged: .*Delete it"):
         load_checkpoint(path, named(parameters), optimizer)
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_named(tmp_path, name):
 
 def test_nothing_in_a_checkpoint_is_pickled(tmp_path):
     parameters, optimizer = stepped(torch.optim.AdamW, lr=0.1)
-    path = save_checkpoint(tmp_path, 1, named(parameters), optimizer, {}, keep=1)
+    path = save_checkpoint(tmp_path, 1, named(parameters), optimizer.state_dict(), {}, keep=1)
     assert sorted(p.name for p in path.iterdir()) == [
         "model.safetensors",
         "optimizer.safetensors",
@@ -146,7 +146,7 @@ def test_what_a_killed_process_left_is_cleared_away_and_others_may_read(tmp_path
     (tmp_path / ".checkpoint-1" / "model.safetensors").write_bytes(b"half")
     before = os.umask(0o022)
     try:
-        path = save_checkpoint(tmp_path, 2, named(parameters), optimizer, {}, keep=1)
+        path = save_checkpoint(tmp_path, 2, named(parameters), optimizer.state_dict(), {}, keep=1)
     finally:
         os.umask(before)
     assert [found.name for found in tmp_path.iterdir()] == ["checkpoint-2"]
@@ -157,7 +157,7 @@ def test_what_a_killed_process_left_is_cleared_away_and_others_may_read(tmp_path
 def test_one_flipped_bit_is_refused_and_the_file_and_the_older_checkpoint_are_named(tmp_path, name):
     parameters, optimizer = stepped(torch.optim.SGD, lr=0.1, momentum=0.9)
     for step in (9, 10):
-        save_checkpoint(tmp_path, step, named(parameters), optimizer, {"facts": {"a": 1}}, keep=2)
+        save_checkpoint(tmp_path, step, named(parameters), optimizer.state_dict(), {"facts": {"a": 1}}, keep=2)
     load_checkpoint(tmp_path / "checkpoint-10", named(parameters), optimizer)
     before = [parameter.clone() for parameter in parameters]
     file = tmp_path / "checkpoint-10" / name
