@@ -7,13 +7,12 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
@@ -85,9 +84,8 @@ def embed_dataset(
         "part_size": part_size,
         "format": format,
     }
-    write = (
-        partial(_write_parquet, schema=_schema(images, embedder.dim)) if format == "parquet" else _write_safetensors
-    )
+    metadata = {_FACTS: json.dumps(facts)}
+    schema = _schema(images, embedder.dim) if format == "parquet" else None
     share = range((job[0] - 1) * count // job[1], job[0] * count // job[1])
     paths = [folder / f"part-{number:05d}-of-{count:05d}.{format}" for number in range(count)]
 
@@ -97,14 +95,13 @@ def embed_dataset(
             _check_same(path, _read_facts(path), facts)
         return [number for number in share if not paths[number].exists()]
 
-    state = PartialState() if accelerator is None else accelerator
-    processes, process = (1, 0) if accelerator is None else (state.num_processes, state.process_index)
     if accelerator is None:
-        todo = start()
+        processes, process, todo = 1, 0, start()
     else:
+        processes, process = accelerator.num_processes, accelerator.process_index
         todo, main = decided(lambda: (start(), facts))
         together(accelerator, lambda: _check_same("The main process's part", main, facts))
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # on each machine's disk, if it is not shared
     mine = todo[process::processes]
     bounds = {number: range(number * part_size, min((number + 1) * part_size, total)) for number in mine}
     batches = (part[at : at + embedder.batch_size] for part in bounds.values() for at in _starts(part, embedder))
@@ -118,14 +115,17 @@ def embed_dataset(
         function=embedder.features,
     )
     began = time.perf_counter()
-    own = f"embedding{f' (process 1 of {processes})' if processes > 1 else ''}"
-    done = sum(map(len, bounds.values()))
-    bar = tqdm(total=done, desc=own, unit=" images", disable=None if process == 0 else True)
+    done, own = sum(map(len, bounds.values())), f" (process 1 of {processes})" if processes > 1 else ""
+    bar = tqdm(total=done, desc=f"embedding{own}", unit=" images", disable=None if process == 0 else True)
     with bar, closing(found):
         for number, part in bounds.items():
             columns = _columns(part, _watched(islice(found, len(_starts(part, embedder))), bar))
             with atomic_write(paths[number]) as file:
-                write(file, columns, {_FACTS: json.dumps(facts)})
+                if schema is None:
+                    columns.pop("key", None)  # text is no tensor
+                    file.write(save({name: tensor.contiguous() for name, tensor in columns.items()}, metadata))
+                else:
+                    _write_parquet(file, columns, schema.with_metadata({**schema.metadata, **metadata}))
     return Embedded(count, len(mine), len(share) - len(todo), done, time.perf_counter() - began)
 
 
@@ -166,20 +166,14 @@ def _schema(images: ImageDataset, dim: int) -> Any:
     return Features({**columns, "embedding": Sequence(Value("float32"), length=dim)}).arrow_schema
 
 
-def _write_parquet(file: Any, columns: dict[str, Any], metadata: dict[str, str], *, schema: Any) -> None:
+def _write_parquet(file: Any, columns: dict[str, Any], schema: Any) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
     embedding = columns["embedding"].contiguous()
     arrays = {name: values if isinstance(values, list) else values.numpy() for name, values in columns.items()}
     arrays["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(embedding.flatten().numpy()), embedding.shape[1])
-    table = pa.table(arrays, schema=schema.with_metadata({**schema.metadata, **metadata}))
-    parquet.write_table(table, file, use_dictionary=False)  # which embeddings do not repeat for
-
-
-def _write_safetensors(file: Any, columns: dict[str, Any], metadata: dict[str, str]) -> None:
-    columns.pop("key", None)
-    file.write(save({name: tensor.contiguous() for name, tensor in columns.items()}, metadata=metadata))
+    parquet.write_table(pa.table(arrays, schema=schema), file, use_dictionary=False)  # hardly a value repeats
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
@@ -188,9 +182,11 @@ def _read_facts(path: Path) -> dict[str, Any]:
         if path.suffix == ".parquet":
             from pyarrow import parquet
 
-            return json.loads((parquet.read_schema(path).metadata or {})[_FACTS.encode()])
+            facts: dict[str, Any] = json.loads((parquet.read_schema(path).metadata or {})[_FACTS.encode()])
+            return facts
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})[_FACTS])
+            facts = json.loads((file.metadata() or {})[_FACTS])
+            return facts
     except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise ValueError(f"{path} is no part that smn embed wrote, or damaged ({error!r}): delete it.") from error
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from functools import cached_property, partial
 from pathlib import Path
@@ -72,10 +73,8 @@ class Embedder:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
         own = {"mode": mode, "column": column, "batch_size": batch_size, "device": device}
-        self._arguments = {"base": base, "adapter": adapter, **own, **options}
+        self._arguments: dict[str, Any] = {"base": base, "adapter": adapter, **own, **options}
         self.column, self.batch_size = column, batch_size
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self.device = torch.device(device or found or "cpu")
         loaded = _load(base, None if adapter is None else os.fspath(adapter), options)
         self._cascade, self.mode = None, mode
         if isinstance(loaded, Cascade):
@@ -92,15 +91,22 @@ class Embedder:
 
     @cached_property
     def digest(self) -> str:
-        """Fingerprint of all tensors that embeddings depend on."""
+        """Fingerprint of all tensors that embeddings depend on, and of how images are prepared."""
         tensors = list(self.model.state_dict().values())
         if self._cascade is not None and self.mode is not None:
             tensors += self._cascade.tensors(self.mode)
-        return fingerprint(map(tensor_digest, tensors), tensors[0].dtype)
+        prepared = json.dumps(self.preprocessing, sort_keys=True)
+        return fingerprint([prepared, *map(tensor_digest, tensors)], tensors[0].dtype)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where it computes; looked for when it is needed, since a process that is forked later could use no GPU."""
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device(self._arguments["device"] or found or "cpu")
 
     @cached_property
     def _embed(self) -> Any:
-        self.model.to(self.device)  # not before: a process that is forked later could not use a GPU
+        self.model.to(self.device)
         if self._cascade is None:
             return partial(pooled_features, self.model)
         return partial(self._cascade.embed_batch, mode=self.mode)
