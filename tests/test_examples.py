@@ -18,6 +18,7 @@ NO_EXAMPLE = "not an example by itself"
 # Scripts that run as they are, offline, and what their output has to match.
 ALONE: dict[str, tuple[list[str], list[str]]] = {
     "custom_objective.py": ([], [r"step 0: loss [2-9]\.\d+, accuracy", r"step 19: loss 0\.[0-4]\d+, accuracy"]),
+    "embed.py": ([], [r"datasets: 12 embeddings of dim 64"]),
     "nano_smn.py": ([], [r"accuracy 0\.9\d+, density 0\.9\d+, file \d+ bytes", r"reloaded, logits identical: True"]),
     "plain_pytorch.py": (
         [],
@@ -55,6 +56,13 @@ def test_example_runs(name, tmp_path):
     arguments, promised = ALONE[name]
     output = run_example(name, *arguments, folder=tmp_path)
     assert missing(promised, output) == [], output
+
+
+@pytest.mark.slow
+def test_embeddings_by_ray_are_those_of_datasets(tmp_path):
+    pytest.importorskip("ray.data", reason="the extra ray is not installed")
+    output = run_example("embed.py", "--ray", folder=tmp_path)
+    assert "Ray: the same up to rounding: True" in output, output
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ DIRECTLY_BELOW: dict[str, set[str]] = {
     "evaluation": {"backbones", "data", "tuner"},
     "training": {"objectives", "data", "evaluation", "tuner", "hub"},
     "cascade": {"tuner", "evaluation", "training"},
+    "embedding": {"bank", "cascade"},
     "analysis": {"storage", "evaluation"},
     "hub": {"storage", "evaluation"},
     "paper": {"training", "cascade", "analysis"},

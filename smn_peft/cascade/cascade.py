@@ -12,9 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import Subset
 
-from ..backbones import Backbone
+from ..backbones import Backbone, pooled_features
 from ..evaluation import Features, extract_features, library_versions
 from ..functional.features import Whitening, fit_whitening
 from ..storage.adapter_config import CONFIG_NAME
@@ -133,50 +132,74 @@ class Cascade:
         """Modes that this cascade can embed in."""
         return tuple(mode for mode in MODES if mode != "conditional" or self.router is not None)
 
-    def _features(self, images: Any, adapter: str, **options: Any) -> Features:
-        """Features of a dataset under one mask; `options` as of `extract_features`."""
+    def _features(self, pixel_values: Tensor, adapter: str) -> Tensor:
+        """Features fp32 (batch, dim) of a batch under one mask, on the CPU."""
         model: Any = self.backbone.model
         model.set_adapter(adapter)
-        if (accelerator := options.get("accelerator")) is not None:
-            model.to(accelerator.device)
-        return extract_features(model, images, evaluation_of(self.backbone), **{"batch_size": 64, **options})
+        return pooled_features(model, pixel_values).float().cpu()
 
-    def _raw(self, images: Any, modes: Sequence[Mode], **options: Any) -> tuple[dict[Mode, Tensor], Features]:
-        """What the projections are applied to by mode, and the dispatcher's features; one pass over the data per mask.
+    def _raw(self, pixel_values: Tensor, modes: Sequence[Mode]) -> dict[Mode, Tensor]:
+        """What the projections are applied to, of a batch (batch, 3, height, width), by mode.
 
         Where "unconditional" is asked for too, every expert sees every image; else only those routed to it.
         """
-        if unknown := [mode for mode in modes if mode not in self.modes]:
-            raise ValueError(f"There is no mode {unknown[0]!r} here; there are {', '.join(self.modes)}.")
-        dispatched = self._features(images, self.adapters[0], **options)
-        found: dict[Mode, Tensor] = {mode: dispatched.features for mode in modes if mode in MODES[:2]}
+        dispatched = self._features(pixel_values, self.adapters[0])
+        found: dict[Mode, Tensor] = {mode: dispatched for mode in modes if mode in MODES[:2]}
         experts: list[Tensor] = []
         if "unconditional" in modes:  # [D(x), E_1(x), …, E_K(x)] (Eq. 10)
-            experts = [self._features(images, name, **options).features for name in self.adapters[1:]]
-            found["unconditional"] = torch.cat([dispatched.features, *experts], 1)
+            experts = [self._features(pixel_values, name) for name in self.adapters[1:]]
+            found["unconditional"] = torch.cat([dispatched, *experts], 1)
         if "conditional" in modes:  # [D(x), 0, …, E_R(x), …, 0] (Eq. 11)
             assert self.router is not None
-            route, parts = self.router.assign(dispatched.features), [dispatched.features]
+            route, parts = self.router.assign(dispatched), [dispatched]
             for number, name in enumerate(self.adapters[1:]):
                 rows = (route == number).nonzero().squeeze(1)
-                part = torch.zeros_like(dispatched.features)
+                part = torch.zeros_like(dispatched)
                 if experts:
                     part[rows] = experts[number][rows]
                 elif len(rows):
-                    part[rows] = self._features(Subset(images, rows.tolist()), name, **options).features
+                    part[rows] = self._features(pixel_values[rows.to(pixel_values.device)], name)
                 parts.append(part)
             found["conditional"] = torch.cat(parts, 1)
-        return found, dispatched
+        return {mode: found[mode] for mode in modes}
+
+    def _raw_of(self, images: Any, modes: Sequence[Mode], **options: Any) -> tuple[dict[Mode, Tensor], Tensor | None]:
+        """What the projections are applied to, of a dataset, by mode, and its labels; one pass over the images."""
+        if (accelerator := options.get("accelerator")) is not None:
+            self.backbone.model.to(accelerator.device)
+        widths: list[int] = []
+
+        def joined(pixel_values: Tensor) -> Tensor:
+            raw = self._raw(pixel_values, modes)
+            widths[:] = [part.shape[1] for part in raw.values()]
+            return torch.cat(list(raw.values()), 1)
+
+        options = {"batch_size": 64, "function": joined, **options}
+        found = extract_features(self.backbone.model, images, evaluation_of(self.backbone), **options)
+        return dict(zip(modes, found.features.split(widths, 1), strict=True)), found.labels
+
+    def _projected(self, raw: Tensor, mode: Mode) -> Tensor:
+        return raw if mode == "dispatcher" else self.projections[mode](raw)
+
+    def embed_batch(self, pixel_values: Tensor, mode: Mode = "conditional") -> Tensor:
+        """Embed a batch (batch, 3, height, width) in eval mode: fp32 (batch, dim), on the CPU; see [`embed`]."""
+        return self._projected(self._raw(pixel_values, [mode])[mode], mode)
+
+    def tensors(self, mode: Mode) -> list[Tensor]:
+        """All that an embedding depends on beside the tensors of the model."""
+        found = [] if mode == "dispatcher" else [self.projections[mode]]
+        router = self.router if mode == "conditional" else None
+        if router is not None:
+            found.append(router.whitening)
+        tensors = [tensor for whitening in found for tensor in files.whitening_tensors(whitening).values()]
+        return tensors + ([] if router is None else list(router.clusters.values()))
 
     def embed_all(self, images: Any, modes: Sequence[Mode] = (), **options: Any) -> dict[Mode, Features]:
-        """Embeddings in several modes (none given: all), for K + 1 passes over the data in all; see [`embed`]."""
+        """Embeddings in several modes (none given: all), by one pass over the images; see [`embed`]."""
         chosen = list(modes) or list(self.modes)
-        self._check_projections(chosen)
-        raw, dispatched = self._raw(images, chosen, **options)
-        return {
-            mode: Features(raw[mode] if mode == "dispatcher" else self.projections[mode](raw[mode]), dispatched.labels)
-            for mode in chosen
-        }
+        self.check_modes(chosen)
+        raw, labels = self._raw_of(images, chosen, **options)
+        return {mode: Features(self._projected(raw[mode], mode), labels) for mode in chosen}
 
     def embed(self, images: Any, mode: Mode = "conditional", **options: Any) -> Features:
         """Embeddings fp32 (n, dim) of a dataset, in its order; all but "dispatcher" whitened by the training set.
@@ -187,14 +210,16 @@ class Cascade:
 
     def fit_projections(self, images: Any, dim: int | None = None, **options: Any) -> None:
         """Fit the whitening of every mode on the training images, to `dim` dims or as many as the backbone's."""
-        raw, _ = self._raw(images, self.modes, **options)
+        raw, _ = self._raw_of(images, self.modes[1:], **options)
         kept, self.embed_dim = dim or self.backbone.feature_dim, dim
-        del raw["dispatcher"]
         self.projections = {mode: fit_whitening(values, min(kept, values.shape[1])) for mode, values in raw.items()}
 
-    def _check_projections(self, modes: Sequence[Mode]) -> None:
+    def check_modes(self, modes: Sequence[Mode]) -> None:
+        """Refuse modes (`ValueError`) that this cascade has not, or for which no projection was fitted."""
+        if unknown := [mode for mode in modes if mode not in self.modes]:
+            raise ValueError(f"There is no mode {unknown[0]!r} here; there are {', '.join(self.modes)}.")
         for mode in modes:
-            if mode in self.modes and mode != "dispatcher" and mode not in self.projections:
+            if mode != "dispatcher" and mode not in self.projections:
                 raise ValueError(f"There is no projection for {mode!r} yet: call fit_projections(training images).")
 
     def save(self, folder: str | Path, *, masks: bool = True) -> None:
@@ -209,7 +234,7 @@ class Cascade:
             (folder / CASCADE_NAME).unlink(missing_ok=True)
             model.save_pretrained(str(folder), selected_adapters=self.adapters, save_embedding_layers=False)
             self.summary.save(folder / self.adapters[0])
-        self._check_projections(self.modes)
+        self.check_modes(self.modes)
         if self.router is not None:
             self.router.save(folder)
         tensors: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ..training import Interrupted
-from . import adapters, analyze, bank, train
+from . import adapters, analyze, bank, embed, train
 from .options import Group, one_line
 
 __all__ = ["app", "main"]
@@ -76,6 +76,7 @@ for _command in (
     *(
         train.train,
         analyze.evaluate,
+        embed.embed,
         adapters.push,
         adapters.pack,
         adapters.unpack,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import NoneType
@@ -130,6 +131,14 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_part(part: str) -> tuple[int, int]:
+    """Read a job's share, "I/N" with I from 1 to N."""
+    index, count = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
+    if not 1 <= index <= count:
+        raise ValueError(f"--part is I/N with I from 1 to N, such as 1/4; got {part!r}.")
+    return index, count
 
 
 def output_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:

@@ -22,18 +22,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from safetensors.torch import save
 
 from .._options import merged, read_values
-from ..cascade import MODES, Cascade, CascadeArguments, cascade_sizes, evaluate_cascade, prepare, train_experts
+from ..cascade import Cascade, CascadeArguments, cascade_sizes, evaluate_cascade, prepare, train_experts
 from ..cascade.evaluate import METRICS
-from ..data import load_images
 from ..data.loading import STOP_SIGNALS
 from ..evaluation import report_table
 from ..paper import ARTEFACTS, SCALES, Reproduction, artefact_named, listing, scale_named
 from ..paper import compare as compare_methods
 from ..paper import reproduce as reproduce_artefact
-from ..storage.files import atomic_write
 from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
 from ..training import convert as convert_run
 from ..training.arguments import read_recipe
@@ -42,13 +39,12 @@ from ..training.run import EXPECTED, FolderInUse, check_tasks
 from .options import (
     PATH,
     Group,
-    backbone_option,
     evaluation_options,
     field_options,
     given,
     help_all,
-    loading_options,
     one_line,
+    read_part,
     write_json,
 )
 
@@ -87,12 +83,17 @@ class Launchable(click.Command):
         """Parse the line; without `--launch` every unknown word is refused."""
         ctx.allow_extra_args = ctx.ignore_unknown_options = "--launch" in args
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             if error.possibilities:
                 raise
             text = f"{error.format_message()} Options of `accelerate launch` need --launch."
             raise click.UsageError(text, ctx) from error
+        for argument in (one for one in self.params if isinstance(one, click.Argument)):
+            if str(ctx.params[str(argument.name)]).startswith("-"):
+                text = f"{argument.make_metavar(ctx)} comes before the options of `accelerate launch`."
+                raise click.UsageError(text, ctx)
+        return rest
 
 
 def launch_processes(command: list[str], extra: list[str], *, cpu: bool) -> int:
@@ -233,9 +234,7 @@ def _read_tasks(path: Path, part: str | None, shared: Mapping[str, Any]) -> dict
     if not tasks:
         raise ValueError(f"{path} holds no task.")
     if part is not None:  # the jobs 1/N to N/N share the tasks
-        index, count = map(int, part.split("/")) if re.fullmatch(r"\d+/\d+", part) else (0, 0)
-        if not 1 <= index <= count:
-            raise ValueError(f"--part is I/N with I from 1 to N, such as 1/4; got {part!r}.")
+        index, count = read_part(part)
         tasks = dict(list(tasks.items())[index - 1 :: count])
     check_tasks(tasks)
     return tasks
@@ -306,30 +305,6 @@ def _train_cascade(
         text = f"clusters of {clusters}\n{arguments.output_dir}: {sizes}"
     if PartialState().is_main_process:
         click.echo(text)
-
-
-@cascade.command("embed")
-@_cascade_folder
-@click.option("--dataset", required=True, help="Dataset to embed, as `smn train` takes it.")
-@click.option("--output", type=PATH, required=True, help="The safetensors file to write.")
-@click.option("--split", default="test", help="Split of the dataset.")
-@click.option("--mode", type=click.Choice(MODES), default="conditional", help="Which embedding.")
-@click.option("--labelled/--no-labelled", default=True, help="Write the labels too.")
-@backbone_option
-@loading_options
-def _embed(folder: Path, dataset: str, output: Path, mode: Any, cpu: bool, **options: Any) -> None:
-    """Write the embeddings of a dataset, in its order, as `embeddings` (n, dim) and `labels` (n,)."""
-    loaded = Cascade.load(folder, backbone=options["backbone"])
-    images = load_images(dataset, options["split"], labelled=options["labelled"])
-    accelerator, loading = Accelerator(cpu=cpu), {}
-    for name in ("batch_size", "num_workers"):
-        loading[name] = getattr(loaded.arguments, name) if options[name] is None else options[name]
-    found = loaded.embed(images, mode, accelerator=accelerator, **loading)
-    if accelerator.is_main_process:
-        labels = {} if found.labels is None else {"labels": found.labels}
-        with atomic_write(output) as file:
-            file.write(save({"embeddings": found.features.contiguous(), **labels}))
-        click.echo(f"{len(found)} embeddings of dim {found.features.shape[1]} in {output}")
 
 
 @cascade.command("eval")

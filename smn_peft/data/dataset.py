@@ -91,6 +91,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"image": self._image(index), "index": index, **label}
 
     @property
+    def has_keys(self) -> bool:
+        """Whether images may have names."""
+        return hasattr(self.source, "key")
+
+    def key(self, index: int) -> str | None:
+        """The name of an image's file within the dataset, of one that [`has_keys`]; None where it has none."""
+        name: str | None = self.source.key(int(self.rows[index]))  # type: ignore[attr-defined]
+        return name
+
+    @property
     def num_classes(self) -> int | None:
         """Number of names if there are names, else the largest label plus one; None without labels."""
         if self.labels is None:

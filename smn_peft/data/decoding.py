@@ -9,14 +9,24 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["FORMATS", "ImageError", "TooManyPixelsError", "UnknownFormatError", "decode_rgb", "open_image", "to_rgb"]
+__all__ = [
+    "FORMATS",
+    "ImageError",
+    "TooManyPixelsError",
+    "UnknownFormatError",
+    "as_rgb",
+    "decode_rgb",
+    "open_image",
+    "to_rgb",
+]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """What is read. Pillow's other readers are seldom used, and one of them starts a program (EPS: Ghostscript)."""
@@ -54,6 +64,32 @@ def decode_rgb(data: Tensor | bytes, where: str) -> Tensor:
     """
     with open_image(data.numpy().tobytes() if isinstance(data, Tensor) else data, where) as image:
         return to_rgb(image, where)
+
+
+def as_rgb(image: Any, where: str) -> Tensor:
+    """Convert an image as libraries hand it over to (3, height, width) uint8 RGB.
+
+    Args:
+        image: A PIL image; an image file's bytes, or ``{"bytes": …}``; uint8 (height, width) or (height, width, 1, 3
+            or 4) as an array, or (3, height, width) as a tensor.
+        where: Names it in the `ImageError` of what is none of these, or cannot be read.
+    """
+    if isinstance(image, Mapping) and image.get("bytes") is not None:
+        image, where = image["bytes"], f"{where} ({image['path']})" if image.get("path") else where
+    if isinstance(image, bytes):
+        return decode_rgb(image, where)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
+        if image.ndim == 2 or image.shape[2] in (1, 3, 4):
+            image = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    if isinstance(image, Image.Image):
+        return to_rgb(image.copy(), where)  # which turns it by its EXIF in place
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
+        return image
+    kind = type(image).__name__
+    if isinstance(image, (np.ndarray, Tensor)):
+        kind = f"{kind} of {image.dtype} {tuple(image.shape)}"
+    fix = "give a PIL image, a file's bytes, uint8 (height, width, 3) as an array, or (3, height, width) as a tensor"
+    raise ImageError(f"{where} is a {kind}: {fix}.")
 
 
 def open_image(

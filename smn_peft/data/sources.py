@@ -32,9 +32,10 @@ _MAX_FILE = 1 << 28  # bytes, those of the largest image that is decoded
 
 
 class ImageFiles:
-    """Image files by path."""
+    """Image files by path; their keys are the paths from `root` on."""
 
-    def __init__(self, paths: list[str]) -> None:
+    def __init__(self, paths: list[str], root: str | os.PathLike[str] = ".") -> None:
+        self._root = root
         # One array, not a list: workers that are forked would copy every page of a list by counting references.
         self._paths = np.array(paths, dtype=np.str_)
 
@@ -42,6 +43,10 @@ class ImageFiles:
         """The bytes of a file, and its path."""
         path = str(self._paths[row])
         return read_bytes(path), path
+
+    def key(self, row: int) -> str:
+        """The path of a file from the dataset's folder on."""
+        return Path(os.path.relpath(self._paths[row], self._root)).as_posix()
 
 
 class EncodedImages:
@@ -78,6 +83,11 @@ class TableImages:
                     raise ImageError(f"{where}: {error}") from error
         what = f"the row has no bytes, and names a file that is not below {self._folders[0]}, the dataset's own folder"
         raise ImageError(f"{where}: {what}. Put the bytes into the table, or the files beside it.")
+
+    def key(self, row: int) -> str | None:
+        """The file that a row names, if any."""
+        value: Mapping[str, Any] = self._table[row][self._column] or {"path": None}
+        return value["path"]
 
 
 def load_images(
@@ -172,7 +182,7 @@ def _load_folder(root: Path, split: str, labelled: bool) -> ImageDataset:
     if not found:
         raise ValueError(f"{root}, split {split!r}, has no images ({', '.join(sorted(_SUFFIXES))}).")
     labels = torch.tensor([label for _, label in found]) if labelled else None
-    source, rows = ImageFiles([file for file, _ in found]), torch.arange(len(found))
+    source, rows = ImageFiles([file for file, _ in found], root), torch.arange(len(found))
     return ImageDataset(source, labels=labels, classes=classes, name=str(root), split=split, rows=rows)
 
 

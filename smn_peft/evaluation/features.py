@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from ..backbones import Backbone, pooled_features
 from ..backbones.backbone import EvalTransform
@@ -55,11 +56,12 @@ class Features:
 
 
 @dataclass
-class _Inputs(Dataset[dict[str, Any]]):
-    """Transformed images of a dataset, and labels where there are some."""
+class Inputs(Dataset[dict[str, Any]]):
+    """Transformed images of a dataset, labels where there are some, and keys ("" for none) if `keys`."""
 
     dataset: Any
     transform: Callable[[Any], Tensor]
+    keys: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -72,7 +74,44 @@ class _Inputs(Dataset[dict[str, Any]]):
 
             image = to_pil_image(image)  # the model's own library reads PIL images
         label = {} if item.get("label") is None else {"label": int(whole_numbers(item["label"], "An image"))}
-        return {"pixel_values": self.transform(image), **label}
+        key = {"key": self.dataset.key(index) or ""} if self.keys else {}
+        return {"pixel_values": self.transform(image), **label, **key}
+
+
+def feature_batches(
+    model: nn.Module,
+    inputs: Inputs,
+    batches: Iterable[Sequence[int]],
+    *,
+    device: torch.device,
+    num_workers: int = 0,
+    function: Callable[[Tensor], Tensor] | None = None,
+    autocast: torch.dtype | None = None,
+) -> Iterator[dict[str, Any]]:
+    """For batches of indices, one after another: their "features" fp32 (batch, dim), and what else `inputs` give.
+
+    The model is in eval mode until the iterator ends or is closed; the rest as in [`extract_features`].
+    """
+    loader = PatientLoader(
+        inputs,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # the loader draws a seed: not from the caller's stream
+    )
+    run = function or (lambda pixel_values: pooled_features(model, pixel_values))
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for batch in loader:
+            pixel_values = batch.pop("pixel_values").to(device, non_blocking=True)
+            # Not inference_mode: what a layer caches there could not be used in training.
+            with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+                features = run(pixel_values).float()
+            yield {"features": features, **batch}
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def extract_features(
@@ -121,25 +160,13 @@ def extract_features(
         whole: Any = accelerator.gather(part.to(device)) if accelerator else part
         return whole.view(processes, *part.shape).cpu()
 
-    loader = PatientLoader(
-        _Inputs(dataset, transform),
-        batch_size,
-        sampler=indices,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # the loader draws a seed: not from the caller's stream
-    )
-    run = function or (lambda pixel_values: pooled_features(model, pixel_values))
-    features, labels, modes = [], [], [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        # Not inference_mode: what a layer caches there could not be used in training.
-        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            for batch in loader:
-                features.append(gathered(run(batch["pixel_values"].to(device, non_blocking=True)).float()))
-                if "label" in batch:
-                    labels.append(gathered(batch["label"]))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    batches = BatchSampler(indices, batch_size, drop_last=False)
+    options: dict[str, Any] = {"num_workers": num_workers, "function": function, "autocast": autocast}
+    found = feature_batches(model, Inputs(dataset, transform), batches, device=device, **options)
+    features, labels = [], []
+    with closing(found):
+        for batch in found:
+            features.append(gathered(batch["features"]))
+            if "label" in batch:
+                labels.append(gathered(batch["label"]))
     return Features(*(torch.cat(parts, dim=1).flatten(0, 1)[:count] for parts in (features, labels) if parts))

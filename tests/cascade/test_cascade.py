@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from smn_peft.backbones import pooled_features
 from smn_peft.cascade import Cascade, Router, cascade_sizes
 from smn_peft.data import load_images
+from smn_peft.embedding import Embedder
 from smn_peft.training import load_run
 from smn_peft.training.assemble import evaluation_of
 from tests.training.tiny import TEST, TRAIN
@@ -72,6 +74,23 @@ def test_all_modes_at_once_are_each_alone(cascade, images):
     assert list(everything) == ["dispatcher", "whitened", "conditional", "unconditional"]
     for mode, found in everything.items():
         torch.testing.assert_close(cascade.embed(images["test"], mode).features, found.features, rtol=1e-4, atol=1e-4)
+
+
+def test_an_embedder_is_the_cascade_batch_by_batch(fitted, arguments, cascade, images):
+    batch = {"image": [item["image"] for item in images["test"]]}
+    digests = set()
+    for mode in (None, "dispatcher", "unconditional"):
+        embedder = pickle.loads(pickle.dumps(Embedder(arguments.backbone, fitted, mode=mode, batch_size=10)))
+        expected = cascade.embed(images["test"], mode or "conditional", batch_size=10)
+        found = torch.from_numpy(embedder(batch)["embedding"])
+        torch.testing.assert_close(found, expected.features, rtol=1e-5, atol=1e-6)
+        assert embedder.dim == found.shape[1]
+        digests.add(embedder.digest)
+    assert len(digests) == 3
+    with pytest.raises(ValueError, match="no mode 'conditional' here; there are dispatcher, whitened, unconditional"):
+        Embedder(arguments.backbone, fitted / "ensemble")
+    with pytest.raises(ValueError, match="is a cascade, which takes images of its own size: leave image_size out"):
+        Embedder(arguments.backbone, fitted, image_size=32)
 
 
 @pytest.mark.parametrize(("mode", "passes"), [("dispatcher", 1), ("conditional", 2), ("unconditional", 3)])

@@ -54,23 +54,14 @@ def test_in_jobs_then_embeddings_and_the_table(line, tmp_path):
     assert (out / "expert-1" / "run.json").stat().st_mtime_ns == finished
     dataset = line[1].parent / "set.npz"
     for mode in ("conditional", "unconditional"):
-        result = smn(
-            "embed",
-            out,
-            "--dataset",
-            dataset,
-            "--output",
-            tmp_path / "e.safetensors",
-            "--mode",
-            mode,
-            "--cpu",
-            *line[-2:],
-        )
-        assert f"{TEST} embeddings of dim 16" in result.stdout
-        found, images = load_file(tmp_path / "e.safetensors"), load_images(dataset, "test")
+        words = [out, *line[-2:], "--dataset", dataset, "--split", "test", "--batch-size", 12, "--mode", mode, "--cpu"]
+        words += ["--format", "safetensors", "-o", tmp_path / mode]
+        result = runner.invoke(app, ["embed", *map(str, words)])
+        assert f"{TEST} images in 1 parts, dim 16" in result.stdout, result.output
+        found, images = load_file(tmp_path / mode / "part-00000-of-00001.safetensors"), load_images(dataset, "test")
         expected = Cascade.load(out, backbone=backbone).embed(images, mode, batch_size=12)
-        assert torch.equal(found["embeddings"], expected.features)
-        assert torch.equal(found["labels"], images.labels)
+        torch.testing.assert_close(found["embedding"], expected.features, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found["label"], images.labels)
     result = smn("eval", out, *line[-2:], "--cpu", "--metric", "knn", "--json", tmp_path / "reports.json")
     reports = evaluate_cascade(out, backbone=backbone, metrics=["knn"])
     assert result.stdout == f"{report_table(reports)}\n"
@@ -90,5 +81,3 @@ def test_mistakes(line, tmp_path):
     assert "No such option '--expertt'." in smn("train", *line, "--expertt", 1, code=2).stderr
     assert "objective='cross_entropy' needs them" in smn("train", *line, "--objective", "cross_entropy", code=1).stderr
     assert "holds no finished cascade" in smn("eval", tmp_path, code=1).stderr
-    words = ["embed", tmp_path, "--dataset", "x.npz", "--output", "y"]
-    assert "'both' is not one of 'dispatcher'" in smn(*words, "--mode", "both", code=2).stderr
