@@ -99,7 +99,7 @@ class _Reader:
     def __init__(self, stream: ImageStream, seed: int, buffer_size: int, start: tuple[int, int]) -> None:
         self.position = start  # number of the pass, images of it that were read
         self._stream, self._seed, self._buffer_size = stream, seed, buffer_size
-        self._rows = islice(self._pass(), start[1], None)
+        self._rows: Iterator[dict[str, Any]] = islice(self._pass(), start[1], None)
 
     def _pass(self) -> Iterator[dict[str, Any]]:
         # Every process shuffles the shards alike, and takes its own of them.
@@ -110,9 +110,11 @@ class _Reader:
         """The next row, and its position."""
         while (row := next(self._rows, None)) is None:
             if self.position[1] == 0:
-                raise ValueError(f"{self._stream.name}, split {self._stream.split!r}: shards without an image.")
+                raise ValueError(
+                    f"{self._stream.name}, {self._stream.split}: a worker's files hold no image; delete them."
+                )
             self.position = self.position[0] + 1, 0
-            self._rows = islice(self._pass(), 0, None)
+            self._rows = self._pass()
         at, self.position = self.position, (self.position[0], self.position[1] + 1)
         return row, at
 
@@ -121,25 +123,33 @@ class _StreamedBatches(IterableDataset[Any]):
     """A worker's share of an epoch: (worker, its position afterwards, batch), None for a batch that is skipped."""
 
     def __init__(
-        self, stream: ImageStream, transform: ImageTransform, batch_size: int, batches: int, options: dict[str, Any]
+        self,
+        stream: ImageStream,
+        transform: ImageTransform,
+        batch_size: int,
+        batches: int,
+        *,
+        seed: int,
+        buffer_size: int,
+        process: int,
+        workers: int,
     ) -> None:
         self.stream, self.transform, self.batch_size, self.batches = stream, transform, batch_size, batches
-        self.process, self.seed, self.buffer_size = options["process"], options["seed"], options["buffer_size"]
+        self.seed, self.buffer_size, self.process = seed, buffer_size, process
         # Where each worker begins the epoch, and the first batch wanted: shared with workers that stay alive.
-        self.positions = torch.zeros(options["workers"], 2, dtype=torch.int64).share_memory_()
+        self.positions = torch.zeros(workers, 2, dtype=torch.int64).share_memory_()
         self.start_batch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._reader: _Reader | None = None
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, int], dict[str, Any] | None]]:
         worker = info.id if (info := get_worker_info()) else 0
-        passes, images = self.positions[worker].tolist()
+        (passes, images), first = self.positions[worker].tolist(), int(self.start_batch)
         if self._reader is None or self._reader.position != (passes, images):
             self._reader = _Reader(self.stream, self.seed, self.buffer_size, (passes, images))
         reader = self._reader
         for number in range(worker, self.batches, len(self.positions)):  # the loader takes turns
             rows = [reader.next() for _ in range(self.batch_size)]
-            wanted = number >= self.start_batch
-            batch = default_collate([self._sample(worker, *row) for row in rows]) if wanted else None
+            batch = default_collate([self._sample(worker, *row) for row in rows]) if number >= first else None
             yield worker, reader.position, batch
 
     def _sample(self, worker: int, row: dict[str, Any], at: tuple[int, int]) -> dict[str, Any]:
@@ -169,6 +179,7 @@ class StreamLoader(PatientLoader):
             self.load_state_dict(state)
         elif epoch != self._epoch:
             raise ValueError(f"A stream goes on where it is, in epoch {state['epoch']}; it cannot begin {epoch}.")
+        self._taken = 0
         self.dataset.positions.copy_(self._begun)
         self.dataset.start_batch.fill_(start_batch)
 
@@ -232,8 +243,16 @@ def build_stream_loader(
         warnings.warn(f"{text}: only those are started.", stacklevel=2)
         num_workers = most
     own = split_dataset_by_node(stream.table, rank=process_index, world_size=num_processes, strategy="shards")
-    options = {"seed": seed, "buffer_size": buffer_size, "process": process_index, "workers": max(1, num_workers)}
-    dataset = _StreamedBatches(replace(stream, table=own), transform, batch_size // num_processes, batches, options)
+    dataset = _StreamedBatches(
+        replace(stream, table=own),
+        transform,
+        batch_size // num_processes,
+        batches,
+        seed=seed,
+        buffer_size=buffer_size,
+        process=process_index,
+        workers=max(1, num_workers),
+    )
     return StreamLoader(
         dataset,
         num_workers,
