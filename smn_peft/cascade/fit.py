@@ -134,6 +134,8 @@ def check_run(arguments: TrainArguments, options: CascadeArguments) -> None:
     if objective_kind(arguments).needs_labels:
         needs = f"objective={arguments.objective!r} needs them"
         raise ValueError(f"A cascade learns without labels, and {needs}: take objective='swav' or a recipe with it.")
+    if arguments.streaming:
+        raise ValueError("A cascade clusters all training images: leave out streaming.")
     if arguments.keep_checkpoints < 1:
         raise ValueError("Experts start from the dispatcher's scores: keep_checkpoints must be at least 1.")
     for name in ("init_from", "indices_file"):

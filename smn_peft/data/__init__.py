@@ -7,7 +7,8 @@ from .dataset import ImageDataset, NoLabelsError, NoSplitError, held_out, label_
 from .decoding import ImageError
 from .loading import build_loader
 from .registry import dataset_spec, list_datasets
-from .sources import load_images
+from .sources import load_images, stream_images
+from .streaming import ImageStream, build_stream_loader
 from .transforms import (
     MultiCropOptions,
     SupervisedOptions,
@@ -21,11 +22,13 @@ from .transforms import (
 __all__ = [
     "ImageDataset",
     "ImageError",
+    "ImageStream",
     "MultiCropOptions",
     "NoLabelsError",
     "NoSplitError",
     "SupervisedOptions",
     "build_loader",
+    "build_stream_loader",
     "check_preprocessing",
     "dataset_spec",
     "evaluation_transform",
@@ -35,5 +38,6 @@ __all__ = [
     "load_images",
     "multi_crop_transform",
     "preprocessing_transform",
+    "stream_images",
     "supervised_transform",
 ]

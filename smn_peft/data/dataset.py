@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,18 +14,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..functional.features import whole_numbers
-from .decoding import decode_rgb
+from ..storage.files import read_bytes
+from .decoding import ImageError, decode_rgb
 
 __all__ = [
     "WITHOUT_LABELS",
+    "EncodedImages",
     "ImageDataset",
     "ImageSource",
     "NoLabelsError",
     "NoSplitError",
     "held_out",
     "label_subset",
+    "stored_image",
 ]
 
+_MAX_FILE = 1 << 28  # bytes, those of the largest image that is decoded
 WITHOUT_LABELS = "labelled=False to use the images without labels"
 
 
@@ -45,6 +50,38 @@ class ImageSource(Protocol):
 
     def read(self, row: int) -> tuple[Tensor | bytes, str]:
         """The bytes of one image file, and its name for messages."""
+
+
+class EncodedImages:
+    """Image files one after another in one array."""
+
+    def __init__(self, data: Tensor, offsets: Tensor, name: str) -> None:
+        self._data, self._offsets, self._name = data, offsets, name
+
+    def read(self, row: int) -> tuple[Tensor, str]:
+        """The bytes of a row, and its name."""
+        start, end = self._offsets[row : row + 2].tolist()
+        return self._data[start:end], f"{self._name}, row {row}"
+
+
+def stored_image(value: Mapping[str, Any] | None, where: str, folders: list[Path]) -> tuple[bytes, str]:
+    """The bytes of an image of `datasets`, and the names of its row and file.
+
+    A row may name a file below `folders` only, since anybody wrote it; `ImageError` for another.
+    """
+    value = value or {"bytes": b"", "path": None}
+    where += f" ({value['path']})" if value["path"] else ""
+    if value["bytes"] is not None:
+        return value["bytes"], where
+    for folder in map(Path.resolve, folders):
+        found = (folder / str(value["path"])).resolve()  # an absolute path stays what it is
+        if found.is_relative_to(folder) and found.exists():
+            try:
+                return read_bytes(found, _MAX_FILE), where
+            except ValueError as error:
+                raise ImageError(f"{where}: {error}") from error
+    what = f"the row has no bytes, and names a file that is not below {folders[0]}, the dataset's own folder"
+    raise ImageError(f"{where}: {what}. Put the bytes into the table, or the files beside it.")
 
 
 @dataclass(eq=False, repr=False)

@@ -17,10 +17,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from .transforms import ImageTransform
 
-__all__ = ["STOP_SIGNALS", "AugmentedDataset", "PatientLoader", "ShardedBatches", "build_loader", "check_map_style"]
+__all__ = [
+    "STOP_SIGNALS",
+    "AugmentedDataset",
+    "PatientLoader",
+    "ShardedBatches",
+    "augmented",
+    "build_loader",
+    "check_map_style",
+    "seed_of",
+]
 
 
-def _seed_of(*parts: int | str) -> int:
+def seed_of(*parts: int | str) -> int:
+    """A seed below 2^63 that depends on all parts."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -47,8 +57,7 @@ def _await_the_end() -> None:
 class PatientLoader(DataLoader[dict[str, Any]]):
     """A `DataLoader` whose workers leave signals to the main process, and end with it."""
 
-    def __init__(self, dataset: Any, batch_size: int = 1, **kwargs: Any) -> None:
-        check_map_style(dataset)
+    def __init__(self, dataset: Any, batch_size: int | None = 1, **kwargs: Any) -> None:
         super().__init__(dataset, batch_size, worker_init_fn=_leave_signals_to_the_main_process, **kwargs)
 
     def __iter__(self) -> Any:
@@ -67,6 +76,13 @@ def check_map_style(dataset: Any) -> None:
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         what = f"A {type(dataset).__name__} can only be read in order"
         raise ValueError(f"{what}: load it without streaming=True, or give list(dataset) if it fits into memory.")
+
+
+def augmented(item: dict[str, Any], transform: ImageTransform, *parts: int) -> dict[str, Any]:
+    """A transformed sample, whose randomness depends on `parts` alone."""
+    views = transform(item["image"], torch.Generator().manual_seed(seed_of("sample", *parts)))
+    labels = {"labels": item["label"]} if "label" in item else {}
+    return {"pixel_values" if isinstance(views, Tensor) else "crops": views, **labels, "index": item["index"]}
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):
@@ -92,11 +108,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.dataset[index]
-        generator = torch.Generator().manual_seed(_seed_of("sample", self.seed, int(self._epoch), int(index)))
-        views = self.transform(item["image"], generator)
-        labels = {"labels": item["label"]} if "label" in item else {}
-        return {"pixel_values" if isinstance(views, Tensor) else "crops": views, **labels, "index": item["index"]}
+        return augmented(self.dataset[index], self.transform, self.seed, int(self._epoch), int(index))
 
 
 class ShardedBatches(Sampler[list[int]]):
@@ -135,7 +147,7 @@ class ShardedBatches(Sampler[list[int]]):
         return self.n // self.batch_size - self.start_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(_seed_of("order", self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
         batches = torch.randperm(self.n, generator=generator).split(self.batch_size)
         for batch in batches[self.start_batch : self.n // self.batch_size]:
             yield batch.chunk(self.num_processes)[self.process_index].tolist()
@@ -179,5 +191,5 @@ def build_loader(
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         # Otherwise every iteration would take a number from the caller's generator.
-        generator=torch.Generator().manual_seed(_seed_of("workers", seed)),
+        generator=torch.Generator().manual_seed(seed_of("workers", seed)),
     )

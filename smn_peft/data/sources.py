@@ -17,18 +17,17 @@ from torch import Tensor
 
 from ..functional.features import whole_numbers
 from ..storage.files import check_regular, read_bytes
-from .dataset import WITHOUT_LABELS, ImageDataset, NoLabelsError, NoSplitError
-from .decoding import ImageError
+from .dataset import WITHOUT_LABELS, EncodedImages, ImageDataset, NoLabelsError, NoSplitError, stored_image
 from .registry import dataset_spec
+from .streaming import ImageStream
 
-__all__ = ["EncodedImages", "ImageFiles", "TableImages", "load_images", "load_table"]
+__all__ = ["EncodedImages", "ImageFiles", "TableImages", "load_images", "load_table", "stream_images"]
 
 _SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 _SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val"), "test": ("test", "testing")}
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "cls", "target")
-_UNKNOWN_SPLIT = re.compile(r"(?i)unknown split .*should be one of (\[.*\])", re.DOTALL)  # as `datasets` says it
+_UNKNOWN_SPLIT = re.compile(r"(?i)(?:unknown|bad) split.*(?:one of|splits:) (\[.*\])", re.DOTALL)  # in `datasets`
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
-_MAX_FILE = 1 << 28  # bytes, those of the largest image that is decoded
 
 
 class ImageFiles:
@@ -49,40 +48,15 @@ class ImageFiles:
         return Path(os.path.relpath(self._paths[row], self._root)).as_posix()
 
 
-class EncodedImages:
-    """Image files one after another in one array."""
-
-    def __init__(self, data: Tensor, offsets: Tensor, name: str) -> None:
-        self._data, self._offsets, self._name = data, offsets, name
-
-    def read(self, row: int) -> tuple[Tensor, str]:
-        """The bytes of a row, and its name."""
-        start, end = self._offsets[row : row + 2].tolist()
-        return self._data[start:end], f"{self._name}, row {row}"
-
-
 class TableImages:
-    """Images in a table of `datasets`, whose rows may name files below `folders` only: anybody wrote it."""
+    """Images in a table of `datasets`; see [`stored_image`]."""
 
     def __init__(self, table: Any, column: str, name: str, folders: list[Path]) -> None:
-        self._table, self._column, self._name = table, column, name
-        self._folders = [folder.resolve() for folder in folders]
+        self._table, self._column, self._name, self._folders = table, column, name, folders
 
     def read(self, row: int) -> tuple[bytes, str]:
         """The bytes of a row's image, and the name of the row and its file."""
-        value: Mapping[str, Any] = self._table[row][self._column] or {"bytes": b"", "path": None}
-        where = f"{self._name}, row {row}" + (f" ({value['path']})" if value["path"] else "")
-        if value["bytes"] is not None:
-            return value["bytes"], where
-        for folder in self._folders:
-            found = (folder / str(value["path"])).resolve()  # an absolute path stays what it is
-            if found.is_relative_to(folder) and found.exists():
-                try:
-                    return read_bytes(found, _MAX_FILE), where
-                except ValueError as error:
-                    raise ImageError(f"{where}: {error}") from error
-        what = f"the row has no bytes, and names a file that is not below {self._folders[0]}, the dataset's own folder"
-        raise ImageError(f"{where}: {what}. Put the bytes into the table, or the files beside it.")
+        return stored_image(self._table[row][self._column], f"{self._name}, row {row}", self._folders)
 
     def key(self, row: int) -> str | None:
         """The file that a row names, if any."""
@@ -121,7 +95,8 @@ def load_images(
         OSError: Not in the local cache and the Hub cannot be reached.
     """
     name = os.fspath(name_or_path)
-    dataset = _load(name, split, revision, labelled, {"image_column": image_column, "label_column": label_column})
+    columns = {"image_column": image_column, "label_column": label_column}
+    dataset: ImageDataset = _load(name, split, revision, labelled, columns)
     if dataset.labels is not None and bool((dataset.labels == dataset.labels[0]).all()):
         label = int(dataset.labels[0])
         what = f"All {len(dataset)} images of {name}, split {split!r}, are of one class"
@@ -132,13 +107,46 @@ def load_images(
     return dataset.cached() if cache is True else dataset.cached(cache)
 
 
-def _load(name: str, split: str, revision: str | None, labelled: bool, columns: dict[str, Any]) -> ImageDataset:
-    table: Any = functools.partial(load_table, name=name, labelled=labelled, **columns)
+def stream_images(
+    name_or_path: str,
+    split: str = "train",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+    labelled: bool = True,
+) -> ImageStream:
+    """Open images that are read in order from where they are, without a copy on this machine.
+
+    The arguments are those of [`load_images`]. What is streamed is an id on the Hub; parquet files or tars of
+    webdataset, as a folder, a path, a pattern, or the same at a URL that fsspec knows, such as ``hf://``.
+
+    Raises:
+        ValueError: Unknown name, split or column, or images that are no stream.
+        NoLabelsError: There is no column of labels, or it holds no numbers; it is a ValueError.
+        OSError: The Hub cannot be reached.
+    """
+    columns = {"image_column": image_column, "label_column": label_column}
+    found: ImageStream = _load(name_or_path, split, revision, labelled, columns, streaming=True)
+    return found
+
+
+def _load(
+    name: str, split: str, revision: str | None, labelled: bool, columns: dict[str, Any], streaming: bool = False
+) -> Any:
+    table: Any = functools.partial(load_table, name=name, labelled=labelled, streaming=streaming, **columns)
     is_folder = os.path.isdir(name)
-    if name.endswith(".parquet"):
-        return table("parquet", split, files={"train": [name]})
-    if is_folder and revision is None and (tables := _parquet_files(Path(name))):
-        return table("parquet", _standard_split(split), files=tables)
+    kinds = {".parquet": "parquet", **({".tar": "webdataset"} if streaming else {})}
+    for suffix, kind in kinds.items():
+        if name.endswith(suffix):
+            return table(kind, split, files={"train": [name]})
+        if is_folder and revision is None and (tables := _table_files(Path(name), suffix)):
+            return table(kind, _standard_split(split), files=tables)
+    if name.endswith(".tar"):
+        raise ValueError(f"{name} is a tar, which is read in order only: stream it, by streaming (--streaming).")
+    if streaming and (is_folder or name.endswith(".npz")):
+        what = f"{name} is read by index from this disk, without a copy"
+        raise ValueError(f"{what}: leave out streaming, or name parquet files or tars.")
     if is_folder or name.endswith(".npz"):
         if given := [key for key, value in {**columns, "revision": revision}.items() if value is not None]:
             raise ValueError(f"{name} is no table and no repository: leave out {', '.join(given)}.")
@@ -204,15 +212,15 @@ def _standard_split(split: str) -> str:
     return next((key for key, names in _SPLITS.items() if split in names), split)
 
 
-def _parquet_files(root: Path) -> dict[str, list[str]]:
-    """Files of a folder of parquet by split, told by a word in their paths; empty where it holds an image.
+def _table_files(root: Path, suffix: str) -> dict[str, list[str]]:
+    """Files of a folder that end so by split, told by a word in their paths; empty where it holds an image.
 
     Where no path tells a split, all are "train".
     """
     if any(_files(root)):
         return {}
     splits: dict[str, list[str]] = {}
-    for file in sorted(_files(root, {".parquet"})):
+    for file in sorted(_files(root, {suffix})):
         words = {*re.split(r"[^a-z]+", str(file.relative_to(root)).lower())}
         split = next((key for key, names in _SPLITS.items() if words & {*names}), "")
         splits.setdefault(split, []).append(str(file))
@@ -220,7 +228,7 @@ def _parquet_files(root: Path) -> dict[str, list[str]]:
     if unknown and splits:
         told = next(iter(splits.values()))[0]
         what = f"{root}: the name of {unknown[0]} tells no split, and that of {told} does"
-        raise ValueError(f"{what}: name a file, or a pattern such as 'folder/train-*.parquet'.")
+        raise ValueError(f"{what}: name a file, or a pattern such as 'folder/train-*{suffix}'.")
     return {"train": unknown} if unknown else splits
 
 
@@ -273,15 +281,25 @@ def load_table(
     revision: str | None = None,
     labelled: bool = True,
     files: Mapping[str, list[str]] | None = None,
-) -> ImageDataset:
-    """Load a repository of the Hub, or parquet files ("parquet", with files or patterns by split), by `datasets`."""
+    streaming: bool = False,
+) -> ImageDataset | ImageStream:
+    """Load a repository of the Hub, or parquet files ("parquet", with files or patterns by split), by `datasets`.
+
+    With `streaming` the result is an `ImageStream`.
+    """
     try:
         import datasets
     except ImportError as error:
         raise ImportError("Datasets of the Hub and parquet files need: pip install 'smn_peft[data]'") from error
     try:
         table: Any = datasets.load_dataset(
-            source, config, split=split, revision=revision, trust_remote_code=False, data_files=files
+            source,
+            config,
+            split=split,
+            revision=revision,
+            trust_remote_code=False,
+            data_files=files,
+            streaming=streaming,
         )
     except ValueError as error:  # split and configuration; the library names those that exist
         if (found := _UNKNOWN_SPLIT.search(str(error))) is None:
@@ -293,7 +311,9 @@ def load_table(
         what = f"{name} is not in the local cache and the Hub cannot be reached ({error})"
         fix = "Go online once (unset HF_HUB_OFFLINE), or copy the cache of a machine that has it"
         raise OSError(f"{what}. {fix}.") from error
-    features, there = table.features, ", ".join(table.column_names)
+    if table.features is None:
+        raise ValueError(f"{name} cannot be streamed: its files do not say what columns they have, as parquet does.")
+    features, there = table.features, ", ".join(table.features)
     for argument, column in (("image_column", image_column), ("label_column", label_column if labelled else None)):
         if column is not None and column not in features:
             raise ValueError(f"{name} has no column {column!r}; pass {argument}=, one of {there}.")
@@ -304,13 +324,19 @@ def load_table(
         if len(own) != 1:
             raise ValueError(f"{name} has {len(own) or 'no'} columns of images; pass image_column=, one of {there}.")
         image_column = own[0]
+    folders = _own_folders(source, files)
+    if streaming:
+        label_column = _label_column(features, label_column, name) if labelled else None
+        images = table.select_columns([image_column, *([] if label_column is None else [label_column])])
+        images = images.cast_column(image_column, datasets.Image(decode=False))
+        return ImageStream(images, image_column, label_column, name=name, split=split, folders=folders)
     labels, classes = _labels(table, label_column, name) if labelled else (None, None)
     checksums = table.info.download_checksums or {}
     commit = next((found[1] for key in checksums if (found := _COMMIT.search(key))), revision)
     # Bytes as they are stored: decoding is ours, so that an error can name the row.
     images = table.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
     return ImageDataset(
-        TableImages(images, image_column, name, _own_folders(source, files)),
+        TableImages(images, image_column, name, folders),
         labels=labels,
         classes=classes,
         name=name,
@@ -335,14 +361,8 @@ def _own_folders(source: str, files: Mapping[str, list[str]] | None) -> list[Pat
 
 def _labels(table: Any, column: str | None, name: str) -> tuple[Tensor, list[str] | None]:
     """Labels and names of the classes; strings are numbered in alphabetical order."""
-    import datasets
-
     features, there = table.features, ", ".join(table.column_names)
-    if column is None:
-        classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        column = next(iter(classes if len(classes) == 1 else [key for key in _LABEL_NAMES if key in features]), None)
-    if column is None:
-        raise NoLabelsError(f"{name} has no label column; it has {there}: pass label_column=, or {WITHOUT_LABELS}.")
+    column = _label_column(features, column, name)
     values = table.select_columns([column])[:][column]
     if any(value is None for value in values):
         raise NoLabelsError(f"{name} has rows without a value in {column!r}: filter them, or pass {WITHOUT_LABELS}.")
@@ -353,3 +373,16 @@ def _labels(table: Any, column: str | None, name: str) -> tuple[Tensor, list[str
         what = f"The column {column!r} of {name} holds {type(values[0]).__name__}, no class"
         raise ValueError(f"{what}; pass label_column=, one of {there}.")
     return torch.tensor(values, dtype=torch.int64), getattr(features[column], "names", None)
+
+
+def _label_column(features: Mapping[str, Any], column: str | None, name: str) -> str:
+    """The column of the labels, found by itself if it is not given."""
+    import datasets
+
+    if column is None:
+        classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        column = next(iter(classes if len(classes) == 1 else [key for key in _LABEL_NAMES if key in features]), None)
+    if column is None:
+        there = ", ".join(features)
+        raise NoLabelsError(f"{name} has no label column; it has {there}: pass label_column=, or {WITHOUT_LABELS}.")
+    return column

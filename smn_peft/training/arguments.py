@@ -31,6 +31,9 @@ class LoopArguments:
     output_dir: str = option("output", "Folder for checkpoints, metrics.jsonl and the finished adapter.")
     epochs: int = option(150, "Passes over the training images.", least=1)
     max_steps: int | None = option(None, "Optimizer steps to stop after; the schedule is made for them.", least=1)
+    steps_per_epoch: int | None = option(
+        None, "Optimizer steps that count as an epoch, where the loader has no length: with streaming.", least=1
+    )
     batch_size: int = option(64, "Images per optimizer step, over all processes and accumulated parts.", least=1)
     accumulate: int = option(1, "Parts that each process computes its share of a batch in, to save memory.", least=1)
     lr: float = option(50.0, "Learning rate of the scores (full: of all weights); sweep it by decades.", least=0)
@@ -67,6 +70,12 @@ class LoopArguments:
         check_options(self)
 
 
+# Options that take all training images at once, which a stream does not give.
+_OF_ALL_IMAGES = frozenset(
+    "eval_fraction limit class_limit fraction keep_best indices_file cache_images bound".split()
+)
+
+
 @dataclass
 class TrainArguments(LoopArguments):
     """What to adapt, on which images, to which objective; the loop's own arguments are inherited."""
@@ -93,6 +102,12 @@ class TrainArguments(LoopArguments):
     dataset_revision: str | None = option(None, "Git revision of the dataset on the Hub.")
     image_column: str | None = option(None, "Column of the images, if the dataset does not say.")
     label_column: str | None = option(None, "Column of the labels, if the dataset does not say.")
+    streaming: bool = option(
+        False,
+        "Read the images in order from where they are, without a copy: a Hub id, parquet files or tars of webdataset.",
+    )
+    shuffle_buffer: int = option(1000, "Images of a stream that each worker holds to shuffle them.", least=1)
+    num_classes: int | None = option(None, "Number of classes, for a stream that does not say.", least=2)
     train_split: str = option("train", "Split to train on.")
     eval_split: str | None = option("test", "Split to evaluate on; None: do not evaluate.")
     eval_fraction: float | None = option(
@@ -160,6 +175,7 @@ class TrainArguments(LoopArguments):
             if getattr(self, name):
                 setattr(self, name, absolute(getattr(self, name)))
         check_adapt(self.adapt, self.peft)
+        self._check_streaming()
         if self.eval_fraction is not None and self.eval_split is None:
             raise ValueError("eval_fraction holds images out to evaluate on, and eval_split=None evaluates on none.")
         if self.head == "masked" and self.adapt != "mask":
@@ -191,6 +207,23 @@ class TrainArguments(LoopArguments):
         if self.keep_best is not None and self.mask.density_schedule is not None:
             raise ValueError("keep_best may end in a denser mask than density_schedule asks for: give one of them.")
 
+    def _check_streaming(self) -> None:
+        """Refuse what needs all images at once, or a stream."""
+        defaults = {each.name: each.default for each in fields(self)}
+        changed = {name for name, default in defaults.items() if getattr(self, name) != default}
+        if not self.streaming:
+            if given := sorted({"steps_per_epoch", "shuffle_buffer", "num_classes"} & changed):
+                raise ValueError(f"{', '.join(given)}: of a stream; pass streaming (--streaming), or leave it out.")
+            return
+        if given := sorted(_OF_ALL_IMAGES & changed) + ["head='probe'"] * (self.head == "probe"):
+            raise ValueError(f"{', '.join(given)}: needs all images at once; leave it out, or streaming.")
+        if self.steps_per_epoch is None:
+            fix = "pass steps_per_epoch=N (--steps-per-epoch), such as the number of images // batch_size"
+            raise ValueError(f"A stream has no length: {fix}.")
+        if self.eval_split is not None and None in (self.eval_limit, self.knn_limit):
+            what = "With streaming, the images to evaluate on and those that vote in k-NN are held in memory"
+            raise ValueError(f"{what}: pass eval_limit and knn_limit (such as 5000 and 20000), or eval_split=None.")
+
 
 def _bytes(size: int | str) -> int:
     """A number of bytes, from text such as "40kB" too."""
@@ -206,7 +239,7 @@ def absolute(name: str) -> str:
     """Resolve the path of an existing file or folder, parquet pattern or "file.py:function"; leave other names."""
     path, _, function = name.rpartition(":") if is_file_spec(name) and not name.endswith(".py") else (name, "", "")
     start, pattern, _ = path.partition("*")
-    matches = pattern and path.endswith(".parquet") and os.path.isdir(os.path.dirname(start) or os.curdir)
+    matches = pattern and path.endswith((".parquet", ".tar")) and os.path.isdir(os.path.dirname(start) or os.curdir)
     if not (matches or os.path.exists(path)):
         return name
     return os.path.abspath(path) + (f":{function}" if function else "")
@@ -289,6 +322,10 @@ _ADDED: dict[str, Any] = {
     "peft": {},
     "save_dtype": "float32",
     "base_dtype": "float32",
+    "steps_per_epoch": None,
+    "streaming": False,
+    "shuffle_buffer": 1000,
+    "num_classes": None,
 }  # what runs of versions without these options did
 _MEANING = {"base": "base (fingerprint of its weights)", "data": "data (digest of the training images and labels)"}
 

@@ -34,15 +34,18 @@ from ..backbones import (
 from ..backbones.clip import templates_for, text_embeddings
 from ..data import (
     ImageDataset,
+    ImageStream,
     MultiCropOptions,
     NoLabelsError,
     NoSplitError,
     build_loader,
+    build_stream_loader,
     held_out,
     label_subset,
     load_images,
     multi_crop_transform,
     preprocessing_transform,
+    stream_images,
     supervised_transform,
 )
 from ..evaluation import (
@@ -75,7 +78,7 @@ METRICS = ("knn", "linear_probe", "accuracy")
 class Images:
     """The images of a run: to train on, and, where labels are known, to vote in k-NN and to be tested on."""
 
-    train: ImageDataset
+    train: Any  # ImageDataset, or the ImageStream of `streaming`
     bank: ImageDataset | None
     test: ImageDataset | None
     held: ImageDataset | None = None  # of the labelled images, to choose the best state on
@@ -118,6 +121,8 @@ def images_of_run(arguments: TrainArguments) -> tuple[TrainArguments, Images]:
 
 def build_images(arguments: TrainArguments) -> Images:
     """Open the dataset and choose the subsets that the arguments ask for; NoLabelsError if labels are missing."""
+    if arguments.streaming:
+        return _streamed_images(arguments)
     needs_labels, seed = objective_kind(arguments).needs_labels, arguments.subset_seed
     labelled = needs_labels or arguments.eval_split is not None or arguments.keep_best is not None
     names = ("dataset", "image_column", "label_column", "dataset_revision", "class_limit", "eval_fraction")
@@ -154,6 +159,31 @@ def build_images(arguments: TrainArguments) -> Images:
     return Images(train, bank, test, best, full.num_classes, full.classes)
 
 
+def _streamed_images(arguments: TrainArguments) -> Images:
+    """Open the training images as a stream, and take bounded parts of it and of `eval_split` to evaluate."""
+    labelled = objective_kind(arguments).needs_labels or arguments.eval_split is not None
+    train: ImageStream = _load(arguments, arguments.train_split, labelled)
+    if arguments.num_classes is not None and train.label_column is not None:
+        if train.classes is not None and len(train.classes) != arguments.num_classes:
+            what = f"{train.name} names {len(train.classes)} classes"
+            raise ValueError(f"{what}, and num_classes={arguments.num_classes}: leave that out.")
+        train = replace(train, num_classes=arguments.num_classes)
+    if objective_kind(arguments).needs_labels and train.num_classes is None:
+        what = f"{train.name} does not say how many classes its column {train.label_column!r} has"
+        raise ValueError(f"{what}: pass num_classes (--num-classes).")
+    if arguments.eval_split is None:
+        return Images(train, None, None, None, train.num_classes, train.classes)
+    try:
+        test: ImageStream = _load(arguments, arguments.eval_split, True)
+    except NoSplitError as error:
+        raise NoSplitError(f"{error} Name another to evaluate on, or pass --eval-split none.", error.there) from error
+    test, seed = replace(test, num_classes=train.num_classes), arguments.subset_seed
+    assert arguments.eval_limit is not None
+    assert arguments.knn_limit is not None
+    bank, tested = train.first(arguments.knn_limit, seed=seed), test.first(arguments.eval_limit, seed=seed)
+    return Images(train, bank, tested, None, train.num_classes, train.classes)
+
+
 def _test_split(arguments: TrainArguments) -> ImageDataset | None:
     """Open `eval_split`; None, with a warning, for the default "test" of a dataset that has but the training split."""
     try:
@@ -171,16 +201,17 @@ def _test_split(arguments: TrainArguments) -> ImageDataset | None:
         raise (ValueError(text) if there is None else NoSplitError(text, there)) from error
 
 
-def _load(arguments: TrainArguments, split: str, labelled: bool) -> ImageDataset:
+def _load(arguments: TrainArguments, split: str, labelled: bool) -> Any:
+    """Open a split: an ImageStream with `streaming`, else an ImageDataset."""
     if not arguments.dataset:
         raise ValueError("dataset is missing: name one, such as dataset='cifar10'.")
     options: dict[str, Any] = {"image_column": arguments.image_column, "label_column": arguments.label_column}
     options |= {"revision": arguments.dataset_revision, "labelled": labelled or arguments.class_limit is not None}
     try:
-        found = load_images(arguments.dataset, split, **options)
+        found = (stream_images if arguments.streaming else load_images)(arguments.dataset, split, **options)
     except NoLabelsError as error:
         raise NoLabelsError(f"{error} In training: an objective such as swav, and --eval-split none.") from error
-    return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)
+    return found if arguments.class_limit is None else found.first_classes(arguments.class_limit)  # type: ignore
 
 
 def _without(images: ImageDataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
@@ -466,16 +497,20 @@ def build_train_loader(
         transform = supervised_transform(size, mean, std, arguments.supervised)
     else:
         transform = multi_crop_transform(mean, std, arguments.multi_crop, global_size=size)
-    return build_loader(
-        images.train,
-        transform,
-        arguments.batch_size // arguments.accumulate,
-        seed=arguments.seed,
-        num_workers=arguments.num_workers,
-        num_processes=num_processes,
-        process_index=process_index,
-        pin_memory=not arguments.cpu and torch.cuda.is_available(),
-    )
+    common: dict[str, Any] = {
+        "batch_size": arguments.batch_size // arguments.accumulate,
+        "seed": arguments.seed,
+        "num_workers": arguments.num_workers,
+        "num_processes": num_processes,
+        "process_index": process_index,
+        "pin_memory": not arguments.cpu and torch.cuda.is_available(),
+    }
+    if not arguments.streaming:
+        return build_loader(images.train, transform, **common)
+    assert arguments.steps_per_epoch is not None
+    common |= {"batches": arguments.steps_per_epoch * arguments.accumulate, "buffer_size": arguments.shuffle_buffer}
+    needed = images.train if objective_kind(arguments).needs_labels else images.train.without_labels()
+    return build_stream_loader(needed, transform, **common)
 
 
 def measure(

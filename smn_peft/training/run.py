@@ -43,7 +43,7 @@ from .checkpoint import latest_checkpoint, start_digest
 from .metrics import METRICS_NAME, TrainingFailure, read_metrics
 from .processes import build_accelerator, decided, on_main_process, together
 from .task import TrainingTask
-from .trainer import Trainer
+from .trainer import Trainer, steps_per_epoch
 
 MODEL_NAME = "model.safetensors"
 EXPECTED = (ValueError, OSError, RuntimeError, ImportError)
@@ -148,7 +148,7 @@ def _run(
         # Labels that the run does not need are known only where something is evaluated.
         "data": (images.train if task.objective.needs_labels else images.train.without_labels()).digest(),
         "preprocessing": backbone.preprocessing,
-        "images": len(images.train),
+        "images": None if arguments.streaming else len(images.train),
         "classes": images.classes,
         "head_classes": images.num_classes if task.objective.consumes == "logits" else None,
     }
@@ -275,7 +275,7 @@ def plan(arguments: TrainArguments) -> str:
     arguments, images = images_of_run(arguments)
     task, backbone = build_task(arguments, images)
     loader = build_train_loader(arguments, images, backbone, 1, 0)
-    steps = arguments.max_steps or arguments.epochs * (len(loader) // arguments.accumulate)
+    steps = arguments.max_steps or arguments.epochs * steps_per_epoch(loader, arguments)
     task.objective.begin(steps)
     task.objective.before_step(0)
     loader.set_epoch(0)
@@ -284,10 +284,11 @@ def plan(arguments: TrainArguments) -> str:
     scores = sum(parameter.numel() for _, parameter, adapted in task.trainable() if adapted)
     others = sum(parameter.numel() for _, parameter, adapted in task.trainable() if not adapted)
     tested = "none" if images.test is None else f"{len(images.test)} of {images.test.name} ({images.test.split})"
+    number = f"{images.train.num_shards} shards" if arguments.streaming else f"{len(images.train)} images"
     rates = f"learning rates {arguments.lr:g} and {arguments.head_lr:g}"
     lines = {
         "backbone": f"{backbone.name}, {backbone.image_size} px, {backbone.feature_dim} features",
-        "training": f"{len(images.train)} images of {images.train.name} ({images.train.split})",
+        "training": f"{number} of {images.train.name} ({images.train.split})",
         "evaluation": tested,
         "objective": f"{task.objective.name}, loss of the first batch {loss:.3f}",
         "trainable": f"{scores:,} {'scores' if task.mask_config else 'weights'}, {others:,} others",

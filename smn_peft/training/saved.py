@@ -315,6 +315,7 @@ def evaluation_arguments(
     elif dataset not in (None, run.dataset):
         fresh = TrainArguments(backbone=run.backbone, dataset=str(dataset))
         own = "dataset dataset_revision image_column label_column train_split eval_split eval_fraction".split()
+        own += "streaming steps_per_epoch shuffle_buffer num_classes".split()
         run = replace(run, **{name: getattr(fresh, name) for name in (*own, "templates", "limit", "class_limit")})
     changes: dict[str, Any] = {"eval_split": split or run.eval_split or "test", "fraction": 1.0}
     changes |= {"indices_file": None, "keep_best": None}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import recursively_apply, send_to_device, set_seed
+from accelerate.utils import gather_object, recursively_apply, send_to_device, set_seed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -50,7 +50,8 @@ class Trainer:
 
     Args:
         task: Model and objective.
-        loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch.
+        loader: From `smn_peft.data.build_loader`, which gives each process its share of every batch; or of a stream,
+            without a length, whose `state_dict` is kept in checkpoints.
         arguments: How to train.
         accelerator: Created from the arguments if None.
         evaluate: Called before, after and every `evaluate_every` epochs; returns what to log. Under FSDP2 it has to
@@ -94,9 +95,7 @@ class Trainer:
                 raise ValueError("score_dtype='bfloat16' is of a mask's scores: use it with adapt='mask'.")
             cast_scores(task, torch.bfloat16)
         self.optimizer = build_optimizer(task, arguments, will_shard=is_sharding(self.accelerator))
-        self.steps_per_epoch = len(loader) // arguments.accumulate
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"An epoch has only {len(loader)} batches: lower accumulate={arguments.accumulate}.")
+        self.steps_per_epoch = steps_per_epoch(loader, arguments)
         self.total_steps = arguments.max_steps or arguments.epochs * self.steps_per_epoch
         main, epochs = self.accelerator.is_main_process, self.total_steps / self.steps_per_epoch
         if main and (warmup := arguments.warmup_epochs) >= epochs:
@@ -241,11 +240,19 @@ class Trainer:
         state, read = decided(lambda: state), sent_tensors(self.accelerator, read)
         live = self.task.training_state(), self.optimizer
         self._best_state = together(self.accelerator, lambda: restore(path, state, read, *live, self.facts))
+        if (positions := state.get("loader")) is not None:
+            together(self.accelerator, lambda: self._resume_loader(path, positions))
         self.step, self._earlier = state["step"], state["seconds"]
         if (best := state.get("best")) is not None:
             self.best_step, self._best_value = best["step"], best["value"]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _resume_loader(self, path: Path, positions: list[Mapping[str, Any]]) -> None:
+        if len(positions) != self.accelerator.num_processes:
+            what = f"{path}: {len(positions)} processes read the stream, and now {self.accelerator.num_processes}"
+            raise ValueError(f"{what}, so its order would change: resume with as many, or start anew.")
+        self.loader.load_state_dict(positions[self.accelerator.process_index])
 
     def save(self, again: bool = False) -> Path | None:
         """Write a checkpoint of this step, unless it exists; every process takes part, the main one writes.
@@ -262,11 +269,13 @@ class Trainer:
         check_training(self.task, self._loss, self.step)
         tensors, moments = on_main_process(self.accelerator, self.task.training_state()), self.optimizer.state_dict()
         moments["state"] = {i: on_main_process(self.accelerator, own) for i, own in moments["state"].items()}
+        stateful = hasattr(self.loader, "state_dict")
+        positions = {"loader": gather_object([self.loader.state_dict()])} if stateful else {}
 
         def write() -> None:
             if self.accelerator.is_main_process and (again or latest_checkpoint(path.parent) != path):
                 scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-                state = {"facts": self.facts, "scaler": scaler, "seconds": self.seconds}
+                state = {"facts": self.facts, "scaler": scaler, "seconds": self.seconds, **positions}
                 best = None if self.best_step is None else self._best_state
                 if best is not None:
                     state["best"] = {"step": self.best_step, "value": self._best_value}
@@ -320,6 +329,19 @@ class Trainer:
             self.log.write(line)
         known = {name: value for name, value in line.items() if name != "step" and value is not None}
         self.accelerator.log(known, step=self.step)
+
+
+def steps_per_epoch(loader: Any, arguments: LoopArguments) -> int:
+    """Optimizer steps of an epoch: of the loader's length, or `arguments.steps_per_epoch` where it has none."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        if arguments.steps_per_epoch is None:
+            raise ValueError("The loader has no length: set steps_per_epoch, the steps of an epoch.") from None
+        return arguments.steps_per_epoch
+    if batches < arguments.accumulate:
+        raise ValueError(f"An epoch has only {batches} batches: lower accumulate={arguments.accumulate}.")
+    return batches // arguments.accumulate
 
 
 class ExactResumeCallback(TrainerCallback):
