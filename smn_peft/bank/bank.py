@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import threading
 import warnings
@@ -21,12 +22,13 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
+from .forking import forkable
 from .live import LiveModel
 from .mixed import MixedForward, one_per_sample
 from .reading import TaskReader
 from .source import BASE_NAME as BASE
 from .source import MemorySource, check_name, read_adapter
-from .store import FILE_NAME, DiskStore, TaskSource, forkable, open_store
+from .store import FILE_NAME, DiskStore, TaskSource, open_store
 from .task import BankStats, Task
 
 __all__ = ["BASE", "MaskBank"]
@@ -54,6 +56,7 @@ class MaskBank:
         self._active = _ActiveTask(self._live, self._tasks, exclusive=exclusive)
         self._closed = False
         self._pool: ThreadPoolExecutor | None = None
+        self._options = {"ram_budget": ram_budget, "exclusive": exclusive}
         self._mixed = MixedForward(self._live)
         self._release = weakref.finalize(self, _let_go, source, self._tasks, self._live)
         self._release.atexit = False
@@ -70,20 +73,24 @@ class MaskBank:
         exclusive: bool = False,
         read_only: bool = False,
         revision: str | None = None,
+        timeout: float = 5.0,
     ) -> MaskBank:
         """Open a bank; an empty one is made where there is none.
 
         Args:
             where: Folder of a store, which holds it as bank.sqlite, or that file; "user/name" of one on the Hub, where
-                there is no such folder and no folder "user"; or a list of adapter folders and Hub ids, which are held
-                in memory, each under the last part of its name; [`add`] takes other names.
+                there is no such folder and no folder "user"; the URL of such a file, as fsspec takes it; or a list of
+                adapter folders and Hub ids, which are held in memory, each under the last part of its name; [`add`]
+                takes other names.
             base: A plain timm or transformers model, or a `Classifier`; goes to eval mode.
             ram_budget: Bytes that decoded tasks may take.
             hot: Tasks that are decoded at once, and kept.
             exclusive: The model is used through the bank only: what a call left live stays live until another task
                 is asked for, which saves a write. Otherwise the base (or the activated task) is put back.
-            read_only: Do not create a store, and refuse changes. One from the Hub is read-only.
+            read_only: Do not create a store, and refuse changes. One from the Hub or a URL is read-only: it is read
+                through a copy on this disk, which [`refresh`] makes anew.
             revision: Branch, tag or commit of a store on the Hub.
+            timeout: Seconds that a change of a store waits while another process writes, before `StoreBusyError`.
 
         Raises:
             FileNotFoundError: If there is no store and `read_only` or on the Hub, or an adapter is not found.
@@ -91,7 +98,7 @@ class MaskBank:
         """
         source: TaskSource
         if isinstance(where, (str, os.PathLike)):
-            source, adapters = open_store(where, read_only=read_only, revision=revision), []
+            source, adapters = open_store(where, read_only=read_only, revision=revision, timeout=timeout), []
         else:
             source, adapters = MemorySource(), list(where)
         with ExitStack() as undo:
@@ -110,6 +117,30 @@ class MaskBank:
     def names(self) -> list[str]:
         """Names of all tasks, sorted."""
         return self._source.names()
+
+    def find(self, text: str = "", *, after: str = "", limit: int = 100) -> list[str]:
+        """Return a page of the names that contain a text, sorted, from the next to `after` on.
+
+        Letters of either case are the same; in a store only those from A to Z.
+        """
+        return self._source.find(text, after=after, limit=limit)
+
+    def near(self, name: str, count: int) -> list[str]:
+        """Return the names next to one in sorted order, `count` before it and as many from it on."""
+        return self._source.near(name, count)
+
+    @property
+    def resident(self) -> list[str]:
+        """Names of the tasks that are decoded, the least recently used first."""
+        return self._tasks.resident()
+
+    def refresh(self) -> bool:
+        """Read a bank of the Hub or a URL anew if it has changed there, and return whether it had.
+
+        Tasks are then decoded anew when they are asked for. If the new file cannot be fetched or read, the error is
+        raised and the old one stays.
+        """
+        return self._source.refresh()
 
     def __len__(self) -> int:
         return len(self._source)
@@ -170,10 +201,10 @@ class MaskBank:
         """
         api = HfApi(library_name="smn_peft", token=token)
         with TemporaryDirectory() as folder:
-            copy = Path(folder) / FILE_NAME
+            file = Path(folder) / FILE_NAME
             if isinstance(self._source, DiskStore):
-                self._source.copy(copy)
-            with DiskStore(copy) as store:
+                self._source.copy(file)
+            with DiskStore(file) as store:
                 if isinstance(self._source, MemorySource):
                     store.add_many(self._source.items())
                 local = sorted({info.base for info in store.infos() if info.base and os.path.isabs(info.base)})
@@ -188,7 +219,7 @@ class MaskBank:
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             return api.upload_file(
-                path_or_fileobj=copy,
+                path_or_fileobj=file,
                 path_in_repo=FILE_NAME,
                 repo_id=repo_id,
                 revision=revision,
@@ -295,6 +326,16 @@ class MaskBank:
                 self._pool.shutdown(cancel_futures=True)
             self._release()
 
+    def __reduce__(self) -> Any:
+        """Pickle by what it was opened with: where it lies (or what it holds in memory), the base, and what is pinned.
+
+        The base goes with its own weights, whichever task is live; that takes a copy of it.
+        """
+        if self._closed:
+            raise ValueError("A bank that is closed cannot be pickled: open it anew.")
+        with self.use(None) as base:
+            return _reopened, (self._source, copy.deepcopy(base), self._options, sorted(self._tasks.pinned))
+
     def _before_fork(self, held: ExitStack) -> None:
         for lock in (self._active.turn, self._tasks.lock, self._live.memory):
             held.enter_context(lock)
@@ -308,6 +349,13 @@ class MaskBank:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _reopened(source: TaskSource, base: nn.Module, options: dict[str, Any], pinned: list[str]) -> MaskBank:
+    bank = MaskBank(source, base, **options)
+    for name in pinned:
+        bank.pin(name)
+    return bank
 
 
 def _let_go(source: TaskSource, tasks: TaskReader, live: LiveModel) -> None:

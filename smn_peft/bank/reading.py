@@ -79,6 +79,11 @@ class TaskReader:
                 stats.evictions += 1
         return task
 
+    def resident(self) -> list[str]:
+        """Names of the tasks that are decoded, the least recently used first."""
+        with self.lock:
+            return list(self._held)
+
     def drop(self, name: str) -> None:
         """Let go of a task; one that comes in its place is pinned if it was."""
         with self.lock:

@@ -10,6 +10,7 @@ import json
 import os
 import unicodedata
 import zlib
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -45,6 +46,7 @@ from ..storage.repack import MAX_UNPACKED, pack_tensors, unpack_tensors
 
 __all__ = [
     "BASE_NAME",
+    "FILE_NAME",
     "MAX_BLOB",
     "MAX_CONFIG",
     "Adapter",
@@ -59,6 +61,8 @@ __all__ = [
     "unknown_task",
 ]
 
+FILE_NAME = "bank.sqlite"
+"""The file in a bank's folder, and in its repository on the Hub."""
 BASE_NAME = "__base__"
 """Names the base itself in a mixed batch, so no task can have it."""
 MAX_NAME = 200
@@ -117,6 +121,21 @@ class MemorySource(dict[str, StoredAdapter]):
     def names(self) -> list[str]:
         """Return all names, sorted."""
         return sorted(self)
+
+    def find(self, text: str = "", *, after: str = "", limit: int = 100) -> list[str]:
+        """Return a page of the names that contain a text, sorted, from the next to `after` on."""
+        part = text.lower()
+        return sorted(name for name in self if name > after and part in name.lower())[:limit]
+
+    def near(self, name: str, count: int) -> list[str]:
+        """Return the names next to one in sorted order, `count` before it and as many from it on."""
+        names = self.names()
+        place = bisect(names, name)
+        return names[max(0, place - count) : place + count]
+
+    def refresh(self) -> bool:
+        """Return False: what is in memory does not change elsewhere."""
+        return False
 
     def version(self, name: str) -> object:
         """Return the adapter's identity."""

@@ -8,19 +8,19 @@ import sqlite3
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
 from ..storage.files import AdapterFileError
+from .forking import forkable
+from .remote import RemoteFile, is_remote
 from .source import (
+    FILE_NAME,
     MAX_BLOB,
     MAX_CONFIG,
     Adapter,
@@ -34,10 +34,8 @@ from .source import (
     unknown_task,
 )
 
-__all__ = ["FILE_NAME", "DiskStore", "StoreBusyError", "TaskSource", "forkable", "open_store"]
+__all__ = ["FILE_NAME", "DiskStore", "StoreBusyError", "TaskSource", "open_store"]
 
-FILE_NAME = "bank.sqlite"
-"""The file in a bank's folder, and in its repository on the Hub."""
 _VERSION = 1  # of the schema, in the file's `user_version`
 _APPLICATION = 0x534D4E42  # "SMNB", in the file's `application_id`
 # Ids are never given twice: an id stands for one content. The blob is last: what a listing reads lies before it.
@@ -50,7 +48,7 @@ _ROW = (  # what is too large is not loaded
 )
 _DELETE = "DELETE FROM task WHERE name = ?"
 _PATIENCE = 30.0  # seconds that a reader waits for a lock, which is held for milliseconds
-_WRITER_WAIT = 5.0  # seconds that a second writer waits for the first
+_MAX_WAIT = 1e6  # seconds, which SQLite counts in milliseconds in 32 bits
 _STEPS, _MAX_SECONDS = 1_000_000, 60.0  # of a query: a hostile file can have a tree that never ends
 _MAX_LOG = 1 << 24  # bytes of the write-ahead log that a change may leave
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "lustre", "9p", "afs", "gpfs", "beegfs", "fuse.")
@@ -116,20 +114,31 @@ class DiskStore:
         read_only: Whether changes are refused.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, immutable: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        timeout: float = 5.0,
+        copy: RemoteFile | None = None,
+    ) -> None:
         """Open a store; an empty one is made where there is none.
 
         Args:
             path: Its folder, which holds it as bank.sqlite; or its file, with the ending .sqlite.
             read_only: Make nothing, and refuse changes; FileNotFoundError if there is no store.
-            immutable: Nobody writes to it, so it is read without locks; for a `read_only` one.
+            timeout: Seconds that a change waits while another process writes; StoreBusyError after that.
+            copy: What `path` is a copy of: nobody writes to it, so it is read without locks; for a `read_only` one.
         """
+        if not 0 <= timeout <= _MAX_WAIT:  # false for nan too
+            raise ValueError(f"timeout must be from 0 to {_MAX_WAIT:g} seconds; got {timeout}.")
         self.path = _file_of(Path(path))
         self._file = Path(os.path.realpath(self.path))  # whose folder has the log
-        self.read_only, self._immutable = read_only, immutable
+        self.read_only, self._timeout, self._remote = read_only, timeout, copy
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._closed = False
         self._deadline = 0.0
+        self._counted: tuple[int, int] | None = None  # the connection's data_version, and tasks then
         if not self._file.is_file() or not self._file.stat().st_size:
             self._create()
         self._check_log()
@@ -139,6 +148,20 @@ class DiskStore:
     def names(self) -> list[str]:
         """Return all names, sorted."""
         return sorted(self._allowed(name) for (name,) in self._bounded_rows("SELECT name FROM task"))
+
+    def find(self, text: str = "", *, after: str = "", limit: int = 100) -> list[str]:
+        """Return a page of the names that contain a text, sorted, from the next to `after` on.
+
+        Letters from A to Z count as those from a to z.
+        """
+        query = "SELECT name FROM task WHERE name > ? AND instr(lower(name), lower(?)) ORDER BY name LIMIT ?"
+        return [self._allowed(name) for (name,) in self._rows(query, after, text, limit)]
+
+    def near(self, name: str, count: int) -> list[str]:
+        """Return the names next to one in sorted order, `count` before it and as many from it on."""
+        before = self._rows("SELECT name FROM task WHERE name < ? ORDER BY name DESC LIMIT ?", name, count)
+        found = self._rows("SELECT name FROM task WHERE name >= ? ORDER BY name LIMIT ?", name, count)
+        return [self._allowed(each) for (each,) in (*before[::-1], *found)]
 
     def _allowed(self, name: object) -> str:
         try:
@@ -159,13 +182,36 @@ class DiskStore:
         return _is_text(name) and bool(self._rows("SELECT 1 FROM task WHERE name = ?", name))
 
     def __len__(self) -> int:
-        # count(*) alone cannot be interrupted, and a hostile file's may never end
-        ((count,),) = self._rows("SELECT count(*) FROM (SELECT 1 FROM task LIMIT 1000000000)")
-        return int(count)
+        ((version,),) = self._rows("PRAGMA data_version")  # another once somebody has changed the bank
+        if self._counted is None or self._counted[0] != version:
+            # count(*) alone cannot be interrupted, and a hostile file's may never end
+            ((count,),) = self._rows("SELECT count(*) FROM (SELECT 1 FROM task LIMIT 1000000000)")
+            self._counted = version, int(count)
+        return self._counted[1]
 
-    def version(self, name: str) -> int:
-        """Return a number that no other adapter of this store has had or will have; KeyError if there is no task."""
-        return int(self._one(name, "SELECT id FROM task WHERE ")[0])
+    def version(self, name: str) -> object:
+        """Return what no other adapter of this store has had or will have; KeyError if there is no task."""
+        return self._file, self._one(name, "SELECT id FROM task WHERE ")[0]
+
+    def refresh(self) -> bool:
+        """Fetch what this is a copy of if it has changed; return whether it had. An error leaves all as it was.
+
+        False for a bank of this disk, whose changes are seen anyway.
+        """
+        if self._remote is None or (file := self._remote.fetch()) == self.path:
+            return False
+        DiskStore(file, read_only=True, copy=self._remote).close()  # raises unless it can be read
+        with self._lock:
+            connection, self._connection = self._connection, None
+            self.path, self._file = file, Path(os.path.realpath(file))
+            if connection is not None:
+                connection.close()
+        return True
+
+    def __reduce__(self) -> Any:
+        """Pickle by what it was opened with; a copy is fetched where it is unpickled."""
+        where = os.path.abspath(self.path) if self._remote is None else self._remote
+        return partial(open_store, read_only=self.read_only, timeout=self._timeout), (where,)
 
     def read(self, name: str) -> StoredAdapter:
         """Return an adapter; KeyError for an unknown name, AdapterFileError if its checksum is another."""
@@ -375,12 +421,12 @@ class DiskStore:
         return None
 
     def _is_writable(self) -> bool:
-        return not self._immutable and os.access(self._file, os.W_OK) and os.access(self._file.parent, os.W_OK)
+        return self._remote is None and os.access(self._file, os.W_OK) and os.access(self._file.parent, os.W_OK)
 
     def _reader(self) -> sqlite3.Connection:
         """A connection for reading. Where it can, it may write: to undo what a killed writer left."""
-        if self._immutable or self._is_writable():
-            return self._checked("ro&immutable=1" if self._immutable else "rw")
+        if self._remote is not None or self._is_writable():
+            return self._checked("rw" if self._remote is None else "ro&immutable=1")
         try:
             return self._checked("ro")
         except OSError:  # there are no locks here, or no room for the files of the write-ahead mode
@@ -426,8 +472,8 @@ class DiskStore:
         with self._lock:
             if self._closed:
                 raise ValueError(f"The bank {self.path} is closed.")
-            if self._connection is None:  # there was a fork
-                self._connection = self._reader()
+            if self._connection is None:  # there was a fork, or another copy was fetched
+                self._connection, self._counted = self._reader(), None
             self._deadline = time.monotonic() + seconds
             with self._explained():
                 return self._connection.execute(query, values).fetchall()
@@ -436,7 +482,7 @@ class DiskStore:
     def _change(self) -> Iterator[sqlite3.Connection]:
         """Commit the block's changes at its end, undo them if it raises or the process dies.
 
-        PermissionError if the bank is read-only, StoreBusyError if another process writes for longer than seconds.
+        PermissionError if the bank is read-only, StoreBusyError if another process writes for longer than `timeout`.
         """
         with self._writer() as connection:
             try:
@@ -445,8 +491,8 @@ class DiskStore:
                 if "locked" not in str(error):
                     raise
                 raise StoreBusyError(
-                    f"Another process is writing to {self.path}, which only one can: try again when it is done, or "
-                    "end it. Nothing was changed."
+                    f"Another process is writing to {self.path}, which only one can, and was not done within "
+                    f"{self._timeout:g} s: try again, or wait longer (timeout=, --timeout). Nothing was changed."
                 ) from error
             connection.execute(f"PRAGMA busy_timeout = {int(1000 * _PATIENCE)}")
             yield connection
@@ -459,7 +505,7 @@ class DiskStore:
         if self.read_only:
             raise PermissionError(f"The bank {self.path} was opened read-only: open it without, or a copy of it.")
         with self._writing, self._explained():
-            connection, process = self._connect("rw", _WRITER_WAIT), os.getpid()
+            connection, process = self._connect("rw", self._timeout), os.getpid()
             try:
                 if not _is_on_network(self._file):
                     with suppress(sqlite3.OperationalError):  # locked: the change is as safe without
@@ -509,6 +555,7 @@ def _is_on_network(path: Path) -> bool:
 
 TaskSource: TypeAlias = DiskStore | MemorySource
 """Where a bank's adapters lie."""
+_orphans: list[sqlite3.Connection] = []
 
 
 def _is_text(name: object) -> bool:
@@ -533,54 +580,21 @@ def _file_of(path: Path) -> Path:
     return file
 
 
-def open_store(where: str | os.PathLike[str], *, read_only: bool = False, revision: str | None = None) -> DiskStore:
-    """Open a bank of this disk (see [`DiskStore`]), or read-only of the Hub, where it is fetched if need be.
+def open_store(
+    where: str | os.PathLike[str] | RemoteFile,
+    *,
+    read_only: bool = False,
+    revision: str | None = None,
+    timeout: float = 5.0,
+) -> DiskStore:
+    """Open a bank of this disk (see [`DiskStore`]), or read-only a copy of one elsewhere, fetched if need be.
 
-    `where` is "user/name" on the Hub if there is no such folder and no folder "user"; `revision` is a branch, tag or
-    commit there. FileNotFoundError if there is no such bank, or none in the cache while offline.
+    `where` is the URL of a file, as fsspec takes it; or "user/name" on the Hub if there is no such folder and no
+    folder "user", and `revision` a branch, tag or commit there. FileNotFoundError if there is no such bank, or none in
+    the cache while offline.
     """
-    if not _is_on_hub(where):
-        return DiskStore(where, read_only=read_only)
-    try:
-        file = hf_hub_download(str(where), FILE_NAME, revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"There is no folder {where}, and no {FILE_NAME} in that repository of the Hub: {error} For a new bank on "
-            f"this disk name ./{where}; for adapters on the Hub give a list of their names."
-        ) from error
-    return DiskStore(file, read_only=True, immutable=True)
-
-
-def _is_on_hub(where: str | os.PathLike[str]) -> bool:
-    if not isinstance(where, str) or where.count("/") != 1 or where.startswith((".", "/", "~")):
-        return False
-    return not (where.endswith((".sqlite", "/")) or Path(where).exists() or Path(where).parent.exists())
-
-
-_orphans: list[sqlite3.Connection] = []
-
-
-forkable: weakref.WeakSet[Any] = weakref.WeakSet()
-"""What must not be forked while other threads use it.
-
-`_before_fork(held)` enters the locks that a child must find free, which are held for short whiles and none inside
-another; `_after_fork()` is called in the child, where only the thread that forked is left, under these locks.
-"""
-_forking = threading.RLock()
-_held = ExitStack()
-
-
-def _before_fork() -> None:
-    _held.enter_context(_forking)
-    for resource in list(forkable):
-        resource._before_fork(_held)
-
-
-def _after_fork_in_child() -> None:
-    for resource in list(forkable):
-        resource._after_fork()
-    _held.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_held.close, after_in_child=_after_fork_in_child)
+    if not isinstance(where, RemoteFile):
+        if not is_remote(where):
+            return DiskStore(where, read_only=read_only, timeout=timeout)
+        where = RemoteFile(str(where), revision)
+    return DiskStore(where.fetch(), read_only=True, timeout=timeout, copy=where)

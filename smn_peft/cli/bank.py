@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +15,8 @@ from tqdm import tqdm
 
 from ..bank.store import DiskStore
 from ..evaluation import format_fraction, markdown_table
-from .options import PATH, Group
+from ..serving.settings import Settings
+from .options import PATH, Group, field_options, given
 
 _bank = click.argument("bank", type=PATH)
 _adapters = click.argument("adapters", nargs=-1, required=True)
@@ -33,11 +33,11 @@ def bank() -> None:
 
 
 @contextmanager
-def _opened(path: Path, *, read_only: bool = False, create: bool = False) -> Iterator[DiskStore]:
+def _opened(path: Path, *, read_only: bool = False, create: bool = False, timeout: float = 5.0) -> Iterator[DiskStore]:
     """Open a store; its unknown names become errors of one line."""
     if not create and not path.exists():
         raise FileNotFoundError(f"{path} holds no bank: name its folder, or make one: smn bank build.")
-    with DiskStore(path, read_only=read_only) as store:
+    with DiskStore(path, read_only=read_only, timeout=timeout) as store:
         try:
             yield store
         except KeyError as error:
@@ -76,9 +76,10 @@ def _build(bank: Path, adapters: tuple[str, ...]) -> None:
 @_bank
 @_adapters
 @click.option("--replace", is_flag=True, help="In place of tasks of the same names.")
-def _add_tasks(bank: Path, adapters: tuple[str, ...], replace: bool) -> None:
+@click.option("--timeout", type=float, default=5.0, help="Seconds to wait while another process writes.")
+def _add_tasks(bank: Path, adapters: tuple[str, ...], replace: bool, timeout: float) -> None:
     """Put adapters into a bank, all or none; whoever reads it meanwhile is not disturbed."""
-    with _opened(bank) as store:
+    with _opened(bank, timeout=timeout) as store:
         _add(store, adapters, replace)
 
 
@@ -174,59 +175,30 @@ def _export(bank: Path, name: str, out: Path) -> None:
         store.export(name, out)
 
 
-def _no_nan(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    if math.isnan(value):  # which no bound refuses
-        raise click.BadParameter("nan is no number.")
-    return value
-
-
-def _number(name: str, default: float, help: str, least: Any = 1, most: Any = None) -> Any:
-    if isinstance(default, int):
-        return click.option(name, type=click.IntRange(least, most), default=default, help=help)
-    return click.option(name, type=click.FloatRange(least, most), default=default, callback=_no_nan, help=help)
-
-
 @click.command("serve")
-@click.argument("bank", type=PATH)
+@click.argument("bank")
 @click.option("--base", required=True, help="Base of the tasks: Hub id, timm name, folder, or file.py:function.")
-@click.option("--weights", type=PATH, help="safetensors file for a timm architecture.")
-@click.option("--image-size", type=click.IntRange(1), help="Side of the images in pixels.")
-@click.option("--head", "head_name", default="head", help="Where adapters have their head; in plain timm models fc, …")
-@click.option("--device", default="cpu", help="Where the model is: cpu, cuda, …")
 @click.option("--host", default="127.0.0.1", help="Address to listen at.")
-@_number("--port", 8000, "Port; 0 takes a free one.", 0, 65535)
-@click.option("--api-key-env", help="Environment variable with the key for changes; none are taken without.")
-@_number("--max-batch", 32, "Images in one forward.")
-@_number("--max-wait-ms", 5.0, "How long an image waits for others.", 0, 60_000)
-@_number("--queue", 256, "Images held at a time; more are answered with 429.")
-@_number("--timeout", 30.0, "Seconds that a request may take.", 0.001, 86_400)
-@_number("--grace", 10.0, "Seconds to finish what is under way at the end.", 0.001, 86_400)
-@_number("--ram-budget", 1024, "MiB that decoded tasks may take.", 0)
-@click.option("--allowed-hosts", multiple=True, help="Name that clients call the server by; repeatable, '*': any.")
-def serve(bank: Path, base: str, api_key_env: str | None, **options: Any) -> None:
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="Port; 0 takes a free one.")
+@click.option("--workers", type=click.IntRange(1), default=1, help="Processes that share the port.")
+@field_options(Settings)
+@click.pass_context
+def serve(context: click.Context, bank: str, base: str, host: str, port: int, workers: int, **_: Any) -> None:
     """Serve predictions and embeddings of a bank's tasks over HTTP, with a page to try them at /.
 
-    BANK is the folder of a bank, of an adapter, or of several adapters' folders.
+    BANK is a bank: its folder or file, user/name on the Hub, or the URL of its file (s3://…, hf://…), which is copied;
+    or the folder of an adapter, or of several adapters' folders.
     """
     try:
-        from ..serving.app import key_from, make_server
-        from ..serving.bank import open_bank
-        from ..serving.limits import Limits
+        from ..serving.app import key_from, make_server, run_workers
         from ..serving.service import Service
     except ImportError as error:
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
-    limits = Limits(**{name: options[name] for name in ("queue", "timeout", "grace")})
-    key = key_from(api_key_env)
-    model = {name: options[name] for name in ("weights", "head_name", "device", "image_size")}
-    budget = options["ram_budget"] << 20
-    opened, backbone, left_out = open_bank(bank, base, ram_budget=budget, read_only=key is None, **model)
-    for name, why in left_out.items():
-        click.echo(f"left out {name}: {why}", err=True)
-    click.echo(f"{len(opened)} tasks over {backbone.name}", err=True)
-    batches = {"max_batch": options["max_batch"], "max_wait": options["max_wait_ms"] / 1000}
-    service = Service(opened, backbone, limits=limits, image_size=options["image_size"], **batches)
-    if warnings := service.warnings():
-        name, why = next(iter(warnings.items()))
-        click.echo(f"warning: {len(warnings)} tasks are served otherwise than trained, as {name!r}: {why}", err=True)
-    address = {name: options[name] for name in ("host", "port", "allowed_hosts")}
-    make_server(service, api_key=key, **address).run()
+    settings = Settings(bank, base, **given(context, Settings))
+    if workers > 1:
+        run_workers(settings, workers, host=host, port=port)
+        return
+    key = key_from(settings.api_key_env)
+    service = Service.open(settings)
+    click.echo(f"{len(service.bank)} tasks", err=True)
+    make_server(service, host=host, port=port, api_key=key, allowed_hosts=settings.allowed_hosts).run()

@@ -17,8 +17,10 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -36,20 +38,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from . import models
-from .bank import add_task
-from .batching import Output
+from .bank import add_task, is_shared
 from .limits import Limits, ServingError, explained, limited
-from .models import NAME_LENGTH, NewTask, Question
+from .models import NAME_LENGTH, Inputs, NewTask, Question
 from .service import Service
+from .settings import Settings
 
-__all__ = ["build_app", "content_policy", "key_from", "make_server"]
+__all__ = ["build_app", "content_policy", "create_app", "key_from", "make_server", "run_workers"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Asked = TypeVar("Asked", Question, Inputs)
 Name = Annotated[str, Path(max_length=NAME_LENGTH)]
 _BACKLOG = 128
 _SPARE = 16  # connections beyond the limit, which are answered with 503
+_NO_START = 3  # exit code of a worker
 _GONE = 499  # for a client that went, as nginx counts it
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 _KEY_HEADER = APIKeyHeader(name="X-API-Key", auto_error=False)
@@ -60,8 +64,10 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
     """Make the application, which closes the service at its end; for the arguments see `make_server`."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+    async def lifespan(_: FastAPI) -> AsyncIterator[dict[str, Limits]]:
+        refreshing = asyncio.create_task(service.refresh())
+        yield {"limits": service.limits}
+        refreshing.cancel()
         await asyncio.to_thread(service.close)
 
     app = FastAPI(
@@ -100,18 +106,12 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
             fix = "Try again, with fewer tasks at a time."
             raise ServingError(504, f"There was no answer within {limits.timeout:g} s.", fix) from error
 
-    async def answered(request: Request, result: Callable[[Question, Output], dict[str, Any]]) -> Response:
+    async def answered(request: Request, kind: type[Asked], answer: Callable[[Asked], Awaitable[bytes]]) -> Response:
         with limited(request, limits.body_bytes, limits.pause, service.bodies) as bounded:
-            question = await in_time(models.read(Question, bounded, limits.body_bytes))
-            # Only now: whoever sends slowly takes nobody's place.
-            with service.place(question):
-                answer = await in_time(service.answer(question, result))
-        return Response(answer, media_type="application/json")
+            asked = await in_time(models.read(kind, bounded, limits.body_bytes))
+            return Response(await in_time(answer(asked)), media_type="application/json")
 
-    asking: dict[str, Any] = {
-        "responses": _errors(400, 404, 408, 413, 415, 422, 429),
-        "openapi_extra": _body(Question),
-    }
+    refusals = _errors(400, 404, 408, 413, 415, 422, 429)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
@@ -128,32 +128,33 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         """Figures for Prometheus."""
         return Response(service.metrics.text(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
-    @app.post("/v1/predict", response_model=models.Results[models.Prediction], **asking)
+    @app.post("/v1/predict", response_model=models.Results, responses=refusals, openapi_extra=_body(Question))
     async def predict(request: Request) -> Response:
         """Name the likeliest classes of an image under each task."""
-        return await answered(request, service.prediction)
+        return await answered(request, Question, service.predictions)
 
-    @app.post("/v1/embed", response_model=models.Results[models.Embedding], **asking)
+    @app.post("/v1/embeddings", response_model=models.Embeddings, responses=refusals, openapi_extra=_body(Inputs))
     async def embed(request: Request) -> Response:
-        """Give the features of an image under each task."""
-        return await answered(request, service.embedding)
+        """Give the features of images under a task, in OpenAI's form."""
+        return await answered(request, Inputs, service.embeddings)
 
-    @app.get("/v1/tasks", response_model=models.TaskNames, responses=_errors(422))
+    @app.get("/v1/models", response_model=models.ModelList, responses=_errors(422))
     async def tasks(
         q: Annotated[str, Query(max_length=NAME_LENGTH, description="Text that the names contain.")] = "",
-        offset: Annotated[int, Query(ge=0)] = 0,
+        after: Annotated[str, Query(max_length=NAME_LENGTH, description="Last name of the page before.")] = "",
         limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
+        resident: Annotated[bool, Query(description="Only tasks that this process holds decoded.")] = False,
     ) -> Response:
-        """List names of tasks."""
-        return _json(await in_time(service.lookups.run(service.tasks, q, offset, limit)))
+        """List tasks, in OpenAI's form."""
+        return _json(await in_time(service.lookups.run(service.tasks, q, after, limit, resident)))
 
-    @app.get("/v1/tasks/{name:path}", response_model=models.TaskFacts, responses=_errors(404, 422))
+    @app.get("/v1/models/{name:path}", response_model=models.TaskFacts, responses=_errors(404, 422))
     async def task(name: Name) -> Response:
         """Describe a task: density, classes, size, and how images are prepared for it."""
         return _json(await in_time(service.lookups.run(service.task, name)))
 
     @app.post(
-        "/v1/tasks",
+        "/v1/models",
         status_code=201,
         response_model=models.Changed,
         responses=_errors(400, 401, 408, 409, 413, 415, 422),
@@ -161,13 +162,13 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         dependencies=[Depends(check_key)],
     )
     async def add(request: Request) -> Response:
-        """Add a task."""
+        """Add a task, or reload the one of that name (`replace`): what is under way ends with the old one."""
         with limited(request, limits.adapter_bytes, limits.pause) as bounded:
             new = await in_time(models.read(NewTask, bounded, limits.adapter_bytes))
         return _json(await service.writer.run(add_task, service.bank, new), 201)
 
     @app.delete(
-        "/v1/tasks/{name:path}",
+        "/v1/models/{name:path}",
         response_model=models.Changed,
         responses=_errors(401, 404, 422),
         dependencies=[Depends(check_key)],
@@ -177,6 +178,23 @@ def build_app(service: Service, *, api_key: str | None = None, allowed_hosts: Se
         return _json(await service.writer.run(service.remove, name))
 
     return app
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Make the application of `settings`, or of the environment's: a factory for any ASGI server.
+
+    Without settings, what cannot be started ends the process with code 3, at which uvicorn and gunicorn give up
+    instead of starting another. ValueError or OSError with settings.
+    """
+    try:
+        used = Settings.from_environment() if settings is None else settings
+        key = key_from(used.api_key_env)
+        return build_app(Service.open(used), api_key=key, allowed_hosts=used.allowed_hosts)
+    except (ImportError, OSError, ValueError) as error:
+        if settings is not None:
+            raise
+        logger.error("the server cannot be started: %s", error)
+        raise SystemExit(_NO_START) from error
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -310,25 +328,42 @@ def content_policy(html: str) -> str:
 
 
 class _Protocol(H11Protocol):
-    """uvicorn's protocol, which drops connections far beyond their limit at once."""
+    """uvicorn's protocol, which ends connections that do nothing, and at once those far beyond their limit.
+
+    uvicorn itself ends only connections that wait for another request; `limited` bounds the time for bodies.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if self.limit_concurrency is not None and len(self.connections) > self.limit_concurrency + _SPARE:
             transport.abort()
+        self._end_if_idle(self.app_state["limits"].idle, None, self.loop.time())
+
+    def _end_if_idle(self, limit: float, request: Any, since: float) -> None:
+        """Look ten times within `limit` seconds whether something has moved `since`: an answer, or another request."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is not request or self._is_answering():
+            request, since = self.cycle, self.loop.time()
+        elif self.loop.time() - since > limit:
+            self.transport.abort()
+            return
+        self.loop.call_later(limit / 10, self._end_if_idle, limit, request, since)
+
+    def _is_answering(self) -> bool:
+        """Whether it has a request, and its client reads the answer."""
+        return self.cycle is not None and not self.cycle.response_complete and not self.flow.write_paused
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which ends connections that do nothing, and on a signal first finishes what it has.
+    """uvicorn's server, which on a signal first finishes what it has.
 
-    Between the signal and the end it still answers, so that clients learn why they are turned away. uvicorn itself
-    ends only connections that wait for another request; `limited` bounds the time for bodies.
+    Between the signal and the end it still answers, so that clients learn why they are turned away.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service, self._end, self._last_line = service, math.inf, -math.inf
-        self._idle: dict[tuple[Any, Any], float] = {}  # (connection, its last request) -> since when
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does, with few words for a lack of descriptors."""
@@ -352,24 +387,12 @@ class _Server(uvicorn.Server):
         self._service.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: end connections in which nothing moves, and after a signal the server."""
+        """Ten times a second: end the server after a signal, once it has nothing to finish."""
         now, limits = time.monotonic(), self._service.limits
-        connections: list[Any] = list(self.server_state.connections)
-        still = [one for one in connections if not _is_answering(one)]
-        self._idle = {(one, one.cycle): self._idle.get((one, one.cycle), now) for one in still}
-        for (connection, _), since in self._idle.items():
-            if now - since > limits.idle:
-                connection.transport.abort()
         if self._service.draining and (self._service.places.held == 0 or now >= self._end):
             self.config.timeout_graceful_shutdown = max(1, math.ceil(min(self._end - now, limits.grace)))
             self.should_exit = True
         return await super().on_tick(counter)
-
-
-def _is_answering(connection: Any) -> bool:
-    """Whether it has a request, and its client reads the answer."""
-    cycle = connection.cycle
-    return cycle is not None and not cycle.response_complete and not connection.flow.write_paused
 
 
 def _bounds(limits: Limits) -> tuple[int, int]:
@@ -403,21 +426,43 @@ def make_server(
             "*.example.com" for all below, "*" for everything.
         log_level: uvicorn's.
     """
-    limits = service.limits
+    # A server that listens at a name is called by it.
+    app = build_app(service, api_key=api_key, allowed_hosts=(*allowed_hosts, host))
+    return _Server(uvicorn.Config(app, **_options(service.limits, host, port), log_level=log_level), service)
+
+
+def _options(limits: Limits, host: str, port: int) -> dict[str, Any]:
     connections, backlog = _bounds(limits)
-    config = uvicorn.Config(
-        # A server that listens at a name is called by it.
-        build_app(service, api_key=api_key, allowed_hosts=(*allowed_hosts, host)),
-        host=host,
-        port=port,
-        http=_Protocol,
-        ws="none",
-        log_level=log_level,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=connections,
-        backlog=backlog,
-        timeout_keep_alive=math.ceil(limits.idle),
-        timeout_graceful_shutdown=math.ceil(limits.grace),
-    )
-    return _Server(config, service)
+    return {
+        "host": host,
+        "port": port,
+        "http": _Protocol,
+        "ws": "none",
+        "access_log": False,
+        "server_header": False,
+        "limit_concurrency": connections,
+        "backlog": backlog,
+        "timeout_keep_alive": math.ceil(limits.idle),
+        "timeout_graceful_shutdown": math.ceil(limits.grace),
+    }
+
+
+def run_workers(settings: Settings, workers: int, *, host: str, port: int) -> None:
+    """Serve one port with several processes, each with a base of its own, until a signal; uvicorn starts them.
+
+    A process that dies is started anew. What one changes in a bank on disk the others see; ValueError if changes are
+    taken and the adapters are held in memory.
+    """
+    if settings.api_key_env is not None and not is_shared(settings.bank):
+        raise ValueError(
+            f"{settings.bank} is a folder of adapters, which each worker holds in its own memory, so that a change "
+            "would reach one of them: make a bank of it (smn bank build), or leave --api-key-env out."
+        )
+    key_from(settings.api_key_env)
+    with TemporaryDirectory() as counted:  # by all processes, for /metrics
+        used = replace(settings, allowed_hosts=(*settings.allowed_hosts, host))
+        os.environ.update(used.environment(), PROMETHEUS_MULTIPROC_DIR=counted)
+        limits = Limits(grace=settings.grace)
+        uvicorn.run(f"{__name__}:create_app", factory=True, workers=workers, **_options(limits, host, port))
+        if not os.listdir(counted):
+            raise RuntimeError("No worker could be started: the lines above say why.")

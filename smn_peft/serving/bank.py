@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, base_name, is_file_spec, load_backbone, load_from_file, pooled_features
 from ..bank.bank import MaskBank
+from ..bank.remote import is_remote
 from ..bank.source import MemorySource
-from ..bank.store import DiskStore
+from ..bank.store import open_store
 from ..data import check_preprocessing
 from ..storage.adapter_config import CONFIG_NAME, read_config
 from ..storage.adapter_file import WEIGHTS_NAME
@@ -27,7 +28,7 @@ from ..storage.hub_files import locate_adapter
 from .limits import ServingError, explained
 from .models import NewTask
 
-__all__ = ["ServedModel", "add_folder", "add_task", "class_name", "class_names", "open_bank"]
+__all__ = ["ServedModel", "add_folder", "add_task", "class_name", "class_names", "is_shared", "open_bank"]
 
 _CLASSES = "id2label"  # of adapter_config.json, as in transformers: {"0": "cat", …}
 _LABEL_LENGTH = 1000
@@ -84,7 +85,8 @@ def open_bank(
     """Open a bank for serving.
 
     Args:
-        where: A bank; or the folder of an adapter, or of several adapters' folders, which are then held in memory.
+        where: A bank, as `MaskBank.open` takes it; or the folder of an adapter, or of several adapters' folders,
+            which are then held in memory.
         base: Base of the tasks: Hub id, timm name, folder, or "file.py:function", which is run.
         weights: safetensors file for the timm architecture `base`.
         image_size: Input size; None for what the first task was trained on if its adapter says so, else the base's.
@@ -99,17 +101,17 @@ def open_bank(
     Raises:
         ValueError: If the base cannot be loaded, or no adapter belongs to it.
     """
-    where, base = Path(where), os.fspath(base)
-    if not where.exists():
+    where, base = os.fspath(where), os.fspath(base)
+    if not (is_remote(where) or Path(where).exists()):
         raise FileNotFoundError(f"There is no {where}: name a bank, or a folder of adapters.")
     from_file = is_file_spec(base)
     if from_file and (weights is not None or image_size is not None):
         raise ValueError(f"--weights and --image-size are for libraries' models, not for {base}.")
-    folders = [where] if (where / CONFIG_NAME).is_file() else sorted(p.parent for p in where.glob(f"*/{CONFIG_NAME}"))
-    source = MemorySource() if folders else DiskStore(where, read_only=read_only)
+    folders = [] if is_remote(where) else _adapters_in(Path(where))
+    source = MemorySource() if folders else open_store(where, read_only=read_only)
 
     def trained_size() -> int | None:
-        for one in (folders or source.names())[:_ASKED_FOR_SIZE]:
+        for one in folders[:_ASKED_FOR_SIZE] or source.find(limit=_ASKED_FOR_SIZE):
             try:
                 config = read_config(one) if isinstance(one, Path) else source.read(one).config
                 return int(check_preprocessing(config["preprocessing"])["image_size"])
@@ -135,6 +137,15 @@ def open_bank(
         name, why = next(iter(left_out.items()))
         raise ValueError(f"None of the {len(folders)} adapters in {where} can be served; {name}: {why}")
     return bank, replace(backbone, model=model), left_out
+
+
+def is_shared(where: str) -> bool:
+    """Whether it is a bank, which several processes can have open, and no folder of adapters."""
+    return is_remote(where) or not _adapters_in(Path(where))
+
+
+def _adapters_in(where: Path) -> list[Path]:
+    return [where] if (where / CONFIG_NAME).is_file() else sorted(p.parent for p in where.glob(f"*/{CONFIG_NAME}"))
 
 
 def add_folder(

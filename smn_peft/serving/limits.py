@@ -39,7 +39,7 @@ class Limits:
     adapter_bytes: int = 256 << 20  # of a request that brings an adapter
     pixels: int = 25_000_000  # width times height of an image
     aspect: int = 20  # longer side of an image over its shorter one, which is resized to the model's input
-    tasks: int = 64  # of one request
+    samples: int = 64  # tasks or images of one request
     classes: int = 10_000  # of a task whose logits are given
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ def explained(error: BaseException, task: str | None = None, *, change: bool = F
         if isinstance(error, OSError):
             return ServingError(503, f"Task {task!r} was not changed: {error}", "Try again later.")
     elif task is not None and isinstance(error, KeyError):
-        return ServingError(404, f"There is no task {task!r}.", "GET /v1/tasks lists the tasks.")
+        return ServingError(404, f"There is no task {task!r}.", "GET /v1/models lists the tasks.")
     elif task is not None and isinstance(error, (ValueError, TypeError, OSError)):
         what, fix = f"Task {task!r} cannot be used: {error}", "Add one that was made for the server's base."
         if isinstance(error, AdapterFileError):

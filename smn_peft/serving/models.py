@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -61,10 +61,23 @@ class Question(_Sent):
     ] = Field(
         min_length=1,
         validation_alias=AliasChoices("task", "tasks"),
-        description='Names of tasks, which GET /v1/tasks lists; "__base__" is the base.',
+        description='Names of tasks, which GET /v1/models lists; "__base__" is the base.',
     )
     top: int = Field(5, ge=1, le=1000, description="Number of classes to name.")
     logits: bool = Field(False, description="Whether to return all logits too.")
+
+
+class Inputs(_Sent):
+    """Images to embed under one task, in OpenAI's form."""
+
+    max_parts = 10_000
+    model: Name = Field(description="Name of a task, alone or after the base's, \"base:task\"; or the base's name.")
+    input: Annotated[
+        list[Annotated[bytes, BeforeValidator(_image)]],
+        BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    ] = Field(min_length=1, description='Images as data URLs, "data:image/png;base64,…".')
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64: of little-endian float32.")
+    dimensions: None = Field(None, description="Features are given whole: leave it out.")
 
 
 class NewTask(_Sent):
@@ -131,28 +144,55 @@ class Prediction(_Result):
     logits: list[float] | None = None
 
 
-class Embedding(_Result):
-    """The features under one task, before its head."""
-
-    embedding: list[float]
-
-
-R = TypeVar("R", Prediction, Embedding)
-
-
-class Results(_Answer, Generic[R]):
+class Results(_Answer):
     """One result per task, in the order of the question."""
 
-    results: list[R | TaskError]
+    results: list[Prediction | TaskError]
     latency_ms: dict[Literal["decode", "total"], float] = Field(description="Until the image was ready, and all.")
 
 
-class TaskNames(_Answer):
-    """A page of the tasks' names."""
+class Embedding(_Answer):
+    """The features of an image, before the task's head."""
 
+    object: Literal["embedding"]
+    index: int = Field(description="Place of the image in the input.")
+    embedding: list[float] | str
+
+
+class Usage(_Answer):
+    """Tokens, of which images have none."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(_Answer):
+    """One embedding per image, in the order of the input."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+    warning: str | None = Field(None, description="How the images were prepared otherwise than the task was trained.")
+
+
+class Model(_Answer):
+    """A task, as OpenAI lists models."""
+
+    id: str = Field(description="Name of the task.")
+    object: Literal["model"]
+    created: int = Field(description="When the server was started, in seconds since 1970.")
+    owned_by: str
+    parent: str = Field(description="Name of the base.")
+
+
+class ModelList(_Answer):
+    """A page of the tasks, sorted by name."""
+
+    object: Literal["list"]
+    data: list[Model]
+    has_more: bool = Field(description="Whether others follow; ask for those after the last.")
     total: int = Field(description="Tasks in the bank.")
-    matched: int = Field(description="Tasks whose name contains the text.")
-    tasks: list[str]
     base: str
     image_size: int
 
@@ -167,10 +207,9 @@ class Preprocessing(_Answer):
     crop_pct: float
 
 
-class TaskFacts(_Answer):
+class TaskFacts(Model):
     """What is known of a task."""
 
-    name: str
     density: float
     decoded_bytes: int
     classes: int | None

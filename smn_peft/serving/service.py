@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
+import base64
 import functools
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from torch import Tensor
 
@@ -27,12 +29,15 @@ from ..bank.bank import BASE, MaskBank
 from ..bank.task import Task
 from ..data import check_preprocessing, preprocessing_transform
 from ..data.decoding import open_image, to_rgb
-from .bank import class_name, class_names
+from .bank import class_name, class_names, open_bank
 from .batching import Batcher, Output, Workers
 from .limits import Budget, Limits, ServingError, explained
-from .models import Question
+from .models import Inputs, Question
+from .settings import Settings
 
 __all__ = ["Metrics", "Service"]
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """What clients may send: what browsers show, and nothing of libtiff's."""
@@ -57,6 +62,7 @@ class Service:
         max_batch: See [`Batcher`].
         max_wait: See [`Batcher`].
         image_size: Pixels of a side for every task, whatever it was trained on.
+        refresh: Seconds between looks at whether a bank that is read through a copy has changed.
 
     Attributes:
         metrics: Figures for Prometheus.
@@ -76,9 +82,11 @@ class Service:
         max_batch: int = 32,
         max_wait: float = 0.005,
         image_size: int | None = None,
+        refresh: float = 60.0,
     ) -> None:
         self.bank, self.limits, self.draining = bank, limits or Limits(), False
-        self._backbone, self._size = backbone, image_size
+        self._backbone, self._size, self._refresh = backbone, image_size, refresh
+        self._started = int(time.time())
         self._preprocessing = check_preprocessing(backbone.preprocessing)
         decoders = min(4, os.cpu_count() or 1)
         self._decoders = Workers(decoders, "smn-decode")
@@ -89,32 +97,66 @@ class Service:
         self.metrics = Metrics(self)
         self.batcher = Batcher(bank, max_batch=max_batch, max_wait=max_wait, watch=self.metrics.batch)
 
+    @classmethod
+    def open(cls, settings: Settings) -> Service:
+        """Open bank and base; ValueError if they cannot be, or do not belong together."""
+        bank, backbone, left_out = open_bank(
+            settings.bank,
+            settings.base,
+            weights=settings.weights,
+            image_size=settings.image_size,
+            head_name=settings.head,
+            device=settings.device,
+            ram_budget=settings.ram_budget << 20,
+            read_only=settings.api_key_env is None,
+        )
+        for name, why in left_out.items():
+            logger.warning("left out %s: %s", name, why)
+        service = cls(
+            bank,
+            backbone,
+            limits=Limits(queue=settings.queue, timeout=settings.timeout, grace=settings.grace),
+            max_batch=settings.max_batch,
+            max_wait=settings.max_wait_ms / 1000,
+            image_size=settings.image_size,
+            refresh=settings.refresh,
+        )
+        if warnings := service.warnings():
+            name, why = next(iter(warnings.items()))
+            logger.warning("%d tasks are served otherwise than trained, as %r: %s", len(warnings), name, why)
+        return service
+
     @contextmanager
-    def place(self, question: Question) -> Iterator[None]:
-        """Hold a place for each of a question's samples; 429 if there are not so many."""
-        count, taken = len(question.tasks), self.places.held
-        if count > self.limits.tasks:
-            raise ServingError(422, f"{count} tasks are named.", f"Ask {self.limits.tasks} at a time at most.")
+    def _places(self, count: int, what: str) -> Iterator[None]:
+        """Hold a place for each of a request's samples, `what` in the plural; 429 if there are not so many."""
+        taken = self.places.held
+        if count > self.limits.samples:
+            raise ServingError(422, f"There are {count} {what}.", f"Send {self.limits.samples} at a time at most.")
         wait = max(1, math.ceil(taken * self.batcher.seconds_each))
-        what = f"The queue is full: {taken} of {self.places.limit} places are taken."
-        fix = f"Try again in {wait} s, or with fewer tasks at a time."
-        self.places.take(count, ServingError(429, what, fix, {"Retry-After": str(wait)}))
+        full = f"The queue is full: {taken} of {self.places.limit} places are taken."
+        fix = f"Try again in {wait} s, or with fewer {what} at a time."
+        self.places.take(count, ServingError(429, full, fix, {"Retry-After": str(wait)}))
         try:
             yield
         finally:
             self.places.held -= count
 
-    async def answer(self, question: Question, result: Callable[[Question, Output], dict[str, Any]]) -> bytes:
-        """`Results` as JSON, of [`prediction`] or [`embedding`] under each task."""
-        started = time.perf_counter()
-        pool = self._large if len(question.image) > _LARGE_BYTES else self._decoders
-        image, ways = await pool.run(self._opened, question)
+    async def _run(self, file: bytes, tasks: Sequence[str]) -> tuple[list[Way], list[Output | BaseException], float]:
+        """Per task, how an image was prepared and what the model gave; and when the image was ready."""
+        pool = self._large if len(file) > _LARGE_BYTES else self._decoders
+        image, ways = await pool.run(self._opened, file, tasks)
         if image.width * image.height > _LARGE_PIXELS:
             pool = self._large
         images = await pool.run(_prepared, image, ways)
         del image
         prepared = time.perf_counter()
-        outputs = await asyncio.gather(*map(self._output, images, question.tasks), return_exceptions=True)
+        return ways, await asyncio.gather(*map(self._output, images, tasks), return_exceptions=True), prepared
+
+    async def predictions(self, question: Question) -> bytes:
+        """`Results` as JSON: the likeliest classes under each task."""
+        started = time.perf_counter()
+        with self._places(len(question.tasks), "tasks"):
+            ways, outputs, prepared = await self._run(question.image, question.tasks)
 
         def rendered() -> bytes:
             results, errors = [], []
@@ -122,7 +164,9 @@ class Service:
                 try:
                     if isinstance(output, BaseException):
                         raise explained(output, task)
-                    results.append({"task": task, **result(question, output), **self._circumstances(output, way)})
+                    latency = {"queue": _ms(output.waited), "model": _ms(output.ran)}
+                    facts = {"latency_ms": latency, "batch": output.batch, **self._circumstances(output, way)}
+                    results.append({"task": task, **self._prediction(question, output), **facts})
                 except ServingError as error:
                     errors.append(error)
                     results.append({"task": task, **error.body, "status": error.status})
@@ -135,17 +179,49 @@ class Service:
 
         return await self.lookups.run(rendered)
 
-    def _opened(self, question: Question) -> tuple[Image.Image, list[Way]]:
+    async def embeddings(self, asked: Inputs) -> bytes:
+        """`Embeddings` as JSON: the features of each image."""
+        task = await self.lookups.run(self._named, asked.model)
+        with self._places(len(asked.input), "images"):
+            runs = await asyncio.gather(*(self._run(file, [task]) for file in asked.input), return_exceptions=True)
+
+        def rendered() -> bytes:
+            parts, warning = [], {}
+            for index, run in enumerate(runs):
+                if isinstance(run, BaseException):
+                    raise explained(run)
+                (way,), (output,), _ = run
+                if isinstance(output, BaseException):
+                    raise explained(output, task)
+                _check_finite(output.features, output)
+                warning = self._circumstances(output, way)
+                values = output.features.numpy()
+                coded = values.tolist() if asked.encoding_format == "float" else base64.b64encode(values).decode()
+                part = {"object": "embedding", "index": index, "embedding": coded}
+                parts.append(json.dumps(part, separators=(",", ":")))
+            rest = {"model": asked.model, "usage": {"prompt_tokens": 0, "total_tokens": 0}, **warning}
+            return f'{{"object":"list","data":[{",".join(parts)}],{json.dumps(rest)[1:]}'.encode()
+
+        return await self.lookups.run(rendered)
+
+    def _named(self, model: str) -> str:
+        """The task that "base:task", "task" or "base" names; one that does not exist is refused later."""
+        if model in self.bank:
+            return model
+        base, colon, task = model.partition(f"{self._backbone.name}:")
+        return task if colon and not base else BASE if model == self._backbone.name else model
+
+    def _opened(self, file: bytes, tasks: Sequence[str]) -> tuple[Image.Image, list[Way]]:
         """The image, its header checked and nothing decoded, and how it is prepared for each task."""
-        for task in question.tasks:
+        for task in tasks:
             if task != BASE and task not in self.bank:
                 raise self._unknown(task)
-        image = open_image(question.image, "The image", formats=FORMATS, max_pixels=self.limits.pixels)
+        image = open_image(file, "The image", formats=FORMATS, max_pixels=self.limits.pixels)
         width, height = image.size
         if max(width, height) > self.limits.aspect * min(width, height):
             fix = f"Crop it: the longer side may be {self.limits.aspect} times the shorter."
             raise ServingError(422, f"The image is a strip of {width} × {height} pixels.", fix)
-        return image, [self._way(task) for task in question.tasks]
+        return image, [self._way(task) for task in tasks]
 
     def _way(self, task: str) -> Way:
         try:
@@ -174,21 +250,20 @@ class Service:
             raise image
         return await asyncio.wrap_future(self.batcher.submit(image, task))
 
-    def _circumstances(self, output: Output, way: Way) -> dict[str, Any]:
-        """Times and batch of a result, which is refused if its task was replaced after the image was prepared."""
-        facts = {"latency_ms": {"queue": _ms(output.waited), "model": _ms(output.ran)}, "batch": output.batch}
+    def _circumstances(self, output: Output, way: Way) -> dict[str, str]:
+        """[`_warning`] of a result, which is refused if its task was replaced after the image was prepared."""
         if output.task is None:
-            return facts
+            return {}
         if self._way_of(output.task.info) != way:
             raise ServingError(503, f"Task {output.task.name!r} was replaced meanwhile.", "Ask again.")
-        return {**facts, **self._warning(output.task.info)}
+        return self._warning(output.task.info)
 
-    def prediction(self, question: Question, output: Output) -> dict[str, Any]:
+    def _prediction(self, question: Question, output: Output) -> dict[str, Any]:
         """The likeliest classes."""
         task, logits = output.task, output.logits
         if task is None or self._head(task) is None:
             what = "The base" if task is None else f"Task {task.name!r}"
-            raise ServingError(422, f"{what} has no classes.", "Ask /v1/embed for its features.")
+            raise ServingError(422, f"{what} has no classes.", "Ask /v1/embeddings for its features.")
         if question.logits and len(logits) > self.limits.classes:
             fix = f"Logits are given up to {self.limits.classes}: ask for the 'top' alone."
             raise ServingError(422, f"Task {task.name!r} has {len(logits)} classes.", fix)
@@ -200,21 +275,23 @@ class Service:
         ]
         return {"top": found, **({"logits": logits.tolist()} if question.logits else {})}
 
-    @staticmethod
-    def embedding(_: Question, output: Output) -> dict[str, Any]:
-        """The features, before the head."""
-        _check_finite(output.features, output)
-        return {"embedding": output.features.tolist()}
-
     def _head(self, task: Task) -> Tensor | None:
         return task.tensors.get(f"{self._backbone.model.head_name}.weight")
 
-    def tasks(self, query: str, offset: int, limit: int) -> dict[str, Any]:
-        """`TaskNames`: names that contain a text, sorted, a page of them."""
-        names, part = self.bank.names, query.casefold()
-        found = [name for name in names if part in name.casefold()]
-        page = {"total": len(names), "matched": len(found), "tasks": found[offset : offset + limit]}
-        return {**page, "base": self._backbone.name, "image_size": self._used({})["image_size"]}
+    def tasks(self, text: str, after: str, limit: int, resident: bool) -> dict[str, Any]:
+        """`ModelList`: tasks whose names contain a text, sorted, a page of them; those decoded, or all."""
+        if resident:
+            part = text.lower()
+            names = sorted(name for name in self.bank.resident if name > after and part in name.lower())
+        else:
+            names = self.bank.find(text, after=after, limit=limit + 1)
+        page = {"data": [self._model(name) for name in names[:limit]], "has_more": len(names) > limit}
+        base = {"base": self._backbone.name, "image_size": self._used({})["image_size"]}
+        return {"object": "list", **page, "total": len(self.bank), **base}
+
+    def _model(self, name: str) -> dict[str, Any]:
+        facts = {"object": "model", "created": self._started, "owned_by": "smn_peft"}
+        return {"id": name, **facts, "parent": self._backbone.name}
 
     def task(self, name: str) -> dict[str, Any]:
         """`TaskFacts` of a task."""
@@ -227,7 +304,7 @@ class Service:
             raise explained(error, name) from error
         head = self._head(task)
         return {
-            "name": name,
+            **self._model(name),
             "density": task.density,
             "decoded_bytes": task.nbytes,
             "classes": None if head is None else len(head),
@@ -240,7 +317,7 @@ class Service:
     def warnings(self, first: int = 1000) -> dict[str, str]:
         """What the server does otherwise than tasks were trained, by name, among the first tasks."""
         found = {}
-        for name in self.bank.names[:first]:
+        for name in self.bank.find(limit=first):
             try:
                 if warning := self._warning(self.bank.config(name)):
                     found[name] = warning["warning"]
@@ -259,10 +336,18 @@ class Service:
         return {"name": name, "total": len(self.bank)}
 
     def _unknown(self, name: str) -> ServingError:
-        names = self.bank.names
-        place = max(0, bisect.bisect(names, name) - _COMPARED // 2)  # those that begin alike stand side by side
-        close = did_you_mean(name, names[place : place + _COMPARED])
-        return ServingError(404, f"There is no task {name!r}.", f"GET /v1/tasks lists the tasks.{close}")
+        close = did_you_mean(name, self.bank.near(name, _COMPARED // 2))  # those that begin alike stand side by side
+        return ServingError(404, f"There is no task {name!r}.", f"GET /v1/models lists the tasks.{close}")
+
+    async def refresh(self) -> None:
+        """Look now and then whether the bank has changed where it was copied from, until this is cancelled."""
+        while True:
+            await asyncio.sleep(self._refresh)
+            try:
+                if await self.writer.run(self.bank.refresh):
+                    logger.warning("the bank has changed, and was fetched anew: %d tasks", len(self.bank))
+            except Exception as error:  # the network's, or a file that is being replaced
+                logger.warning("the bank was not fetched anew: %s", error)
 
     def close(self) -> None:
         """Finish what was submitted and close the bank; what hangs is left behind."""
@@ -309,12 +394,17 @@ class Metrics(Collector):
     def __init__(self, service: Service) -> None:
         self._service = service
         registry = self._registry = CollectorRegistry()
+        # Where several processes serve one port, each tells what all have counted, and of itself with its number.
+        self._shared = "PROMETHEUS_MULTIPROC_DIR" in os.environ
         histogram = functools.partial(Histogram, registry=registry)
         self._requests = Counter("smn_requests", "Requests answered", ["method", "route", "status"], registry=registry)
         self._seconds = histogram("smn_request_seconds", "Time to answer", ["route"])
         self._samples = histogram("smn_batch_samples", "Samples per forward", buckets=_SIZES)
         self._tasks = histogram("smn_batch_tasks", "Tasks per forward", buckets=_SIZES)
         self._batch_seconds = histogram("smn_batch_seconds", "Time per forward")
+        if self._shared:
+            registry = self._registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         registry.register(self)
         ProcessCollector(registry=registry)
 
@@ -336,7 +426,14 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read the figures that the service and its bank count themselves."""
         service, stats = self._service, self._service.bank.stats
-        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        labels = {"pid": str(os.getpid())} if self._shared else {}
+
+        def gauge(name: str, text: str, value: float, kind: Any = GaugeMetricFamily) -> Metric:
+            family: Metric = kind(name, text, labels=list(labels))
+            family.add_metric(list(labels.values()), value)  # type: ignore[attr-defined]
+            return family
+
+        counter = functools.partial(gauge, kind=CounterMetricFamily)
         yield gauge("smn_queue_depth", "Samples that wait for a batch", service.batcher.depth)
         yield gauge("smn_places_taken", "Samples that are waiting or worked on", service.places.held)
         yield gauge("smn_bank_tasks", "Tasks in the bank", len(service.bank))

@@ -20,6 +20,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load
 
 from smn_peft import MaskConfig
+from smn_peft.bank.remote import RemoteFile
 from smn_peft.bank.source import StoredAdapter, TaskInfo
 from smn_peft.bank.store import DiskStore
 from smn_peft.storage.adapter_config import CONFIG_NAME
@@ -162,7 +163,7 @@ def test_a_copy_is_the_bank_as_it_was_when_it_was_asked_for(store, tmp_path):
     )
     with pytest.raises(FileExistsError, match="name another file"):
         store.copy(tmp_path / "x.sqlite")
-    with DiskStore(tmp_path / "x.sqlite", read_only=True, immutable=True) as copy:
+    with DiskStore(tmp_path / "x.sqlite", read_only=True, copy=RemoteFile("user/bank")) as copy:
         assert copy.names() == ["b"]
         assert number_of(copy.read("b")) == 1
         assert copy.path.stat().st_size < 30_000

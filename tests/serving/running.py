@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import threading
@@ -37,6 +38,12 @@ def form(data, tasks, **fields):
         for key, value, more in parts
     )
     return body + b"--xyz--\r\n", {"Content-Type": "multipart/form-data; boundary=xyz"}
+
+
+def embedding_of(data, model):
+    """Body and headers that ask for an image's features."""
+    body = {"model": model, "input": f"data:image/png;base64,{base64.b64encode(data).decode()}"}
+    return json.dumps(body), {"Content-Type": "application/json"}
 
 
 def post(where, path, data, *tasks, **fields):

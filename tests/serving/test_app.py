@@ -14,6 +14,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fastapi.routing import APIRoute
@@ -21,6 +22,7 @@ from fastapi.testclient import TestClient
 from starlette.routing import Match
 
 from smn_peft.bank.bank import MaskBank
+from smn_peft.bank.source import MemorySource
 from smn_peft.serving.app import build_app, key_from
 from smn_peft.serving.limits import Limits
 from smn_peft.storage.adapter_config import CONFIG_NAME
@@ -29,7 +31,7 @@ from smn_peft.storage.files import AdapterFileError
 from tests.serving.tiny import DENSITIES, IMAGES, KEY, NAMES, URL, image, service
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMITS = Limits(body_bytes=200_000, pixels=1_000_000, tasks=3, timeout=20)
+LIMITS = Limits(body_bytes=200_000, pixels=1_000_000, samples=3, timeout=20)
 BEARER = {"Authorization": f"Bearer {KEY}".encode()}
 
 
@@ -49,6 +51,10 @@ def as_documented(app):
     return check
 
 
+def listed(client, query=""):
+    return [model["id"] for model in client.get(f"/v1/models{query}").json()["data"]]
+
+
 @contextmanager
 def connected(saved, **options):
     app = build_app(service(saved[0], limits=LIMITS), **options)
@@ -62,21 +68,21 @@ def client(saved):
     """A client; a test that changes the tasks changes them back."""
     with connected(saved, api_key=KEY) as client:
         yield client
-        assert client.get("/v1/tasks").json()["tasks"] == sorted(DENSITIES)
+        assert listed(client) == sorted(DENSITIES)
 
 
 def test_the_schema_says_what_every_route_takes_and_answers(client):
     schema = client.get("/openapi.json").json()
     routes = {(path, method): route for path, found in schema["paths"].items() for method, route in found.items()}
     assert sorted(f"{method} {path}" for path, method in routes) == [
-        "delete /v1/tasks/{name}",
+        "delete /v1/models/{name}",
         "get /healthz",
         "get /metrics",
-        "get /v1/tasks",
-        "get /v1/tasks/{name}",
-        "post /v1/embed",
+        "get /v1/models",
+        "get /v1/models/{name}",
+        "post /v1/embeddings",
+        "post /v1/models",
         "post /v1/predict",
-        "post /v1/tasks",
     ]
     for (path, method), route in routes.items():
         assert route["summary"]
@@ -88,12 +94,15 @@ def test_the_schema_says_what_every_route_takes_and_answers(client):
                 assert kind == "application/json"
                 assert (name == "Error") == (status >= "400" and (path, status) != ("/healthz", "503"))
         assert {"403", "500", "503", "504"} <= set(route["responses"])
-        assert ("401" in route["responses"]) == ("security" in route) == (path[:9] == "/v1/tasks" and method != "get")
+        assert (
+            ("401" in route["responses"]) == ("security" in route) == (path[:10] == "/v1/models" and method != "get")
+        )
         if method == "post":
             assert {"400", "413", "415", "422"} <= set(route["responses"])
             for kind in ("multipart/form-data", "application/json"):
                 body = route["requestBody"]["content"][kind]["schema"]
-                assert body["required"] == (["name"] if path == "/v1/tasks" else ["image", "task"])
+                required = {"/v1/models": ["name"], "/v1/embeddings": ["model", "input"]}
+                assert body["required"] == required.get(path, ["image", "task"])
     assert set(schema["components"]["securitySchemes"]) == {"APIKeyHeader", "HTTPBearer"}
     assert "HTTPValidationError" not in schema["components"]["schemas"]
     assert client.get("/docs").status_code == 200
@@ -136,15 +145,46 @@ def test_predict_gives_each_task_its_own_logits_and_names(client, saved):
             close(result["logits"], logits["ships"][3])
 
 
-def test_embed_gives_the_features_of_a_task_and_of_the_base(client, saved):
-    _, _, features = saved
-    answer = client.post("/v1/embed", **files(IMAGES[1], "ships", "__base__", "birds"))
-    for result in answer.json()["results"]:
-        close(result["embedding"], features[result["task"]][1])
+def data_url(data):
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [("ships", "ships"), ("tiny ViT:ships", "ships"), ("tiny ViT", "__base__"), ("__base__", "__base__")],
+)
+def test_embeddings_are_the_features_of_a_task_or_of_the_base(client, saved, model, task):
+    features = saved[2][task]
+    asked = {"model": model, "input": [data_url(data) for data in IMAGES[:3]]}
+    answer = client.post("/v1/embeddings", json=asked).json()
+    assert (answer["object"], answer["model"], answer["usage"]["total_tokens"]) == ("list", model, 0)
+    assert [each["index"] for each in answer["data"]] == [0, 1, 2]
+    close([each["embedding"] for each in answer["data"]], features[:3])
+    (coded,) = client.post(
+        "/v1/embeddings", json={"model": model, "input": data_url(IMAGES[3]), "encoding_format": "base64"}
+    ).json()["data"]
+    close(np.frombuffer(base64.b64decode(coded["embedding"]), "<f4").tolist(), features[3])
+    form = {"files": {"input": ("x.png", IMAGES[1]), "model": (None, model)}}
+    close(client.post("/v1/embeddings", **form).json()["data"][0]["embedding"], features[1])
+
+
+def test_embeddings_that_cannot_be_given(client):
+    one = data_url(IMAGES[0])
+    for asked, status, error, fix in (
+        ({"model": "bird", "input": one}, 404, "no task 'bird'", "birds"),
+        ({"model": "tiny ViT:bird", "input": one}, 404, "no task 'bird'", "birds"),
+        ({"input": one}, 422, "'model' is missing", "base:task"),
+        ({"model": "birds", "input": "a photo of a bird"}, 422, "base64", "data URLs"),
+        ({"model": "birds", "input": []}, 422, "'input'", "data URLs"),
+        ({"model": "birds", "input": [one] * 4}, 422, "4 images", "3 at a time"),
+        ({"model": "birds", "input": [one, data_url(IMAGES[0][:-2000])]}, 422, "cannot be read", ""),
+        ({"model": "birds", "input": one, "dimensions": 8}, 422, "'dimensions'", "whole"),
+    ):
+        refused(client.post("/v1/embeddings", json=asked), status, error, fix)
 
 
 def test_predicting_without_a_head_names_embed(client):
-    refused(client.post("/v1/predict", **files(IMAGES[0], "__base__")), 422, "no classes", "/v1/embed")
+    refused(client.post("/v1/predict", **files(IMAGES[0], "__base__")), 422, "no classes", "/v1/embeddings")
     mixed = client.post("/v1/predict", **files(IMAGES[0], "__base__", "ships")).json()["results"]
     assert mixed[0]["status"] == 422
     assert "top" in mixed[1]
@@ -152,7 +192,7 @@ def test_predicting_without_a_head_names_embed(client):
 
 def test_other_formats_are_read(client):
     for kind in ("JPEG", "WEBP", "GIF", "BMP"):
-        assert client.post("/v1/embed", **files(image(0, kind=kind), "ships")).status_code == 200
+        assert client.post("/v1/predict", **files(image(0, kind=kind), "ships")).status_code == 200
 
 
 def test_questions_that_cannot_be_answered(client):
@@ -169,7 +209,7 @@ def test_questions_that_cannot_be_answered(client):
         "format (JPEG, PNG, WEBP, GIF, BMP)",
     )
     refused(client.post("/v1/predict", **files(IMAGES[0][:-2000], "birds")), 422, "cannot be read")
-    refused(client.post("/v1/predict", **files(IMAGES[0])), 422, "'task' is missing", "GET /v1/tasks")
+    refused(client.post("/v1/predict", **files(IMAGES[0])), 422, "'task' is missing", "GET /v1/models")
     refused(client.post("/v1/predict", files={"task": (None, "birds")}), 422, "'image' is missing", "base64")
     refused(client.post("/v1/predict", **files(IMAGES[0], "a", "b", "c", "d")), 422, "4 tasks", "3 at a time")
     refused(client.post("/v1/predict", **files(IMAGES[0], "birds", top="many")), 422, "'top'")
@@ -189,7 +229,7 @@ def test_questions_that_cannot_be_answered(client):
     refused(client.post("/v1/predict", content=IMAGES[0]), 415, "not said")
     refused(client.get("/v1/predict"), 405, "Not Allowed")
     refused(client.get("/v2"), 404, "Not Found")
-    refused(client.get("/v1/tasks?limit=x"), 422, "limit")
+    refused(client.get("/v1/models?limit=x"), 422, "limit")
 
 
 def test_what_is_too_large_is_refused_before_it_is_read_or_decoded(client):
@@ -202,8 +242,8 @@ def test_what_is_too_large_is_refused_before_it_is_read_or_decoded(client):
     refused(client.post("/v1/predict", **files(bomb(40_000, 40_000), "birds")), 413, "pixels")
     refused(client.post("/v1/predict", **files(bomb(1200, 900), "birds")), 413, "900 pixels are more than 1000000")
     refused(client.post("/v1/predict", **files(bomb(100_000, 4), "birds")), 422, "strip of 100000 × 4")
-    assert client.post("/v1/embed", **files(image(0, (200, 10)), "birds")).status_code == 200
-    refused(client.post("/v1/embed", **files(image(0, (201, 10)), "birds")), 422, "strip")
+    assert client.post("/v1/predict", **files(image(0, (200, 10)), "birds")).status_code == 200
+    refused(client.post("/v1/predict", **files(image(0, (201, 10)), "birds")), 422, "strip")
 
 
 def test_a_body_of_many_small_pieces_is_bounded_as_a_whole(client):
@@ -238,57 +278,63 @@ def bomb(width, height):
 
 
 def test_tasks_are_listed_searched_and_described(client, saved):
-    answer = client.get("/v1/tasks").json()
-    assert answer == {
-        "total": 3, "matched": 3, "tasks": sorted(DENSITIES), "base": "tiny ViT", "image_size": 32
-    }  # fmt: skip
-    assert client.get("/v1/tasks?q=HIP").json()["tasks"] == ["ships"]
-    answer = client.get("/v1/tasks?offset=1&limit=1").json()
-    assert (answer["tasks"], answer["matched"]) == (["ships"], 3)
-    facts = client.get("/v1/tasks/birds").json()
+    answer = client.get("/v1/models").json()
+    facts = {key: answer[key] for key in ("object", "has_more", "total", "base", "image_size")}
+    assert facts == {"object": "list", "has_more": False, "total": 3, "base": "tiny ViT", "image_size": 32}
+    assert {model["object"] for model in answer["data"]} == {"model"}
+    assert {model["parent"] for model in answer["data"]} == {"tiny ViT"}
+    assert listed(client) == sorted(DENSITIES)
+    assert listed(client, "?q=HIP") == ["ships"]
+    assert (listed(client, "?after=birds&limit=1"), listed(client, "?after=weather")) == (["ships"], [])
+    assert client.get("/v1/models?limit=2").json()["has_more"] is True
+    client.post("/v1/predict", **files(IMAGES[0], "weather"))
+    assert "weather" in listed(client, "?resident=true")
+    assert listed(client, "?resident=true&q=HIPS") in ([], ["ships"])
+    facts = client.get("/v1/models/birds").json()
+    assert facts["id"] == "birds"
     assert facts["labels"] == NAMES["birds"]
     assert facts["classes"] == 4
     assert facts["density"] == pytest.approx(0.999, abs=0.002)
-    refused(client.get("/v1/tasks/shops"), 404, "no task 'shops'", "ships")
+    refused(client.get("/v1/models/shops"), 404, "no task 'shops'", "ships")
 
 
 def test_writing_takes_the_key(client, saved):
     folder = {"name": "new", "folder": str(saved[0] / "ships")}
-    refused(client.post("/v1/tasks", json=folder), 401, "No API key")
-    refused(client.post("/v1/tasks", json=folder, headers={"X-API-Key": "sesame"}), 401, "another")
-    wrong = client.delete("/v1/tasks/ships", headers={"Authorization": "Bearer open"})
+    refused(client.post("/v1/models", json=folder), 401, "No API key")
+    refused(client.post("/v1/models", json=folder, headers={"X-API-Key": "sesame"}), 401, "another")
+    wrong = client.delete("/v1/models/ships", headers={"Authorization": "Bearer open"})
     refused(wrong, 401, "another", "Bearer")
     assert wrong.headers["www-authenticate"] == "Bearer"
-    refused(client.delete("/v1/tasks/ships", headers={"Authorization": f"Basic {KEY}".encode()}), 401, "No API key")
+    refused(client.delete("/v1/models/ships", headers={"Authorization": f"Basic {KEY}".encode()}), 401, "No API key")
     with connected(saved) as closed:
-        refused(closed.post("/v1/tasks", json=folder, headers=BEARER), 403, "takes no changes", "--api-key-env")
-        refused(closed.delete("/v1/tasks/ships", headers=BEARER), 403, "takes no changes")
-    assert client.get("/v1/tasks").json()["total"] == 3
+        refused(closed.post("/v1/models", json=folder, headers=BEARER), 403, "takes no changes", "--api-key-env")
+        refused(closed.delete("/v1/models/ships", headers=BEARER), 403, "takes no changes")
+    assert client.get("/v1/models").json()["total"] == 3
 
 
 def test_tasks_come_from_a_folder_and_go(client, saved):
     root, logits, _ = saved
     new = {"name": "a/b c", "folder": str(root / "birds")}
-    added = client.post("/v1/tasks", json=new, headers={"X-API-Key": KEY.encode()})
+    added = client.post("/v1/models", json=new, headers={"X-API-Key": KEY.encode()})
     assert (added.status_code, added.json()) == (201, {"name": "a/b c", "replaced": False, "total": 4})
     (result,) = client.post("/v1/predict", **files(IMAGES[0], "a/b c", logits="1")).json()["results"]
     close(result["logits"], logits["birds"][0])
     assert result["top"][0]["label"] in NAMES["birds"]
-    refused(client.post("/v1/tasks", json=new, headers=BEARER), 409, "already", "replace=true")
+    refused(client.post("/v1/models", json=new, headers=BEARER), 409, "already", "replace=true")
     ships = {**new, "folder": str(root / "ships"), "replace": True, "classes": ["a", "b", "c", "d"]}
-    assert client.post("/v1/tasks", json=ships, headers=BEARER).json()["replaced"] is True
+    assert client.post("/v1/models", json=ships, headers=BEARER).json()["replaced"] is True
     (result,) = client.post("/v1/predict", **files(IMAGES[0], "a/b c", logits="1")).json()["results"]
     close(result["logits"], logits["ships"][0])
     assert result["top"][0]["label"] in "abcd"
-    assert client.delete("/v1/tasks/a/b c", headers=BEARER).json() == {"name": "a/b c", "total": 3}
-    refused(client.delete("/v1/tasks/a/b c", headers=BEARER), 404, "no task")
+    assert client.delete("/v1/models/a/b c", headers=BEARER).json() == {"name": "a/b c", "total": 3}
+    refused(client.delete("/v1/models/a/b c", headers=BEARER), 404, "no task")
     refused(client.post("/v1/predict", **files(IMAGES[0], "a/b c")), 404, "no task")
 
 
 def upload(client, config, weights, **fields):
     parts = {"config": ("c", config), "weights": ("w", weights), "name": (None, "sent")}
     parts |= {key: (None, value) for key, value in fields.items()}
-    return client.post("/v1/tasks", files=parts, headers=BEARER)
+    return client.post("/v1/models", files=parts, headers=BEARER)
 
 
 def test_an_uploaded_adapter_is_served(client, saved):
@@ -296,7 +342,7 @@ def test_an_uploaded_adapter_is_served(client, saved):
     config, weights = ((root / "weather" / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME))
     assert upload(client, config, weights, classes=json.dumps(["sun", "rain"])).status_code == 201
     (result,) = client.post("/v1/predict", **files(IMAGES[2], "sent", logits="true")).json()["results"]
-    assert client.delete("/v1/tasks/sent", headers=BEARER).status_code == 200
+    assert client.delete("/v1/models/sent", headers=BEARER).status_code == 200
     close(result["logits"], logits["weather"][2])
     names = {entry["index"]: entry["label"] for entry in result["top"]}
     assert names == {0: "sun", 1: "rain", 2: "2", 3: "3"}
@@ -325,16 +371,16 @@ def test_adapters_that_are_not_added(client, saved, tmp_path):
         ({"name": "x", "hub_id": "../etc"}, "'hub_id': String should match"),
         ({"name": "x", "folder": str(root / "ships"), "replace": "maybe"}, "'replace'"),
     ]:
-        refused(client.post("/v1/tasks", json=body, headers=BEARER), 422, error)
+        refused(client.post("/v1/models", json=body, headers=BEARER), 422, error)
     for body in ({"name": "\ud800"}, {"name": "x", "classes": ["a", "\udfff"]}, {"name": "x", "hub_id": "a/\udc00"}):
         body = json.dumps({"folder": str(root / "ships"), **body})
         if "hub_id" in body:
             body = body.replace("folder", "nowhere")
         headers = {**BEARER, "Content-Type": "application/json"}
-        refused(client.post("/v1/tasks", content=body, headers=headers), 422, "holds half a character")
-    offline = client.post("/v1/tasks", json={"name": "x", "hub_id": "no/such"}, headers=BEARER)
+        refused(client.post("/v1/models", content=body, headers=headers), 422, "holds half a character")
+    offline = client.post("/v1/models", json={"name": "x", "hub_id": "no/such"}, headers=BEARER)
     assert offline.status_code in (422, 502, 503)
-    assert client.get("/v1/tasks").json()["total"] == 3
+    assert client.get("/v1/models").json()["total"] == 3
 
 
 def test_the_key_comes_from_a_variable(monkeypatch):
@@ -430,7 +476,8 @@ def test_the_documented_requests_work(saved):
 
 def test_an_unknown_task_among_many_costs_little(saved, monkeypatch):
     names = [f"customer-{number:05d}-birds-of-the-region" for number in range(10_000)]
-    monkeypatch.setattr(MaskBank, "names", property(lambda self: names))
+    source = MemorySource({name: None for name in names})
+    monkeypatch.setattr(MaskBank, "near", lambda self, name, count: source.near(name, count))
     with TestClient(build_app(service(saved[0])), URL) as client:
         began = time.process_time()
         for _ in range(3):

@@ -152,7 +152,7 @@ def test_many_connections_leave_descriptors_and_little_log(saved, logged):
                 pass
             for _ in range(50):  # those that send nothing make room
                 try:
-                    if post(port, "/v1/embed", IMAGES[0], "ships")[0] == 200:
+                    if post(port, "/v1/predict", IMAGES[0], "ships")[0] == 200:
                         break
                 except (OSError, ValueError):
                     time.sleep(0.2)

@@ -90,8 +90,8 @@ def test_what_is_too_long_or_half_a_character_is_no_failure_of_the_server(client
         answer = client.post("/v1/predict", content=f'{{"image": "{picture}", {body}}}', headers=JSON)
         refused(answer, 422, "half a character")
     refused(client.post("/v1/predict", json={"image": picture, "task": "a" * 5000}), 422, "1000 characters")
-    refused(client.get("/v1/tasks/" + "a" * 5000), 422, "name")
-    refused(client.get("/v1/tasks?q=" + "a" * 5000), 422, "q")
+    refused(client.get("/v1/models/" + "a" * 5000), 422, "name")
+    refused(client.get("/v1/models?q=" + "a" * 5000), 422, "q")
     for body in (
         {"hub_id": "a/" + "b" * 5000},
         {"hub_id": "a/b", "revision": "c" * 5000},
@@ -102,9 +102,9 @@ def test_what_is_too_long_or_half_a_character_is_no_failure_of_the_server(client
         {"folder": str(saved[0] / "ships"), "classes": ["f" * 5000]},
         {"config": "no file", "weights": "no file"},
     ):
-        answer = client.post("/v1/tasks", json={"name": "x", **body}, headers=BEARER)
+        answer = client.post("/v1/models", json={"name": "x", **body}, headers=BEARER)
         assert answer.status_code == 422, (body, answer.text)
-    assert client.get("/v1/tasks").json()["total"] == 3
+    assert client.get("/v1/models").json()["total"] == 3
 
 
 def test_other_sites_pages_may_not_ask(saved):
@@ -130,7 +130,7 @@ def test_other_sites_pages_may_not_ask(saved):
         ({"Host": "localhost:8000", "Origin": "http://evil.example#models.example"}, False),
     ):
         client = TestClient(app, URL)
-        answer = client.post("/v1/embed", **files(IMAGES[0], "ships"), headers=headers)
+        answer = client.post("/v1/predict", **files(IMAGES[0], "ships"), headers=headers)
         if passes:
             assert answer.status_code == 200, answer.text
         else:
@@ -140,7 +140,7 @@ def test_other_sites_pages_may_not_ask(saved):
 
 def test_the_check_of_hosts_can_be_turned_off(saved):
     with TestClient(build_app(service(saved[0]), allowed_hosts=["*"]), "http://evil.example") as client:
-        answer = client.post("/v1/embed", **files(IMAGES[0], "ships"), headers={"Origin": "http://other.example"})
+        answer = client.post("/v1/predict", **files(IMAGES[0], "ships"), headers={"Origin": "http://other.example"})
         assert answer.status_code == 200
 
 
@@ -153,7 +153,7 @@ def test_answers_grow_with_no_number_of_classes(client, served, monkeypatch):
     for _ in range(3):
         found = client.post("/v1/predict", **files(IMAGES[0], "ships")).json()["results"][0]["top"]
         assert [entry["label"] for entry in found if entry["index"] == 2] == ["class 2"]
-        facts = client.get("/v1/tasks/ships").json()
+        facts = client.get("/v1/models/ships").json()
     assert time.process_time() - began < 1.0
     assert [len(name) for name in facts["labels"]] == [7, 7, 7, 1000]
 
@@ -172,12 +172,12 @@ def test_a_large_image_keeps_only_large_ones_waiting(client, served, saved, monk
     answers = []
     asyncio.run(_put(served._large, lambda: (busy.set(), go.wait(20))))
     assert busy.wait(10)
-    asking = threading.Thread(target=lambda: answers.append(client.post("/v1/embed", **files(large, "ships"))))
+    asking = threading.Thread(target=lambda: answers.append(client.post("/v1/predict", **files(large, "ships"))))
     asking.start()
     try:
         for _ in range(3):
-            assert client.post("/v1/embed", **files(IMAGES[0], "ships")).status_code == 200
-            assert client.get("/v1/tasks").status_code == 200
+            assert client.post("/v1/predict", **files(IMAGES[0], "ships")).status_code == 200
+            assert client.get("/v1/models").status_code == 200
         assert answers == []
     finally:
         go.set()
@@ -192,10 +192,10 @@ async def _put(workers, function):
 
 
 def test_hostile_images_are_refused(client, quickly):
-    refused(client.post("/v1/embed", **files(scanned(2000, 3000), "ships")), 422, "scans")
-    refused(client.post("/v1/embed", **files(POSTSCRIPT, "ships")), 415, "known format")
-    refused(client.post("/v1/embed", **files(image(0, kind="TIFF"), "ships")), 415, "known format")
-    refused(client.post("/v1/embed", **files(bomb(5001, 5000), "ships")), 413, "more than 25000000")
+    refused(client.post("/v1/predict", **files(scanned(2000, 3000), "ships")), 422, "scans")
+    refused(client.post("/v1/predict", **files(POSTSCRIPT, "ships")), 415, "known format")
+    refused(client.post("/v1/predict", **files(image(0, kind="TIFF"), "ships")), 415, "known format")
+    refused(client.post("/v1/predict", **files(bomb(5001, 5000), "ships")), 413, "more than 25000000")
 
 
 def test_bodies_are_bounded_together():
@@ -222,7 +222,7 @@ def test_an_adapter_that_masks_and_brings_a_weight_is_refused(client, saved, tmp
     whole = {masked.rpartition(".")[0] + ".weight": torch.zeros(96, 32)}
     save_file(tensors | whole, tmp_path / "weights", metadata=metadata)
     parts = {"config": ("c", config.read_bytes()), "weights": ("w", (tmp_path / "weights").read_bytes())}
-    answer = client.post("/v1/tasks", files={**parts, "name": (None, "both")}, headers=BEARER)
+    answer = client.post("/v1/models", files={**parts, "name": (None, "both")}, headers=BEARER)
     refused(answer, 422, "not added")
     assert "qkv" in answer.json()["error"]
     for task in ("ships", "birds"):

@@ -57,7 +57,7 @@ def test_the_page_predicts_in_a_browser(saved, browser, tmp_path):
     picture.write_bytes(IMAGES[0])
     shots = Path(os.environ.get("SMN_SCREENSHOTS", tmp_path))
     expected = saved[1]["birds"][0].softmax(0)
-    with running(Service(bank, served, limits=Limits(tasks=3))) as port:
+    with running(Service(bank, served, limits=Limits(samples=3))) as port:
         browser.send("Page.navigate", url=f"http://127.0.0.1:{port}/")
         browser.wait("document.querySelectorAll('#list li').length === 100")
         assert browser.run("document.querySelector('#about').textContent") == "151 tasks over tiny ViT, 32 px"
@@ -95,6 +95,6 @@ def test_the_page_predicts_in_a_browser(saved, browser, tmp_path):
         for index in (1, 2):
             browser.run(tick.replace("[0]", f"[{index}]"))
         browser.wait("document.querySelector('[role=alert]')")
-        assert "4 tasks are named" in browser.run("document.querySelector('[role=alert]').textContent")
+        assert "There are 4 tasks" in browser.run("document.querySelector('[role=alert]').textContent")
         complaints = browser.complaints()
         assert all("422" in text for text in complaints), complaints

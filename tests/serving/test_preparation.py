@@ -59,8 +59,8 @@ def test_each_task_gets_the_image_as_it_was_trained(saved, tmp_path):
             assert "warning" not in result
         assert not torch.allclose(expected(model, OTHER, IMAGES[1]), saved[1]["ships"][1], atol=0.01)
         assert {entry["label"] for entry in results[1]["top"]} == {"0", "boat", "2", "3"}
-        assert client.get("/v1/tasks/ships").json()["preprocessing"] == OTHER
-        assert client.get("/v1/tasks/birds").json()["preprocessing"]["mean"] == list(MEAN)
+        assert client.get("/v1/models/ships").json()["preprocessing"] == OTHER
+        assert client.get("/v1/models/birds").json()["preprocessing"]["mean"] == list(MEAN)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_another_size_is_used_where_it_is_asked_for_and_said(resnets):
         first, second = client.post("/v1/predict", **files(IMAGES[2], *models, logits="1")).json()["results"]
         model, way = models["at-32"]
         close(first["logits"], expected(model, {**way, "image_size": 48}, IMAGES[2]))
-        assert first["warning"] == client.get("/v1/tasks/at-32").json()["warning"] == served.warnings()["at-32"]
+        assert first["warning"] == client.get("/v1/models/at-32").json()["warning"] == served.warnings()["at-32"]
         assert "warning" not in second
 
 
@@ -119,13 +119,13 @@ def test_a_way_that_cannot_be_followed_is_that_tasks_alone(saved, tmp_path, wron
     root = shutil.copytree(saved[0], tmp_path / "tasks")
     trained_with(root / "ships", preprocessing=wrong)
     with TestClient(build_app(service(root, names=["birds"]), api_key=KEY), URL) as client:
-        answer = client.post("/v1/tasks", json={"name": "ships", "folder": str(root / "ships")}, headers=BEARER)
+        answer = client.post("/v1/models", json={"name": "ships", "folder": str(root / "ships")}, headers=BEARER)
         if answer.status_code == 422:  # the bank refuses it
             return
         results = client.post("/v1/predict", **files(IMAGES[0], "ships", "birds", logits="1")).json()["results"]
         assert (results[0]["status"], "preprocessing" in results[0]["error"]) == (500, True)
         close(results[1]["logits"], saved[1]["birds"][0])
-        refused(client.get("/v1/tasks/ships"), 500, "preprocessing")
+        refused(client.get("/v1/models/ships"), 500, "preprocessing")
 
 
 def test_a_task_that_is_replaced_between_is_not_answered_wrongly(saved, tmp_path, monkeypatch):

@@ -31,6 +31,10 @@ def stored(saved, tmp_path):
     return path, make
 
 
+def listed(client):
+    return [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+
 def predict(client, *tasks):
     body, headers = form(IMAGES[0], tasks)
     response = client.post("/v1/predict", content=body, headers=headers)
@@ -68,8 +72,8 @@ def test_while_another_writes_changes_are_put_off(stored, saved, monkeypatch):
             patched.setattr(service.bank, "add", busy)
             patched.setattr(service.bank, "remove", busy)
             for answer in (
-                client.post("/v1/tasks", json=new, headers=BEARER),
-                client.delete("/v1/tasks/birds", headers=BEARER),
+                client.post("/v1/models", json=new, headers=BEARER),
+                client.delete("/v1/models/birds", headers=BEARER),
             ):
                 assert answer.status_code == 503, answer.text
                 assert answer.json() == {
@@ -78,7 +82,7 @@ def test_while_another_writes_changes_are_put_off(stored, saved, monkeypatch):
                 }
                 assert int(answer.headers["retry-after"]) > 0
             predict(client, "birds")
-        assert client.get("/v1/tasks").json()["tasks"] == sorted(DENSITIES)
-        assert client.post("/v1/tasks", json=new, headers=BEARER).status_code == 201
-        assert client.delete("/v1/tasks/birds", headers=BEARER).status_code == 200
-        assert client.get("/v1/tasks").json()["tasks"] == ["new", "ships", "weather"]
+        assert listed(client) == sorted(DENSITIES)
+        assert client.post("/v1/models", json=new, headers=BEARER).status_code == 201
+        assert client.delete("/v1/models/birds", headers=BEARER).status_code == 200
+        assert listed(client) == ["new", "ships", "weather"]
