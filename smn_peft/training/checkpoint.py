@@ -137,10 +137,10 @@ def restore(
         index, _, name = key.partition(".")
         entries.setdefault(int(index), {})[name] = value
     live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, entry in entries.items():
-        if is_sharded(live[index]):
-            same = {name: value for name, value in entry.items() if value.shape == live[index].shape}
-            entry.update({name: shard_as(live[index], value) for name, value in same.items()})
+    for number, entry in entries.items():
+        if is_sharded(live[number]):
+            same = {name: value for name, value in entry.items() if value.shape == live[number].shape}
+            entry.update({name: shard_as(live[number], value) for name, value in same.items()})
     _copy(path, parts["model"], tensors, "Resume with the arguments that the run was started with.")
     optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
     # A file has C order only; fused steps want momentum in its parameter's memory format.

@@ -25,7 +25,8 @@ from ..functional.distributed import is_sharded, joined_batch_norm, process_coun
 from .arguments import LoopArguments
 from .checkpoint import checkpoint_name
 
-T, K = TypeVar("T"), TypeVar("K")
+T = TypeVar("T")
+K = TypeVar("K")
 _ENDS = "Another process cannot go on, so this one ends too."
 # Digests among a run's facts, and what they are of.
 _ALIKE = {
@@ -101,6 +102,7 @@ def on_main_process(accelerator: Accelerator, tensors: Mapping[K, Any]) -> dict[
 
 def reshard(module: nn.Module) -> None:
     """Free what a forward without a backward left gathered under FSDP2, so that nobody writes to a copy."""
+    part: Any
     for part in module.modules():
         if hasattr(type(part), "reshard"):
             part.reshard()
