@@ -76,11 +76,13 @@ class Embedder:
         self._arguments: dict[str, Any] = {"base": base, "adapter": adapter, **own, **options}
         self.column, self.batch_size = column, batch_size
         loaded = _load(base, None if adapter is None else os.fspath(adapter), options)
-        self._cascade, self.mode = None, mode
+        self._cascade = loaded if isinstance(loaded, Cascade) else None
+        self.mode: Mode | None = mode
         if isinstance(loaded, Cascade):
-            self._cascade, self.mode = loaded, mode or "conditional"
+            self.mode = mode or "conditional"
             loaded.check_modes([self.mode])
-            loaded, whitening = loaded.backbone, loaded.projections.get(self.mode)
+            whitening = loaded.projections.get(self.mode)
+            loaded = loaded.backbone
             self.dim = loaded.feature_dim if whitening is None else len(whitening.components)
         elif mode is not None:
             raise ValueError(f"mode={mode!r} is of a cascade, and {adapter or base} is none: leave it out.")
@@ -107,7 +109,7 @@ class Embedder:
     @cached_property
     def _embed(self) -> Any:
         self.model.to(self.device)
-        if self._cascade is None:
+        if self._cascade is None or self.mode is None:
             return partial(pooled_features, self.model)
         return partial(self._cascade.embed_batch, mode=self.mode)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ def feature_batches(
     num_workers: int = 0,
     function: Callable[[Tensor], Tensor] | None = None,
     autocast: torch.dtype | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """For batches of indices, one after another: their "features" fp32 (batch, dim), and what else `inputs` give.
 
     The model is in eval mode until the iterator ends or is closed; the rest as in [`extract_features`].
