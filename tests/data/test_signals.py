@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from smn_peft.data.loading import PatientLoader
+from smn_peft.data.loading import PatientLoader, build_loader
 from smn_peft.evaluation import extract_features
 from tests.processes import context, leave_the_test
 
@@ -97,6 +97,6 @@ def test_what_can_only_be_read_in_order_is_refused():
             return iter(())
 
     with pytest.raises(ValueError, match=r"A Streamed can only be read in order.*without streaming=True"):
-        PatientLoader(Streamed(), 2)
+        build_loader(Streamed(), as_float, 2)
     with pytest.raises(ValueError, match="A generator can only be read in order"):
         extract_features(nn.Flatten(), (i for i in range(3)), as_float)

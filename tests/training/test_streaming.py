@@ -21,7 +21,7 @@ from smn_peft.training import Trainer, run
 from smn_peft.training.saved import evaluate_run
 from tests.gloo import join_group, run_processes
 
-from .tiny import CLASSES, SWAV, picture, tiny_arguments
+from .tiny import CLASSES, SWAV, base_of, picture, tiny_arguments
 
 datasets = pytest.importorskip("datasets")
 SHARDS, EACH = 5, 7
@@ -78,7 +78,7 @@ def names(stream, batches: int, *, epochs: int = 1, start: int = 0, state=None, 
     read = type(stream).read
 
     def reading(self, row, number):
-        seen.append(row["image"]["path"])
+        seen.append(row[self.image_column]["path"])
         return read(self, row, number)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +136,7 @@ def test_a_position_continues_the_order(tmp_path):
         (write_parquet, {}),
         (write_parquet, {"num_workers": 2, **SWAV}),
         (write_tars, {"num_workers": 2, "num_classes": 3, "accumulate": 2}),
-        (write_tars, {"objective": "infonce"}),
+        (write_tars, {**SWAV, "objective": "infonce", "objective_options": {}}),
     ],
     ids=["labels", "swav in workers", "tars in workers", "tars without labels"],
 )
@@ -159,14 +159,13 @@ def work(arguments) -> dict[str, torch.Tensor]:
 
 def test_two_processes_resume_too(tmp_path):
     arguments = streamed(tmp_path, dataset=str(write_parquet(tmp_path / "set")))
-    resumed = None
-    for each in (arguments, None):
-        resumed = each or interrupted(arguments, 6)
-        (tmp_path / "store").unlink(missing_ok=True)
-        assert [int(result["steps"]) for result in run_processes(work, 2, tmp_path, resumed)] == [8, 8]
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+        resumed = arguments if name == "whole" else interrupted(arguments, 6)
+        assert [int(found["steps"]) for found in run_processes(work, 2, tmp_path / name, resumed)] == [8, 8]
     assert state_of(Path(resumed.output_dir), 8) == state_of(Path(arguments.output_dir), 8)
     with pytest.raises(ValueError, match="2 processes read the stream, and now 1, so its order would change"):
-        run(replace(interrupted(arguments, 5), resume=True))
+        run(interrupted(arguments, 5))
 
 
 def test_evaluation_holds_a_bounded_part(tmp_path):
@@ -175,7 +174,9 @@ def test_evaluation_holds_a_bounded_part(tmp_path):
     summary = run(arguments)
     assert {*summary.after} == {"knn", "accuracy"}
     assert summary.arguments["images"] is None
-    assert [report.values[0] for report in evaluate_run(arguments.output_dir)] == [*summary.after.values()]
+    assert [report.values[0] for report in evaluate_run(arguments.output_dir, backbone=base_of(tmp_path))] == [
+        *summary.after.values()
+    ]
 
 
 def test_what_cannot_be_streamed_is_refused_before_training(tmp_path):
