@@ -66,7 +66,7 @@ class TaskReader:
                 stats.hits += 1
                 return held[1]
             stats.misses += 1
-        task = self.decode(name, self._source.read(name))
+        task = self.decode(name, self._source.read(name)).in_one_block()
         with self.lock:
             self.drop(name)
             self._held[name] = version, task

@@ -10,7 +10,7 @@ import json
 import os
 import unicodedata
 import zlib
-from bisect import bisect
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -130,7 +130,7 @@ class MemorySource(dict[str, StoredAdapter]):
     def near(self, name: str, count: int) -> list[str]:
         """Return the names next to one in sorted order, `count` before it and as many from it on."""
         names = self.names()
-        place = bisect(names, name)
+        place = bisect_left(names, name)
         return names[max(0, place - count) : place + count]
 
     def refresh(self) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -82,10 +82,36 @@ class Task:
         nbytes = sum(storages.values()) + _TENSOR * len(parts) + objects + _size(self.info)
         object.__setattr__(self, "nbytes", nbytes)
 
+    def in_one_block(self) -> Task:
+        """Copy the task into one block of memory: what decoding takes and frees would lie in gaps between many."""
+        parts = [part for mask in self.masks.values() for part in (mask.packed, mask.removed) if part is not None]
+        parts += self.tensors.values()
+        block, start = np.empty(sum(_aligned(part.nbytes) for part in parts), np.uint8), 0
+
+        def moved(part: Tensor | None) -> Tensor | None:
+            nonlocal start
+            if part is None or not part.numel():
+                return part
+            copy = torch.frombuffer(block, dtype=part.dtype, count=part.numel(), offset=start)
+            start += _aligned(part.nbytes)
+            copy.copy_(part.reshape(-1))
+            return copy if part.dim() == 1 else copy.view(part.shape)
+
+        masks = {
+            name: replace(mask, packed=moved(mask.packed), removed=moved(mask.removed))
+            for name, mask in self.masks.items()
+        }
+        tensors = {name: copy for name, part in self.tensors.items() if (copy := moved(part)) is not None}
+        return Task(self.name, masks, tensors, self.info)
+
     @property
     def density(self) -> float:
         """Fraction of the masked weights that are active."""
         return sum(mask.active for mask in self.masks.values()) / sum(mask.numel for mask in self.masks.values())
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
 
 
 def _size(value: Any) -> int:

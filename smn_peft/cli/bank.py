@@ -194,7 +194,10 @@ def serve(context: click.Context, bank: str, base: str, host: str, port: int, wo
         from ..serving.service import Service
     except ImportError as error:
         raise ImportError(f'smn serve needs the extra serve ({error.name}): pip install "smn_peft[serve]"') from error
-    settings = Settings(bank, base, **given(context, Settings))
+    try:
+        settings = Settings(bank, base, **given(context, Settings))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if workers > 1:
         run_workers(settings, workers, host=host, port=port)
         return

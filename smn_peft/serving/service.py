@@ -196,7 +196,11 @@ class Service:
                 _check_finite(output.features, output)
                 warning = self._circumstances(output, way)
                 values = output.features.numpy()
-                coded = values.tolist() if asked.encoding_format == "float" else base64.b64encode(values).decode()
+                coded = (
+                    values.tolist()
+                    if asked.encoding_format == "float"
+                    else base64.b64encode(values.tobytes()).decode()
+                )
                 part = {"object": "embedding", "index": index, "embedding": coded}
                 parts.append(json.dumps(part, separators=(",", ":")))
             rest = {"model": asked.model, "usage": {"prompt_tokens": 0, "total_tokens": 0}, **warning}
@@ -404,7 +408,7 @@ class Metrics(Collector):
         self._batch_seconds = histogram("smn_batch_seconds", "Time per forward")
         if self._shared:
             registry = self._registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            MultiProcessCollector(registry)
         registry.register(self)
         ProcessCollector(registry=registry)
 
