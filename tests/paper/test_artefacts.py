@@ -189,7 +189,8 @@ def test_few_labels_on_top_of_a_mask_without(tiny_scale, store):
     probes = [rows[f"low-shot probe, {name}"] for name in ("frozen base", "mask without labels")]
     names = [Path(run["init_from"]).name for run in runs[1:]]
     assert [probe["runs"] for probe in probes] == [names[:1], names]
-    shots = evaluate_run(store.folder / "runs" / names[0], low_shot=[0.5], seeds=3)
+    folder, backbone = store.folder / "runs" / names[0], starts[1]["backbone"]
+    shots = evaluate_run(folder, backbone=backbone, low_shot=[0.5], seeds=3)
     assert probes[1]["values"][0] == shots[0].value
 
 
