@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -196,11 +196,9 @@ def claim(folder: str | Path) -> Iterator[None]:
     lease = SoftFileLease(path, lease_duration=LEASE, on_compromise=lost)
 
     def holder() -> str | None:
-        silent = 0.0
-        with suppress(FileNotFoundError):
-            silent = time.time() - path.stat().st_mtime
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            silent = time.time() - path.stat().st_mtime if path.exists() else 0.0
             lease.acquire(timeout=1.2 * LEASE if silent > LEASE else 0)
         except Timeout:
             owner = lease.owner

@@ -112,8 +112,9 @@ def test_what_fails_on_one_process_fails_on_both(tmp_path):
     assert main.startswith(os.fspath(file.parent))
     assert "optimizer.safetensors is not what was" in main
     assert other.startswith("Another process cannot go on, so this one ends too. process 0 on")
-    folders[1].rmdir()
-    folders[1].write_text("a file, and no folder")
+    assert not folders[1].exists()  # the main process alone writes
+    folders[1].mkdir()
+    (folders[1] / "adapter_config.json").write_text("{}")
     main, other = said_by_both(tmp_path, replace(arguments, resume=True), folders, 1)
     assert main.startswith("Another process cannot go on, so this one ends too. process 1 on")
     assert str(folders[1]) in other
