@@ -197,7 +197,7 @@ class StreamLoader(PatientLoader):
         self._epoch, self._taken = state["epoch"], 0
         self._begun = torch.tensor(state["positions"])
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Any:
         self._latest, self._taken = self._begun.clone(), 0
         for worker, position, batch in super().__iter__():
             self._latest[worker] = torch.tensor(position)
