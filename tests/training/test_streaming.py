@@ -27,6 +27,12 @@ datasets = pytest.importorskip("datasets")
 SHARDS, EACH = 5, 7
 
 
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch):
+    """`datasets` sleeps 5 s after each part of a pass over parquet, for what Arrow's threads do when Python ends."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
+
+
 def write_parquet(folder: Path) -> Path:
     """Training images in `SHARDS` files, test images in one, with names of the classes."""
     generator = np.random.default_rng(0)
@@ -134,9 +140,9 @@ def test_a_position_continues_the_order(tmp_path):
     ("write", "options"),
     [
         (write_parquet, {}),
-        (write_parquet, {"num_workers": 2, **SWAV}),
+        pytest.param(write_parquet, {"num_workers": 2, **SWAV}, marks=pytest.mark.slow),
         (write_tars, {"num_workers": 2, "num_classes": 3, "accumulate": 2}),
-        (write_tars, {**SWAV, "objective": "infonce", "objective_options": {}}),
+        pytest.param(write_tars, {**SWAV, "objective": "infonce", "objective_options": {}}, marks=pytest.mark.slow),
     ],
     ids=["labels", "swav in workers", "tars in workers", "tars without labels"],
 )
@@ -157,6 +163,7 @@ def work(arguments) -> dict[str, torch.Tensor]:
     return {"steps": torch.tensor(run(arguments).steps)}
 
 
+@pytest.mark.slow
 def test_two_processes_resume_too(tmp_path):
     arguments = streamed(tmp_path, dataset=str(write_parquet(tmp_path / "set")))
     for name in ("whole", "resumed"):
