@@ -85,8 +85,6 @@ class Launchable(click.Command):
         try:
             rest = super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            if error.possibilities:
-                raise
             text = f"{error.format_message()} Options of `accelerate launch` need --launch."
             raise click.UsageError(text, ctx) from error
         for argument in (one for one in self.params if isinstance(one, click.Argument)):

@@ -68,10 +68,17 @@ class Comparison:
         cells = [cell for cell, _ in self.trial_cells()]
         frozen = [replace(cells[0], row="frozen base", column="", metric="frozen_knn")] if self.metric == "knn" else []
         for name, method in self.methods.items():
-            if method.before:
-                first = next(cell for cell in cells if cell.row == name)
-                frozen.append(replace(first, row=method.before, column="", metric=f"start_{self.metric}"))
+            frozen += self.starts(method, "", next(cell.run for cell in cells if cell.row == name))
         return cells + frozen
+
+    def starts(self, method: Method, column: str, run: RunSpec) -> list[Cell]:
+        """The cells of what a run of a method starts from: its probe; probes on a mask without labels and its base."""
+        found = [("start_" + self.metric, method.before, run)] if method.before else []
+        if run.start is not None:
+            shots = {"frozen_low_shot": "frozen base", "low_shot": "mask without labels"}
+            share = f"@{self.base['fraction']}"
+            found += [(metric + share, f"low-shot probe, {of}", run.start) for metric, of in shots.items()]
+        return [Cell(self.label, row, column, each, metric) for metric, row, each in found]
 
     def trial_cells(self) -> list[tuple[Cell, RunSpec]]:
         """A cell of every trial, measured on the held-out images, with the run that would be tested."""
@@ -174,12 +181,7 @@ def _finals(name: str, title: str, note: str, comparisons: Sequence[Comparison],
             for method, runs in measured.items():
                 if (chosen := best_within(runs, budget)) is not None:
                     cells.append(Cell(one.label, method, column, chosen, one.metric))
-                    if before := one.methods[method].before:
-                        cells.append(Cell(one.label, before, column, chosen, f"start_{one.metric}"))
-                    if (start := one.methods[method].start) is not None:
-                        for of, metric in (("frozen base", "frozen_low_shot"), ("mask without labels", "low_shot")):
-                            shot = f"{metric}@{one.base['fraction']}"
-                            cells.append(Cell(one.label, f"low-shot probe, {of}", column, start, shot))
+                    cells += one.starts(one.methods[method], column, chosen)
         if one.metric == "knn" and (own := [cell for cell in cells if cell.section == one.label]):
             columns = dict.fromkeys(cell.column for cell in own)
             cells += [Cell(one.label, "frozen base", column, own[0].run, "frozen_knn") for column in columns]

@@ -38,8 +38,9 @@ class Settings:
         check_options(self)
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """Read the variables that are set, lists with spaces between words. ValueError names one that is wrong."""
+        environment = os.environ if environment is None else environment
         hints, found = get_type_hints(cls), {}
         for name in (each.name for each in fields(cls)):
             variable = f"{_PREFIX}{name.upper()}"
