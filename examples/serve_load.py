@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load on `smn serve`: clients ask for random tasks, and every answer is compared with the task's own logits.
 
-Without arguments it makes a bank of 10 random masks over a small random ViT, to which a writer adds meanwhile. Over a
-bank of yours, which is left as it is: ``serve_load.py BANK --base NAME --seconds 300 --clients 16 --workers 2``. It
-measures a server, and nothing of the paper.
+Without arguments it makes 10 adapters with random masks over a small random ViT. Over a bank of yours:
+``serve_load.py BANK --base NAME --seconds 300 --clients 16``. It measures a server, and nothing of the paper.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -33,14 +31,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from smn_peft import MaskConfig
-from smn_peft.bank.store import DiskStore
 from smn_peft.data import evaluation_transform
 from smn_peft.data.decoding import decode_rgb
 from smn_peft.serving.bank import open_bank
 
 
 def small_bank(folder: Path) -> list[str]:
-    """Save a base and a bank of 10 adapters of it; returns the arguments that name them."""
+    """Save a base and 10 adapters of it; returns the arguments that name them."""
     for task in range(10):
         torch.manual_seed(0)
         base = timm.create_model("test_vit", num_classes=10)
@@ -52,9 +49,7 @@ def small_bank(folder: Path) -> list[str]:
                 parameter.data = 0.9 + task / 100 - torch.rand_like(parameter)  # 90 to 99 % stay on
             elif "head.modules_to_save" in name:
                 parameter.data = torch.randn_like(parameter)
-        model.save_pretrained(str(folder / f"task-{task:02}"))
-    with DiskStore(folder / "bank") as store:
-        store.add_many((path.name, path) for path in folder.glob("task-*"))
+        model.save_pretrained(str(folder / "bank" / f"task-{task:02}"))
     return [str(folder / "bank"), "--base=test_vit", f"--weights={folder / 'base.safetensors'}"]
 
 
@@ -68,7 +63,7 @@ def pictures(count: int) -> list[bytes]:
 
 
 def logits_of_all(files: list[bytes], args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """(images, classes) by task, one task after the other and without a server; and how fast the bare model is."""
+    """(images, classes) by task, one task after the other and without a server."""
     options = {"weights": args.weights, "image_size": args.image_size, "head_name": args.head}
     bank, backbone, _ = open_bank(args.bank, args.base, **options, read_only=True)
     transform = evaluation_transform(backbone.image_size, backbone.mean, backbone.std)
@@ -77,26 +72,7 @@ def logits_of_all(files: list[bytes], args: argparse.Namespace) -> dict[str, tor
         for name in bank.names:
             with bank.use(name) as model:
                 found[name] = model(images)["logits"]
-        batch, times = images[torch.arange(args.clients) % len(images)], []
-        while sum(times) < min(1.0, args.seconds):
-            started = time.perf_counter()
-            bank.model(batch)
-            times.append(time.perf_counter() - started)
-    print(f"the bare model: {len(batch) / np.median(times):.1f} images/s in batches of {len(batch)}")
     return found
-
-
-def write(bank: str, stop: threading.Event) -> int:
-    """Put tasks into the bank, and others in the place of their like, until it is told to stop; how many changes."""
-    changes = 0
-    with DiskStore(bank, timeout=60) as store:
-        names = store.names()
-        while not stop.wait(0.05):
-            name = names[changes % len(names)]
-            store.add(f"{name}-again", store.read(name), replace=True)
-            store.add(name, store.read(name), replace=True)
-            changes += 2
-    return changes
 
 
 def ask(connection: http.client.HTTPConnection, image: bytes, task: str) -> torch.Tensor:
@@ -112,11 +88,9 @@ def memory(port: int) -> float:
     return float(re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)[1]) / (1 << 20)
 
 
-def load(
-    port: int, files: list[bytes], expected: dict[str, torch.Tensor], args: argparse.Namespace, names: list[str]
-) -> int:
-    """Let the clients ask for some tasks, print what came of it, and return the number of errors."""
-    times, problems = [], []
+def load(port: int, files: list[bytes], expected: dict[str, torch.Tensor], args: argparse.Namespace) -> int:
+    """Let the clients ask, print what came of it, and return the number of errors."""
+    times, problems, names = [], [], sorted(expected)
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         for task in names:  # decode every task once, so that memory shows what grows besides
             ask(connection, files[0], task)
@@ -144,49 +118,28 @@ def load(
     return len(problems)
 
 
-def await_workers(port: int, count: int) -> None:
-    """Wait until so many processes answer."""
-    seen: set[str] = set()
-    while len(seen) < count:
-        try:
-            text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read().decode()
-            seen.add(found[1] if (found := re.search(r'smn_bank_tasks\{pid="(\d+)"', text)) else "the only one")
-        except OSError:
-            time.sleep(0.1)
-
-
 def main() -> None:
     """Make a bank if none is named, start a server over it, and load it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("bank", nargs="?", help="folder of a bank, or of adapters")
     for option, kind in {"base": str, "weights": str, "image-size": int}.items():
         parser.add_argument(f"--{option}", type=kind, help="as in smn serve")
-    for option, default in {"head": "head", "seconds": 5.0, "clients": 8, "images": 4, "workers": 1}.items():
+    for option, default in {"head": "head", "seconds": 5.0, "clients": 8, "images": 4}.items():
         parser.add_argument(f"--{option}", type=type(default), default=default)
     with tempfile.TemporaryDirectory() as folder:
         args = parser.parse_args()
-        if own := args.bank is None:
+        if args.bank is None:
             args = parser.parse_args(small_bank(Path(folder)), args)
         files = pictures(args.images)
         expected = logits_of_all(files, args)
-        options = {name: getattr(args, name) for name in ("base", "weights", "image_size", "head", "workers")}
+        options = {name: getattr(args, name) for name in ("base", "weights", "image_size", "head")}
         command = [sys.executable, "-m", "smn_peft.cli", "serve", args.bank, "--port=0"]
         command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not None]
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
             said = iter(server.stderr.readline, "")
             port = next(int(found[1]) for line in said if (found := re.search(r"running on http://.*:(\d+)", line)))
-            stop, names = threading.Event(), sorted(expected)
             try:
-                await_workers(port, args.workers)
-                with ThreadPoolExecutor(1) as other:
-                    errors = sum(load(port, files, expected, args, names[:count]) for count in (1, 8))
-                    changes = other.submit(write, args.bank, stop) if own else None
-                    try:
-                        errors += load(port, files, expected, args, names)
-                    finally:
-                        stop.set()
-                    if changes is not None:
-                        print(f"with a writer: {changes.result()} changes of the bank meanwhile")
+                errors = load(port, files, expected, args)
             finally:
                 server.terminate()
             print("the server's last words:", *(line.strip() for line in said), sep="\n  ")

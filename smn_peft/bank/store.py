@@ -52,6 +52,7 @@ _MAX_WAIT = 1e6  # seconds, which SQLite counts in milliseconds in 32 bits
 _STEPS, _MAX_SECONDS = 1_000_000, 60.0  # of a query: a hostile file can have a tree that never ends
 _MAX_LOG = 1 << 24  # bytes of the write-ahead log that a change may leave
 _NETWORK = ("nfs", "cifs", "smb", "ceph", "lustre", "9p", "afs", "gpfs", "beegfs", "fuse.")
+_orphans: list[sqlite3.Connection] = []
 
 
 class StoreBusyError(RuntimeError):
@@ -555,7 +556,6 @@ def _is_on_network(path: Path) -> bool:
 
 TaskSource: TypeAlias = DiskStore | MemorySource
 """Where a bank's adapters lie."""
-_orphans: list[sqlite3.Connection] = []
 
 
 def _is_text(name: object) -> bool:
@@ -564,8 +564,7 @@ def _is_text(name: object) -> bool:
 
 
 def _id_of(connection: sqlite3.Connection, name: str) -> int | None:
-    query = "SELECT id FROM task WHERE name = ?"
-    found = connection.execute(query, (name,)).fetchone() if _is_text(name) else None
+    found = connection.execute("SELECT id FROM task WHERE name = ?", (name,)).fetchone() if _is_text(name) else None
     return found[0] if found else None
 
 

@@ -31,11 +31,21 @@ from ..evaluation import report_table
 from ..paper import ARTEFACTS, SCALES, Reproduction, artefact_named, listing, scale_named
 from ..paper import compare as compare_methods
 from ..paper import reproduce as reproduce_artefact
-from ..training import Interrupted, RunSummary, TrainArguments, list_recipes, load_recipe, plan, run, run_many
+from ..training import (
+    FolderInUse,
+    Interrupted,
+    RunSummary,
+    TrainArguments,
+    list_recipes,
+    load_recipe,
+    plan,
+    run,
+    run_many,
+)
 from ..training import convert as convert_run
 from ..training.arguments import read_recipe
 from ..training.checkpoint import latest_checkpoint
-from ..training.run import EXPECTED, FolderInUse, check_tasks
+from ..training.run import EXPECTED, check_tasks
 from .options import (
     PATH,
     Group,

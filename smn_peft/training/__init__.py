@@ -6,13 +6,14 @@ from __future__ import annotations
 from .arguments import LoopArguments, TrainArguments, list_recipes, load_recipe
 from .conversion import convert
 from .metrics import TrainingFailure
-from .run import RunSummary, plan, run, run_many
+from .run import FolderInUse, RunSummary, plan, run, run_many
 from .saved import evaluate_run, load_masks, load_run
 from .task import TrainingTask
 from .trainer import ExactResumeCallback, Interrupted, Trainer
 
 __all__ = [
     "ExactResumeCallback",
+    "FolderInUse",
     "Interrupted",
     "LoopArguments",
     "RunSummary",

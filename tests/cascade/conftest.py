@@ -14,12 +14,6 @@ from smn_peft.training import TrainArguments
 from .tiny import OPTIONS, cascade_arguments
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="session")
 def arguments(tmp_path_factory) -> TrainArguments:
     """Arguments of the cascade's dispatcher; `output_dir` is the cascade's folder, which tests leave as it is."""

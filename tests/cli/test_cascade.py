@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -19,12 +18,6 @@ from tests.cascade.tiny import cascade_arguments
 from tests.training.tiny import SWAV, TEST, TRAIN
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def smn(*words: object, code: int = 0):

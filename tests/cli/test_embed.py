@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from PIL import Image
 from pyarrow import parquet
@@ -16,27 +15,15 @@ from smn_peft.bank.store import DiskStore
 from smn_peft.cli import app
 from smn_peft.data import load_images
 from smn_peft.embedding import Embedder
-from smn_peft.training import run
-from tests.training.tiny import base_of, smn, tiny_arguments
+from tests.training.tiny import base_of, finished_run, smn
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Of the base, the dataset and a run."""
-    folder = tmp_path_factory.mktemp("embed")
-    run(tiny_arguments(folder, max_steps=2, mask={"batch_norm": "adapt"}))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    model = folder / "model.py"  # for an adapter without run.json, which has the seed
-    model.write_text(model.read_text().replace("# Unseeded", "import torch; torch.manual_seed(0)  #", 1))
-    return folder
+    return finished_run(tmp_path_factory.mktemp("embed"), max_steps=2, mask={"batch_norm": "adapt"})
 
 
 def embed(*words: object, code: int = 0):

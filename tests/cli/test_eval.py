@@ -7,30 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 from smn_peft.cli import app
 from smn_peft.evaluation import EvalReport, report_table
-from smn_peft.training import run
 from smn_peft.training.saved import evaluate_run
-from tests.training.tiny import base_of, tiny_arguments
+from tests.training.tiny import base_of, finished_run
 
 runner = CliRunner()
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    run(tiny_arguments(folder, mask={"batch_norm": "adapt"}))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return folder / "out"
+    return finished_run(tmp_path_factory.mktemp("finished"), mask={"batch_norm": "adapt"}) / "out"
 
 
 def smn_eval(*words: object, code: int = 0):

@@ -13,7 +13,6 @@ import time
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -25,12 +24,6 @@ from smn_peft.training.saved import arguments_of, load_run
 from tests.training.tiny import SWAV, TRAIN, base_of, environment, smn, write_model, write_npz
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 RECIPE = """

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 from smn_peft.cli import app, train
@@ -14,12 +13,6 @@ from smn_peft.training import RunSummary, assemble
 from tests.training.tiny import write_model, write_npz
 
 runner = CliRunner()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -6,18 +6,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from smn_peft._options import merged
 from smn_peft.paper.runs import RunStore
 from smn_peft.paper.scales import Scale, Setting
 from tests.training.tiny import SWAV, write_model, write_npz
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

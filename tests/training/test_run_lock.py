@@ -12,8 +12,8 @@ import time
 import pytest
 from accelerate.state import AcceleratorState
 
-from smn_peft.training import run, run_many
-from smn_peft.training.run import FolderInUse, claim
+from smn_peft.training import FolderInUse, run, run_many
+from smn_peft.training.run import claim
 from tests.processes import context, leave_the_test
 
 from .tiny import tiny_arguments

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.state import AcceleratorState
 from PIL import Image
 
-from smn_peft.training import TrainArguments
+from smn_peft.training import TrainArguments, run
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("red", "green", "blue")
@@ -55,6 +56,15 @@ def write_npz(path: Path, labels: list[int] | None = None, broken: int | None = 
         **({"classes": np.array(CLASSES)} if named else {}),
     )
     return path
+
+
+def finished_run(folder: Path, **options: Any) -> Path:
+    """Run in a folder; its base (``model.py``) is seeded then, for an adapter without run.json, which has the seed."""
+    run(tiny_arguments(folder, **options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model = folder / "model.py"
+    model.write_text(model.read_text().replace("# Unseeded", "import torch; torch.manual_seed(0)  #", 1))
+    return folder
 
 
 VIT = """

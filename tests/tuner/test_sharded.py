@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -172,13 +173,13 @@ def refuse_all(folder: Path) -> dict[str, Tensor]:
         model.add_adapter("other", MaskConfig(target_modules=["first"]))
     assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match=r"load or set masks that train before"):
-        set_peft_model_state_dict(model, torch.load(folder / "bits.pt"))
+        set_peft_model_state_dict(model, load_file(folder / "bits.safetensors"))
     model(images)
     return {}
 
 
 def test_what_is_refused_under_fsdp(tmp_path):
-    torch.save(get_peft_model_state_dict(masked(init_weights=False)), tmp_path / "bits.pt")
+    save_file(get_peft_model_state_dict(masked(init_weights=False)), tmp_path / "bits.safetensors")
     run_processes(refuse_all, 2, tmp_path, tmp_path)
 
 
